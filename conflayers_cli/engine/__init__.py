@@ -1,0 +1,1 @@
+"""Runs a model: plans, cache, decoding. Knows nothing of files, YAML, Typer or Rich."""

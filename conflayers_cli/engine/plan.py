@@ -1,0 +1,74 @@
+"""Which sub-layers a draft leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """The attention and MLP sub-layers, by layer index, that a draft leaves out.
+
+    The residual stream passes a skipped sub-layer unchanged. A layer whose two sub-layers are both
+    named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so equal
+    plans are equal objects and plans can key a dictionary.
+
+    Raises:
+        ValueError: an index is negative, repeated, not sorted, or not an integer.
+    """
+
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, indices in (("attention", self.attention), ("mlp", self.mlp)):
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+                raise ValueError(f"{name}: layer indices must be integers from 0, got {indices}")
+            if list(indices) != sorted(set(indices)):
+                raise ValueError(f"{name}: layer indices must be sorted and unique, got {indices}")
+
+    @classmethod
+    def of(cls, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> SkipPlan:
+        """A plan from indices in any order, repeats merged."""
+        return cls(tuple(sorted(set(attention))), tuple(sorted(set(mlp))))
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
+        """A plan that skips whole layers."""
+        indices = tuple(sorted(set(layers)))
+        return cls(indices, indices)
+
+    @classmethod
+    def balanced(cls, depth: int) -> SkipPlan:
+        """Every second layer, 1, 3, 5, …, never the last (ConfLayers' starting set)."""
+        return cls.of_layers(range(1, depth - 1, 2))
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.mlp)
+
+    def __len__(self) -> int:
+        """How many sub-layers are left out."""
+        return len(self.attention) + len(self.mlp)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers skipped whole."""
+        return tuple(sorted(set(self.attention) & set(self.mlp)))
+
+    @property
+    def partial(self) -> tuple[int, ...]:
+        """The layers of which just one sub-layer is skipped."""
+        return tuple(sorted(set(self.attention) ^ set(self.mlp)))
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError unless the plan fits a model of ``depth`` layers.
+
+        The first and the last layer are never skipped (ALGORITHMS: ConfLayers, SWIFT).
+        """
+        named = set(self.attention) | set(self.mlp)
+        if named and not 1 <= min(named) <= max(named) <= depth - 2:
+            raise ValueError(
+                f"layers {min(named)}–{max(named)} named, but of a model with {depth} layers only "
+                f"1–{depth - 2} may be skipped (the first and the last never)"
+            )

@@ -1,0 +1,1 @@
+"""How to choose a skip plan: one file per method."""

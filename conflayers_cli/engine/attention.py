@@ -1,0 +1,129 @@
+"""The attention call of every pass, arranged so that a row's bits don't depend on the other rows.
+
+Two things are done to the call that transformers' models make through their attention interface:
+
+* Grouped heads are *folded*: the query heads that share a key/value head become rows of one call,
+  ``[B, Hq, T, D] → [B, Hkv, G·T, D]``. Keys and values are never repeated in memory.
+* In half precision the rows are padded to a multiple of four and the keys are taken in extents of a
+  multiple of 256 (the cache sees to that), under a boolean mask. PyTorch's CPU kernel then gives a
+  row the same bits whatever the number of rows, its place among them, and what lies beyond the mask,
+  which is what makes speculative bfloat16 output equal to vanilla token for token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "conflayers"
+ROW_MULTIPLE = 4
+
+
+def folded_rows(tokens: int, groups: int) -> int:
+    """Rows of the attention call for ``tokens`` queries of ``groups`` heads per key/value head."""
+    return -(-tokens * groups // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def fold_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
+    """A mask ``[B, 1, T, S]`` bool for the folded call: ``[B, 1, folded_rows(T, groups), S]``.
+
+    Padding rows repeat the first row: they must see something, or their softmax would be NaN.
+    """
+    batch, _, tokens, extent = mask.shape
+    rows = folded_rows(tokens, groups)
+    folded = mask.new_empty((batch, 1, rows, extent))
+    used = tokens * groups
+    folded[:, :, :used].view(batch, groups, tokens, extent).copy_(mask.expand(-1, groups, -1, -1))
+    if rows > used:
+        folded[:, :, used:] = mask[:, :, :1]
+    return folded
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' interface calls it.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        key: ``[B, Hkv, S, D]``; ``Hkv`` divides ``Hq``.
+        value: ``[B, Hkv, S, Dv]``.
+        attention_mask: bool ``[B, 1, T, S]``, or already folded by :func:`fold_mask`; None means
+            plain causal attention over ``S = T`` keys (the model called without a cache).
+
+    Returns:
+        ``[B, T, Hq, Dv]`` and None (no attention weights).
+    """
+    if softcap is not None or s_aux is not None or position_bias is not None:
+        return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, position_bias)
+    batch, heads, tokens, _ = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2), None
+    rows = folded_rows(tokens, groups)
+    if attention_mask.shape[-2] != rows:
+        attention_mask = fold_mask(attention_mask, groups)
+    used = tokens * groups
+    folded = query.reshape(batch, key.shape[1], used, query.shape[-1])
+    if rows > used:
+        folded = F.pad(folded, (0, 0, 0, rows - used))
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    out = out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
+    return out.transpose(1, 2), None
+
+
+def _explicit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, None]:
+    """Attention in plain steps, for what the fused kernel lacks: soft-capping (Gemma 2), attention
+    sinks (GPT-OSS), position biases (ALiBi). The softmax runs in float32.
+    """
+    batch, heads, tokens, dim = query.shape
+    groups, extent = heads // key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, key.shape[1], groups * tokens, dim)
+    scale = dim**-0.5 if scaling is None else scaling
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
+    scores = scores.view(batch, heads, tokens, extent)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is None:
+        mask = torch.ones(tokens, extent, dtype=torch.bool, device=query.device).tril()
+    elif mask.shape[-2] != tokens:  # folded: the first `tokens` rows are one head's own
+        mask = mask[:, :, :tokens]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(batch, -1, tokens, 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :extent]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    weights = weights.to(value.dtype).view(batch, key.shape[1], groups * tokens, extent)
+    out = torch.matmul(weights, value).view(batch, heads, tokens, value.shape[-1])
+    return out.transpose(1, 2), None
+
+
+# transformers finds attention functions by name; its registry is the one place for them.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

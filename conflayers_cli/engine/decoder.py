@@ -1,0 +1,271 @@
+"""A Hugging Face decoder, run in full or under a skip plan, on the engine's own cache and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from conflayers_cli.errors import InputError
+
+from . import attention
+from .cache import KVCache, extent_for
+from .layers import LayerStack, SubLayer
+from .plan import SkipPlan
+
+FULL = SkipPlan()
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward: bounds the mask and the activations of a long prompt."""
+
+Observer = Callable[[SubLayer, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """How many rows a pass runs at the least.
+
+    A linear layer gives a single half-precision row other bits than the same row among several; with
+    two or more they agree. A pass of one token therefore runs it twice, which costs the same.
+    """
+
+    least: int
+
+    @classmethod
+    def for_dtype(cls, dtype: torch.dtype) -> RowRule:
+        return cls(1 if dtype == torch.float32 else 2)
+
+
+class Decoder:
+    """A causal language model, ready to be decoded with.
+
+    The model stays the transformers class it is; its attention goes through
+    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back).
+
+    Args:
+        model: a transformers causal language model in eval mode, on its device and in its dtype.
+
+    Raises:
+        InputError: the model can't be decoded exactly this way; the message names the reason.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        _refuse_unsupported(model, self.config)
+        self.stack = LayerStack(model)
+        self.depth = self.stack.depth
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.vocabulary = int(self.config.vocab_size)
+        self.rows = RowRule.for_dtype(self.dtype)
+        heads = int(self.config.num_attention_heads)
+        self._groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
+        self._windows = _windows(self.config, self.depth)
+        self._plain_attention = model.config._attn_implementation
+        model.set_attn_implementation(attention.NAME)
+        self.sub_layers: frozenset[SubLayer] = self._self_check()
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """A cache for ``batch`` rows of up to ``capacity`` positions."""
+        return KVCache(self.depth, batch, capacity)
+
+    def check_plan(self, plan: SkipPlan) -> None:
+        """Raise InputError unless this model can run under the plan."""
+        try:
+            plan.check(self.depth)
+        except ValueError as error:
+            raise InputError(f"skip plan does not fit the model: {error}") from error
+        if plan.partial and len(self.sub_layers) < 2:
+            raise InputError(
+                "this model's sub-layers can't be left out one by one, only whole layers; "
+                f"layers {', '.join(map(str, plan.partial))} name just one of the two"
+            )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        plan: SkipPlan = FULL,
+        *,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """One pass. Keys and values are written at the tokens' positions.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            positions: int64 ``[B, T]``; a token sees every slot up to its own position.
+            cache: filled below the first position of every row.
+            plan: the sub-layers left out.
+            last_only: compute logits for the last token only.
+
+        Returns:
+            Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
+        """
+        wanted = tokens.shape[1]
+        if wanted < self.rows.least:
+            missing = self.rows.least - wanted
+            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, missing)], dim=1)
+            positions = torch.cat([positions, positions[:, -1:].expand(-1, missing)], dim=1)
+        extent = extent_for(int(positions.max()) + 1)
+        cache.announce(positions, extent)
+        with self.stack.without(plan):
+            output = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=self._masks(positions, extent),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=self.rows.least if last_only else 0,
+            )
+        logits: torch.Tensor = output.logits
+        return logits[:, -1:] if last_only else logits[:, :wanted]
+
+    def prefill(
+        self, tokens: torch.Tensor, cache: KVCache, *, start: int = 0, plan: SkipPlan = FULL
+    ) -> torch.Tensor:
+        """Run a prompt, in chunks, on top of ``start`` filled positions.
+
+        Args:
+            tokens: int64 ``[B, T]``, T ≥ 1, all rows of one length.
+
+        Returns:
+            Logits of the last token, ``[B, 1, V]``.
+        """
+        logits = torch.empty(0)
+        for begin in range(0, tokens.shape[1], PREFILL_CHUNK):
+            chunk = tokens[:, begin : begin + PREFILL_CHUNK]
+            positions = torch.arange(
+                start + begin, start + begin + chunk.shape[1], device=self.device
+            ).expand(chunk.shape)
+            logits = self.forward(chunk, positions, cache, plan, last_only=True)
+        return logits
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Within: every sub-layer's output ``[B, T, d]``, before the residual add, is shown.
+
+        Sub-layers that a plan leaves out are not shown.
+        """
+
+        def hook(kind: SubLayer, layer: int) -> Callable[..., None]:
+            def show(module: nn.Module, args: Any, output: Any) -> None:
+                observer(kind, layer, output[0] if isinstance(output, tuple) else output)
+
+            return show
+
+        kinds: tuple[SubLayer, ...] = ("attention", "mlp")
+        handles = [
+            module.register_forward_hook(hook(kind, i))
+            for i in range(self.depth)
+            for kind in kinds
+            if (module := self.stack.sub_layer(kind, i)) is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def plain(self) -> Iterator[Any]:
+        """Within: the transformers model with its own attention, as ``generate`` would find it."""
+        self.model.set_attn_implementation(self._plain_attention)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(attention.NAME)
+
+    def _masks(
+        self, positions: torch.Tensor, extent: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        slots = torch.arange(extent, device=positions.device)
+        seen = slots <= positions[:, None, :, None]
+        masks = {}
+        for kind, window in self._windows.items():
+            mask = seen if window is None else seen & (slots > positions[:, None, :, None] - window)
+            masks[kind] = attention.fold_mask(mask, self._groups)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _self_check(self) -> frozenset[SubLayer]:
+        """Compare with the model as transformers runs it; find out what may be left out.
+
+        Returns:
+            Both sub-layer kinds where stubs of the two equal the skipped layer, else an empty set:
+            then only whole layers may be skipped.
+
+        Raises:
+            InputError: the engine's cache and masks don't reproduce the model's own logits.
+        """
+        count = min(8, self.vocabulary)
+        tokens = torch.arange(count, device=self.device)[None]
+        positions = torch.arange(count, device=self.device)[None]
+        with torch.inference_mode(), self.plain() as model, self.stack.learning_shapes():
+            expected = model(input_ids=tokens, use_cache=False).logits
+        cache = self.new_cache(count)
+        name = type(self.model).__name__
+        try:
+            half = count // 2
+            self.prefill(tokens[:, :half], cache)
+            logits = self.forward(tokens[:, half:], positions[:, half:], cache)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{name} does not run on this engine's cache and masks: {error}") from error
+        if not self._close(logits, expected[:, half:]):
+            raise InputError(
+                f"{name} is refused: run step by step with explicit masks and positions it does not "
+                "give its own logits, so output could not be guaranteed to be the model's own"
+            )
+        return self._check_stubs(tokens, positions)
+
+    def _check_stubs(self, tokens: torch.Tensor, positions: torch.Tensor) -> frozenset[SubLayer]:
+        if self.stack.attention_name is None or self.stack.mlp_name is None:
+            return frozenset()
+        middle = self.depth // 2
+        skipped = self.forward(
+            tokens, positions, self.new_cache(tokens.shape[1]), SkipPlan.of_layers([middle])
+        )
+        try:
+            with self.stack.stubbed(middle):
+                stubbed = self.forward(tokens, positions, self.new_cache(tokens.shape[1]))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return frozenset()
+        return frozenset(("attention", "mlp")) if self._close(stubbed, skipped) else frozenset()
+
+    def _close(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        # Wrong masks or positions move logits by their own size; rounding by a small share of it.
+        share = 1e-3 if self.dtype == torch.float32 else 0.08
+        difference = (one.float() - other.float()).abs().max()
+        return bool(difference <= share * other.float().abs().max().clamp(min=1e-6))
+
+
+def _refuse_unsupported(model: Any, config: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder model; only decoders can be decoded here")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        raise InputError(
+            f"{name} has layers of the kind {', '.join(sorted(kinds))}, whose state can't be rolled "
+            "back token by token; only full and sliding-window attention can be decoded exactly"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{name} does not use transformers' attention interface; not supported")
+
+
+def _windows(config: Any, depth: int) -> dict[str, int | None]:
+    """Window by kind of layer (None: sees everything), one entry per kind the model has."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * depth
+    return {
+        kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)
+    }

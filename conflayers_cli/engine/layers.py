@@ -1,0 +1,196 @@
+"""Finding a model's decoder layers and leaving some of them out for the length of a forward.
+
+The model stays the transformers class it is. A whole layer is replaced by a pass-through, a
+sub-layer by a stub of zeros, in the module tables themselves, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from conflayers_cli.errors import InputError
+
+from .plan import SkipPlan
+
+SubLayer = Literal["attention", "mlp"]
+
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+class _PassThrough(nn.Module):
+    """Stands where a whole layer is left out. ``arity`` 0 returns a tensor, n an n-tuple.
+
+    What the model reads off a layer before calling it (``attention_type``) is the original's.
+    """
+
+    def __init__(self, arity: int, original: nn.Module) -> None:
+        super().__init__()
+        self.arity = arity
+        self._original = (original,)  # in a tuple, so that it is not registered as a child
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.arity == 0:
+            return hidden_states
+        return (hidden_states, *(None,) * (self.arity - 1))
+
+
+class _Zero(nn.Module):
+    """Stands where a sub-layer is left out: adds nothing to the residual stream."""
+
+    def __init__(self, arity: int, like: torch.Tensor) -> None:
+        super().__init__()
+        self.arity = arity
+        self.zero = torch.zeros((1, 1, 1), dtype=like.dtype, device=like.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.zero if self.arity == 0 else (self.zero, *(None,) * (self.arity - 1))
+
+
+@dataclass(frozen=True)
+class _Swap:
+    table: dict[str, nn.Module | None]
+    key: str
+    stand_in: nn.Module
+    original: nn.Module
+
+
+class LayerStack:
+    """The decoder layers of a model and the means to leave some out.
+
+    Args:
+        model: a transformers causal language model.
+
+    Raises:
+        InputError: no list of decoder layers can be found in the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._list = find_layers(model)
+        self.layers: tuple[nn.Module, ...] = tuple(self._list)
+        self.depth = len(self.layers)
+        self.attention_name = _common_child(self.layers, _ATTENTION_NAMES)
+        self.mlp_name = _common_child(self.layers, _MLP_NAMES)
+        self._arity: dict[nn.Module, int] = {}
+        self._swaps: dict[SkipPlan, tuple[_Swap, ...]] = {}
+
+    def sub_layer(self, kind: SubLayer, layer: int) -> nn.Module | None:
+        """The attention or MLP module of a layer, None where the model has no such child."""
+        name = self.attention_name if kind == "attention" else self.mlp_name
+        return None if name is None else self.layers[layer].get_submodule(name)
+
+    @contextmanager
+    def learning_shapes(self) -> Iterator[None]:
+        """Within: every module that runs is noted with the form of what it returns."""
+        watched = [
+            m for i, layer in enumerate(self.layers) for m in (layer, *self._children(i)) if m
+        ]
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._arity[module] = len(output) if isinstance(output, tuple) else 0
+
+        handles = [module.register_forward_hook(note) for module in watched]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._swaps.clear()
+
+    def _children(self, layer: int) -> tuple[nn.Module, ...]:
+        found = (self.sub_layer("attention", layer), self.sub_layer("mlp", layer))
+        return tuple(m for m in found if m is not None)
+
+    @contextmanager
+    def without(self, plan: SkipPlan) -> Iterator[None]:
+        """Within: the model runs with the plan's sub-layers left out. Always restored."""
+        if not plan:
+            yield
+            return
+        swaps = self._swaps.get(plan)
+        if swaps is None:
+            swaps = self._swaps[plan] = tuple(self._swaps_of(plan))
+        try:
+            for swap in swaps:
+                swap.table[swap.key] = swap.stand_in
+            yield
+        finally:
+            for swap in swaps:
+                swap.table[swap.key] = swap.original
+
+    def _swaps_of(self, plan: SkipPlan) -> Iterator[_Swap]:
+        whole = set(plan.layers)
+        for i in sorted(whole):
+            layer = self.layers[i]
+            stand_in = _PassThrough(self._arity.get(layer, 0), layer)
+            yield _Swap(self._list._modules, str(i), stand_in, layer)
+        for i in plan.partial:
+            kind: SubLayer = "attention" if i in plan.attention else "mlp"
+            yield self.stub_swap(kind, i)
+
+    def stub_swap(self, kind: SubLayer, i: int) -> _Swap:
+        """The swap that leaves out one sub-layer.
+
+        Raises:
+            InputError: the model keeps no such sub-layer as a module of its own.
+        """
+        module = self.sub_layer(kind, i)
+        name = self.attention_name if kind == "attention" else self.mlp_name
+        if module is None or name is None:
+            raise InputError(f"this model's layers have no {kind} module that could be left out")
+        parent_name, _, key = name.rpartition(".")
+        parent = self.layers[i].get_submodule(parent_name)
+        weight = next(module.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        like = torch.empty(0, dtype=dtype, device=weight.device)
+        return _Swap(parent._modules, key, _Zero(self._arity.get(module, 0), like), module)
+
+    @contextmanager
+    def stubbed(self, layer: int) -> Iterator[None]:
+        """Within: both sub-layers of one layer are stubs, its own code still runs (self-check)."""
+        swaps = (self.stub_swap("attention", layer), self.stub_swap("mlp", layer))
+        try:
+            for swap in swaps:
+                swap.table[swap.key] = swap.stand_in
+            yield
+        finally:
+            for swap in swaps:
+                swap.table[swap.key] = swap.original
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The ModuleList of decoder layers.
+
+    Raises:
+        InputError: there is none.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    config: Any = getattr(decoder, "config", None)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+    queue: list[nn.Module] = [decoder]
+    while queue:
+        module = queue.pop(0)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return child
+            queue.append(child)
+    raise InputError(f"no list of {depth} decoder layers found in {type(model).__name__}")
+
+
+def _common_child(layers: tuple[nn.Module, ...], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        if all(isinstance(layer._modules.get(name), nn.Module) for layer in layers):
+            return name
+    return None

@@ -1,0 +1,88 @@
+"""Token ids → text, as it is decided: never half a character, never part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+# A character is at most four bytes, hence four byte tokens. A longer run of undecodable tokens is
+# not going to become one.
+_MOST_HELD_TOKENS = 8
+
+
+class TextStream:
+    """Decodes a growing list of tokens.
+
+    :meth:`feed` takes one token and says whether a stop string is complete; :meth:`take` gives the
+    text that is certain by now and has not been taken; :meth:`finish` gives the rest.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stops: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(s for s in stops if s)
+        self._tokens: list[int] = []
+        self._context = 0  # tokens decoded along, so that spaces between words come out right
+        self._decided = 0  # tokens whose text has been decided
+        self._pending = ""
+        self.text = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> bool:
+        """Add one token. True when a stop string is complete; later tokens are ignored."""
+        if self.stopped:
+            return True
+        self._tokens.append(token)
+        self._advance(force=len(self._tokens) - self._decided >= _MOST_HELD_TOKENS)
+        return self._cut_at_stop()
+
+    def take(self) -> str:
+        """The newly certain text, possibly empty."""
+        keep = 0 if self.stopped else self._held()
+        ready = self._pending[: len(self._pending) - keep]
+        self._pending = self._pending[len(ready) :]
+        self.text += ready
+        return ready
+
+    def finish(self) -> str:
+        """The rest of the text, half characters included as replacement characters."""
+        if not self.stopped:
+            self._advance(force=True)
+            self._cut_at_stop()
+        rest, self._pending = self._pending, ""
+        self.text += rest
+        return rest
+
+    def _advance(self, *, force: bool) -> None:
+        before = self._decode(self._tokens[self._context : self._decided])
+        now = self._decode(self._tokens[self._context :])
+        if len(now) > len(before) and (force or not now.endswith(_REPLACEMENT)):
+            self._pending += now[len(before) :]
+            self._context, self._decided = self._decided, len(self._tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _cut_at_stop(self) -> bool:
+        found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
+        if found:
+            self._pending = self._pending[: min(found)]
+            self.stopped = True
+        return self.stopped
+
+    def _held(self) -> int:
+        """Length of the longest end of the pending text that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

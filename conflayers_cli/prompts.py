@@ -1,0 +1,367 @@
+"""Prompt files, in every accepted form, read into `Prompt`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+from conflayers_cli.errors import InputError
+
+ACCEPTED = (
+    '{"prompt": TEXT}, {"messages": [{"role", "content"}, …]}, {"turns": [TEXT, …]}, '
+    '{"conversations": [{"from", "value"}, …]}'
+)
+
+_FORMS = ("prompt", "messages", "turns", "conversations")
+_JSON_SUFFIXES = frozenset({".jsonl", ".json", ".jsonlines", ".ndjson"})
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a chat. ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a chat (``messages``) or a single text (``text``), never both.
+
+    Raises:
+        ValueError: not exactly one of ``messages`` and ``text`` is set.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    category: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError("a prompt has either messages or a text")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a prompt file: JSONL, a ``.json`` file with one array, or text with a prompt a line.
+
+    Every line is checked before any prompt is returned. Keys that no form knows are ignored. Of
+    ``turns`` the first is taken; assistant messages at the end of a chat are left out, for they are
+    what the model is asked to write. A prompt without an id is named by its line (in an array, by
+    its position), counted from 1.
+
+    Raises:
+        InputError: the file can't be read, holds no prompts, or one of its lines is not a prompt.
+    """
+    return _parse(read_text(path), str(path), path.suffix.lower())
+
+
+def builtin_prompts() -> list[Prompt]:
+    """The prompts that come with the package: six categories, interleaved.
+
+    Raises:
+        InputError: the package is damaged and its prompts can't be read.
+    """
+    name = "the built-in prompts"
+    source = resources.files("conflayers_cli").joinpath("data", "prompts.jsonl")
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} are missing, install conflayers again ({error})") from error
+    return _parse(_decode_text(data, name), name, ".jsonl")
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256, in hex, of what the model is given: texts and messages in order.
+
+    Ids and categories are left out, so that a blank line or a new name for a category does not make
+    other prompts of the same ones.
+    """
+    content = [_content(prompt) for prompt in prompts]
+    canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def as_messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
+    """The prompt as a chat template takes it; a text becomes one message of the user.
+
+    ``system`` goes first. If the prompt brings a system message of its own at the start, ``system``
+    replaces it: what is asked for on the command line wins.
+    """
+    return [asdict(message) for message in _with_system(prompt, system)]
+
+
+def plain_text(prompt: Prompt, system: str | None = None) -> str:
+    """The prompt without a chat template: a text as it is, messages joined by blank lines.
+
+    ``system`` goes first, under the rule of `as_messages`.
+    """
+    return "\n\n".join(message.content for message in _with_system(prompt, system))
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    """A text file as a string; a byte order mark is dropped.
+
+    Raises:
+        InputError: there is no such file, it is a folder, unreadable, larger than ``limit`` bytes,
+            not UTF-8, or has NUL bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read() if limit is None else file.read(limit + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, a file is needed") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
+    if limit is not None and len(data) > limit:
+        raise InputError(f"{path}: is too large, allowed are {limit:,} bytes")
+    return _decode_text(data, str(path))
+
+
+def _decode_text(data: bytes, name: str) -> str:
+    nul = data.find(b"\0")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # counted in error.object: utf-8-sig takes the byte order mark off before it counts
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}:{line}: is not UTF-8 text") from None
+    if nul >= 0:
+        line = data.count(b"\n", 0, nul) + 1
+        raise InputError(f"{name}:{line}: has a NUL byte; is this a text file in UTF-8?")
+    return text
+
+
+def _parse(text: str, name: str, suffix: str) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
+    for number, place, value in _records(text, name, suffix):
+        prompt = _prompt(value, str(number), place)
+        if prompt.id in places:
+            raise InputError(
+                f"{place}: the id {_quoted(prompt.id)} is taken by {places[prompt.id]} already "
+                f"(a prompt without an id is named by its number, here {number})"
+            )
+        places[prompt.id] = place
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"{name}: has no prompts; put one a line: plain text or {ACCEPTED}")
+    return prompts
+
+
+def _records(text: str, name: str, suffix: str) -> Iterator[tuple[int, str, object]]:
+    """Number, place for error messages, and decoded value of every prompt in a file."""
+    if suffix == ".json" and text.lstrip().startswith("["):
+        items = _decode_json(text, name, 1)
+        if isinstance(items, list):
+            for number, item in enumerate(items, 1):
+                yield number, f"{name}: item {number}", item
+        return
+    # not splitlines(): it also splits at characters, U+2028 for one, that JSON allows in strings
+    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    as_json = suffix in _JSON_SUFFIXES or (bool(lines) and _is_json_object(lines[0][1]))
+    for number, line in lines:
+        value = _decode_json(line, name, number) if as_json else {"prompt": line}
+        yield number, f"{name}:{number}", value
+
+
+def _is_json_object(line: str) -> bool:
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except RecursionError:
+        return True  # JSON all the same; reading it will say what is wrong
+    except ValueError:
+        return False
+
+
+def _decode_json(text: str, name: str, first_line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        problem = f"{error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
+        raise InputError(
+            f"{name}:{line}: is not valid JSON: {problem}; every line is one of {ACCEPTED}"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{name}:{first_line}: is nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of a number
+        raise InputError(f"{name}:{first_line}: has a number with too many digits") from None
+
+
+def _prompt(value: object, default_id: str, place: str) -> Prompt:
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: is {_kind(value)}, not an object; accepted are {ACCEPTED}")
+    forms = [form for form in _FORMS if form in value]
+    if not forms:
+        keys = ", ".join(_quoted(key) for key in list(value)[:8]) or "none"
+        raise InputError(f"{place}: is no known form (keys: {keys}); accepted are {ACCEPTED}")
+    if len(forms) > 1:
+        raise InputError(f"{place}: has {' and '.join(forms)}; keep one of them")
+    form, body = forms[0], value[forms[0]]
+    identity, category = _id(value, default_id, place), _category(value, place)
+    if form == "messages":
+        messages = _chat(body, form, ("role", "content"), _ROLES, place)
+        prompt = Prompt(identity, messages=messages, category=category)
+    elif form == "conversations":
+        messages = _chat(body, form, ("from", "value"), _SPEAKERS, place)
+        prompt = Prompt(identity, messages=messages, category=category)
+    else:
+        text = _text(body, form, place) if form == "prompt" else _first_turn(body, place)
+        prompt = Prompt(identity, text=text, category=category)
+    _check_encodable(prompt, place)
+    return prompt
+
+
+def _id(value: Mapping[str, object], default: str, place: str) -> str:
+    for key in ("id", "question_id"):
+        identity = value.get(key)
+        if identity is None:
+            continue
+        if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+            raise InputError(f"{place}: {key} is {_kind(identity)}, not a text or a whole number")
+        return str(identity)
+    return default
+
+
+def _category(value: Mapping[str, object], place: str) -> str | None:
+    category = value.get("category")
+    if category is not None and not isinstance(category, str):
+        raise InputError(f"{place}: category is {_kind(category)}, not a text")
+    return category or None
+
+
+def _text(value: object, key: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {key} is {_kind(value)}, not a text")
+    if not value.strip():
+        raise InputError(f"{place}: {key} is empty")
+    return value
+
+
+def _first_turn(value: object, place: str) -> str:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: turns is {_kind(value)}, not a list of texts")
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, str):
+            raise InputError(f"{place}: turn {number} is {_kind(turn)}, not a text")
+    return _text(value[0], "turn 1", place)
+
+
+def _chat(
+    value: object, form: str, keys: tuple[str, str], roles: Mapping[str, str], place: str
+) -> tuple[Message, ...]:
+    """The messages up to what the model is to answer."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: {form} is {_kind(value)}, not a list of messages")
+    messages = [_message(item, n, keys, roles, place) for n, item in enumerate(value, 1)]
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not messages or messages[-1].role != "user":
+        raise InputError(
+            f"{place}: {form} must end with a message of the user "
+            "(those of the assistant after it are left out)"
+        )
+    return tuple(messages)
+
+
+def _message(
+    item: object, number: int, keys: tuple[str, str], roles: Mapping[str, str], place: str
+) -> Message:
+    what = f"message {number}"
+    if not isinstance(item, dict):
+        raise InputError(f"{place}: {what} is {_kind(item)}, not an object")
+    for key in keys:
+        if key not in item:
+            raise InputError(f'{place}: {what} has no "{key}"; it needs {" and ".join(keys)}')
+    speaker = item[keys[0]]
+    role = roles.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        shown = _quoted(speaker) if isinstance(speaker, str) else _kind(speaker)
+        raise InputError(f"{place}: {keys[0]} of {what} is {shown}, allowed are {', '.join(roles)}")
+    content = _joined(item[keys[1]], f"{keys[1]} of {what}", place)
+    # an empty system message or answer says something, an empty question doesn't
+    return Message(
+        role, _text(content, f"{keys[1]} of {what}", place) if role == "user" else content
+    )
+
+
+def _joined(value: object, what: str, place: str) -> str:
+    """A content: a text, or a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: {what} is {_kind(value)}, not a text or a list of text parts")
+    texts: list[str] = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InputError(
+                f'{place}: {what} has a part other than {{"type": "text", "text": TEXT}}, '
+                "and only text is supported"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _check_encodable(prompt: Prompt, place: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell but no tokenizer can take."""
+    try:
+        json.dumps(asdict(prompt), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise InputError(f"{place}: has {code}, half a surrogate pair, which is no text") from None
+
+
+def _content(prompt: Prompt) -> object:
+    if prompt.text is not None:
+        return prompt.text
+    return [asdict(message) for message in prompt.messages or ()]
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Sequence[Message]:
+    messages = prompt.messages or (Message("user", prompt.text or ""),)
+    if system is None:
+        return messages
+    rest = messages[1:] if messages[0].role == "system" else messages
+    return (Message("system", system), *rest)
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a text" if value else "an empty text"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object"
+
+
+def _quoted(value: object) -> str:
+    """A JSON value in one short line of ASCII."""
+    shown = json.dumps(value)
+    return shown if len(shown) <= 60 else f"{shown[:59]}…"

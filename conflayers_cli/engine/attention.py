@@ -81,7 +81,9 @@ def attention_forward(
     folded = query.reshape(batch, key.shape[1], used, query.shape[-1])
     if rows > used:
         folded = F.pad(folded, (0, 0, 0, rows - used))
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    out = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask, scale=scaling
+    )
     out = out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
     return out.transpose(1, 2), None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from conflayers_cli.errors import InputError
 
 from .cache import KVCache
+from .costs import clock
 from .decoder import Decoder
 from .draft import Context, Draft, Drafter
 from .sampling import Sampler, Sampling, accept_greedy, accept_sampled
@@ -117,13 +117,13 @@ class Generation:
         """Decide at least one more token. Not to be called once ``finish`` is set."""
         if len(self.tokens) == self.prompt_length:
             return self._prefill()
-        begin = self._clock()
+        begin = clock(self.decoder.device)
         draft = NOTHING
         room = self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
         if self.drafter is not None and room > 0:
             context = Context(self.tokens, self.cache, self.sampler)
             draft = self.drafter.draft(context, room)
-        drafted = self._clock() if draft.tokens else begin
+        drafted = clock(self.decoder.device) if draft.tokens else begin
         accepted, token = self._verify(draft)
         kept = self._keep((*draft.tokens[:accepted], token))
         return Step(
@@ -132,17 +132,17 @@ class Generation:
             accepted=min(accepted, len(kept)),
             drafter=self.drafter.name if self.drafter and draft.tokens else "none",
             draft_seconds=drafted - begin,
-            verify_seconds=self._clock() - drafted,
+            verify_seconds=clock(self.decoder.device) - drafted,
             finish=self.finish,
         )
 
     def _prefill(self) -> Step:
-        begin = self._clock()
+        begin = clock(self.decoder.device)
         self.sampler.saw(self.tokens)
         prompt = torch.tensor([self.tokens], device=self.decoder.device)
         logits = self.decoder.prefill(prompt, self.cache)
         kept = self._keep((self.sampler.choose(logits[0]),))
-        return Step(kept, 0, 0, "prefill", 0.0, self._clock() - begin, self.finish)
+        return Step(kept, 0, 0, "prefill", 0.0, clock(self.decoder.device) - begin, self.finish)
 
     def _verify(self, draft: Draft) -> tuple[int, int]:
         """One full pass over the pending token and the draft: (drafts that stand, next token)."""
@@ -171,8 +171,3 @@ class Generation:
                 break
         self.sampler.saw(tokens[:kept])
         return tokens[:kept]
-
-    def _clock(self) -> float:
-        if self.decoder.device.type == "cuda":
-            torch.cuda.synchronize(self.decoder.device)
-        return time.perf_counter()

@@ -202,8 +202,10 @@ class Decoder:
         Raises:
             InputError: the engine's cache and masks don't reproduce the model's own logits.
         """
-        count = min(8, self.vocabulary)
-        tokens = torch.arange(count, device=self.device)[None]
+        # Tokens from all over the vocabulary: runs of special tokens are chaotic in bfloat16.
+        count = 16
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocabulary, (1, count), generator=generator).to(self.device)
         positions = torch.arange(count, device=self.device)[None]
         with torch.inference_mode(), self.plain() as model, self.stack.learning_shapes():
             expected = model(input_ids=tokens, use_cache=False).logits
@@ -214,7 +216,9 @@ class Decoder:
             self.prefill(tokens[:, :half], cache)
             logits = self.forward(tokens[:, half:], positions[:, half:], cache)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{name} does not run on this engine's cache and masks: {error}") from error
+            raise InputError(
+                f"{name} does not run on this engine's cache and masks: {error}"
+            ) from error
         if not self._close(logits, expected[:, half:]):
             raise InputError(
                 f"{name} is refused: run step by step with explicit masks and positions it does not "
@@ -237,10 +241,15 @@ class Decoder:
         return frozenset(("attention", "mlp")) if self._close(stubbed, skipped) else frozenset()
 
     def _close(self, one: torch.Tensor, other: torch.Tensor) -> bool:
-        # Wrong masks or positions move logits by their own size; rounding by a small share of it.
-        share = 1e-3 if self.dtype == torch.float32 else 0.08
-        difference = (one.float() - other.float()).abs().max()
-        return bool(difference <= share * other.float().abs().max().clamp(min=1e-6))
+        """Whether logits ``[1, T, V]`` agree but for rounding, at most of the positions.
+
+        Wrong masks or positions move logits by as much as they vary; half-precision rounding by a
+        few per cent of that, and more at a token here and there, hence the median.
+        """
+        share = 1e-2 if self.dtype == torch.float32 else 0.3
+        difference = (one.float() - other.float()).pow(2).mean(-1).sqrt()
+        spread = other.float().std(-1).clamp(min=1e-6)
+        return bool((difference / spread).median() <= share)
 
 
 def _refuse_unsupported(model: Any, config: Any) -> None:
@@ -266,6 +275,4 @@ def _windows(config: Any, depth: int) -> dict[str, int | None]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * depth
-    return {
-        kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)
-    }
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}

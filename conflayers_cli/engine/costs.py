@@ -1,0 +1,111 @@
+"""What passes cost on the device at hand, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .cache import KVCache
+from .decoder import FULL, Decoder
+from .plan import SkipPlan
+
+WIDTHS = (1, 2, 3, 5, 9, 17, 26)
+"""Verification widths measured; costs between them are interpolated."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per pass, batch 1.
+
+    Attributes:
+        verify: full pass by width (tokens per pass), at least one entry.
+        floor: a draft pass of one token with every layer but the first and the last left out, less
+            the two layers: embedding, final norm, logits, and what the host spends.
+        attention: one attention sub-layer, one token.
+        mlp: one MLP sub-layer, one token.
+        context: positions in the cache when measured.
+    """
+
+    verify: Mapping[int, float]
+    floor: float
+    attention: float
+    mlp: float
+    context: int
+
+    def verify_cost(self, width: int) -> float:
+        """Seconds of a full pass over ``width`` tokens; linear between measured widths."""
+        widths = sorted(self.verify)
+        if width <= widths[0]:
+            return self.verify[widths[0]]
+        for low, high in zip(widths, widths[1:], strict=False):
+            if width <= high:
+                share = (width - low) / (high - low)
+                return self.verify[low] + share * (self.verify[high] - self.verify[low])
+        return self.verify[widths[-1]] * width / widths[-1]
+
+    def draft_cost(self, plan: SkipPlan, depth: int) -> float:
+        """Seconds of one draft token under a plan."""
+        attention = (depth - len(plan.attention)) * self.attention
+        return self.floor + attention + (depth - len(plan.mlp)) * self.mlp
+
+
+def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Costs:
+    """Measure a model's passes, all kinds interleaved, each the median of ``rounds``.
+
+    Kinds of sub-layers are told apart by passes that leave out all middle layers, or all middle
+    MLPs. Where sub-layers can't be left out one by one, a layer's cost is split evenly: it then
+    only ever counts as a whole.
+
+    Args:
+        decoder: the model.
+        context: positions in the cache.
+        rounds: measurements of each kind.
+    """
+    depth = decoder.depth
+    middle = range(1, depth - 1)
+    plans = {"full": FULL, "none": SkipPlan.of_layers(middle)}
+    if len(decoder.sub_layers) == 2:
+        plans["no mlp"] = SkipPlan.of(mlp=middle)
+    cache = decoder.new_cache(context + max(WIDTHS))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(decoder.vocabulary, (1, context), generator=generator)
+    decoder.prefill(prompt.to(decoder.device), cache)
+    passes = [(("verify", width), FULL, width) for width in WIDTHS]
+    passes += [(("plan", name), plan, 1) for name, plan in plans.items()]
+    times: dict[tuple[str, object], list[float]] = {key: [] for key, _, _ in passes}
+    for round_ in range(rounds + 1):
+        for key, plan, width in passes:
+            seconds = _time(decoder, cache, plan, context, width)
+            if round_:  # the first round warms up
+                times[key].append(seconds)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    full, none = medians["plan", "full"], medians["plan", "none"]
+    layer = max((full - none) / len(middle), 0.0) if depth > 2 else 0.0
+    mlp = layer / 2
+    if "no mlp" in plans:
+        mlp = min(max((full - medians["plan", "no mlp"]) / len(middle), 0.0), layer)
+    verify, slowest = {}, 0.0
+    for width in WIDTHS:
+        # A wider pass is never really cheaper; a dip is noise that would mislead the search.
+        slowest = max(slowest, medians["verify", width])
+        verify[width] = slowest
+    return Costs(verify, max(none - 2 * layer, 0.0), layer - mlp, mlp, context)
+
+
+def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
+    tokens = torch.full((1, width), 1 % decoder.vocabulary, device=decoder.device)
+    positions = torch.arange(context, context + width, device=decoder.device)[None]
+    begin = clock(decoder.device)
+    decoder.forward(tokens, positions, cache, plan).argmax(dim=-1).tolist()
+    return clock(decoder.device) - begin
+
+
+def clock(device: torch.device) -> float:
+    """Seconds now, with the device's queue of work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,211 @@
+"""The objective of every search: tokens per second on this device.
+
+A plan is judged by one parallel draft pass over texts the model wrote itself (SWIFT's matchness,
+arXiv 2410.06916 §4.1): at every position, does the draft's choice equal the text's next token, and
+how sure was the draft? Decoding is then replayed on paper for each draft length and stop
+probability, with the passes' measured costs, and the best setting is the plan's score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from conflayers_cli.engine.cache import KVCache
+from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.plan import SkipPlan
+
+from .task import Sample
+
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+STOPS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A draft length and the probability under which a draft stops. Length 0 drafts nothing."""
+
+    max_tokens: int
+    stop_probability: float
+
+
+VANILLA = Setting(0, 0.0)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text under a plan, position by position.
+
+    Attributes:
+        agrees: whether the draft's choice is the text's next token, bool ``[n]``.
+        probability: the draft's probability of its own choice, float ``[n]``.
+    """
+
+    agrees: npt.NDArray[np.bool_]
+    probability: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Decoding replayed over traces: what it drafts, keeps, decides and costs."""
+
+    steps: int
+    drafted: int
+    accepted: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A plan's worth.
+
+    Attributes:
+        plan: what is left out.
+        agreement: share of positions where the draft's choice is the model's.
+        setting: the best draft setting.
+        speedup: predicted tokens per second with it over vanilla's; 1 where drafting nothing wins.
+        replay: the decoding behind the speed-up.
+    """
+
+    plan: SkipPlan
+    agreement: float
+    setting: Setting
+    speedup: float
+    replay: Replay
+
+
+class Objective:
+    """Judges plans of one model by texts the model wrote.
+
+    Args:
+        decoder: the model.
+        costs: its measured passes.
+        samples: prompts with the model's own greedy output; those under 3 tokens are left out.
+        most_tokens: positions per sample at the most.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        costs: Costs,
+        samples: Sequence[Sample],
+        most_tokens: int = 96,
+    ) -> None:
+        self.decoder = decoder
+        self.costs = costs
+        self.passes = 0
+        self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
+        self._known: dict[tuple[SkipPlan, int], Score] = {}
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self._texts)
+
+    @property
+    def positions(self) -> int:
+        """Positions judged in all texts together."""
+        return sum(len(text.following) for text in self._texts)
+
+    def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
+        """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
+        count = len(self._texts) if texts is None else min(texts, len(self._texts))
+        known = self._known.get((plan, count))
+        if known is None:
+            known = self._known[plan, count] = self._score(plan, count)
+        return known
+
+    def _score(self, plan: SkipPlan, count: int) -> Score:
+        vanilla = Score(plan, 1.0, VANILLA, 1.0, Replay(1, 0, 0, 1, self.costs.verify_cost(1)))
+        if not plan or not count:
+            return vanilla
+        traces = [text.trace(self.decoder, plan) for text in self._texts[:count]]
+        self.passes += count
+        agreement = float(np.concatenate([t.agrees for t in traces]).mean())
+        draft = self.costs.draft_cost(plan, self.decoder.depth)
+        best = Score(plan, agreement, VANILLA, 1.0, vanilla.replay)
+        for stop in STOPS:
+            for length in LENGTHS:
+                setting = Setting(length, stop)
+                played = replay(traces, setting, draft, self.costs)
+                speedup = played.tokens * self.costs.verify_cost(1) / played.seconds
+                if speedup > best.speedup:
+                    best = Score(plan, agreement, setting, speedup, played)
+        return best
+
+
+class _Text:
+    """A sample, its prompt already in a cache."""
+
+    def __init__(self, decoder: Decoder, sample: Sample, most_tokens: int) -> None:
+        output = sample.output[: most_tokens + 1]
+        start, device = len(sample.prompt), decoder.device
+        self.cache: KVCache = decoder.new_cache(start + len(output))
+        decoder.prefill(torch.tensor([sample.prompt], device=device), self.cache)
+        self.fed = torch.tensor([output[:-1]], device=device)
+        self.following = torch.tensor(output[1:], device=device)
+        self.positions = torch.arange(start, start + len(output) - 1, device=device)[None]
+
+    def trace(self, decoder: Decoder, plan: SkipPlan) -> Trace:
+        # The draft writes its keys behind the prompt only, and every pass writes them anew.
+        logits = decoder.forward(self.fed, self.positions, self.cache, plan)[0].float()
+        top, choice = logits.max(dim=-1)
+        probability = torch.exp(top - torch.logsumexp(logits, dim=-1))
+        agrees = choice == self.following
+        return Trace(agrees.cpu().numpy(), probability.double().cpu().numpy())
+
+
+def replay(traces: Sequence[Trace], setting: Setting, draft_cost: float, costs: Costs) -> Replay:
+    """Greedy decoding of the traced texts, on paper.
+
+    Args:
+        traces: texts under a plan.
+        setting: at least one token is drafted per step where the text goes on.
+        draft_cost: seconds per drafted token.
+        costs: of verification.
+    """
+    steps = drafted = accepted = tokens = 0
+    seconds = 0.0
+    width_cost = [costs.verify_cost(w + 1) for w in range(setting.max_tokens + 1)]
+    for trace in traces:
+        count = len(trace.agrees)
+        chain = _chain_lengths(trace, setting)
+        run = _agreeing_runs(trace.agrees)
+        at = 0
+        while at < count:
+            drafts = int(chain[at])
+            kept = min(drafts, int(run[at]))
+            steps += 1
+            drafted += drafts
+            accepted += kept
+            tokens += kept + 1
+            seconds += drafts * draft_cost + width_cost[drafts]
+            at += kept + 1
+    return Replay(steps, drafted, accepted, tokens, seconds)
+
+
+def _chain_lengths(trace: Trace, setting: Setting) -> npt.NDArray[np.int64]:
+    """Tokens drafted when drafting begins at each position (the stop token included)."""
+    count = len(trace.probability)
+    lengths = np.zeros(count, dtype=np.int64)
+    until_stop = 0
+    for at in range(count - 1, -1, -1):
+        stops = trace.probability[at] < setting.stop_probability
+        until_stop = 1 if stops else until_stop + 1
+        lengths[at] = min(until_stop, setting.max_tokens)
+    return lengths
+
+
+def _agreeing_runs(agrees: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Length of the run of agreement that begins at each position."""
+    runs = np.zeros(len(agrees), dtype=np.int64)
+    run = 0
+    for at in range(len(agrees) - 1, -1, -1):
+        run = run + 1 if agrees[at] else 0
+        runs[at] = run
+    return runs

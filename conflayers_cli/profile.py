@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -22,7 +20,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.errors import InputError
+from conflayers_cli.outputs import write_atomically
 from conflayers_cli.prompts import read_text
 
 SCHEMA_VERSION: Final = 1
@@ -264,7 +263,7 @@ class Profile(_Section):
             InputError: the folder does not exist, or ``path`` is a folder or a device.
             ConfLayersError: the file can't be written.
         """
-        _write_atomically(path, self.to_yaml())
+        write_atomically(path, self.to_yaml())
 
 
 def _layer_error(where: str, problem: str) -> PydanticCustomError:
@@ -403,25 +402,3 @@ def _rounded(value: object) -> object:
     if not isinstance(value, float) or value == 0:
         return value
     return round(value, 3 - floor(log10(abs(value))))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``, so that no reader ever sees half of it."""
-    try:
-        target = Path(os.path.realpath(path))  # write through a link, don't replace it
-        if not target.parent.is_dir():
-            raise InputError(f"{path}: the folder {target.parent} does not exist")
-        if target.exists() and not target.is_file():
-            raise InputError(f"{path}: is a folder or a device, a file is needed")
-        temporary = target.parent / f".conflayers-{secrets.token_hex(6)}.tmp"
-        try:
-            # opened like any new file, so that the user's umask decides who may read it
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfLayersError(f"{path}: can't be written: {error.strerror or error}") from error

@@ -240,6 +240,7 @@ def test_a_hand_written_profile(tmp_path: Path) -> None:
         (("schema_version",), True, "schema_version: true is not supported, supported is 1"),
         (("schema_version",), "1", "schema_version: '1' is not supported, supported is 1"),
     ],
+    ids=lambda part: str(part)[:30],
 )
 def test_a_value_that_does_not_fit(
     tmp_path: Path, path: tuple[str, ...], value: object, expected: str

@@ -4,10 +4,10 @@ Two things are done to the call that transformers' models make through their att
 
 * Grouped heads are *folded*: the query heads that share a key/value head become rows of one call,
   ``[B, Hq, T, D] → [B, Hkv, G·T, D]``. Keys and values are never repeated in memory.
-* In half precision the rows are padded to a multiple of four and the keys are taken in extents of a
-  multiple of 256 (the cache sees to that), under a boolean mask. PyTorch's CPU kernel then gives a
-  row the same bits whatever the number of rows, its place among them, and what lies beyond the mask,
-  which is what makes speculative bfloat16 output equal to vanilla token for token.
+* The rows are padded to a multiple of four and the keys are taken in extents of a multiple of 256
+  (the cache sees to it), under a boolean mask. PyTorch's CPU kernel then gives a
+  row the same bits whatever the number of rows, its place among them, and what lies beyond the
+  mask, which is what makes speculative bfloat16 output equal to vanilla token for token.
 """
 
 from __future__ import annotations

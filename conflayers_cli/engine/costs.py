@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ class Costs:
         widths = sorted(self.verify)
         if width <= widths[0]:
             return self.verify[widths[0]]
-        for low, high in zip(widths, widths[1:], strict=False):
+        for low, high in pairwise(widths):
             if width <= high:
                 share = (width - low) / (high - low)
                 return self.verify[low] + share * (self.verify[high] - self.verify[low])
@@ -74,9 +75,11 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(decoder.vocabulary, (1, context), generator=generator)
     decoder.prefill(prompt.to(decoder.device), cache)
-    passes = [(("verify", width), FULL, width) for width in WIDTHS]
-    passes += [(("plan", name), plan, 1) for name, plan in plans.items()]
-    times: dict[tuple[str, object], list[float]] = {key: [] for key, _, _ in passes}
+    passes: list[tuple[tuple[str, str | int], SkipPlan, int]] = [
+        *((("verify", width), FULL, width) for width in WIDTHS),
+        *((("plan", name), plan, 1) for name, plan in plans.items()),
+    ]
+    times: dict[tuple[str, str | int], list[float]] = {key: [] for key, _, _ in passes}
     for round_ in range(rounds + 1):
         for key, plan, width in passes:
             seconds = _time(decoder, cache, plan, context, width)

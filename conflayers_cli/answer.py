@@ -1,0 +1,201 @@
+"""Decoding one prompt to the end: its text, its tokens, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from conflayers_cli.engine.decode import Finish, Generation, Step
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.engine.text import TextStream
+
+
+@dataclass(frozen=True)
+class DraftCount:
+    """What one drafter did."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: DraftCount) -> DraftCount:
+        return DraftCount(
+            self.steps + other.steps,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What decoding took, the prompt's pass apart from the rest.
+
+    Attributes:
+        prefill_seconds: the pass over the prompt, which also decides the first token.
+        decode_seconds: all steps behind it.
+        tokens: tokens produced.
+        decode_tokens: those of the steps behind the prefill.
+        steps: those steps.
+        by_drafter: what each drafter did in them; steps without a draft are not in it.
+    """
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    tokens: int = 0
+    decode_tokens: int = 0
+    steps: int = 0
+    by_drafter: Mapping[str, DraftCount] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: Iterable[Step]) -> Summary:
+        """The summary of a generation's steps."""
+        return cls.total(map(_of_step, steps))
+
+    @classmethod
+    def total(cls, summaries: Iterable[Summary]) -> Summary:
+        """One summary of several generations."""
+        parts = list(summaries)
+        drafters: dict[str, DraftCount] = {}
+        for part in parts:
+            for name, count in part.by_drafter.items():
+                drafters[name] = drafters.get(name, DraftCount()) + count
+        return cls(
+            prefill_seconds=sum(part.prefill_seconds for part in parts),
+            decode_seconds=sum(part.decode_seconds for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            decode_tokens=sum(part.decode_tokens for part in parts),
+            steps=sum(part.steps for part in parts),
+            by_drafter=drafters,
+        )
+
+    @property
+    def drafted(self) -> int:
+        """Tokens drafted."""
+        return sum(count.drafted for count in self.by_drafter.values())
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept."""
+        return sum(count.accepted for count in self.by_drafter.values())
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding, without the prefill; None where nothing was decoded behind it."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """The share of drafted tokens that were kept; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens per full pass behind the prefill; None where there was none."""
+        return self.decode_tokens / self.steps if self.steps else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary as JSON takes it."""
+        return {
+            "prefill_seconds": round(self.prefill_seconds, 6),
+            "decode_seconds": round(self.decode_seconds, 6),
+            "tokens": self.tokens,
+            "decode_tokens": self.decode_tokens,
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "tokens_per_second": self.tokens_per_second,
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_step": self.tokens_per_step,
+            "by_drafter": {
+                name: {"steps": c.steps, "drafted": c.drafted, "accepted": c.accepted}
+                for name, c in self.by_drafter.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, why it ended, and what it took."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Finish
+    prompt_tokens: int
+    stats: Summary
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer as JSON takes it."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "stats": self.stats.as_json(),
+        }
+
+
+def answer(
+    decoder: Decoder,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    drafter: Drafter | None = None,
+    end_tokens: frozenset[int] = frozenset(),
+    stops: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Decode one prompt to the end.
+
+    Args:
+        decoder: the model.
+        tokenizer: its transformers tokenizer.
+        prompt: token ids, at least one.
+        max_new_tokens: the most tokens produced.
+        sampling: how tokens are chosen; greedy by default.
+        drafter: None decodes vanilla.
+        end_tokens: ids that end the answer.
+        stops: strings that end the text and are not part of it.
+        on_text: given every piece of text as soon as it is certain; the pieces add up to the text.
+
+    Raises:
+        InputError: as `Generation`.
+    """
+    stream = TextStream(tokenizer, stops)
+    generation = Generation(
+        decoder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        drafter=drafter,
+        end_tokens=end_tokens,
+        watch=stream.feed,
+    )
+    steps = []
+    for step in generation:
+        steps.append(step)
+        if (text := stream.take()) and on_text:
+            on_text(text)
+    if (text := stream.finish()) and on_text:
+        on_text(text)
+    return Answer(
+        text=stream.text,
+        token_ids=tuple(generation.output),
+        finish_reason=generation.finish or "length",
+        prompt_tokens=len(prompt),
+        stats=Summary.of(steps),
+    )
+
+
+def _of_step(step: Step) -> Summary:
+    count = len(step.tokens)
+    if step.drafter == "prefill":
+        return Summary(prefill_seconds=step.seconds, tokens=count)
+    drafters = {}
+    if step.drafted:
+        drafters[step.drafter] = DraftCount(1, step.drafted, step.accepted)
+    return Summary(0.0, step.seconds, count, count, 1, drafters)

@@ -1,0 +1,247 @@
+"""What the commands share: opening a model, fitting a profile and prompts to it.
+
+Options are in :mod:`.options`, output and progress in :mod:`.terminal`. Heavy modules are imported
+inside the functions, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from conflayers_cli.cli.terminal import note, progress_bar
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.engine.draft import Drafter
+    from conflayers_cli.engine.model import LoadedModel
+    from conflayers_cli.engine.sampling import Sampling
+    from conflayers_cli.profile import ModelFingerprint, Profile
+    from conflayers_cli.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model gets it, and how many new tokens it has room for."""
+
+    id: str
+    category: str | None
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+
+
+def open_model(
+    source: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[LoadedModel, Decoder]:
+    """Load a model and make it ready to be decoded with; a bar on stderr shows how far it is.
+
+    Raises:
+        InputError: no such model, device or dtype; or the model can't be decoded exactly.
+        ConfLayersError: it does not fit into the memory, or can't be converted.
+    """
+    from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.engine.model import load_model
+
+    with progress_bar() as tell:
+        loaded = load_model(
+            source,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=tell,
+        )
+        return loaded, Decoder(loaded.model)
+
+
+def load_profile(path: Path) -> Profile:
+    """The profile in a file.
+
+    Raises:
+        InputError: the file can't be read or is no profile.
+    """
+    from conflayers_cli.profile import Profile
+
+    return Profile.load(path)
+
+
+def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
+    """What a profile says about this model.
+
+    Raises:
+        InputError: the model's configuration lacks a size that a profile needs.
+    """
+    from pydantic import ValidationError
+
+    from conflayers_cli.engine.model import fingerprint
+    from conflayers_cli.profile import ModelFingerprint
+
+    values = fingerprint(loaded.model.config)
+    try:
+        return ModelFingerprint.model_validate({"name": loaded.name, **values})
+    except ValidationError as error:
+        missing = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise InputError(f"{loaded.name}: its configuration has no usable {missing}") from None
+
+
+def model_source(model: str | None, profile: Profile | None) -> str:
+    """Where the model comes from: ``--model``, else the profile.
+
+    Raises:
+        InputError: neither is given.
+    """
+    if model is not None:
+        return model
+    if profile is None:
+        raise InputError(
+            "no model: give --profile FILE (what calibrate wrote), "
+            "or --model MODEL to decode without drafts"
+        )
+    return profile.model.name
+
+
+def drafter_for(
+    loaded: LoadedModel, decoder: Decoder, profile: Profile | None, path: Path | None, force: bool
+) -> Drafter | None:
+    """The profile's drafter for this model; None (vanilla) where it has nothing to leave out.
+
+    Raises:
+        InputError: the profile was made for another model, or this one can't run under its plan.
+    """
+    if profile is None:
+        return None
+    _check_fit(loaded, decoder, profile, path, force)
+    if not profile.plan or profile.draft.max_tokens == 0:
+        return None
+    from conflayers_cli.engine.draft import SkipDrafter
+
+    settings = profile.draft
+    return SkipDrafter(decoder, profile.plan, settings.max_tokens, settings.stop_probability)
+
+
+def _check_fit(
+    loaded: LoadedModel, decoder: Decoder, profile: Profile, path: Path | None, force: bool
+) -> None:
+    difference = fingerprint_of(loaded).difference(profile.model)
+    if difference:
+        problem = f"{path}: was made for another model than {loaded.name}: {difference}"
+        if profile.model.depth != decoder.depth:
+            raise InputError(problem)
+        if not force:
+            raise InputError(f"{problem} (--force goes on all the same)")
+        note(f"warning: {problem}")
+    try:
+        decoder.check_plan(profile.plan)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def sampling_from(
+    *,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    seed: int,
+) -> Sampling:
+    """The sampling settings of the command line, checked.
+
+    Raises:
+        InputError: a value is outside its range.
+    """
+    from conflayers_cli.engine.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    flags = {"--top-p": top_p, "--top-k": top_k, "--min-p": min_p}
+    idle = [flag for flag, value in flags.items() if value is not None]
+    if sampling.greedy and idle:
+        note(f"note: {', '.join(idle)} changes nothing at --temperature 0")
+    return sampling
+
+
+def read_prompt_file(path: Path | None, max_prompts: int | None) -> list[Prompt]:
+    """The prompts of a file, or those that come with the package; the first ``max_prompts``.
+
+    Raises:
+        InputError: the file can't be read, or a line of it is no prompt.
+    """
+    from conflayers_cli.prompts import builtin_prompts, read_prompts
+
+    prompts = builtin_prompts() if path is None else read_prompts(path)
+    return prompts[:max_prompts]
+
+
+def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
+    """The token ids of a prompt: by the chat template of models that have one, unless ``raw``.
+
+    Raises:
+        InputError: the template refuses the messages, or no tokens come out.
+    """
+    from conflayers_cli.engine.model import encode
+    from conflayers_cli.prompts import as_messages, plain_text
+
+    if raw or not loaded.has_chat_template:
+        return encode(loaded, None, plain_text(prompt, system))
+    return encode(loaded, as_messages(prompt, system), None)
+
+
+def encode_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    *,
+    system: str | None,
+    raw: bool,
+    max_new_tokens: int,
+) -> list[EncodedPrompt]:
+    """Encode prompts and check that the model's context has room for them.
+
+    Where a prompt leaves less room than ``max_new_tokens``, it gets what there is, and a note says
+    so once.
+
+    Raises:
+        InputError: a prompt can't be encoded or fills the context; it is named.
+    """
+    encoded = []
+    for prompt in prompts:
+        which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
+        try:
+            tokens = encode_prompt(loaded, prompt, system, raw)
+        except InputError as error:
+            raise InputError(f"{which}: {error}") from error
+        room = sys.maxsize
+        if loaded.context_length is not None:
+            room = loaded.context_length - len(tokens)
+        if room < 1:
+            raise InputError(
+                f"{which} is too long: {len(tokens):,} tokens, and {loaded.name} takes "
+                f"{loaded.context_length:,}, the answer included"
+            )
+        budget = min(max_new_tokens, room)
+        encoded.append(EncodedPrompt(prompt.id, prompt.category, tuple(tokens), budget))
+    _tell_cut(loaded, [prompt.max_new_tokens for prompt in encoded], max_new_tokens)
+    return encoded
+
+
+def _tell_cut(loaded: LoadedModel, budgets: Sequence[int], wanted: int) -> None:
+    cut = [budget for budget in budgets if budget < wanted]
+    if not cut:
+        return
+    which = (
+        f"{len(cut)} of {len(budgets)} prompts leave" if len(budgets) > 1 else "the prompt leaves"
+    )
+    note(
+        f"note: {which} room for {min(cut):,} new tokens{' or more' if len(cut) > 1 else ''} "
+        f"instead of {wanted:,} in the context of {loaded.name} ({loaded.context_length:,} tokens)"
+    )

@@ -1,0 +1,172 @@
+"""The ``conflayers`` command: its sub-commands, and how failures are told and end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from conflayers_cli import __version__
+from conflayers_cli.cli.bench import HELP as BENCH_HELP
+from conflayers_cli.cli.bench import bench
+from conflayers_cli.cli.calibrate import calibrate
+from conflayers_cli.cli.generate import HELP as GENERATE_HELP
+from conflayers_cli.cli.generate import generate
+from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note
+from conflayers_cli.errors import ConfLayersError
+
+FAILURE = 1
+USAGE = 2
+INTERRUPTED = 130
+
+HELP = """Decode faster with the model's own layers, losslessly.
+
+The model drafts tokens with some of its layers left out and checks them in one full pass.
+
+First find the layers that a model can do without, then use what was found:
+
+\b
+  conflayers calibrate --model smollm2-deep --output deep.yaml
+  conflayers generate "Why is the sky blue?" --profile deep.yaml
+  conflayers bench --profile deep.yaml
+"""
+
+app = typer.Typer(
+    name=PROGRAM,
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command(name="calibrate")(calibrate)
+app.command(name="generate", help=GENERATE_HELP)(generate)
+app.command(name="bench", help=BENCH_HELP)(bench)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        emit(f"{PROGRAM} {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where in the program a failure arose.")
+    ] = False,
+) -> None:
+    del version, debug  # dealt with before a command starts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    0 is success; 1 a failure while working; 2 wrong usage or bad input; 3 a gate that did not
+    hold; 130 an interruption. A failure is one line on stderr.
+
+    Args:
+        argv: the arguments without the program's name; those of the process by default.
+    """
+    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    return _flushed(_run(arguments, debug))
+
+
+def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without ``--debug``, which may stand anywhere before ``--``."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    kept = [argument for argument in argv[:end] if argument != "--debug"]
+    return [*kept, *argv[end:]], len(kept) < end
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        result = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except SystemExit as end:  # Typer's and Rich's own ways out
+        return end.code if isinstance(end.code, int) else FAILURE
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line tells it
+        return _report(error, debug)
+    if result == INTERRUPTED:
+        note("interrupted")
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Tell the user about a failure; returns the exit code."""
+    if debug and sys.stderr is not None:
+        traceback.print_exception(error)
+    if isinstance(error, ConfLayersError):
+        note(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError):
+        note("interrupted")
+        return INTERRUPTED
+    # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
+    # told by what they offer.
+    if hasattr(error, "format_message"):
+        return _report_usage(error)
+    if _out_of_memory(error):
+        note(f"error: out of memory: {_first_line(error)}")
+        return FAILURE
+    cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
+    told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
+    advice = "" if debug else " (run with --debug for the traceback)"
+    note(f"internal error: {told}{advice}")
+    return FAILURE
+
+
+def _report_usage(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return USAGE  # the help is printed already
+    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    command = getattr(context, "command_path", PROGRAM)
+    note(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see '{command} --help'")
+    return USAGE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    # the CPU's allocator raises a RuntimeError without a class of its own
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _flushed(code: int) -> int:
+    """``code``, or a failure where the rest of the output can't be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        discard(sys.stdout)
+        if code == 0:
+            note(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
+            code = FAILURE
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        discard(sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Options that several commands share, as annotated types for Typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL = "Model"
+_SAMPLING = "Sampling"
+_PROMPTS = "Prompts"
+MAX_SEED = 2**32 - 1
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="smollm2, smollm2-deep, a Hugging Face id, a folder or a .gguf file.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="auto (what is fast on the device), float32, bfloat16 or float16.",
+        rich_help_panel=_MODEL,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        "-p",
+        metavar="FILE",
+        help="What calibrate found: the layers to leave out while drafting.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Use the profile although it was made for another model of this depth.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Prompt file: JSONL (prompt, messages, turns or conversations) or a prompt a line.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+MaxPrompts = Annotated[
+    int | None,
+    typer.Option(
+        "--max-prompts",
+        min=1,
+        metavar="N",
+        help="Use only the first N prompts.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        metavar="TEXT",
+        help="A system message, put first (in place of the prompt's own).",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw",
+        help="Continue the prompt as it is, without the model's chat template.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="The most tokens produced."),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        "-t",
+        metavar="T",
+        help="0 takes the likeliest token every time; above it, tokens are drawn.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Draw from the likeliest tokens that hold this share.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="K",
+        help="Draw from the K likeliest tokens.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        metavar="P",
+        help="Draw from tokens at least this share as likely as the likeliest.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="R",
+        help="Over 1 makes tokens of the text so far less likely.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=MAX_SEED,
+        metavar="N",
+        help="Of the random numbers; prompt i of a file uses N + i.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text for people.")
+]

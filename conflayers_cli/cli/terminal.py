@@ -1,0 +1,152 @@
+"""What goes to the terminal: the answer alone to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from conflayers_cli.errors import ConfLayersError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+PROGRAM = "conflayers"
+PIPE_WIDTH = 160
+Tell = Callable[[str, float], None]
+"""Told what is being done, and how much of the whole is done, from 0 to 1."""
+
+# Shown as Unicode's pictures of them. C1 controls have none.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def terminal_safe(text: str) -> str:
+    """The text with control characters made visible, so that it can't steer a terminal."""
+    return text.translate(_VISIBLE)
+
+
+def one_line(text: object) -> str:
+    """A message fit for one line on a terminal."""
+    return terminal_safe(" ".join(str(text).split()))
+
+
+def note(message: str) -> None:
+    """Say something to the user: one line on stderr."""
+    if sys.stderr is None:  # closed by the caller; print() would turn to stdout then
+        return
+    # Where stderr is gone too there is nobody left to tell.
+    with suppress(OSError, ValueError):
+        print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def emit(text: str) -> None:
+    """Write a part of the answer to stdout, at once.
+
+    Control characters are made visible where stdout is a terminal; files and pipes get the text
+    as it is.
+
+    Raises:
+        ConfLayersError: stdout is closed or can't be written.
+    """
+    _write(terminal_safe(text) if is_terminal(sys.stdout) else text)
+
+
+def _write(text: str) -> None:
+    stdout = sys.stdout
+    if stdout is None:
+        raise ConfLayersError("standard output is closed")
+    try:
+        stdout.write(_encodable(text, stdout))
+        stdout.flush()
+    except BrokenPipeError:
+        raise ConfLayersError("standard output was closed before all was written") from None
+    except (OSError, ValueError) as error:  # ValueError: a closed file object
+        reason = getattr(error, "strerror", None) or error
+        raise ConfLayersError(f"standard output can't be written: {reason}") from error
+
+
+def emit_json(document: Any, *, indent: int | None = 2) -> None:
+    """Write one JSON document and a line end to stdout; with ``indent`` None on one line."""
+    unicode = sys.stdout is not None and (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(document, ensure_ascii=not unicode, allow_nan=False, indent=indent)
+    emit(f"{text}\n")
+
+
+def emit_rich(*parts: RenderableType) -> None:
+    """Write tables and text for people to stdout; plain where it is no terminal.
+
+    Raises:
+        ConfLayersError: as `emit`.
+    """
+    from rich.console import Console
+
+    if is_terminal(sys.stdout):
+        console = Console(file=sys.stdout)
+    else:  # a pipe has no width: tables must not be squeezed to fit one
+        console = Console(file=io.StringIO(), width=PIPE_WIDTH, color_system=None)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    _write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sits before the stream."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # a closed file object
+        return False
+
+
+def stderr_console() -> Console:
+    """The console for everything that is not the answer."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Tell]:
+    """A bar on stderr while the block runs, where stderr is a terminal; else nothing is shown."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield _silent
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    # stdout is the answer's: Rich must not lead it to the bar's console
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def tell(message: str, done: float) -> None:
+            bar.update(task, description=one_line(message), completed=done)
+
+        yield tell
+
+
+def discard(stream: TextIO | None) -> None:
+    """Send what is left in a stream that failed to nowhere.
+
+    Python flushes the standard streams once more as it ends, and would complain then.
+    """
+    with suppress(OSError, ValueError):
+        if stream is not None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _silent(message: str, done: float) -> None:
+    """Progress that nobody watches."""
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text with what the stream's encoding lacks escaped."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

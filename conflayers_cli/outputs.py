@@ -1,0 +1,176 @@
+"""Result files: a document written whole or not at all, and JSON lines that can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from conflayers_cli.errors import ConfLayersError, InputError
+
+
+@dataclass(frozen=True)
+class LineKey:
+    """What says that a line of an output answers a certain prompt."""
+
+    index: int
+    prompt_sha256: str
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path that no file can be written to, before any work is done.
+
+    Raises:
+        InputError: its folder does not exist, or it is a folder or a device.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise InputError(f"{path}: the folder {target.parent} does not exist")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path}: is a folder or a device, a file is needed")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise _unwritable(path, error) from error
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document: all of it or, on failure, nothing.
+
+    Raises:
+        InputError: as `check_target`.
+        ConfLayersError: the file can't be written.
+    """
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
+    write_atomically(path, f"{text}\n")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by a file with ``content`` (text as UTF-8), so that no reader ever sees half of it.
+
+    Raises:
+        InputError: as `check_target`.
+        ConfLayersError: the file can't be written.
+    """
+    check_target(path)
+    target = Path(os.path.realpath(path))  # write through a link, don't replace it
+    temporary = target.parent / f".conflayers-{secrets.token_hex(6)}.tmp"
+    try:
+        try:
+            # opened like any new file, so that the user's umask decides who may read it
+            with temporary.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+class JsonLines:
+    """A file of one JSON object per prompt, in order, each appended whole.
+
+    Use `open`; ``done`` lines were there already.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, done: int) -> None:
+        self._path = path
+        self._file = file
+        self.done = done
+
+    @classmethod
+    def open(cls, path: Path, keys: Sequence[LineKey], *, resume: bool) -> JsonLines:
+        """Begin an output for the prompts that ``keys`` name, or go on with one.
+
+        A last line without its line end was cut off in the writing and is dropped.
+
+        Raises:
+            InputError: the file can't be made there; it has content and ``resume`` is not set; or
+                a line of it is not the answer to the prompt in its place.
+            ConfLayersError: the file can't be read or written.
+        """
+        check_target(path)
+        try:
+            file = path.open("a+b", buffering=0)  # an append is then one write of the system
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            file.seek(0)
+            content = file.read()
+            if content and not resume:
+                raise InputError(
+                    f"{path}: holds something already; --resume goes on behind its last line"
+                )
+            whole = content.rfind(b"\n") + 1
+            lines = content[:whole].split(b"\n")[:-1]
+            _check_lines(path, lines, keys)
+            if whole < len(content):
+                file.truncate(whole)
+        except OSError as error:
+            file.close()
+            raise _unwritable(path, error) from error
+        except InputError:
+            file.close()
+            raise
+        return cls(path, file, len(lines))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line, and return once it is on the disk.
+
+        Raises:
+            ConfLayersError: it can't be written; the lines before it stay whole.
+        """
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        data = f"{text}\n".encode()
+        try:
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(data) != len(data):
+                    raise OSError("the disk is full")
+            except OSError:
+                self._file.truncate(before)
+                raise
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def _check_lines(path: Path, lines: Sequence[bytes], keys: Sequence[LineKey]) -> None:
+    if len(lines) > len(keys):
+        raise InputError(
+            f"{path}: has {len(lines)} lines, more than there are prompts: {len(keys)}"
+        )
+    for number, (line, key) in enumerate(zip(lines, keys, strict=False), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}:{number}: is not JSON; it can't be resumed") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: is not an answer; it can't be resumed")
+        found = (record.get("index"), record.get("prompt_sha256"))
+        if found != (key.index, key.prompt_sha256):
+            raise InputError(
+                f"{path}:{number}: answers another prompt than number {number} of the prompt file; "
+                "it can't be resumed"
+            )
+
+
+def _unwritable(path: Path, error: OSError) -> ConfLayersError:
+    return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")

@@ -11,19 +11,32 @@ import transformers
 from conflayers_cli import __version__
 
 
-def describe() -> dict[str, str | int | None]:
-    """Versions, threads and processor, as results record them."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
     return {
         "conflayers": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+    }
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """Versions, threads and processors, as results record them."""
+    return {
+        **versions(),
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "platform": platform.platform(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """A device with the name its maker gives it."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({processor_name()})"
 
 
 def processor_name() -> str:

@@ -50,7 +50,9 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by a file with ``content`` (text as UTF-8), so that no reader ever sees half of it.
+    """Replace ``path`` by a file with ``content``, so that no reader ever sees half of it.
+
+    Text is written as UTF-8.
 
     Raises:
         InputError: as `check_target`.

@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
-HELP = """Generate text with a profile; the output is the one the whole model would give.
+HELP = """Generate text with a profile: the very text that the whole model would give.
 
-The prompt is an argument, standard input, or a file of prompts (--data). Only the answer goes to
-standard output.
+The prompt is an argument, standard input, or a file of prompts (--data).
+Only the answer goes to standard output.
 
 \b
   conflayers generate "Why is the sky blue?" --profile deep.yaml --stats
   git diff | conflayers generate "Explain this change:" - -p deep.yaml
-  conflayers generate -p deep.yaml --data prompts.jsonl --output answers.jsonl --resume
+  conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
 """
 
 Prompts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[PROMPT]...",
+        metavar="PROMPT",
         help="Joined by blank lines where there are several; - stands for standard input.",
         show_default=False,
     ),

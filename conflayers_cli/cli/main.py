@@ -12,6 +12,7 @@ import typer
 from conflayers_cli import __version__
 from conflayers_cli.cli.bench import HELP as BENCH_HELP
 from conflayers_cli.cli.bench import bench
+from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
@@ -24,7 +25,7 @@ INTERRUPTED = 130
 
 HELP = """Decode faster with the model's own layers, losslessly.
 
-The model drafts tokens with some of its layers left out and checks them in one full pass.
+It drafts tokens with some layers left out and checks them in one full pass.
 
 First find the layers that a model can do without, then use what was found:
 
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command(name="calibrate")(calibrate)
+app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
 app.command(name="generate", help=GENERATE_HELP)(generate)
 app.command(name="bench", help=BENCH_HELP)(bench)
 

@@ -6,9 +6,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from conflayers_cli.errors import ConfLayersError
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 PROGRAM = "conflayers"
 PIPE_WIDTH = 160
-Tell = Callable[[str, float], None]
-"""Told what is being done, and how much of the whole is done, from 0 to 1."""
 
 # Shown as Unicode's pictures of them. C1 controls have none.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Tell(Protocol):
+    """Told what is being done, and how much of the whole is done, from 0 to 1."""
+
+    def __call__(self, message: str, done: float) -> None: ...
 
 
 def terminal_safe(text: str) -> str:

@@ -19,7 +19,7 @@ from .task import Sample, SearchResult, Strategy, Task
 
 PAYS = 1.02
 """A measured speed-up under this is noise; vanilla is the answer then."""
-MOST_TEXTS = 10
+MOST_TEXTS = 8
 """Texts the objective judges plans by."""
 MOST_CHECKED = 6
 CHECK_TOKENS = 96
@@ -156,7 +156,7 @@ def calibrate(
 
 
 def enough_samples(task: Task, samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """Up to ten texts to judge plans by; vanilla decoding makes what the search did not."""
+    """Up to eight texts to judge plans by; vanilla decoding makes what the search did not."""
     texts = [s for s in samples if len(s.output) >= 16]
     known = {s.prompt for s in texts}
     for prompt in task.prompts:

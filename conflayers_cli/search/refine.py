@@ -16,9 +16,9 @@ from .objective import Objective, Score
 
 LEAST_GAIN = 0.002
 """A relative gain under this is noise of a few hundred positions, not an improvement."""
-FEW_TEXTS = 3
+FEW_TEXTS = 2
 """Texts that a move is first judged by; only promising ones are judged by all."""
-PROMISING = 6
+PROMISING = 5
 """Moves per round judged by all texts."""
 
 Progress = Callable[[Score, int], None]
@@ -58,7 +58,7 @@ class Refiner:
         *,
         single_sub_layers: bool,
         on_progress: Progress,
-        most_plans: int = 600,
+        most_plans: int = 500,
     ) -> None:
         self._objective = objective
         self._single = single_sub_layers

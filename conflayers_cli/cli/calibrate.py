@@ -25,9 +25,9 @@ STRATEGIES = ("conflayers",)
 
 HELP = """Find the layers a model can leave out while it drafts, and write them to a profile.
 
-The search decodes your prompts (losslessly) with one set of layers after the other, improves the best
-set layer by layer under predicted tokens per second on this device, checks it by real decoding on
-prompts it has not seen, and says so where no set beats plain decoding.
+The search decodes your prompts (losslessly) with one set of layers after the other, improves the
+best set layer by layer under predicted tokens per second on this device, checks it by real decoding
+on prompts it has not seen, and says so where no set beats plain decoding.
 
 \b
   conflayers calibrate --model smollm2-deep --data prompts.jsonl --output summ.yaml
@@ -48,7 +48,7 @@ class _Work:
     prompts: list[Prompt]
     encoded: list[EncodedPrompt]
     strategy: ConfLayers
-    refine: bool
+    refine: int
     seed: int
 
 
@@ -64,7 +64,10 @@ def calibrate(
     strategy: Annotated[
         str,
         typer.Option(
-            "--strategy", metavar="NAME", help="conflayers (the only one yet).", rich_help_panel=_SEARCH
+            "--strategy",
+            metavar="NAME",
+            help="conflayers (the only one yet).",
+            rich_help_panel=_SEARCH,
         ),
     ] = "conflayers",
     skip_ratio: Annotated[
@@ -126,6 +129,16 @@ def calibrate(
             rich_help_panel=_SEARCH,
         ),
     ] = True,
+    refine_limit: Annotated[
+        int,
+        typer.Option(
+            "--refine-limit",
+            min=1,
+            metavar="N",
+            help="Sets judged in refinement at the most.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 500,
     max_prompts: options.MaxPrompts = None,
     max_new_tokens: options.MaxNewTokens = 128,
     system: options.System = None,
@@ -171,7 +184,7 @@ def calibrate(
         context_window=context_window,
         patience=patience,
     )
-    work = _Work(loaded, decoder, prompts, encoded, method, refine, seed)
+    work = _Work(loaded, decoder, prompts, encoded, method, refine_limit if refine else 0, seed)
     done = _run(work)
     profile = _profile_of(work, done, target)
     _write(profile, done, target)
@@ -243,7 +256,11 @@ def _provenance(work: _Work, done: Calibration) -> dict[str, Any]:
     from conflayers_cli.prompts import fingerprint
 
     check, pays = done.check, bool(done.plan)
-    settings = {**asdict(work.strategy), "max_new_tokens": work.encoded[0].max_new_tokens}
+    settings = {
+        **asdict(work.strategy),
+        "refine_limit": work.refine,
+        "max_new_tokens": work.encoded[0].max_new_tokens,
+    }
     return {
         "found_by": FoundBy(
             strategy=work.strategy.name,

@@ -112,8 +112,8 @@ def summary_lines(profile: Profile, done: Calibration, target: Path) -> list[str
     if done.check is not None and plan:
         lines.append(
             f"measured: {done.check.speedup:.2f}× vanilla, acceptance "
-            f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens per "
-            f"step; expected {_times(done.expected.speedup if done.expected else None)}"
+            f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens "
+            f"per step; expected {_times(done.expected.speedup if done.expected else None)}"
         )
     lines.append(f"wrote {target}")
     return lines

@@ -233,7 +233,7 @@ def _answer_one(
         raise
     if as_json:
         head = {"schema_version": SCHEMA_VERSION, "model": machine.loaded.name}
-        emit_json({**head, **answer.as_json()})
+        emit_json({**head, **answer.as_json()}, indent=None)
     else:
         emit("\n" if streaming else f"{answer.text}\n")
     if stats:

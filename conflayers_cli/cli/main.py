@@ -97,13 +97,13 @@ def _run(arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         result = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line tells it
-        return _report(error, debug)
+        return _report(error, arguments, debug)
     if result == INTERRUPTED:
         note("interrupted")
     return result if isinstance(result, int) else 0
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     """Tell the user about a failure; returns the exit code."""
     if debug and sys.stderr is not None:
         traceback.print_exception(error)
@@ -116,7 +116,7 @@ def _report(error: Exception, debug: bool) -> int:
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.
     if hasattr(error, "format_message"):
-        return _report_usage(error)
+        return _report_usage(error, arguments)
     if _out_of_memory(error):
         note(f"error: out of memory: {_first_line(error)}")
         return FAILURE
@@ -127,12 +127,13 @@ def _report(error: Exception, debug: bool) -> int:
     return FAILURE
 
 
-def _report_usage(error: Exception) -> int:
-    context = getattr(error, "ctx", None)
+def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         return USAGE  # the help is printed already
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    command = getattr(context, "command_path", PROGRAM)
+    # not from the error's context, which some errors lack
+    names = [command.name for command in app.registered_commands]
+    command = " ".join([PROGRAM, *(name for name in arguments[:1] if name in names)])
     note(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see '{command} --help'")
     return USAGE
 

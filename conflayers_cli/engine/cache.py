@@ -1,8 +1,8 @@
 """The KV cache: one slot per position and row, allocated once, never cloned.
 
 A forward says at which slots its tokens are written and how far the attention may look; what a
-query sees is the mask's business. Rejected drafts need no clean-up: their slots are simply not seen again
-until they are overwritten. So rolling back is a matter of counting, and costs nothing.
+query sees is the mask's business. Rejected drafts need no clean-up: their slots are simply not seen
+again until they are overwritten. So rolling back is a matter of counting, and costs nothing.
 """
 
 from __future__ import annotations

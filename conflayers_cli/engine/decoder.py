@@ -263,7 +263,7 @@ def _refuse_unsupported(model: Any, config: Any) -> None:
     if kinds:
         raise InputError(
             f"{name} has layers of the kind {', '.join(sorted(kinds))}, whose state can't be "
-            "rolled back token by token; only full and sliding-window attention can be decoded exactly"
+            "rolled back token by token; only full and sliding-window attention can be exact"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{name} does not use transformers' attention interface; not supported")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from conflayers_cli.engine.decode import Generation, Step
-from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter, SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 
@@ -99,7 +98,7 @@ def calibrate(
     task: Task,
     held_out: Sequence[tuple[int, ...]],
     *,
-    refine: bool,
+    refine: int,
     paper_setting: Setting,
     on_stage: Stage,
     on_better: Callable[[Score, int], None],
@@ -110,7 +109,8 @@ def calibrate(
         strategy: the method.
         task: what it works on.
         held_out: prompts the search has not seen; where empty, the check decodes its first ones.
-        refine: False keeps the strategy's own plan and ``paper_setting``, whatever they are worth.
+        refine: plans judged in refinement at the most; 0 keeps the strategy's own plan and
+            ``paper_setting``, whatever they are worth.
         paper_setting: the strategy's own way of drafting.
         on_stage: told what begins.
         on_better: told about better plans during refinement.
@@ -128,7 +128,7 @@ def calibrate(
         objective = Objective(task.decoder, task.costs, enough_samples(task, result.samples))
         if refine:
             on_stage("refining")
-            expected, judged, interrupted = _refined(objective, task.decoder, result, on_better)
+            expected, judged, interrupted = _refined(objective, result, refine, on_better)
             plan, setting = expected.plan, expected.setting
             result = replace(result, interrupted=interrupted)
             if interrupted:
@@ -148,7 +148,7 @@ def calibrate(
         expected=expected,
         check=check,
         result=result,
-        refined=refine and expected is not None,
+        refined=bool(refine) and expected is not None,
         judged=judged,
         seconds=time.perf_counter() - begin,
         conclusion=conclusion,
@@ -171,13 +171,16 @@ def enough_samples(task: Task, samples: Sequence[Sample]) -> tuple[Sample, ...]:
 
 def _refined(
     objective: Objective,
-    decoder: Decoder,
     result: SearchResult,
+    most_plans: int,
     on_better: Callable[[Score, int], None],
 ) -> tuple[Score, int, bool]:
     """(best score, plans judged, interrupted)."""
     refiner = Refiner(
-        objective, single_sub_layers=len(decoder.sub_layers) == 2, on_progress=on_better
+        objective,
+        single_sub_layers=len(objective.decoder.sub_layers) == 2,
+        on_progress=on_better,
+        most_plans=most_plans,
     )
     best = objective.score(SkipPlan())
     try:

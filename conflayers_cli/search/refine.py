@@ -58,7 +58,7 @@ class Refiner:
         *,
         single_sub_layers: bool,
         on_progress: Progress,
-        most_plans: int = 500,
+        most_plans: int,
     ) -> None:
         self._objective = objective
         self._single = single_sub_layers

@@ -29,7 +29,7 @@ def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibra
         ConfLayers(search_interval=6, max_iterations=4, skip_ratio=0.1),
         task,
         prompts[3:],
-        refine=refine,
+        refine=500 if refine else 0,
         paper_setting=PAPER,
         on_stage=stage,
         on_better=lambda score, judged: None,

@@ -1,5 +1,7 @@
 """Replay on paper, and the score it gives a plan."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,7 +84,7 @@ def test_agreement_is_that_of_a_draft_pass_token_by_token() -> None:
     cache = decoder.new_cache(60)
     decoder.prefill(torch.tensor([prompt]), cache)
     hits = []
-    for i, (token, following) in enumerate(zip(output, output[1:], strict=False)):
+    for i, (token, following) in enumerate(pairwise(output)):
         at = torch.tensor([[len(prompt) + i]])
         logits = decoder.forward(torch.tensor([[token]]), at, cache, plan)
         hits.append(int(logits.argmax()) == following)

@@ -1,0 +1,308 @@
+"""Measuring speculative decoding against vanilla: the same prompts, interleaved in one process."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+import torch
+
+from conflayers_cli.answer import Summary
+from conflayers_cli.arms import Arm, Case, Run
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.sampling import Sampler, Sampling
+
+LEAST_RATIOS = 3
+"""Fewer than this say nothing about an interval."""
+
+Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and its 95 % confidence interval; None where there is too little to tell."""
+
+    median: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Interval:
+        """Of paired ratios, by a percentile bootstrap of their median."""
+        if not ratios:
+            return cls(None, None, None)
+        median = statistics.median(ratios)
+        if len(ratios) < LEAST_RATIOS:
+            return cls(median, None, None)
+        found = scipy.stats.bootstrap(
+            (np.asarray(ratios),),
+            np.median,
+            method="percentile",
+            confidence_level=0.95,
+            rng=np.random.default_rng(0),
+        )
+        interval = found.confidence_interval
+        return cls(median, float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some figures; None where there are none."""
+
+    median: float | None
+    min: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of figures, possibly none."""
+        if not values:
+            return cls(None, None, None)
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where an arm's greedy output leaves the vanilla one.
+
+    Attributes:
+        id: the prompt.
+        position: index of the first new token that differs.
+        gap: between the two best scores there, by the whole model.
+        vanilla: the vanilla arm's token, None where its output has ended.
+        other: the other arm's.
+    """
+
+    id: str
+    position: int
+    gap: float
+    vanilla: int | None
+    other: int | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How many prompts' greedy outputs equal the vanilla ones, and where the others part."""
+
+    matching: int
+    total: int
+    divergences: tuple[Divergence, ...]
+
+
+@dataclass(frozen=True)
+class CaseRuns:
+    """All runs of one prompt, by arm, in order; run i of one arm is next to run i of another."""
+
+    case: Case
+    runs: Mapping[str, tuple[Run, ...]]
+
+    def speed(self, arm: str) -> float | None:
+        """Median tokens per second over the runs."""
+        speeds = [speed for run in self.runs[arm] if (speed := run.stats.tokens_per_second)]
+        return statistics.median(speeds) if speeds else None
+
+    def stats(self, arm: str) -> Summary:
+        """Of the first run: counts are the same in every one."""
+        return self.runs[arm][0].stats
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm's figures.
+
+    Attributes:
+        tokens_per_second: of decoding, without the prefill: per prompt the median of its runs;
+            here the spread over the prompts.
+        time_to_first_token: seconds, the median over all runs.
+        stats: of one run over all prompts.
+    """
+
+    tokens_per_second: Spread
+    time_to_first_token: float
+    stats: Summary
+
+    @classmethod
+    def of(cls, cases: Sequence[CaseRuns], arm: str) -> ArmResult:
+        """Of the runs of some prompts."""
+        waits = [run.stats.prefill_seconds for case in cases for run in case.runs[arm]]
+        return cls(
+            Spread.of([speed for case in cases if (speed := case.speed(arm))]),
+            statistics.median(waits),
+            Summary.total(case.stats(arm) for case in cases),
+        )
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a bench measured. ``identical`` is None when sampling; it has no entry for vanilla."""
+
+    cases: tuple[CaseRuns, ...]
+    arms: Mapping[str, ArmResult]
+    identical: Mapping[str, Identity] | None
+    peak_memory_bytes: int | None
+    cache_bytes: int
+
+    def speedup(self, over: str = "vanilla", category: str | None = None) -> Interval:
+        """Speculative over another arm, per prompt the ratio of the medians.
+
+        With one prompt its single runs are the pairs.
+        """
+        cases = self.of_category(category) if category is not None else self.cases
+        if len(cases) == 1:
+            return Interval.of(_run_ratios(cases[0], over))
+        ratios = [
+            ours / theirs
+            for case in cases
+            if (ours := case.speed("speculative")) and (theirs := case.speed(over))
+        ]
+        return Interval.of(ratios)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The prompts' categories, in the order of their first appearance."""
+        return tuple(dict.fromkeys(c.case.category for c in self.cases if c.case.category))
+
+    def of_category(self, category: str) -> tuple[CaseRuns, ...]:
+        """The prompts of one category."""
+        return tuple(case for case in self.cases if case.case.category == category)
+
+
+def measure(
+    arms: Sequence[Arm],
+    cases: Sequence[Case],
+    decoder: Decoder,
+    sampling: Sampling,
+    *,
+    runs: int = 3,
+    warmup: int = 1,
+    tell: Tell | None = None,
+) -> BenchResult:
+    """Decode every prompt in every arm, several times, and compare.
+
+    The arms take turns at each prompt, and who begins changes from turn to turn, so that whatever
+    slows the machine for a while slows all alike.
+
+    Args:
+        arms: named; one is ``vanilla`` and one ``speculative``.
+        cases: at least one prompt.
+        decoder: the model, for the scores where outputs part.
+        sampling: how the arms choose tokens.
+        runs: decodings of each prompt by each arm that count.
+        warmup: decodings by each arm, before, that don't.
+        tell: told how far it is.
+    """
+    device = decoder.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = (warmup + runs * len(cases)) * len(arms)
+    progress = _Progress(tell, steps)
+    for turn in range(warmup):
+        for arm in arms:
+            progress.step(f"warming up: {arm.name}")
+            arm.run(cases[turn % len(cases)])
+    taken: list[dict[str, list[Run]]] = [{arm.name: [] for arm in arms} for _ in cases]
+    for turn in range(runs):
+        for number, case in enumerate(cases):
+            for arm in _rotated(arms, turn + number):
+                progress.step(f"run {turn + 1} of {runs}, prompt {case.id}: {arm.name}")
+                taken[number][arm.name].append(arm.run(case))
+    peak = _peak_memory(device)
+    results = tuple(
+        CaseRuns(case, {name: tuple(done) for name, done in by_arm.items()})
+        for case, by_arm in zip(cases, taken, strict=True)
+    )
+    return BenchResult(
+        cases=results,
+        arms={arm.name: ArmResult.of(results, arm.name) for arm in arms},
+        identical=_identities(arms, results, decoder, sampling) if sampling.greedy else None,
+        peak_memory_bytes=peak,
+        cache_bytes=_largest_cache(results),
+    )
+
+
+class _Progress:
+    """Counts what is begun."""
+
+    def __init__(self, tell: Tell | None, total: int) -> None:
+        self._tell, self._total, self._begun = tell, total, 0
+
+    def step(self, message: str) -> None:
+        if self._tell:
+            self._tell(message, self._begun / self._total)
+        self._begun += 1
+
+
+def _rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
+    first = turn % len(arms)
+    return [*arms[first:], *arms[:first]]
+
+
+def _run_ratios(case: CaseRuns, over: str) -> list[float]:
+    pairs = zip(case.runs["speculative"], case.runs[over], strict=True)
+    return [
+        ours / theirs
+        for one, other in pairs
+        if (ours := one.stats.tokens_per_second) and (theirs := other.stats.tokens_per_second)
+    ]
+
+
+def _identities(
+    arms: Sequence[Arm], cases: Sequence[CaseRuns], decoder: Decoder, sampling: Sampling
+) -> dict[str, Identity]:
+    found = {}
+    for name in (arm.name for arm in arms if arm.name != "vanilla"):
+        parted = [d for case in cases if (d := _divergence(case, name, decoder, sampling))]
+        found[name] = Identity(len(cases) - len(parted), len(cases), tuple(parted))
+    return found
+
+
+def _divergence(
+    case: CaseRuns, arm: str, decoder: Decoder, sampling: Sampling
+) -> Divergence | None:
+    """The first difference in any of the runs."""
+    for vanilla, other in zip(case.runs["vanilla"], case.runs[arm], strict=True):
+        one, two = vanilla.tokens, other.tokens
+        if one == two:
+            continue
+        shorter = min(len(one), len(two))
+        at = next((i for i in range(shorter) if one[i] != two[i]), shorter)
+        text = [*case.case.tokens, *one[:at]]
+        return Divergence(
+            case.case.id,
+            at,
+            _gap(decoder, text, sampling),
+            one[at] if at < len(one) else None,
+            two[at] if at < len(two) else None,
+        )
+    return None
+
+
+def _gap(decoder: Decoder, text: Sequence[int], sampling: Sampling) -> float:
+    """Between the two best scores of the token behind a text."""
+    tokens = torch.tensor([list(text)], device=decoder.device)
+    logits = decoder.prefill(tokens, decoder.new_cache(len(text)))[0]
+    sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
+    sampler.saw(text)
+    best = sampler.scores(logits)[0].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+def _largest_cache(cases: Sequence[CaseRuns]) -> int:
+    runs = (run for case in cases for done in case.runs.values() for run in done)
+    return max((run.cache_bytes or 0 for run in runs), default=0)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """The most memory used so far: of the GPU, else of the process; None where nothing tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,434 @@
+"""A name, folder, GGUF file or built-in model → model and tokenizer, ready to run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from conflayers_cli.engine.builtin import (
+    BUILTIN,
+    Progress,
+    clear_gguf_leftovers,
+    ensure,
+    quiet_transformers,
+)
+from conflayers_cli.errors import ConfLayersError, InputError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+
+# What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
+# what their names say. Their hub failures are OSErrors.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    ImportError,
+    RuntimeError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PATH_SUFFIXES = (".gguf", ".safetensors", ".json", *_PICKLES)
+
+# Keys of a config that don't change what the layers compute, or only how they are run or trained.
+_VOLATILE = re.compile(
+    r"_.*|conflayers_.*|.*_token_id|.*_dropout|.*dropout|.*_pdrop|.*attn_implementation"
+    r"|architectures|auto_map|transformers_version|dtype|torch_dtype|use_cache|name_or_path"
+    r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
+    r"|quantization_config|pretraining_tp|initializer_range|gradient_checkpointing"
+    r"|output_attentions|output_hidden_states|return_dict|chunk_size_feed_forward|prefix|tokenizer_class"
+    r"|max_length|min_length|do_sample|temperature|top_k|top_p|typical_p|num_beams|early_stopping"
+    r"|repetition_penalty|length_penalty|no_repeat_ngram_size|bad_words_ids|generation_config"
+)
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model on its device, and how to talk to it.
+
+    ``name`` is what a profile stores: the built-in name, the Hub id, or the path as it was given.
+    ``model`` is in evaluation mode and needs no gradients. ``end_tokens`` are all ids that end a
+    text. ``context_length`` is None where the model names none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    end_tokens: frozenset[int]
+    context_length: int | None
+    has_chat_template: bool
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model is read from: a folder or Hub id, and the GGUF file in it if that is meant."""
+
+    source: str
+    place: str
+    gguf: str | None = None
+    on_hub: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` needs to find the files."""
+        arguments: dict[str, Any] = {} if self.on_hub else {"local_files_only": True}
+        return {**arguments, "gguf_file": self.gguf} if self.gguf else arguments
+
+
+def load_model(
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
+
+    A built-in name wins over a folder of that name, a local path over a Hub id. Weights come from
+    safetensors or GGUF only, never from pickles.
+
+    Args:
+        device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or
+            ``mps``.
+        dtype: ``auto`` (what is fast on the device), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run Python code that comes with the model.
+        progress: told about conversion and loading.
+
+    Raises:
+        InputError: no such model, device or dtype; broken or refused files; not a causal language
+            model.
+        ConfLayersError: it does not fit into the memory, or a conversion failed.
+    """
+    on = _device(device)
+    kind, reason = _dtype(dtype, on)
+    origin = _find(source, progress)
+
+    def step(done: float) -> None:
+        if progress:
+            progress(f"loading {source}", done)
+
+    step(0.0)
+    with quiet_transformers(step):
+        config = _read_config(origin, trust_remote_code)
+        model = _read_model(origin, config, kind, trust_remote_code)
+        tokenizer = _read_tokenizer(origin, trust_remote_code)
+    step(1.0)
+    return LoadedModel(
+        model=_to_device(model, on, source),
+        tokenizer=tokenizer,
+        name=source,
+        device=on,
+        dtype=kind,
+        dtype_reason=reason,
+        end_tokens=_end_tokens(model, tokenizer),
+        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+    )
+
+
+def encode(
+    loaded: LoadedModel, messages: list[dict[str, str]] | None, text: str | None
+) -> list[int]:
+    """The token ids of a conversation (by the chat template, up to the answer) or of a plain text.
+
+    Raises:
+        InputError: the model has no chat template, the template refuses the messages, or no tokens
+            come out.
+        ValueError: not exactly one of ``messages`` and ``text`` is given.
+    """
+    if (messages is None) == (text is None):
+        raise ValueError("encode takes either messages or text")
+    if messages is None:
+        ids = loaded.tokenizer(text, add_special_tokens=True)["input_ids"]
+    elif not loaded.has_chat_template:
+        raise InputError(f"{loaded.name} has no chat template: give plain text (--raw)")
+    else:
+        try:
+            ids = loaded.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the chat template of {loaded.name} refuses the messages: {_line(error)}"
+            ) from error
+    if not ids:
+        raise InputError("the prompt is empty: it gives no tokens")
+    return [int(i) for i in ids]
+
+
+def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
+    """What identifies a model's shape: architecture, sizes, and a hash of the config.
+
+    The hash (16 hexadecimal digits) covers what the layers compute. It is the same however the
+    model was stored and whichever dtype it runs in, and changes with any size, activation or rotary
+    setting. For a multimodal model all but ``architecture`` is about its text part.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    architectures = getattr(config, "architectures", None)
+    return {
+        "architecture": architectures[0] if architectures else type(config).__name__,
+        "depth": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "attention_heads": heads,
+        "key_value_heads": _first(text, "num_key_value_heads", "num_kv_heads") or heads,
+        "intermediate_size": _first(text, "intermediate_size", "ffn_dim", "n_inner"),
+        "vocabulary": getattr(text, "vocab_size", None),
+        "config_hash": _config_hash(text),
+    }
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int | None:
+    """The first of the attributes that is set. Families differ in their names for one thing."""
+    return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+
+
+def _config_hash(config: PreTrainedConfig) -> str:
+    # Only what differs from the class's defaults: a later transformers that knows one more setting
+    # then gives the same hash.
+    content = _canonical(config.to_diff_dict())
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Json:
+    if isinstance(value, Mapping):
+        items = ((str(k), v) for k, v in value.items())
+        return {k: _canonical(v) for k, v in items if not _VOLATILE.fullmatch(k)}
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    if isinstance(value, float):
+        # GGUF keeps float32, a config.json the decimal: 9.99999975e-06 and 1e-05 are one number.
+        return float(f"{value:.6g}")
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _line(error: BaseException) -> str:
+    """An error's message down to one line: the first, and what it announces by a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    announced = f" {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else ""
+    return (lines[0] + announced).rstrip(".")
+
+
+def _device(spec: str) -> torch.device:
+    """The device that ``spec`` names, if it is there."""
+    if spec == "auto":
+        spec = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(spec)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {spec!r}: auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError("no MPS device here (--device auto takes what there is)")
+        return device
+    if device.type != "cuda":
+        raise InputError(f"unsupported device {spec!r}: auto, cpu, cuda, cuda:N or mps")
+    if not torch.cuda.is_available():
+        raise InputError("no CUDA device here (--device auto takes what there is)")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InputError(f"no device {spec!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _dtype(spec: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype that ``spec`` names on ``device``, and a sentence that says which and why."""
+    if spec in DTYPES:
+        return DTYPES[spec], f"{spec}, as asked for"
+    if spec != "auto":
+        raise InputError(f"unknown dtype {spec!r}: auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bfloat16: the GPU computes in it"
+        return torch.float16, "float16: the GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float16, "float16: usual on MPS"
+    # Not in every PyTorch that works otherwise.
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    for instructions in _BF16_INSTRUCTIONS:
+        if abilities.get(instructions):
+            return torch.bfloat16, f"bfloat16: the processor has {instructions} instructions"
+    return torch.float32, "float32: the processor has no bfloat16 instructions"
+
+
+def _find(source: str, progress: Progress | None) -> _Origin:
+    """Where ``source`` is; a built-in model is converted if it was not yet."""
+    if source in BUILTIN:
+        return _Origin(source, str(ensure(source, progress)))
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        _check_folder(path, source)
+        return _Origin(source, str(path))
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"{source} is not a model: give a folder or a .gguf file")
+        return _Origin(source, str(path.parent), gguf=path.name)
+    known = f"built-in: {', '.join(BUILTIN)}"
+    looks_like_path = source.startswith((".", "/", "~")) or path.is_absolute() or "\\" in source
+    if looks_like_path or source.lower().endswith(_PATH_SUFFIXES) or source.count("/") > 1:
+        raise InputError(f"no such model: {source!r} does not exist ({known})")
+    if close := difflib.get_close_matches(source, BUILTIN, n=1, cutoff=0.75):
+        raise InputError(f"no such model: {source!r}; did you mean {close[0]}? ({known})")
+    if not _HUB_ID.fullmatch(source):
+        raise InputError(f"no such model: {source!r} is no path and no Hugging Face id ({known})")
+    return _Origin(source, source, on_hub=True)
+
+
+def _check_folder(folder: Path, source: str) -> None:
+    """Refuse a folder without a config or without safetensors."""
+    if not (folder / "config.json").is_file():
+        hint = next((f"; give the file: {f}" for f in sorted(folder.glob("*.gguf"))), "")
+        raise InputError(f"{source} is not a model: it has no config.json{hint}")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+    if pickles:
+        raise InputError(
+            f"{source}: {pickles[0]} is a pickle, which can run code when read: "
+            "convert it to safetensors first (save_pretrained of transformers 5 writes that)"
+        )
+    raise InputError(f"{source} has no weights: no *.safetensors in it")
+
+
+def _refusal(origin: _Origin, what: str, error: BaseException) -> InputError:
+    """The one-line error for a file of the model that can't be read."""
+    line = _line(error)
+    if origin.on_hub and isinstance(error, OSError):
+        return InputError(
+            f"cannot get {origin.source!r} from the Hugging Face Hub, and there is no such path: "
+            f"{line} (built-in: {', '.join(BUILTIN)})"
+        )
+    remedy = f" (delete {origin.place} to convert it anew)" if origin.source in BUILTIN else ""
+    return InputError(f"cannot read the {what} of {origin.source}: {line}{remedy}")
+
+
+def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config. Refuses what brings code of its own, and what is not a causal language model."""
+    try:
+        raw: dict[str, Any] = {}
+        if origin.gguf is None:
+            raw, _ = PreTrainedConfig.get_config_dict(origin.place, **origin.arguments)
+        if not isinstance(raw, dict):
+            raise ValueError("config.json holds no JSON object")
+        if raw.get("auto_map") and not trust_remote_code:
+            raise InputError(
+                f"{origin.source} brings Python code of its own (auto_map in config.json): "
+                "--trust-remote-code lets it run"
+            )
+        config = AutoConfig.from_pretrained(
+            origin.place, trust_remote_code=trust_remote_code, **origin.arguments
+        )
+    except _READ_ERRORS as error:
+        raise _refusal(origin, "config", error) from error
+    names = getattr(config, "architectures", None) or [type(config).__name__]
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{origin.source} is an encoder-decoder model ({names[0]}): not supported")
+    is_ours = getattr(config, "model_type", None) in CONFIG_MAPPING
+    has_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
+    if is_ours and not (has_class or "AutoModelForCausalLM" in raw.get("auto_map", {})):
+        raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
+    if raw.get("architectures") and not any(name.endswith(_GENERATIVE) for name in names):
+        raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
+    return config
+
+
+def _read_model(
+    origin: _Origin, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model on the CPU, complete, without gradients."""
+    safetensors = {} if origin.gguf else {"use_safetensors": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            origin.place,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            # Reported below instead of by an exception that names no weight.
+            ignore_mismatched_sizes=True,
+            **safetensors,
+            **origin.arguments,
+        )
+    except _READ_ERRORS as error:
+        raise _refusal(origin, "weights", error) from error
+    for fault, keys in (("missing", "missing_keys"), ("of another shape", "mismatched_keys")):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in info[keys]):
+            raise InputError(
+                f"the weights of {origin.source} don't fit its config: {len(names)} {fault}, "
+                f"the first is {names[0]}"
+            )
+    if origin.gguf:
+        clear_gguf_leftovers(model)
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _read_tokenizer(origin: _Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            origin.place, trust_remote_code=trust_remote_code, **origin.arguments
+        )
+    except _READ_ERRORS as error:
+        raise _refusal(origin, "tokenizer", error) from error
+
+
+def _to_device(model: PreTrainedModel, device: torch.device, source: str) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfLayersError(f"{source} does not fit into the memory of {device}") from error
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All ids that end a text, by the generation config, the config and the tokenizer."""
+    text = model.config.get_text_config()
+    ends: list[Any] = []
+    for holder in (model.generation_config, model.config, text, tokenizer):
+        named = getattr(holder, "eos_token_id", None)
+        ends.extend(named if isinstance(named, list | tuple) else [named])
+    return frozenset(i for i in ends if isinstance(i, int) and 0 <= i < text.vocab_size)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conflayers_cli import bench as measuring
+from conflayers_cli.arms import EngineArm
+from conflayers_cli.arms import Run as ArmRun
+from conflayers_cli.engine.plan import SkipPlan
+from tests.cli.conftest import Run, save_profile, write_prompts
+
+FAST = ("--dtype", "float32", "--device", "cpu", "-n", "8", "--runs", "2")
+KEYS = (
+    "schema_version model device dtype environment settings arms speedup speedup_over "
+    "identical_outputs categories peak_memory_bytes kv_cache_bytes"
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    return write_prompts(folder / "prompts.jsonl", "one", "two", "three")
+
+
+def test_document(run: Run, profile: Path, model: Path, prompts: Path) -> None:
+    result = run("bench", "-p", profile, "--data", prompts, *FAST, "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert list(document) == KEYS.split()
+    assert document["schema_version"] == 1
+    assert (document["model"], document["device"]) == (str(model), "cpu")
+    assert document["dtype"] == "float32"
+    assert {"python", "torch", "transformers", "conflayers"} <= set(document["environment"])
+    assert document["settings"]["prompts"]["count"] == 3
+    assert list(document["arms"]) == ["vanilla", "speculative"]
+    for arm in document["arms"].values():
+        speed = arm["tokens_per_second"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert (arm["tokens"], arm["time_to_first_token_s"] > 0) == (24, True)
+    speculative = document["arms"]["speculative"]
+    assert speculative["acceptance_rate"] == speculative["accepted"] / speculative["drafted"]
+    assert 1 <= speculative["tokens_per_step"] <= 5
+    speedup = document["speedup"]
+    assert speedup["low"] <= speedup["median"] <= speedup["high"]
+    assert document["speedup_over"] == {}
+    assert document["identical_outputs"] == {"matching": 3, "total": 3, "divergences": []}
+    assert {name: row["prompts"] for name, row in document["categories"].items()} == {
+        "c0": 2,
+        "c1": 1,
+    }
+    assert document["peak_memory_bytes"] > document["kv_cache_bytes"] > 0
+
+
+def test_table_goes_to_stdout_and_the_document_to_a_file(
+    run: Run, profile: Path, prompts: Path, tmp_path: Path
+) -> None:
+    result = run("bench", "-p", profile, "--data", prompts, *FAST, "-o", "bench.json")
+    assert (result.code, result.err) == (0, "")
+    for word in ("vanilla", "speculative", "tokens/s", "speed-up", "3 of 3 outputs", "c0"):
+        assert word in result.out
+    assert "\x1b" not in result.out
+    assert list(json.loads((tmp_path / "bench.json").read_text())) == KEYS.split()
+
+
+def test_a_file_that_cannot_be_written_does_not_cost_the_results(
+    run: Run, monkeypatch: pytest.MonkeyPatch, profile: Path, prompts: Path
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    result = run("bench", "-p", profile, "--data", prompts, *FAST, "-o", "bench.json")
+    assert result.code == 1
+    assert "speculative" in result.out
+    assert "bench.json: can't be written: No space left on device" in result.err
+
+
+def test_against_transformers(run: Run, profile: Path, prompts: Path) -> None:
+    arguments = ("-p", profile, "--data", prompts, *FAST, "--against", "transformers")
+    document = run("bench", *arguments, "--json").document
+    assert document["arms"]["transformers"]["tokens"] == 24
+    assert document["speedup_over"]["transformers"]["median"] > 0
+    assert document["identical_to_transformers"]["matching"] == 3
+    assert "over transformers' generate" in run("bench", *arguments).out
+
+
+def test_sampling_is_not_compared(run: Run, profile: Path, prompts: Path) -> None:
+    drawing = ("-t", "0.8", "--top-k", "9", "--repetition-penalty", "1.1")
+    arguments = ("-p", profile, "--data", prompts, *FAST, *drawing, "--against", "transformers")
+    document = run("bench", *arguments, "--json").document
+    assert document["identical_outputs"] is None
+    assert document["identical_to_transformers"] is None
+    assert document["settings"]["sampling"]["temperature"] == 0.8
+    assert "not compared" in run("bench", *arguments).out
+
+
+def test_an_empty_plan_is_measured_all_the_same(
+    run: Run, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    empty = save_profile(tmp_path / "empty.yaml", model, SkipPlan())
+    result = run("bench", "-p", empty, "--data", prompts, *FAST, "--json")
+    assert "both arms decode vanilla" in result.err
+    speculative = result.document["arms"]["speculative"]
+    assert (speculative["drafted"], speculative["acceptance_rate"]) == (0, None)
+
+
+def test_the_prompts_of_the_package_are_the_default(run: Run, profile: Path) -> None:
+    document = run("bench", "-p", profile, *FAST, "--runs", 1, "--max-prompts", 2, "--json")
+    assert document.document["settings"]["data"] is None
+    assert document.document["settings"]["prompts"]["count"] == 2
+
+
+def test_one_prompt_has_its_runs_for_an_interval(run: Run, profile: Path, prompts: Path) -> None:
+    one = ("-p", profile, "--data", prompts, "--max-prompts", 1, *FAST, "--json", "--runs")
+    assert run("bench", *one, 1).document["speedup"]["low"] is None
+    assert run("bench", *one, 3).document["speedup"]["low"] is not None
+
+
+class TestGates:
+    def test_fail_under(self, run: Run, profile: Path, prompts: Path, tmp_path: Path) -> None:
+        arguments = ("bench", "-p", profile, "--data", prompts, *FAST, "--json", "--fail-under")
+        missed = run(*arguments, "1000", "-o", "bench.json")
+        assert missed.code == 3
+        assert missed.document == json.loads((tmp_path / "bench.json").read_text())
+        assert missed.err.startswith("conflayers: error: the speed-up is 0.")
+        assert missed.err.endswith("under 1000\n")
+        assert run(*arguments, "0").code == 0
+
+    def test_fail_under_without_a_figure(self, run: Run, profile: Path, prompts: Path) -> None:
+        short = ("-n", 1, "--fail-under", "0.1", "--json")
+        result = run("bench", "-p", profile, "--data", prompts, *FAST, *short)
+        assert result.code == 3
+        assert result.document["speedup"] == {"median": None, "low": None, "high": None}
+        assert "could not be measured" in result.err
+
+    @pytest.mark.parametrize(("dtype", "code"), [("float32", 3), ("bfloat16", 0)])
+    def test_outputs_that_differ(
+        self,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        profile: Path,
+        prompts: Path,
+        dtype: str,
+        code: int,
+    ) -> None:
+        honest = EngineArm.run
+
+        def wrong(arm: EngineArm, case: Any) -> ArmRun:
+            done = honest(arm, case)
+            if arm.name != "speculative" or case.id != "p1":
+                return done
+            tokens = (*done.tokens[:3], (done.tokens[3] + 1) % 256, *done.tokens[4:])
+            return ArmRun(tokens, done.stats, done.cache_bytes)
+
+        monkeypatch.setattr(EngineArm, "run", wrong)
+        result = run("bench", "-p", profile, "--data", prompts, *FAST, "--dtype", dtype, "--json")
+        assert result.code == code
+        identical = result.document["identical_outputs"]
+        assert (identical["matching"], identical["total"]) == (2, 3)
+        (divergence,) = identical["divergences"]
+        assert (divergence["id"], divergence["position"]) == ("p1", 3)
+        assert divergence["gap"] > 0
+        assert divergence["other"] == (divergence["vanilla"] + 1) % 256
+        assert ("greedy outputs in float32 differ" in result.err) == (code == 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "missing.yaml"], "missing.yaml: there is no such file"),
+        (["-p", "PROFILE", "--data", "missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["-p", "PROFILE", "-o", "no/where.json"], "does not exist"),
+        (["-p", "PROFILE", "-t", "-1"], "--temperature"),
+        (["-p", "PROFILE", "--runs", "0"], "--runs"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, profile: Path, arguments: list[str], said: str
+) -> None:
+    def never(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(measuring, "measure", never)
+    given = [str(profile) if word == "PROFILE" else word for word in arguments]
+    result = run("bench", *given)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+    assert result.err.count("\n") == 1

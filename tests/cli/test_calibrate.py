@@ -1,0 +1,121 @@
+"""``conflayers calibrate`` on a tiny model: the profile, the answer, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from conflayers_cli.profile import Profile
+
+from .conftest import Run, finished, save_model, start, write_prompts
+
+QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 20)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl", *(f"Tell me about {i}." for i in range(5)))
+
+
+def test_writes_a_profile_that_generate_and_bench_take(
+    run: Run, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    result = run(
+        "calibrate",
+        "-m",
+        model,
+        "--data",
+        prompts,
+        "-o",
+        "found.yaml",
+        *QUICK,
+        "--dtype",
+        "float32",
+    )
+    assert result.code == 0, result.err
+    assert "wrote found.yaml" in result.out
+    profile = Profile.load(tmp_path / "found.yaml")
+    assert profile.found_by is not None and profile.measured is not None
+    assert profile.found_by.strategy == "conflayers"
+    assert profile.found_by.prompts.count == 5
+    assert profile.measured.iterations == 3
+    assert profile.measured.conclusion in result.out
+    assert profile.environment is not None and profile.environment.dtype == "float32"
+    assert profile.tensors == "found.safetensors"
+    assert "selected" in load_file(tmp_path / "found.safetensors")
+    generated = run("generate", "Hello", "-p", "found.yaml", "-n", 5)
+    assert generated.code == 0, generated.err
+
+
+def test_unrefined_keeps_the_papers_own_plan_and_drafting(
+    run: Run, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    result = run(
+        "calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK, "--no-refine", "--json"
+    )
+    assert result.code == 0, result.err
+    document = result.document
+    profile = Profile.load(tmp_path / "p.yaml")
+    assert (profile.draft.max_tokens, profile.draft.stop_probability) == (25, 0.8)
+    assert profile.plan
+    decoded = [trial for trial in document["trials"] if trial["steps"]]
+    best = max(decoded, key=lambda trial: trial["accepted"] / trial["steps"])
+    assert list(profile.plan.attention) == best["attention"]
+    assert document["profile"]["skip"]["mlp"] == best["mlp"]
+    assert document["refine_judged"] == 0
+
+
+def test_the_same_seed_finds_the_same_sets(run: Run, model: Path, prompts: Path) -> None:
+    arguments = ("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK, "--json")
+    first, second = (run(*arguments, "--seed", 3).document for _ in range(2))
+    assert [t["attention"] for t in first["trials"]] == [t["attention"] for t in second["trials"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--strategy", "swfit"), "--strategy swfit: there is conflayers"),
+        (("--skip-ratio", "2"), "--skip-ratio"),
+        (("--output", "nowhere/p.yaml"), "nowhere does not exist"),
+        (("--data", "missing.jsonl"), "missing.jsonl"),
+        (("--max-iterations", "0"), "--max-iterations"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    run: Run, model: Path, arguments: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    result = run("calibrate", "-m", model, *arguments)
+    assert result.code == 2
+    assert told in result.err and result.err.count("\n") == 1
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_too_shallow_a_model_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
+    shallow = save_model(tmp_path / "shallow", num_hidden_layers=3)
+    result = run("calibrate", "-m", shallow, "--data", prompts, *QUICK)
+    assert result.code == 2
+    assert "3 layers are too few" in result.err
+
+
+def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cut.yaml"
+    arguments = ("calibrate", "-m", model, "--data", prompts, "-o", target, "--patience", 9999)
+    process = start(
+        (*arguments, "--max-iterations", 99999), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if process.stderr is None:
+        pytest.fail("no stderr")
+    line = ""
+    while "best so far" not in line:
+        line = process.stderr.readline().decode()
+        assert line, "the search ended by itself"
+    os.kill(process.pid, signal.SIGINT)
+    result = finished(process)
+    assert result.code == 130, result.err
+    assert "interrupted" in result.out
+    assert Profile.load(target).plan

@@ -1,0 +1,15 @@
+"""What every test of the suite shares."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Examples are drawn from a fixed seed, so that what fails on one machine fails on every other; no
+# deadline, since how long an example takes says nothing about whether it is right.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+# Nothing here may ask a hub: what is tested is built in memory.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

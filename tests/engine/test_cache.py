@@ -1,0 +1,82 @@
+"""The cache: where keys and values are written, what is read back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conflayers_cli.engine.cache import EXTENT_MULTIPLE, KVCache, extent_for
+from tests import tiny
+
+HEADS, DIM = 2, 4
+
+
+def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, HEADS, tokens, DIM)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("length", "extents"), [(0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3)]
+)
+def test_extents_hold_the_length(length: int, extents: int) -> None:
+    assert extent_for(length) == extents * EXTENT_MULTIPLE
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_written_at_their_own_slots(batch: int) -> None:
+    cache = KVCache(2, batch, 300)
+    # Each row elsewhere, out of order, and over what an earlier pass wrote.
+    first = torch.arange(5).expand(batch, -1) + torch.arange(batch)[:, None]
+    second = torch.tensor([[3, 1]]) + torch.arange(batch)[:, None]
+    wanted = torch.zeros(2, batch, HEADS, 256, DIM)
+    for slots, seed in ((first, 1), (second, 2)):
+        cache.announce(slots, 256)
+        keys, values = states(batch, slots.shape[1], seed)
+        read = cache.update(keys, values, 1)
+        for row in range(batch):
+            for i, slot in enumerate(slots[row].tolist()):
+                wanted[0, row, :, slot], wanted[1, row, :, slot] = (
+                    keys[row, :, i],
+                    values[row, :, i],
+                )
+        assert torch.equal(read[0], wanted[0])
+        assert torch.equal(read[1], wanted[1])
+
+
+def test_layers_share_the_announcement_but_not_the_memory() -> None:
+    cache = KVCache(2, 1, 10)
+    cache.announce(torch.tensor([[0]]), 256)
+    one, other = states(1, 1, 1), states(1, 1, 2)
+    cache.update(*one, 0)
+    assert cache.bytes == 2 * 256 * HEADS * DIM * 4  # only layers in use hold memory
+    read = cache.update(*other, 1)
+    assert torch.equal(read[0][:, :, :1], other[0])
+    assert torch.equal(cache.layers[0].keys[:, :, :1], one[0])
+    assert cache.bytes == 4 * 256 * HEADS * DIM * 4
+
+
+def test_an_extent_beyond_the_capacity_is_refused() -> None:
+    cache = KVCache(1, 1, 257)
+    assert cache.capacity == 512
+    cache.announce(torch.tensor([[511]]), 512)
+    with pytest.raises(ValueError, match="capacity 512"):
+        cache.announce(torch.tensor([[512]]), 768)
+
+
+def test_rows_of_a_batch_have_their_own_lengths() -> None:
+    """Two texts of other lengths, side by side, give the logits that each gives alone."""
+    decoder = tiny.decoder("llama")
+    texts = [tiny.prompt(20, 1), tiny.prompt(20, 2)]
+    lengths, width = [9, 14], 3
+    cache = decoder.new_cache(20, batch=2)
+    decoder.prefill(torch.tensor([text[:14] for text in texts]), cache)  # row 0: 5 too many, unseen
+    tokens = torch.tensor([t[n : n + width] for t, n in zip(texts, lengths, strict=True)])
+    positions = torch.tensor([[n, n + 1, n + 2] for n in lengths])
+    together = decoder.forward(tokens, positions, cache)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        alone = decoder.new_cache(20)
+        whole = torch.tensor([text[: length + width]])
+        logits = decoder.forward(whole, torch.arange(length + width)[None], alone)
+        torch.testing.assert_close(together[row], logits[0, length:], rtol=1e-4, atol=1e-5)

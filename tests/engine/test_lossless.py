@@ -1,0 +1,126 @@
+"""Greedy speculative output is vanilla's, token for token; the cache is that of a fresh pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conflayers_cli.engine.cache import KVCache
+from conflayers_cli.engine.decode import Generation
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import Drafter, SkipDrafter
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.sampling import Sampling
+from tests import tiny
+
+MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
+PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
+# Mistral sees a window only; Gemma 2 has both kinds of layers.
+FAMILIES = st.sampled_from(["llama", "mistral", "gemma2"])
+
+
+def output(decoder: Decoder, prompt: list[int], count: int, **more: object) -> list[int]:
+    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+    tiny.steps_of(generation)
+    return generation.output
+
+
+@settings(max_examples=60)
+@given(
+    family=FAMILIES,
+    plan=PLANS,
+    size=st.integers(1, 9),
+    stop=st.sampled_from([0.0, 0.3, 0.8]),
+    count=st.integers(1, 24),
+    length=st.integers(1, 20),
+    penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    seed=st.integers(0, 1000),
+)
+def test_skip_drafts(
+    family: str,
+    plan: SkipPlan,
+    size: int,
+    stop: float,
+    count: int,
+    length: int,
+    penalty: float,
+    seed: int,
+) -> None:
+    decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
+    sampling = Sampling(repetition_penalty=penalty)
+    drafter = SkipDrafter(decoder, plan, size, stop)
+    got = output(decoder, prompt, count, sampling=sampling, drafter=drafter)
+    assert got == output(decoder, prompt, count, sampling=sampling)
+    assert len(got) == count
+
+
+@settings(max_examples=25)
+@given(
+    wrong=st.lists(st.booleans(), min_size=1, max_size=7),
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=5),
+    penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], penalty: float) -> None:
+    """Drafts right and wrong in any pattern, of any length, none at all included."""
+    decoder, prompt, count = tiny.decoder("llama"), tiny.prompt(10, 2), 24
+    sampling = Sampling(repetition_penalty=penalty)
+    expected = output(decoder, prompt, count, sampling=sampling)
+
+    def propose(text: list[int]) -> list[int]:
+        at = len(text) - len(prompt)
+        ahead = expected[at : at + sizes[at % len(sizes)]]
+        return [
+            (token + wrong[(at + i) % len(wrong)]) % tiny.VOCABULARY
+            for i, token in enumerate(ahead)
+        ]
+
+    drafter = tiny.Scripted(propose)
+    assert output(decoder, prompt, count, sampling=sampling, drafter=drafter) == expected
+
+
+def assert_cache_is_fresh(generation: Generation) -> None:
+    """Every filled slot holds what one full pass over the text would have put there."""
+    filled = len(generation.tokens) - 1
+    decoder = generation.decoder
+    fresh: KVCache = decoder.new_cache(filled)
+    decoder.prefill(torch.tensor([generation.tokens[:-1]]), fresh)
+    for layer, expected in zip(generation.cache.layers, fresh.layers, strict=True):
+        for got, want in ((layer.keys, expected.keys), (layer.values, expected.values)):
+            torch.testing.assert_close(
+                got[:, :, :filled], want[:, :, :filled], rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("plan", [SkipPlan.of_layers([1, 3]), SkipPlan.of([2], [1, 2])])
+def test_the_cache_after_every_step(family: str, plan: SkipPlan, sampling: Sampling) -> None:
+    decoder = tiny.decoder(family)
+    drafter = SkipDrafter(decoder, plan, 4, 0.0)
+    generation = Generation(
+        decoder, tiny.prompt(9, 4), max_new_tokens=24, sampling=sampling, drafter=drafter
+    )
+    drafted = accepted = 0
+    for step in generation:
+        assert_cache_is_fresh(generation)
+        drafted, accepted = drafted + step.drafted, accepted + step.accepted
+    assert 0 < accepted < drafted
+
+
+def test_the_cache_after_drafts_all_kept_and_all_refused() -> None:
+    decoder, prompt = tiny.decoder("llama"), tiny.prompt(9, 4)
+    expected = output(decoder, prompt, 24)
+    for offset, kept in ((0, True), (1, False)):
+
+        def propose(text: list[int], offset: int = offset) -> list[int]:
+            at = len(text) - len(prompt)
+            return [(t + offset) % tiny.VOCABULARY for t in expected[at : at + 5]]
+
+        drafter: Drafter = tiny.Scripted(propose)
+        generation = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
+        for step in generation:
+            assert step.accepted == (step.drafted if kept else 0)
+            assert_cache_is_fresh(generation)
+        assert generation.output == expected

@@ -1,0 +1,79 @@
+"""The whole tool on the real model: calibrate, generate, bench."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conflayers_cli.cli.main import main
+from conflayers_cli.engine.decode import Generation
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import SkipDrafter
+from conflayers_cli.engine.model import LoadedModel, encode
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.profile import Profile
+
+pytestmark = pytest.mark.usefixtures("real_cache")
+QUESTION = [{"role": "user", "content": "Name three uses of copper, one sentence each."}]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out, captured.err
+
+
+def planted(loaded: LoadedModel) -> set[int]:
+    config: Any = loaded.model.config
+    return set(config.conflayers_planted)
+
+
+def test_calibrate_generate_bench(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, smollm2_deep: LoadedModel
+) -> None:
+    profile = tmp_path / "deep.yaml"
+    out, _ = run(
+        capsys,
+        *("calibrate", "--model", "smollm2-deep", "--output", profile, "--max-prompts", 8),
+        *("--max-iterations", 3, "--search-interval", 12, "--max-new-tokens", 48),
+        *("--refine-limit", 60, "--json"),
+    )
+    trials = json.loads(out)["trials"]
+    # one threshold finds nearly all of the planted layers and few others (see the worked figures)
+    found = set(trials[1]["attention"])
+    assert len(found & planted(smollm2_deep)) >= 24
+    assert len(found - planted(smollm2_deep)) <= 8
+    assert Profile.load(profile).model.depth == 60
+
+    plain, _ = run(capsys, "generate", "Name three metals.", "--model", "smollm2-deep", "-n", 24)
+    drafted, stats = run(
+        capsys, "generate", "Name three metals.", "--profile", profile, "-n", 24, "--stats"
+    )
+    assert drafted == plain
+    assert "tokens/s" in stats
+
+    out, _ = run(
+        capsys,
+        *("bench", "--profile", profile, "--max-prompts", 2, "-n", 24, "--runs", 1),
+        *("--against", "transformers", "--json"),
+    )
+    document = json.loads(out)
+    assert set(document["arms"]) == {"vanilla", "speculative", "transformers"}
+    same = document["identical_outputs"]
+    assert same["matching"] == same["total"] == 2
+
+
+@pytest.mark.parametrize("plan", [SkipPlan.of_layers([3, 9, 20]), SkipPlan.of([4, 5], [7])])
+def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: SkipPlan) -> None:
+    decoder = Decoder(smollm2.model)
+    prompt = encode(smollm2, QUESTION, None)
+    vanilla = Generation(decoder, prompt, max_new_tokens=40)
+    list(vanilla)
+    drafter = SkipDrafter(decoder, plan, 5, 0.0)
+    speculative = Generation(decoder, prompt, max_new_tokens=40, drafter=drafter)
+    steps = list(speculative)
+    assert speculative.output == vanilla.output
+    assert 0 < sum(s.accepted for s in steps) < sum(s.drafted for s in steps)

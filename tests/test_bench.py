@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from conflayers_cli.answer import DraftCount, Summary
+from conflayers_cli.arms import Case, EngineArm, Run, TransformersArm
+from conflayers_cli.bench import Interval, Spread, measure
+from conflayers_cli.engine.sampling import Sampling
+from tests import tiny
+
+GREEDY = Sampling()
+
+
+@dataclass
+class Paced:
+    """An arm that takes as long as it is told and notes when it was called."""
+
+    name: str
+    speeds: list[float]
+    log: list[str] = field(default_factory=list)
+
+    def run(self, case: Case) -> Run:
+        self.log.append(f"{self.name} {case.id}")
+        speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
+        stats = Summary(0.1, 10 / speed, 11, 10, 5, {"skip": DraftCount(5, 10, 5)})
+        return Run((1, 2, 3), stats, 1000)
+
+
+def cases(count: int) -> list[Case]:
+    return [Case(f"p{i}", f"c{i % 2}", (1, 2), 11) for i in range(count)]
+
+
+def test_arms_take_turns_and_warm_up() -> None:
+    log: list[str] = []
+    arms = [Paced("vanilla", [1.0], log), Paced("speculative", [2.0], log)]
+    told: list[float] = []
+    measure(
+        arms,
+        cases(2),
+        tiny.decoder("llama"),
+        GREEDY,
+        runs=2,
+        warmup=1,
+        tell=lambda message, done: told.append(done),
+    )
+    v, s = "vanilla", "speculative"
+    assert log[:2] == [f"{v} p0", f"{s} p0"]
+    assert log[2:6] == [f"{v} p0", f"{s} p0", f"{s} p1", f"{v} p1"]
+    assert log[6:] == [f"{s} p0", f"{v} p0", f"{v} p1", f"{s} p1"]
+    assert told == [i / 10 for i in range(10)]
+
+
+def test_figures_are_ratios_of_medians_without_the_warm_up() -> None:
+    arms = [Paced("vanilla", [999, 10, 10, 30, 10]), Paced("speculative", [1, 20, 20, 21, 500, 20])]
+    result = measure(arms, cases(1), tiny.decoder("llama"), GREEDY, runs=3, warmup=1)
+    assert result.arms["vanilla"].tokens_per_second == Spread(10, 10, 10)
+    assert result.arms["speculative"].tokens_per_second == Spread(20, 20, 20)
+    assert result.arms["speculative"].stats.acceptance_rate == 0.5
+    assert result.arms["speculative"].stats.tokens == 11
+    assert result.speedup().median == 2
+    assert result.cache_bytes == 1000
+
+
+def test_speedup_over_prompts_and_by_category() -> None:
+    arms = [Paced("vanilla", [1.0]), Paced("speculative", [1.0, 2.0, 3.0, 4.0, 9.0])]
+    result = measure(arms, cases(5), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
+    speedup = result.speedup()
+    assert speedup.median == pytest.approx(3)
+    assert (speedup.low, speedup.high) == pytest.approx((1, 9))
+    assert result.categories == ("c0", "c1")
+    assert result.speedup(category="c1").median == pytest.approx(3)  # of 2 and 4
+    assert result.speedup(category="c1").low is None
+
+
+def test_interval_needs_ratios() -> None:
+    assert Interval.of([]) == Interval(None, None, None)
+    assert Interval.of([2.0, 4.0]) == Interval(3.0, None, None)
+    assert Interval.of([2.0] * 5) == Interval(2.0, 2.0, 2.0)
+    assert Interval.of([1.0, 2.0, 3.0]) == Interval.of([1.0, 2.0, 3.0])
+
+
+def test_an_output_that_ends_early_is_a_divergence() -> None:
+    class Short(Paced):
+        def run(self, case: Case) -> Run:
+            done = super().run(case)
+            return Run(done.tokens[:2], done.stats)
+
+    arms = [Paced("vanilla", [1.0]), Short("speculative", [1.0])]
+    result = measure(arms, cases(1), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
+    assert result.identical is not None
+    (divergence,) = result.identical["speculative"].divergences
+    assert (divergence.position, divergence.vanilla, divergence.other) == (2, 3, None)
+    assert divergence.gap >= 0
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_transformers_arm_is_generate_with_the_same_settings(penalty: float) -> None:
+    decoder = tiny.decoder("llama")
+    sampling = Sampling(repetition_penalty=penalty)
+    case = Case("p", None, tuple(tiny.prompt(9)), 20)
+    kept = decoder.model.generation_config
+    decoder.model.generation_config.repetition_penalty = 3.0  # must not get in
+    try:
+        theirs = TransformersArm(decoder, sampling, frozenset()).run(case)
+    finally:
+        decoder.model.generation_config.repetition_penalty = 1.0
+    ours = EngineArm("vanilla", decoder, None, sampling, frozenset()).run(case)
+    assert theirs.tokens == ours.tokens
+    assert decoder.model.generation_config is kept
+    assert (theirs.stats.tokens, theirs.stats.decode_tokens) == (20, 19)
+    assert theirs.stats.prefill_seconds > 0
+    assert theirs.stats.decode_seconds > 0
+    end = frozenset({ours.tokens[5]})
+    first = ours.tokens.index(ours.tokens[5]) + 1
+    assert len(TransformersArm(decoder, sampling, end).run(case).tokens) == first
+    assert len(EngineArm("vanilla", decoder, None, sampling, end).run(case).tokens) == first
+
+
+def test_transformers_arm_draws_from_its_seed_and_leaves_torchs_alone() -> None:
+    import torch
+
+    decoder = tiny.decoder("llama")
+    arm = TransformersArm(decoder, Sampling(temperature=1.0), frozenset())
+    prompt = tuple(tiny.prompt(9))
+    before = torch.random.get_rng_state()
+    runs = [arm.run(Case("p", None, prompt, 20, seed)).tokens for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert torch.equal(torch.random.get_rng_state(), before)

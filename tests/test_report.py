@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from conflayers_cli.answer import DraftCount, Summary
+from conflayers_cli.arms import Case, Run
+from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns, Divergence, Identity
+from conflayers_cli.report import BenchContext, bench_json, bench_tables
+
+CONTEXT = BenchContext("smollm2", "cpu", "bfloat16", {"threads": 2}, {"max_new_tokens": 9})
+
+
+def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa",)) -> BenchResult:
+    """Speculative twice as fast as vanilla on every prompt."""
+    cases = []
+    for number, category in enumerate(categories):
+        vanilla = Summary(0.5, 10.0, 101, 100, 100)
+        drafted = Summary(0.5, 5.0, 101, 100, 40, {"skip": DraftCount(40, 80, 60)})
+        runs = {"vanilla": (Run((1,), vanilla),) * 3, "speculative": (Run((1,), drafted),) * 3}
+        cases.append(CaseRuns(Case(f"[bold]p{number}\x1b", category, (1,), 9), runs))
+    parted = Divergence(cases[0].case.id, 4, 0.0125, 7, None)
+    identity = Identity(0, 1, (parted,)) if not identical else Identity(1, 1, ())
+    return BenchResult(
+        tuple(cases),
+        {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative")},
+        {"speculative": identity},
+        2**30,
+        2**20,
+    )
+
+
+def shown(bench: BenchResult) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    with console.capture() as captured:
+        for part in bench_tables(bench, CONTEXT):
+            console.print(part)
+    return captured.get()
+
+
+def test_json() -> None:
+    document = json.loads(json.dumps(bench_json(result(identical=False), CONTEXT)))
+    assert document["arms"]["vanilla"] == {
+        "tokens_per_second": {"median": 10.0, "min": 10.0, "max": 10.0},
+        "time_to_first_token_s": 0.5,
+        "tokens": 101,
+    }
+    assert document["arms"]["speculative"] == {
+        "tokens_per_second": {"median": 20.0, "min": 20.0, "max": 20.0},
+        "time_to_first_token_s": 0.5,
+        "tokens": 101,
+        "acceptance_rate": 0.75,
+        "tokens_per_step": 2.5,
+        "drafted": 80,
+        "accepted": 60,
+    }
+    assert document["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    (divergence,) = document["identical_outputs"]["divergences"]
+    assert divergence["position"] == 4
+    assert divergence["gap"] == 0.0125
+    assert document["categories"]["qa"]["speedup"] == 2.0
+    assert document["peak_memory_bytes"] == 2**30
+
+
+def test_table_holds_the_figures() -> None:
+    text = shown(result())
+    for figure in ("10.0", "20.0", "500 ms", "75.0%", "2.50", "2.00×", "2.00–2.00", "1,024 MiB"):
+        assert figure in text
+    assert "1 of 1 outputs identical" in text
+
+
+def test_divergences_are_listed_and_names_are_harmless() -> None:
+    text = shown(result(identical=False))
+    assert "[bold]p0\ufffd: from token 4 on (7 and None" in text
+    assert "0.013" in text
+    assert "\x1b" not in text
+
+
+def test_categories_are_listed_where_there_are_several() -> None:
+    assert "category" not in shown(result())
+    text = shown(result(categories=("qa", "[red]maths", None)))
+    assert "qa" in text
+    assert "[red]maths" in text
+
+
+def test_prompts_without_a_category() -> None:
+    assert bench_json(result(categories=(None,)), CONTEXT)["categories"] == {}

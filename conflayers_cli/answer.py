@@ -156,9 +156,7 @@ def answer(
         tokenizer: its transformers tokenizer.
         prompt: token ids, at least one.
         max_new_tokens: the most tokens produced.
-        sampling: how tokens are chosen; greedy by default.
-        drafter: None decodes vanilla.
-        end_tokens: ids that end the answer.
+        sampling, drafter, end_tokens: as in `Generation`.
         stops: strings that end the text and are not part of it.
         on_text: given every piece of text as soon as it is certain; the pieces add up to the text.
 

@@ -191,15 +191,13 @@ def measure(
         cases: at least one prompt.
         decoder: the model, for the scores where outputs part.
         sampling: how the arms choose tokens.
-        runs: decodings of each prompt by each arm that count.
-        warmup: decodings by each arm, before, that don't.
+        runs, warmup: decodings of each prompt by each arm; decodings by each arm before them.
         tell: told how far it is.
     """
     device = decoder.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = (warmup + runs * len(cases)) * len(arms)
-    progress = _Progress(tell, steps)
+    progress = _Progress(tell, (warmup + runs * len(cases)) * len(arms))
     for turn in range(warmup):
         for arm in arms:
             progress.step(f"warming up: {arm.name}")
@@ -210,7 +208,7 @@ def measure(
             for arm in _rotated(arms, turn + number):
                 progress.step(f"run {turn + 1} of {runs}, prompt {case.id}: {arm.name}")
                 taken[number][arm.name].append(arm.run(case))
-    peak = _peak_memory(device)
+    peak = _peak_memory(device)  # before the search for differences adds to it
     results = tuple(
         CaseRuns(case, {name: tuple(done) for name, done in by_arm.items()})
         for case, by_arm in zip(cases, taken, strict=True)

@@ -114,14 +114,7 @@ def bench(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     chosen = load_profile(profile)
-    sampling = sampling_from(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     prompts = read_prompt_file(data, max_prompts)
     if output:
         check_target(output)

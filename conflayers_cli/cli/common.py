@@ -141,7 +141,6 @@ def _check_fit(
 
 
 def sampling_from(
-    *,
     temperature: float,
     top_p: float | None,
     top_k: int | None,
@@ -149,7 +148,7 @@ def sampling_from(
     repetition_penalty: float,
     seed: int,
 ) -> Sampling:
-    """The sampling settings of the command line, checked.
+    """The sampling settings of the command line, in the order of its options, checked.
 
     Raises:
         InputError: a value is outside its range.

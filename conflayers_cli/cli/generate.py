@@ -136,14 +136,7 @@ def generate(
     _check_flags(prompt, data, output, resume, max_prompts, json)
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
-    sampling = sampling_from(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     prompts = read_prompt_file(data, max_prompts) if data else [_prompt(prompt or [])]
 
     def prepare() -> tuple[_Machine, list[EncodedPrompt]]:

@@ -169,9 +169,11 @@ def _closing(result: BenchResult) -> Iterable[str]:
     if result.identical is None:
         yield "outputs are sampled, so they are not compared"
     memory = result.peak_memory_bytes
-    cache = f"{result.cache_bytes / 2**20:.0f} MiB of it keys and values"
     if memory is not None:
-        yield f"peak memory: {memory / 2**20:,.0f} MiB, {cache}"
+        yield (
+            f"peak memory of the process, loading included: {memory / 2**20:,.0f} MiB; "
+            f"keys and values: {result.cache_bytes / 2**20:.0f} MiB"
+        )
 
 
 def _table(first: str, *others: str) -> Table:

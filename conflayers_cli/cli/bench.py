@@ -228,7 +228,7 @@ def _check_gates(result: BenchResult, loaded: LoadedModel, fail_under: float | N
     speedup = result.speedup().median
     if fail_under is not None and speedup is None:
         broken.append("the speed-up could not be measured: no output is longer than one token")
-    elif fail_under is not None and speedup is not None and speedup < fail_under:
+    elif fail_under is not None and speedup is not None and not speedup >= fail_under:
         broken.append(f"the speed-up is {speedup:.3f}, under {fail_under:g}")
     # In half precision a GPU's rounding may part outputs at a near-tie; that is reported only.
     identical = (result.identical or {}).get("speculative")

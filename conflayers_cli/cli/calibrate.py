@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conflayers_cli.cli.common import EncodedPrompt
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.calibrate import Calibration
     from conflayers_cli.search.conflayers import ConfLayers
@@ -45,11 +45,17 @@ class _Work:
 
     loaded: LoadedModel
     decoder: Decoder
+    fingerprint: ModelFingerprint
     prompts: list[Prompt]
     encoded: list[EncodedPrompt]
     strategy: ConfLayers
     refine: int
     seed: int
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens per prompt: what the prompt with the least room has room for."""
+        return min(prompt.max_new_tokens for prompt in self.encoded)
 
 
 def calibrate(
@@ -140,7 +146,12 @@ def calibrate(
         ),
     ] = 500,
     max_prompts: options.MaxPrompts = None,
-    max_new_tokens: options.MaxNewTokens = 128,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "-n", min=8, metavar="N", help="Tokens decoded of each prompt."
+        ),
+    ] = 128,
     system: options.System = None,
     raw: options.Raw = False,
     seed: Annotated[
@@ -163,17 +174,16 @@ def calibrate(
         raise InputError(f"--strategy {strategy}: there is {', '.join(STRATEGIES)}")
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
-    from conflayers_cli.outputs import check_target
     from conflayers_cli.search.conflayers import ConfLayers
 
     if model is None:
         model = DEFAULT_MODEL
         note(f"no --model given: calibrating {model}")
-    target = output or Path(f"{Path(model).name}.yaml")
-    check_target(target)
-    check_target(tensors_path(target))
+    target = output or Path(f"{Path(model).resolve().stem or 'profile'}.yaml")
+    _check_targets(target)
     prompts = common.read_prompt_file(data, max_prompts)
     loaded, decoder = common.open_model(model, device, dtype, trust_remote_code)
+    model_fingerprint = common.fingerprint_of(loaded)
     encoded = common.encode_prompts(
         loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
     )
@@ -184,7 +194,16 @@ def calibrate(
         context_window=context_window,
         patience=patience,
     )
-    work = _Work(loaded, decoder, prompts, encoded, method, refine_limit if refine else 0, seed)
+    work = _Work(
+        loaded,
+        decoder,
+        model_fingerprint,
+        prompts,
+        encoded,
+        method,
+        refine_limit if refine else 0,
+        seed,
+    )
     done = _run(work)
     profile = _profile_of(work, done, target)
     _write(profile, done, target)
@@ -196,6 +215,16 @@ def calibrate(
 def tensors_path(profile: Path) -> Path:
     """Where the per-iteration tensors of a profile go: beside it."""
     return profile.with_name(f"{profile.stem}.safetensors")
+
+
+def _check_targets(profile: Path) -> None:
+    """Refuse, before any work, names that the profile and its tensors can't be written to."""
+    from conflayers_cli.outputs import check_target
+
+    if profile.suffix == ".safetensors" or profile.name.startswith("."):
+        raise InputError(f"--output {profile}: a name such as summ.yaml is needed")
+    check_target(profile)
+    check_target(tensors_path(profile))
 
 
 def _run(work: _Work) -> Calibration:
@@ -215,7 +244,7 @@ def _run(work: _Work) -> Calibration:
             decoder=work.decoder,
             prompts=used,
             costs=costs,
-            max_new_tokens=min(prompt.max_new_tokens for prompt in work.encoded),
+            max_new_tokens=work.max_new_tokens,
             end_tokens=work.loaded.end_tokens,
             on_trial=display.trial,
         )
@@ -231,11 +260,10 @@ def _run(work: _Work) -> Calibration:
 
 
 def _profile_of(work: _Work, done: Calibration, target: Path) -> Profile:
-    from conflayers_cli.cli.common import fingerprint_of
     from conflayers_cli.profile import DraftSettings, Profile, SkipSection
 
     return Profile(
-        model=fingerprint_of(work.loaded),
+        model=work.fingerprint,
         skip=SkipSection.of(done.plan),
         draft=DraftSettings(
             max_tokens=done.setting.max_tokens, stop_probability=done.setting.stop_probability
@@ -259,7 +287,7 @@ def _provenance(work: _Work, done: Calibration) -> dict[str, Any]:
     settings = {
         **asdict(work.strategy),
         "refine_limit": work.refine,
-        "max_new_tokens": work.encoded[0].max_new_tokens,
+        "max_new_tokens": work.max_new_tokens,
     }
     return {
         "found_by": FoundBy(

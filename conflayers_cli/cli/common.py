@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from conflayers_cli.cli.terminal import note, progress_bar
@@ -55,7 +55,9 @@ def open_model(
             trust_remote_code=trust_remote_code,
             progress=tell,
         )
-        return loaded, Decoder(loaded.model)
+        decoder = Decoder(loaded.model)
+    lengths = [n for n in (loaded.context_length, decoder.exact_positions) if n is not None]
+    return replace(loaded, context_length=min(lengths, default=None)), decoder
 
 
 def load_profile(path: Path) -> Profile:
@@ -117,10 +119,24 @@ def drafter_for(
     _check_fit(loaded, decoder, profile, path, force)
     if not profile.plan or profile.draft.max_tokens == 0:
         return None
+    _tell_other_machine(loaded, profile)
     from conflayers_cli.engine.draft import SkipDrafter
 
     settings = profile.draft
     return SkipDrafter(decoder, profile.plan, settings.max_tokens, settings.stop_probability)
+
+
+def _tell_other_machine(loaded: LoadedModel, profile: Profile) -> None:
+    """A note where the profile's figures were measured in another dtype or on another device."""
+    if profile.environment is None:
+        return
+    here = (loaded.device.type, str(loaded.dtype).removeprefix("torch."))
+    there = (profile.environment.device.split(" ")[0].split(":")[0], profile.environment.dtype)
+    if here != there:
+        note(
+            f"note: the profile was measured on {' in '.join(there)}, this is {' in '.join(here)}: "
+            "what it gains here is not known (conflayers bench tells)"
+        )
 
 
 def _check_fit(

@@ -134,6 +134,8 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     _check_flags(prompt, data, output, resume, max_prompts, json)
+    if "" in (stop or ()):
+        raise InputError("--stop: an empty text would end every answer at once")
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)

@@ -4,7 +4,7 @@ Two things are done to the call that transformers' models make through their att
 
 * Grouped heads are *folded*: the query heads that share a key/value head become rows of one call,
   ``[B, Hq, T, D] → [B, Hkv, G·T, D]``. Keys and values are never repeated in memory.
-* The rows are padded to a multiple of four and the keys are taken in extents of a multiple of 256
+* The rows are padded to a multiple of four and the keys are taken in extents of a multiple of 512
   (the cache sees to it), under a boolean mask. PyTorch's CPU kernel then gives a
   row the same bits whatever the number of rows, its place among them, and what lies beyond the
   mask, which is what makes speculative bfloat16 output equal to vanilla token for token.
@@ -112,7 +112,9 @@ def _explicit(
     if position_bias is not None:
         scores = scores + position_bias
     if mask is None:
-        mask = torch.ones(tokens, extent, dtype=torch.bool, device=query.device).tril()
+        # The last query sees all keys, whether there are as many as queries or more.
+        mask = torch.ones(tokens, extent, dtype=torch.bool, device=query.device)
+        mask = mask.tril(extent - tokens)
     elif mask.shape[-2] != tokens:  # folded: the first `tokens` rows are one head's own
         mask = mask[:, :, :tokens]
     scores = scores.masked_fill(~mask, float("-inf"))

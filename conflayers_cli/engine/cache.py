@@ -13,8 +13,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-EXTENT_MULTIPLE = 256
-"""Keys are read in extents of a multiple of this (see :mod:`.attention` for why)."""
+EXTENT_MULTIPLE = 512
+"""Keys are read in extents of a multiple of this, the block that PyTorch's CPU kernel works through
+at once: a last block of another size may round otherwise (see :mod:`.attention`)."""
 
 
 def extent_for(length: int) -> int:

@@ -89,7 +89,7 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
     full, none = medians["plan", "full"], medians["plan", "none"]
     layer = max((full - none) / len(middle), 0.0) if depth > 2 else 0.0
     mlp = layer / 2
-    if "no mlp" in plans:
+    if "no mlp" in plans and depth > 2:
         mlp = min(max((full - medians["plan", "no mlp"]) / len(middle), 0.0), layer)
     verify, slowest = {}, 0.0
     for width in WIDTHS:

@@ -70,7 +70,8 @@ class Generation:
         finish: why it ended, None while it goes on.
 
     Raises:
-        InputError: empty prompt, no budget, or a token the model does not have.
+        InputError: empty prompt, no budget, a token the model does not have, or a length at which
+            it can't be decoded exactly.
     """
 
     def __init__(
@@ -88,10 +89,17 @@ class Generation:
             raise InputError("the prompt has no tokens")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
-        if max(prompt) >= decoder.vocabulary or min(prompt) < 0:
+        strange = [token for token in prompt if not 0 <= token < decoder.vocabulary]
+        if strange:
             raise InputError(
-                f"the prompt has token id {max(prompt)}, but the model's vocabulary ends at "
+                f"the prompt has token id {strange[0]}, but the model's vocabulary ends at "
                 f"{decoder.vocabulary - 1}: tokenizer and model don't belong together"
+            )
+        length, bound = len(prompt) + max_new_tokens, decoder.exact_positions
+        if bound is not None and length > bound:
+            raise InputError(
+                f"prompt and output have up to {length} tokens, but beyond {bound} this model's "
+                "rotary embedding changes with the length and can't be decoded exactly"
             )
         self.decoder = decoder
         self.drafter = drafter
@@ -121,7 +129,7 @@ class Generation:
         draft = NOTHING
         room = self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
         if self.drafter is not None and room > 0:
-            context = Context(self.tokens, self.cache, self.sampler)
+            context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
             draft = self.drafter.draft(context, room)
         drafted = clock(self.decoder.device) if draft.tokens else begin
         accepted, token = self._verify(draft)

@@ -45,6 +45,10 @@ class Decoder:
     The model stays the transformers class it is; its attention goes through
     :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back).
 
+    Attributes:
+        exact_positions: longest text that can be decoded exactly, None where there is no bound.
+        sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
+
     Args:
         model: a transformers causal language model in eval mode, on its device and in its dtype.
 
@@ -65,9 +69,14 @@ class Decoder:
         heads = int(self.config.num_attention_heads)
         self._groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
         self._windows = _windows(self.config, self.depth)
-        self._plain_attention = model.config._attn_implementation
+        self._plain_attention = _own_attention(model)
+        self.exact_positions = _exact_positions(self.config)
         model.set_attn_implementation(attention.NAME)
-        self.sub_layers: frozenset[SubLayer] = self._self_check()
+        try:
+            self.sub_layers: frozenset[SubLayer] = self._self_check()
+        except InputError:
+            model.set_attn_implementation(self._plain_attention)
+            raise
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
@@ -164,7 +173,7 @@ class Decoder:
             module.register_forward_hook(hook(kind, i))
             for i in range(self.depth)
             for kind in kinds
-            if (module := self.stack.sub_layer(kind, i)) is not None
+            if (module := self.stack.output_of(kind, i)) is not None
         ]
         try:
             yield
@@ -267,6 +276,33 @@ def _refuse_unsupported(model: Any, config: Any) -> None:
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{name} does not use transformers' attention interface; not supported")
+
+
+def _own_attention(model: Any) -> str:
+    """The attention that transformers would use, also where an earlier Decoder set the engine's."""
+    current: str = model.config._attn_implementation
+    if current != attention.NAME:
+        return current
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _exact_positions(config: Any) -> int | None:
+    """Length up to which a token's keys don't depend on the pass that made them; None: unbounded.
+
+    "dynamic" and "longrope" rotations turn all tokens of a pass by angles that depend on its last
+    position once that lies beyond the trained length: drafts checked together, or a prompt read in
+    chunks, would not get the angles that transformers gives them.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    lengths = [
+        entry.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for entry in by_kind
+        if entry.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(map(int, lengths), default=None)
 
 
 def _windows(config: Any, depth: int) -> dict[str, int | None]:

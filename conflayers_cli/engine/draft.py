@@ -35,11 +35,13 @@ class Context:
         tokens: prompt and output; the last one is not in the cache yet.
         cache: filled for all tokens but the last.
         sampler: how tokens are chosen.
+        end_tokens: ids that end the output; nothing needs to be drafted behind one.
     """
 
     tokens: list[int]
     cache: KVCache
     sampler: Sampler
+    end_tokens: frozenset[int] = frozenset()
 
 
 class Drafter(Protocol):
@@ -87,7 +89,7 @@ class SkipDrafter:
             drafted.append(chosen)
             if row is not None:
                 rows.append(row)
-            if probability < self.stop_probability:
+            if probability < self.stop_probability or chosen in context.end_tokens:
                 break
             token = torch.tensor([[chosen]], device=device)
             position = position + 1

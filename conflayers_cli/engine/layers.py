@@ -21,6 +21,9 @@ from .plan import SkipPlan
 SubLayer = Literal["attention", "mlp"]
 
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+_KEPT_PLANS = 64
+"""Plans whose swaps are kept ready; a search goes through hundreds."""
+
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
@@ -67,6 +70,18 @@ class _Swap:
     original: nn.Module
 
 
+@contextmanager
+def _swapped(swaps: tuple[_Swap, ...]) -> Iterator[None]:
+    """Within: the stand-ins are in place. Always restored."""
+    try:
+        for swap in swaps:
+            swap.table[swap.key] = swap.stand_in
+        yield
+    finally:
+        for swap in swaps:
+            swap.table[swap.key] = swap.original
+
+
 class LayerStack:
     """The decoder layers of a model and the means to leave some out.
 
@@ -109,6 +124,18 @@ class LayerStack:
                 handle.remove()
         self._swaps.clear()
 
+    def output_of(self, kind: SubLayer, layer: int) -> nn.Module | None:
+        """The module whose output is added to the residual stream, None where there is none.
+
+        That is the sub-layer itself, or the norm behind it in families that have one (Gemma 2 and
+        3, OLMo 2).
+        """
+        children = self.layers[layer]._modules
+        if "post_feedforward_layernorm" in children:
+            name = "attention" if kind == "attention" else "feedforward"
+            return children.get(f"post_{name}_layernorm")
+        return self.sub_layer(kind, layer)
+
     def _children(self, layer: int) -> tuple[nn.Module, ...]:
         found = (self.sub_layer("attention", layer), self.sub_layer("mlp", layer))
         return tuple(m for m in found if m is not None)
@@ -121,14 +148,11 @@ class LayerStack:
             return
         swaps = self._swaps.get(plan)
         if swaps is None:
+            if len(self._swaps) >= _KEPT_PLANS:
+                self._swaps.clear()
             swaps = self._swaps[plan] = tuple(self._swaps_of(plan))
-        try:
-            for swap in swaps:
-                swap.table[swap.key] = swap.stand_in
+        with _swapped(swaps):
             yield
-        finally:
-            for swap in swaps:
-                swap.table[swap.key] = swap.original
 
     def _swaps_of(self, plan: SkipPlan) -> Iterator[_Swap]:
         whole = set(plan.layers)
@@ -160,14 +184,8 @@ class LayerStack:
     @contextmanager
     def stubbed(self, layer: int) -> Iterator[None]:
         """Within: both sub-layers of one layer are stubs, its own code still runs (self-check)."""
-        swaps = (self.stub_swap("attention", layer), self.stub_swap("mlp", layer))
-        try:
-            for swap in swaps:
-                swap.table[swap.key] = swap.stand_in
+        with _swapped((self.stub_swap("attention", layer), self.stub_swap("mlp", layer))):
             yield
-        finally:
-            for swap in swaps:
-                swap.table[swap.key] = swap.original
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:

@@ -23,6 +23,8 @@ class SkipPlan:
 
     def __post_init__(self) -> None:
         for name, indices in (("attention", self.attention), ("mlp", self.mlp)):
+            if not isinstance(indices, tuple):
+                raise ValueError(f"{name}: a tuple of layer indices is needed, got {indices!r}")
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
                 raise ValueError(f"{name}: layer indices must be integers from 0, got {indices}")
             if list(indices) != sorted(set(indices)):

@@ -33,6 +33,7 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 − 1"),
             ("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "over 0, at most 1"),
             ("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
@@ -106,7 +107,9 @@ class Sampler:
         Only for temperatures above 0. ``drafted`` as in :meth:`scores`.
         """
         settings = self.settings
-        scores = self.scores(logits, drafted).float() / settings.temperature
+        scores = self.scores(logits, drafted).float()
+        # The maximum first: a tiny temperature must not divide logits to infinity.
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / settings.temperature
         if settings.top_k is not None and settings.top_k < scores.shape[-1]:
             least = scores.topk(settings.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < least, float("-inf"))

@@ -8,6 +8,7 @@ from typing import Any
 _REPLACEMENT = "\ufffd"
 # A character is at most four bytes, hence four byte tokens. A longer run of undecodable tokens is
 # not going to become one.
+_CHARACTER_TOKENS = 4
 _MOST_HELD_TOKENS = 8
 
 
@@ -37,7 +38,9 @@ class TextStream:
         if self.stopped:
             return True
         self._tokens.append(token)
-        self._advance(force=len(self._tokens) - self._decided >= _MOST_HELD_TOKENS)
+        self._advance()
+        if len(self._tokens) - self._decided >= _MOST_HELD_TOKENS:
+            self._advance(spare=_CHARACTER_TOKENS - 1)
         return self._cut_at_stop()
 
     def take(self) -> str:
@@ -51,18 +54,24 @@ class TextStream:
     def finish(self) -> str:
         """The rest of the text, half characters included as replacement characters."""
         if not self.stopped:
-            self._advance(force=True)
+            self._advance(spare=0)
             self._cut_at_stop()
         rest, self._pending = self._pending, ""
         self.text += rest
         return rest
 
-    def _advance(self, *, force: bool) -> None:
+    def _advance(self, spare: int | None = None) -> None:
+        """Decide the text of all tokens if it ends in a whole character.
+
+        With ``spare``, decide that of all but as many last tokens, whatever it ends in.
+        """
+        end = len(self._tokens) - (spare or 0)
         before = self._decode(self._tokens[self._context : self._decided])
-        now = self._decode(self._tokens[self._context :])
-        if len(now) > len(before) and (force or not now.endswith(_REPLACEMENT)):
+        now = self._decode(self._tokens[self._context : end])
+        whole = spare is not None or not now.endswith(_REPLACEMENT)
+        if len(now) > len(before) and whole:
             self._pending += now[len(before) :]
-            self._context, self._decided = self._decided, len(self._tokens)
+            self._context, self._decided = self._decided, end
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(

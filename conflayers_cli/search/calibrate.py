@@ -129,16 +129,19 @@ def calibrate(
         if refine:
             on_stage("refining")
             expected, judged, interrupted = _refined(objective, result, refine, on_better)
-            plan, setting = expected.plan, expected.setting
-            result = replace(result, interrupted=interrupted)
+            if expected is not None:
+                plan, setting = expected.plan, expected.setting
             if interrupted:
                 raise KeyboardInterrupt
         else:
             expected = objective.score(plan)
-        on_stage("checking by real decoding")
-        check = check_by_decoding(task, plan, setting, held_out)
+        if not refine or (expected is not None and expected.speedup > 1):
+            on_stage("checking by real decoding")
+            check = check_by_decoding(task, plan, setting, held_out)
     except KeyboardInterrupt:
         result = replace(result, interrupted=True)
+        if expected is None and refine:
+            plan = _fastest_decoded(result)
     pays, conclusion = _conclude(plan, expected, check, result)
     keep = pays or not refine
     return Calibration(
@@ -153,6 +156,12 @@ def calibrate(
         seconds=time.perf_counter() - begin,
         conclusion=conclusion,
     )
+
+
+def _fastest_decoded(result: SearchResult) -> SkipPlan:
+    """The plan that decoded fastest during the search; the empty one where none beat vanilla."""
+    paying = [t for t in result.trials if t.speedup is not None and t.speedup > 1]
+    return max(paying, key=lambda t: t.speedup or 0.0).plan if paying else SkipPlan()
 
 
 def enough_samples(task: Task, samples: Sequence[Sample]) -> tuple[Sample, ...]:
@@ -174,26 +183,30 @@ def _refined(
     result: SearchResult,
     most_plans: int,
     on_better: Callable[[Score, int], None],
-) -> tuple[Score, int, bool]:
-    """(best score, plans judged, interrupted)."""
+) -> tuple[Score | None, int, bool]:
+    """(best score of a plan that skips something, plans judged, interrupted)."""
     refiner = Refiner(
         objective,
         single_sub_layers=len(objective.decoder.sub_layers) == 2,
         on_progress=on_better,
         most_plans=most_plans,
     )
-    best = objective.score(SkipPlan())
+    best: Score | None = None
+    interrupted = False
     try:
-        starts = [objective.score(plan) for plan in _starts(result)]
-        for score in starts:
-            best = max(best, score, key=lambda s: s.speedup)
-        first = max(starts, key=lambda s: s.speedup).plan
-        best = max(best, refiner.refine(first), key=lambda s: s.speedup)
+        for plan in _starts(result):
+            best = _better(best, objective.score(plan))
+        if best is not None:
+            best = _better(best, refiner.refine(best.plan))
     except KeyboardInterrupt:
-        if refiner.best is not None:
-            best = max(best, refiner.best, key=lambda s: s.speedup)
-        return best, refiner.judged, True
-    return best, refiner.judged, False
+        best, interrupted = _better(best, refiner.best), True
+    return best, refiner.judged, interrupted
+
+
+def _better(one: Score | None, other: Score | None) -> Score | None:
+    """The better of two plans; plans that skip nothing don't count."""
+    scores = [score for score in (one, other) if score is not None and score.plan]
+    return max(scores, key=lambda score: score.speedup, default=None)
 
 
 def _starts(result: SearchResult) -> list[SkipPlan]:
@@ -260,16 +273,12 @@ def _conclude(
             return True, f"skipping {len(plan)} sub-layers decodes at {figure}"
         return False, f"no plan pays: the best one, skipping {len(plan)}, decodes at {figure}"
     if result.interrupted:
-        return bool(plan), "interrupted: the best plan so far, not measured by decoding"
-    best = _best_nonempty(result, expected)
+        if plan and (expected is None or expected.speedup > 1):
+            return True, "interrupted: the best plan so far, not measured by decoding"
+        return False, "interrupted before a plan was found that pays"
+    if expected is None:
+        return False, "no plan pays: there was no text to judge one by"
     return False, (
-        "no plan pays: whatever is left out costs more in refused drafts than it saves"
-        + (f" (the best one found is predicted at {best:.2f}× vanilla)" if best else "")
+        "no plan pays: whatever is left out costs more in refused drafts than it saves "
+        f"(the best one found is predicted at {expected.speedup:.2f}× vanilla)"
     )
-
-
-def _best_nonempty(result: SearchResult, expected: Score | None) -> float | None:
-    speedups = [t.speedup for t in result.trials if t.speedup is not None]
-    if expected is not None and expected.plan:
-        speedups.append(expected.speedup)
-    return max(speedups) if speedups else None

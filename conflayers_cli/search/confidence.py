@@ -104,7 +104,7 @@ def select_layers(confidence: Values, lam: float, depth: int, *, qwen: bool = Fa
     differs = np.flatnonzero(raw != raw[0])
     leading = int(differs[0]) if len(differs) else len(raw)
     gradient = _rescale(raw)
-    amplitude = 5 * max(1, leading)
+    amplitude = 5 * leading
     if qwen:
         amplitude = min(depth // 3, amplitude)
     k = np.arange(len(z))

@@ -1,7 +1,9 @@
 """ConfLayers: iterative confidence-based layer skipping (arXiv 2604.14612), over sample prompts.
 
-The loop of the paper, with three slips of the authors' release set right: the context window is fed
-at its own positions, confidences are float32, and a plan is never "restored" to an empty one.
+The loop of the paper, with slips of the authors' release set right: the context window is fed at
+its own positions, confidences are float32, a plan is never "restored" to an empty one, and λ falls
+for every set too small to be evaluated (else a set one layer short would be proposed for ever).
+Evaluation drafts a chain; the paper's also verifies side branches beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class ConfLayers:
         context_window: W, generated tokens the confidence is taken over.
         patience: evaluated proposals in a row without improvement that end the search.
         max_score: an acceptance over this with more than 4 accepted drafts a step ends it.
-        max_draft, stop_probability: drafting as in the paper.
+        max_draft, stop_probability: the chain drafted, as long as in the paper.
     """
 
     skip_ratio: float = 0.4
@@ -129,14 +131,23 @@ class _Stream:
         )
 
     def steps(self, drafter: SkipDrafter) -> Iterator[tuple[int, int]]:
-        """(drafted, accepted) of decode steps, without end."""
+        """(drafted, accepted) of decode steps, without end.
+
+        Raises:
+            InputError: every prompt's output ends with its first token.
+        """
+        idle = 0
         while True:
             if self.current.finish is not None:
                 self.note()
                 self.previous, self.current = self.current, self._begin()
+                idle += 1
+                if idle > len(self._task.prompts):
+                    raise InputError("every prompt's output ends with its first token")
             self.current.drafter = drafter
             step = self.current.step()
             if step.drafter != "prefill":
+                idle = 0
                 yield step.drafted, step.accepted
 
     def note(self) -> None:
@@ -152,7 +163,7 @@ class _Stream:
         enough = len(self.current.output) >= min(window, FEW_TOKENS)
         if enough or self.previous is None:
             return self.current
-        return self.previous
+        return max(self.current, self.previous, key=lambda generation: len(generation.output))
 
 
 class _Loop:
@@ -165,6 +176,7 @@ class _Loop:
         self.best: Trial | None = None
         self.since_best = 0
         self.lam = 0.0
+        self.used_lam = 0.0  # the one behind the plan at hand
         self.qwen = "qwen" in str(getattr(task.decoder.config, "model_type", "")).lower()
 
     def run(self) -> SearchResult:
@@ -234,12 +246,14 @@ class _Loop:
             selection = select_layers(confidence.total, self.lam, decoder.depth, qwen=self.qwen)
             self.record.add(self.lam, confidence, selection)
             share = len(selection.layers) / inner
+            self.used_lam = self.lam
+            too_few = len(selection.layers) < settings.skip_ratio * inner + 1
             if share > settings.skip_ratio + 0.25:
                 self.lam += 0.05
-            elif share < settings.skip_ratio:
+            elif too_few:
                 self.lam -= 0.05
             plan = SkipPlan.of_layers(selection.layers)
-            if len(selection.layers) >= settings.skip_ratio * inner + 1:
+            if not too_few:
                 return plan
             self._note(plan, _Tally(), "too few layers")
             self.task.on_trial(self.trials[-1], self.best)
@@ -255,7 +269,7 @@ class _Loop:
                 accepted=tally.accepted,
                 speedup=_observed_speedup(self.task.costs, plan, self.task.decoder.depth, tally),
                 note=note,
-                figures={"lambda": self.lam},
+                figures={"lambda": self.used_lam},
             )
         )
 

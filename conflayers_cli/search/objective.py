@@ -2,8 +2,10 @@
 
 A plan is judged by one parallel draft pass over texts the model wrote itself (SWIFT's matchness,
 arXiv 2410.06916 §4.1): at every position, does the draft's choice equal the text's next token, and
-how sure was the draft? Decoding is then replayed on paper for each draft length and stop
-probability, with the passes' measured costs, and the best setting is the plan's score.
+how sure was the draft? (Within the text the draft sees its own keys, where real decoding has the
+full model's for all verified tokens: agreement errs on the low side.) Decoding is then replayed on
+paper for each draft length and stop probability, with the passes' measured costs, and the best
+setting is the plan's score.
 """
 
 from __future__ import annotations
@@ -112,6 +114,11 @@ class Objective:
     def positions(self) -> int:
         """Positions judged in all texts together."""
         return sum(len(text.following) for text in self._texts)
+
+    def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
+        """Whether :meth:`score` needs no pass."""
+        count = len(self._texts) if texts is None else min(texts, len(self._texts))
+        return (plan, count) in self._known
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""

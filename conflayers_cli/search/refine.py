@@ -49,7 +49,7 @@ class Refiner:
         objective: judges plans.
         single_sub_layers: whether sub-layers may be left out one by one.
         on_progress: told about every better plan and the plans judged so far.
-        most_plans: plans judged at the most.
+        most_plans: no further round begins once as many plans were judged.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Refiner:
             before = best.speedup
             best = self._climb(best, self._layers_back)
             best = self._climb(best, self._layers_out)
-            if self._single:
-                best = self._climb(best, self._single_moves)
             if best.speedup <= before * (1 + LEAST_GAIN) or self._left <= 0:
-                return best
+                break
+        # Single sub-layers last and once: there are twice as many, and each can gain but little.
+        return self._climb(best, self._single_moves) if self._single else best
 
     def _layers_back(self, plan: SkipPlan) -> Iterable[Move]:
         return [Move(i, True, True) for i in plan.layers]
@@ -123,6 +123,8 @@ class Refiner:
         return best
 
     def _score(self, best: Score, move: Move, texts: int | None) -> Score:
-        self.judged += 1
-        self._left -= 1
-        return self._objective.score(move.apply(best.plan), texts)
+        plan = move.apply(best.plan)
+        if not self._objective.knows(plan, texts):
+            self.judged += 1
+            self._left -= 1
+        return self._objective.score(plan, texts)

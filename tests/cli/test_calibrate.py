@@ -118,4 +118,6 @@ def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Pat
     result = finished(process)
     assert result.code == 130, result.err
     assert "interrupted" in result.out
-    assert Profile.load(target).plan
+    profile = Profile.load(target)
+    assert profile.measured is not None and "interrupted" in profile.measured.conclusion
+    assert profile.measured.iterations >= 1

@@ -129,3 +129,13 @@ def test_folded_masks_repeat_by_head_and_pad_with_the_first_row(tokens: int, gro
     for row in range(rows):
         source = row % tokens if row < tokens * groups else 0
         assert torch.equal(folded[:, :, row], mask[:, :, source])
+
+
+@pytest.mark.parametrize("softcap", [None, CAP])
+def test_one_query_without_a_mask_sees_all_keys(softcap: float | None) -> None:
+    """As transformers means it when it leaves out the mask of a single token on its own cache."""
+    query, key, value, _ = inputs(4, 2, 1)
+    everything = torch.ones(BATCH, 1, 1, EXTENT, dtype=torch.bool)
+    expected = reference(query, key, value, everything, DIM**-0.5, softcap=softcap)
+    got, _ = attention_forward(torch.nn.Module(), query, key, value, None, softcap=softcap)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from conflayers_cli.engine.attention import attention_forward
+from conflayers_cli.engine.cache import extent_for
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import SkipDrafter
@@ -25,23 +27,27 @@ MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 
 
 @functools.cache
-def decoder() -> Decoder:
-    """Heads as wide as real models have, since kernels are chosen by such sizes."""
-    config = LlamaConfig(
-        **{
-            **tiny.LLAMA_LIKE,
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_attention_heads": 2,
+def decoder(shape: str = "grouped") -> Decoder:
+    """Sizes at which the kernels do depend on the number of rows, left to themselves.
+
+    In the grouped model a linear layer gives a single row other bits than one among several; in the
+    ungrouped one the attention call does so for rows that are not a multiple of four.
+    """
+    sizes: dict[str, dict[str, int]] = {
+        "grouped": {
+            "hidden_size": 192,
+            "intermediate_size": 1536,
+            "num_attention_heads": 3,
             "num_key_value_heads": 1,
-            "max_position_embeddings": 1024,
-        }
-    )
+        },
+        "ungrouped": {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4},
+    }
+    more = {"vocab_size": VOCABULARY, "max_position_embeddings": 1024, **sizes[shape]}
+    config = LlamaConfig(**{**tiny.LLAMA_LIKE, **more})
     return Decoder(tiny.build(config, dtype=torch.bfloat16, gain=0.5))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE),
     size=st.integers(1, 12),
@@ -58,24 +64,55 @@ def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, 
     assert speculative.output == vanilla.output
 
 
-# 250: the rows lie on both sides of the first extent's end, so some see another extent of keys.
-@pytest.mark.parametrize("start", [1, 20, 100, 250])
-def test_bits_do_not_depend_on_the_number_of_rows(start: int) -> None:
+@pytest.mark.parametrize("shape", ["grouped", "ungrouped"])
+# 250, 505: beside a border between blocks of keys; alone, rows see fewer keys than together.
+@pytest.mark.parametrize("start", [1, 20, 100, 250, 505])
+def test_bits_do_not_depend_on_the_number_of_rows(start: int, shape: str) -> None:
+    model = decoder(shape)
     tokens = torch.tensor([tiny.prompt(start + 16, 1, VOCABULARY)])
-    cache = decoder().new_cache(start + 16)
-    decoder().prefill(tokens[:, :start], cache)
+    cache = model.new_cache(start + 16)
+    model.prefill(tokens[:, :start], cache)
 
     def logits(begin: int, count: int) -> torch.Tensor:
         """Of ``count`` tokens in one pass; slots below ``begin`` are filled."""
         positions = torch.arange(start + begin, start + begin + count)[None]
         part = tokens[:, start + begin : start + begin + count]
-        return decoder().forward(part, positions, cache)[0]
+        return model.forward(part, positions, cache)[0]
 
     alone = torch.cat([logits(i, 1) for i in range(16)])
     for count in (2, 4, 8, 16):
         for begin in range(0, 16, count):
             together = logits(begin, count)
             assert torch.equal(together, alone[begin : begin + count]), (begin, count)
+
+
+def attended(
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], seen: int, tokens: int, extent: int
+) -> torch.Tensor:
+    """The first query's result, among ``tokens`` that all see the first ``seen`` keys."""
+    query, key, value = states
+    mask = (torch.arange(extent) < seen).expand(1, 1, tokens, extent)
+    out, _ = attention_forward(
+        torch.nn.Module(), query[:, :, :tokens], key[:, :, :extent], value[:, :, :extent], mask
+    )
+    return out[:, 0]
+
+
+@pytest.mark.parametrize("heads", [8, 24])
+@pytest.mark.parametrize("further", [0, 300])
+def test_attention_bits_do_not_depend_on_rows_or_extent(further: int, heads: int) -> None:
+    """One query among others, over the keys it sees and however many unseen ones behind them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, 64, generator=generator).bfloat16()
+
+    for seen in (*range(196, 256, 2), *range(256, 1024, 40)):
+        states = draw(heads, 48), draw(8, 2048), draw(8, 2048)
+        alone = attended(states, seen, 1, extent_for(seen))
+        for tokens in (1, 2, 5, 16, 48):
+            got = attended(states, seen, tokens, extent_for(seen + further))
+            assert torch.equal(got, alone), (seen, tokens)
 
 
 def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:

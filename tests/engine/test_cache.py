@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conflayers_cli.engine.cache import EXTENT_MULTIPLE, KVCache, extent_for
+from conflayers_cli.engine.cache import EXTENT_MULTIPLE as EXTENT
+from conflayers_cli.engine.cache import KVCache, extent_for
 from tests import tiny
 
 HEADS, DIM = 2, 4
@@ -18,21 +19,22 @@ def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("length", "extents"), [(0, 1), (1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3)]
+    ("length", "extents"),
+    [(0, 1), (1, 1), (EXTENT, 1), (EXTENT + 1, 2), (2 * EXTENT, 2), (2 * EXTENT + 1, 3)],
 )
 def test_extents_hold_the_length(length: int, extents: int) -> None:
-    assert extent_for(length) == extents * EXTENT_MULTIPLE
+    assert extent_for(length) == extents * EXTENT
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_are_written_at_their_own_slots(batch: int) -> None:
-    cache = KVCache(2, batch, 300)
+    cache = KVCache(2, batch, EXTENT + 1)
     # Each row elsewhere, out of order, and over what an earlier pass wrote.
     first = torch.arange(5).expand(batch, -1) + torch.arange(batch)[:, None]
     second = torch.tensor([[3, 1]]) + torch.arange(batch)[:, None]
-    wanted = torch.zeros(2, batch, HEADS, 256, DIM)
+    wanted = torch.zeros(2, batch, HEADS, EXTENT, DIM)
     for slots, seed in ((first, 1), (second, 2)):
-        cache.announce(slots, 256)
+        cache.announce(slots, EXTENT)
         keys, values = states(batch, slots.shape[1], seed)
         read = cache.update(keys, values, 1)
         for row in range(batch):
@@ -47,22 +49,22 @@ def test_rows_are_written_at_their_own_slots(batch: int) -> None:
 
 def test_layers_share_the_announcement_but_not_the_memory() -> None:
     cache = KVCache(2, 1, 10)
-    cache.announce(torch.tensor([[0]]), 256)
+    cache.announce(torch.tensor([[0]]), EXTENT)
     one, other = states(1, 1, 1), states(1, 1, 2)
     cache.update(*one, 0)
-    assert cache.bytes == 2 * 256 * HEADS * DIM * 4  # only layers in use hold memory
+    assert cache.bytes == 2 * EXTENT * HEADS * DIM * 4  # only layers in use hold memory
     read = cache.update(*other, 1)
     assert torch.equal(read[0][:, :, :1], other[0])
     assert torch.equal(cache.layers[0].keys[:, :, :1], one[0])
-    assert cache.bytes == 4 * 256 * HEADS * DIM * 4
+    assert cache.bytes == 4 * EXTENT * HEADS * DIM * 4
 
 
 def test_an_extent_beyond_the_capacity_is_refused() -> None:
-    cache = KVCache(1, 1, 257)
-    assert cache.capacity == 512
-    cache.announce(torch.tensor([[511]]), 512)
-    with pytest.raises(ValueError, match="capacity 512"):
-        cache.announce(torch.tensor([[512]]), 768)
+    cache = KVCache(1, 1, EXTENT + 1)
+    assert cache.capacity == 2 * EXTENT
+    cache.announce(torch.tensor([[2 * EXTENT - 1]]), 2 * EXTENT)
+    with pytest.raises(ValueError, match=f"capacity {2 * EXTENT}"):
+        cache.announce(torch.tensor([[2 * EXTENT]]), 3 * EXTENT)
 
 
 def test_rows_of_a_batch_have_their_own_lengths() -> None:

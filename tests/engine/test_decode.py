@@ -49,7 +49,7 @@ def skip(size: int = 4) -> SkipDrafter:
     return SkipDrafter(tiny.decoder("llama"), PLAN, size, 0.0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 20),
     size=st.integers(1, 30),
@@ -169,18 +169,6 @@ def test_drafts_end_with_the_budget() -> None:
     assert limits == [6, 1]
 
 
-@pytest.mark.parametrize("stop", [0.0, 0.2, 1.1])
-def test_a_chain_ends_after_the_first_unlikely_token(stop: float) -> None:
-    drafter = SkipDrafter(tiny.decoder("llama"), PLAN, 6, stop)
-    sizes = {step.drafted for step in generation(30, drafter=drafter) if step.drafted}
-    if stop == 0.0:
-        assert max(sizes) == 6
-    elif stop > 1:
-        assert sizes == {1}
-    else:
-        assert max(sizes) > 1 and len(sizes) > 2
-
-
 @pytest.mark.parametrize(
     ("prompt", "count", "reason"),
     [
@@ -188,7 +176,7 @@ def test_a_chain_ends_after_the_first_unlikely_token(stop: float) -> None:
         ([1], 0, "max_new_tokens 0"),
         ([1], -3, "max_new_tokens -3"),
         ([1, 100], 5, "token id 100.*vocabulary ends at 99"),
-        ([-1, 5], 5, "token id"),
+        ([5, -1], 5, "token id -1"),
     ],
 )
 def test_input_errors(prompt: list[int], count: int, reason: str) -> None:

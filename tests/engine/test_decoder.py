@@ -126,7 +126,7 @@ def test_prefill_on_top_of_what_is_there() -> None:
 
 
 def test_long_texts_pass_the_first_extent() -> None:
-    """Beyond 256 slots the extent grows; the logits stay the model's own."""
+    """The extent grows with the text; the logits stay the model's own."""
     model = tiny.build(MistralConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 600}))
     decoder = Decoder(model)
     tokens = torch.tensor([tiny.prompt(530, 1)])
@@ -180,3 +180,8 @@ def test_plain_gives_the_models_own_attention_and_takes_it_back(fresh: Decoder) 
         assert model.config._attn_implementation == "sdpa"
         raise KeyboardInterrupt
     assert fresh.model.config._attn_implementation == "conflayers"
+
+
+def test_a_second_decoder_of_a_model_knows_its_own_attention_too(fresh: Decoder) -> None:
+    with Decoder(fresh.model).plain() as model:
+        assert model.config._attn_implementation == "sdpa"

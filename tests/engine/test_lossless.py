@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decode import Generation
@@ -13,6 +14,7 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter, SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.errors import InputError
 from tests import tiny
 
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
@@ -27,7 +29,7 @@ def output(decoder: Decoder, prompt: list[int], count: int, **more: object) -> l
     return generation.output
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     family=FAMILIES,
     plan=PLANS,
@@ -78,6 +80,29 @@ def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], penalty: float) 
 
     drafter = tiny.Scripted(propose)
     assert output(decoder, prompt, count, sampling=sampling, drafter=drafter) == expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length_of_a_pass(kind: str) -> None:
+    """Beyond the trained length such a model turns all tokens of a pass by angles that the last
+    one decides. Up to it output is exact; a text that could grow beyond it is refused.
+    """
+    trained = 32
+    rope: dict[str, object] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        rope |= {"original_max_position_embeddings": trained}
+    longest = trained if kind == "dynamic" else 4 * trained
+    sizes = {"max_position_embeddings": longest, "rope_parameters": rope}
+    decoder = Decoder(tiny.build(LlamaConfig(**{**tiny.LLAMA_LIKE, **sizes})))
+    assert decoder.exact_positions == trained
+    for seed in range(3):
+        prompt = tiny.prompt(8, seed)
+        drafter = SkipDrafter(decoder, SkipPlan.of_layers([2]), 7, 0.0)
+        speculative = output(decoder, prompt, trained - 8, drafter=drafter)
+        assert speculative == tiny.generated(decoder, prompt, trained - 8)
+        with pytest.raises(InputError, match="beyond 32"):
+            Generation(decoder, prompt, max_new_tokens=trained - 7, drafter=drafter)
 
 
 def assert_cache_is_fresh(generation: Generation) -> None:

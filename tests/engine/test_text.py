@@ -87,8 +87,18 @@ def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
     assert "\ufffd" in "".join(taken[:10])
 
 
+def test_a_character_behind_a_run_of_such_bytes_is_whole() -> None:
+    first, second = ids("é", merges=False)
+    tokens = [second] * 7 + [first, second, *ids("x", merges=False)]
+    assert "".join(parts(TextStream(tokenizer(False)), tokens)) == "\ufffd" * 7 + "éx"
+
+
+# Starts and ends of characters, so that at random some become whole after a run of rubbish.
+PIECES = ids("éé🙂", merges=False)
+
+
 @settings(max_examples=300)
-@given(st.lists(st.integers(0, 256), max_size=30))
+@given(st.lists(st.integers(0, 256) | st.sampled_from(PIECES), max_size=30))
 def test_any_tokens_give_what_decoding_gives_at_once(tokens: list[int]) -> None:
     """Bytes at random: most are no text, some are half a character."""
     stream = TextStream(tokenizer(False))

@@ -67,6 +67,7 @@ def test_no_plan_pays_where_drafts_cost_as_much_as_the_model() -> None:
     assert (done.plan, done.setting, done.check) == (SkipPlan(), VANILLA, None)
     assert done.conclusion.startswith("no plan pays")
     assert "predicted at 0." in done.conclusion
+    assert done.candidate
 
 
 def test_unrefined_is_the_strategys_own_whatever_it_is_worth(

@@ -21,6 +21,9 @@ class Landscape:
         self.bonus = bonus or {}
         self.asked = 0
 
+    def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
+        return False
+
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         self.asked += 1
         speedup = 1.0

@@ -16,10 +16,10 @@ from conflayers_cli.errors import ConfLayersError, InputError
 
 @dataclass(frozen=True)
 class LineKey:
-    """What says that a line of an output answers a certain prompt."""
+    """What says that a line of an output answers a certain prompt with certain settings."""
 
     index: int
-    prompt_sha256: str
+    request_sha256: str
 
 
 def check_target(path: Path) -> None:
@@ -166,11 +166,11 @@ def _check_lines(path: Path, lines: Sequence[bytes], keys: Sequence[LineKey]) ->
             raise InputError(f"{path}:{number}: is not JSON; it can't be resumed") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: is not an answer; it can't be resumed")
-        found = (record.get("index"), record.get("prompt_sha256"))
-        if found != (key.index, key.prompt_sha256):
+        found = (record.get("index"), record.get("request_sha256"))
+        if found != (key.index, key.request_sha256):
             raise InputError(
-                f"{path}:{number}: answers another prompt than number {number} of the prompt file; "
-                "it can't be resumed"
+                f"{path}:{number}: answers another prompt than number {number} of the prompt file, "
+                "or was made with other settings; it can't be resumed"
             )
 
 

@@ -15,7 +15,7 @@ KEYS = [LineKey(index, f"hash{index}") for index in range(3)]
 
 
 def record(key: LineKey) -> dict[str, Any]:
-    return {"index": key.index, "prompt_sha256": key.prompt_sha256, "text": "ü\n\u2028\r"}
+    return {"index": key.index, "request_sha256": key.request_sha256, "text": "ü\n\u2028\r"}
 
 
 def write(path: Path, *, resume: bool) -> int:
@@ -50,11 +50,11 @@ def test_an_empty_file_needs_no_resume(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"{}\n", ":1: answers another prompt"),
-        (b'{"index": 0, "prompt_sha256": "hash1"}\n', ":1: answers another prompt"),
+        (b'{"index": 0, "request_sha256": "hash1"}\n', ":1: answers another prompt"),
         (b"[]\n", ":1: is not an answer"),
         (b"\n", ":1: is not JSON"),
         (b"\xff\n", ":1: is not JSON"),
-        (b'{"index": 0, "prompt_sha256": "hash0"}\nnonsense\n', ":2: is not JSON"),
+        (b'{"index": 0, "request_sha256": "hash0"}\nnonsense\n', ":2: is not JSON"),
         (b"{}\n" * 4, "has 4 lines, more than there are prompts: 3"),
     ],
 )

@@ -150,7 +150,11 @@ def generate(
         )
 
     if data:
-        _answer_file(prompts, output, resume, stats, prepare)
+        settings = [source, max_new_tokens, repr(sampling), system, raw, stop]
+        if not sampling.greedy and chosen is not None:
+            # Drafts don't change the law that an answer is drawn from, but which one is drawn.
+            settings += [repr(chosen.plan), repr(chosen.draft)]
+        _answer_file(prompts, _keys(prompts, settings), output, resume, stats, prepare)
     else:
         machine, encoded = prepare()
         _answer_one(machine, encoded[0], stream=stream, as_json=json, stats=stats)
@@ -237,6 +241,7 @@ def _answer_one(
 
 def _answer_file(
     prompts: Sequence[Prompt],
+    keys: Sequence[LineKey],
     output: Path | None,
     resume: bool,
     stats: bool,
@@ -245,7 +250,6 @@ def _answer_file(
     from conflayers_cli.answer import Summary
     from conflayers_cli.outputs import JsonLines
 
-    keys = _keys(prompts)
     opened = JsonLines.open(output, keys, resume=resume) if output else None
     with opened or nullcontext():
         done = opened.done if opened else 0
@@ -292,11 +296,17 @@ def _no_progress(message: str, done: float) -> None:
     """The bar that is not shown."""
 
 
-def _keys(prompts: Sequence[Prompt]) -> list[LineKey]:
+def _keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[LineKey]:
+    """What tells one answer from another: the prompt, and the settings that decide the answer."""
+    import json
+    from hashlib import sha256
+
     from conflayers_cli.outputs import LineKey
     from conflayers_cli.prompts import fingerprint
 
-    return [LineKey(index, fingerprint([prompt])) for index, prompt in enumerate(prompts)]
+    decided = json.dumps(settings)
+    requests = (f"{fingerprint([prompt])} {decided}" for prompt in prompts)
+    return [LineKey(i, sha256(text.encode()).hexdigest()) for i, text in enumerate(requests)]
 
 
 def _line(prompt: EncodedPrompt, key: LineKey, answer: Answer) -> dict[str, Any]:
@@ -304,7 +314,7 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: Answer) -> dict[str, Any]
         "index": key.index,
         "id": prompt.id,
         "category": prompt.category,
-        "prompt_sha256": key.prompt_sha256,
+        "request_sha256": key.request_sha256,
     }
     return {**head, **answer.as_json()}
 

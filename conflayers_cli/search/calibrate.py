@@ -130,6 +130,7 @@ def calibrate(
             on_stage("refining")
             expected, judged, interrupted = _refined(objective, result, refine, on_better)
             if expected is not None:
+                expected = objective.modest(expected.plan)
                 plan, setting = expected.plan, expected.setting
             if interrupted:
                 raise KeyboardInterrupt

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,7 +222,7 @@ class TestFit:
 class TestFile:
     def test_lines_in_order(self, run: Run, profile: Path, prompts: Path, tmp_path: Path) -> None:
         printed = run("generate", "-p", profile, "--data", prompts, *FAST)
-        keys = "index id category prompt_sha256 text token_ids finish_reason prompt_tokens stats"
+        keys = "index id category request_sha256 text token_ids finish_reason prompt_tokens stats"
         assert [list(line) for line in printed.lines] == [keys.split()] * 3
         assert [line["index"] for line in printed.lines] == [0, 1, 2]
         assert [line["id"] for line in printed.lines] == ["p0", "p1", "p2"]
@@ -259,13 +260,27 @@ class TestFile:
         assert "does not exist" in result.err
 
     def test_resume_of_a_finished_run_needs_no_model(
-        self, run: Run, model: Path, prompts: Path
+        self, run: Run, model: Path, prompts: Path, tmp_path: Path
     ) -> None:
-        output = ("--data", prompts, *FAST, "-o", "out.jsonl")
-        assert run("generate", "-m", model, *output).code == 0
-        result = run("generate", "-m", "no/such/model", *output, "--resume")
+        copy = shutil.copytree(model, tmp_path / "copy")
+        arguments = ("generate", "-m", copy, "--data", prompts, *FAST, "-o", "out.jsonl")
+        assert run(*arguments).code == 0
+        shutil.rmtree(copy)
+        result = run(*arguments, "--resume")
         assert result.code == 0
         assert "3 of 3 prompts are answered already" in result.err
+
+    @pytest.mark.parametrize(
+        "other", [("--temperature", 0.5), ("-n", 7), ("--system", "Be brief.")]
+    )
+    def test_resume_refuses_other_settings(
+        self, run: Run, model: Path, prompts: Path, other: tuple[object, ...]
+    ) -> None:
+        arguments = ("generate", "-m", model, "--data", prompts, *FAST, "-o", "out.jsonl")
+        assert run(*arguments).code == 0
+        result = run(*arguments, *other, "--resume")
+        assert result.code == 2
+        assert "out.jsonl:1" in result.err and "other settings" in result.err
 
 
 @pytest.fixture(scope="module")

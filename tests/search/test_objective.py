@@ -92,6 +92,14 @@ def test_agreement_is_that_of_a_draft_pass_token_by_token() -> None:
     assert 0 < score.agreement < 1
 
 
+def test_the_modest_setting_is_nearly_as_good_and_drafts_no_more() -> None:
+    judged = objective(Costs({1: 10.0, 26: 11.0}, floor=0.5, attention=0.1, mlp=0.1, context=256))
+    plan = SkipPlan.of_layers([2])
+    best, modest = judged.score(plan), judged.modest(plan)
+    assert best.speedup * 0.985 <= modest.speedup <= best.speedup
+    assert modest.replay.drafted <= best.replay.drafted
+
+
 def test_scores_are_kept_and_passes_counted() -> None:
     judged = objective()
     plan = SkipPlan.of_layers([1])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from conflayers_cli.cli import calibrate_options as search_options
 from conflayers_cli.cli import options
 from conflayers_cli.errors import InputError
 
@@ -25,18 +24,17 @@ STRATEGIES = ("conflayers",)
 
 HELP = """Find the layers a model can leave out while it drafts, and write them to a profile.
 
-The search decodes your prompts (losslessly) with one set of layers after the other, improves the
-best set layer by layer under predicted tokens per second on this device, checks it by real decoding
-on prompts it has not seen, and says so where no set beats plain decoding.
+The search decodes your prompts (losslessly) with one set of layers after the
+other, improves the best set layer by layer under predicted tokens per second
+on this device, and checks it by real decoding on prompts it has not seen.
+Where no set beats plain decoding it says so, and the profile is empty.
 
 \b
-  conflayers calibrate --model smollm2-deep --data prompts.jsonl --output summ.yaml
+  conflayers calibrate --model smollm2-deep --data prompts.jsonl -o summ.yaml
   conflayers calibrate --model ./my-model --data prompts.jsonl --no-refine
 
 Ctrl-C ends the search with the best set so far and writes it.
 """
-
-_SEARCH = "Search"
 
 
 @dataclass(frozen=True)
@@ -61,110 +59,20 @@ class _Work:
 def calibrate(
     model: options.Model = None,
     data: options.Data = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="The profile; MODEL.yaml here by default."
-        ),
-    ] = None,
-    strategy: Annotated[
-        str,
-        typer.Option(
-            "--strategy",
-            metavar="NAME",
-            help="conflayers (the only one yet).",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = "conflayers",
-    skip_ratio: Annotated[
-        float,
-        typer.Option(
-            "--skip-ratio",
-            min=0.0,
-            max=0.9,
-            metavar="R",
-            help="Least share of layers the search tries to skip.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 0.4,
-    search_interval: Annotated[
-        int,
-        typer.Option(
-            "--search-interval",
-            min=1,
-            metavar="N",
-            help="Verify steps that each set is decoded with.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 30,
-    max_iterations: Annotated[
-        int,
-        typer.Option(
-            "--max-iterations",
-            min=1,
-            metavar="N",
-            help="Sets proposed at the most.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 100,
-    patience: Annotated[
-        int,
-        typer.Option(
-            "--patience",
-            min=1,
-            metavar="N",
-            help="Sets in a row without improvement that end the search.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 15,
-    context_window: Annotated[
-        int,
-        typer.Option(
-            "--context-window",
-            min=1,
-            metavar="W",
-            help="Generated tokens that confidence is taken over.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 100,
-    refine: Annotated[
-        bool,
-        typer.Option(
-            "--refine/--no-refine",
-            help="Improve the found set layer by layer; without, the paper's exact result.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = True,
-    refine_limit: Annotated[
-        int,
-        typer.Option(
-            "--refine-limit",
-            min=1,
-            metavar="N",
-            help="Sets judged in refinement at the most.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 500,
+    output: search_options.Output = None,
+    strategy: search_options.StrategyName = "conflayers",
+    skip_ratio: search_options.SkipRatio = 0.4,
+    search_interval: search_options.SearchInterval = 30,
+    max_iterations: search_options.MaxIterations = 100,
+    patience: search_options.Patience = 15,
+    context_window: search_options.ContextWindow = 100,
+    refine: search_options.Refine = True,
+    refine_limit: search_options.RefineLimit = 500,
     max_prompts: options.MaxPrompts = None,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-new-tokens", "-n", min=8, metavar="N", help="Tokens decoded of each prompt."
-        ),
-    ] = 128,
+    max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,
     raw: options.Raw = False,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            min=0,
-            max=options.MAX_SEED,
-            metavar="N",
-            help="Which prompts are held out for the check, and their order.",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 0,
+    seed: search_options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -179,7 +87,7 @@ def calibrate(
     if model is None:
         model = DEFAULT_MODEL
         note(f"no --model given: calibrating {model}")
-    target = output or Path(f"{Path(model).resolve().stem or 'profile'}.yaml")
+    target = output or Path(f"{_short_name(model)}.yaml")
     _check_targets(target)
     prompts = common.read_prompt_file(data, max_prompts)
     loaded, decoder = common.open_model(model, device, dtype, trust_remote_code)
@@ -210,6 +118,12 @@ def calibrate(
     _tell(profile, done, target, as_json)
     if done.interrupted:
         raise KeyboardInterrupt
+
+
+def _short_name(model: str) -> str:
+    """What a profile is called by default: the last part of the model's name."""
+    name = Path(model).resolve().name.removesuffix(".gguf")
+    return name.lstrip(".") or "profile"
 
 
 def tensors_path(profile: Path) -> Path:

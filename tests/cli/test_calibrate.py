@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from conflayers_cli.cli.calibrate import _short_name
 from conflayers_cli.profile import Profile
 
 from .conftest import Run, finished, save_model, start, write_prompts
@@ -93,6 +94,19 @@ def test_bad_input_is_refused_before_any_work(
     assert result.code == 2
     assert told in result.err and result.err.count("\n") == 1
     assert not list(tmp_path.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("org/Qwen2.5-7B", "Qwen2.5-7B"),
+        ("a/b.Q4_1.gguf", "b.Q4_1"),
+        ("smollm2", "smollm2"),
+        ("/", "profile"),
+    ],
+)
+def test_a_profile_is_called_after_its_model(model: str, name: str) -> None:
+    assert _short_name(model) == name
 
 
 def test_too_shallow_a_model_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Costs:
 
 
 def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Costs:
-    """Measure a model's passes, all kinds interleaved, each the median of ``rounds``.
+    """Measure a model's passes, all kinds interleaved, each the lower quartile of ``rounds``.
 
     Kinds of sub-layers are told apart by passes that leave out all middle layers, or all middle
     MLPs. Where sub-layers can't be left out one by one, a layer's cost is split evenly: it then
@@ -85,16 +84,17 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
             seconds = _time(decoder, cache, plan, context, width)
             if round_:  # the first round warms up
                 times[key].append(seconds)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    full, none = medians["plan", "full"], medians["plan", "none"]
+    # The lower quartile: what else the machine does only ever adds time.
+    typical = {key: sorted(values)[len(values) // 4] for key, values in times.items()}
+    full, none = typical["plan", "full"], typical["plan", "none"]
     layer = max((full - none) / len(middle), 0.0) if depth > 2 else 0.0
     mlp = layer / 2
     if "no mlp" in plans and depth > 2:
-        mlp = min(max((full - medians["plan", "no mlp"]) / len(middle), 0.0), layer)
+        mlp = min(max((full - typical["plan", "no mlp"]) / len(middle), 0.0), layer)
     verify, slowest = {}, 0.0
     for width in WIDTHS:
         # A wider pass is never really cheaper; a dip is noise that would mislead the search.
-        slowest = max(slowest, medians["verify", width])
+        slowest = max(slowest, typical["verify", width])
         verify[width] = slowest
     return Costs(verify, max(none - 2 * layer, 0.0), layer - mlp, mlp, context)
 

@@ -104,7 +104,8 @@ class Refiner:
         """
         promise: dict[Move, float] = {}
         while self._left > 0:
-            moves = list(moves_of(best.plan))
+            # Never down to the empty plan: vanilla's speed is known, the best plan's is asked.
+            moves = [move for move in moves_of(best.plan) if move.apply(best.plan)]
             fresh = not promise
             if fresh:
                 promise = {move: self._score(best, move, FEW_TEXTS).speedup for move in moves}

@@ -73,6 +73,14 @@ def test_never_worse_than_the_start_and_bounded() -> None:
     assert climber.judged <= 5 + DEPTH + 6
 
 
+def test_never_ends_with_the_empty_plan() -> None:
+    landscape = Landscape({("attention", i): -0.01 - 0.001 * i for i in range(DEPTH)})
+    landscape.bonus |= {("mlp", i): -0.02 for i in range(DEPTH)}
+    best = refiner(landscape, single=True).refine(SkipPlan.of_layers([4, 9]))
+    assert best.plan == SkipPlan.of([4], [])
+    assert best.speedup < 1
+
+
 def test_a_move_flips_just_its_sub_layers() -> None:
     plan = SkipPlan.of([1, 4], [4])
     assert Move(4, True, True).apply(plan) == SkipPlan.of([1], [])

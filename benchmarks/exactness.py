@@ -66,6 +66,8 @@ def bench(profile: Path, data: Path, dtype: str, tokens: int) -> dict[str, Any]:
     if done.returncode not in (0, 3):
         raise SystemExit(done.stderr)
     document: dict[str, Any] = json.loads(done.stdout)
+    # both lie in a folder that is gone afterwards
+    document["settings"] |= {"profile": profile.name, "data": data.name}
     return document
 
 

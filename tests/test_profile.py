@@ -556,3 +556,17 @@ def test_any_value_is_accepted_or_refused_in_one_line(
 def test_any_text_is_no_profile(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     message = refusal(write(tmp_path_factory.mktemp("text"), text.encode("utf-8", "replace")))
     assert len(message) < 300
+
+
+SHIPPED = sorted((Path(__file__).parents[1] / "profiles").glob("*.yaml"))
+
+
+def test_there_are_shipped_profiles() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_profiles_are_valid(path: Path) -> None:
+    profile = Profile.load(path)
+    profile.plan.check(profile.model.depth)
+    assert profile.tensors is None or (path.parent / profile.tensors).is_file()

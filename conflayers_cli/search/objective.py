@@ -108,23 +108,13 @@ class Objective:
         self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
         self._known: dict[tuple[SkipPlan, int], Score] = {}
 
-    def __len__(self) -> int:
-        """Number of texts."""
-        return len(self._texts)
-
-    @property
-    def positions(self) -> int:
-        """Positions judged in all texts together."""
-        return sum(len(text.following) for text in self._texts)
-
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
-        count = len(self._texts) if texts is None else min(texts, len(self._texts))
-        return (plan, count) in self._known
+        return (plan, self._count(texts)) in self._known
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
-        count = len(self._texts) if texts is None else min(texts, len(self._texts))
+        count = self._count(texts)
         known = self._known.get((plan, count))
         if known is None:
             known = max(self._scores(plan, count), key=lambda score: score.speedup)
@@ -142,6 +132,10 @@ class Objective:
             (score for score in scores if score.speedup >= enough),
             key=lambda score: (score.replay.drafted, -score.speedup),
         )
+
+    def _count(self, texts: int | None) -> int:
+        """How many texts there are of the ``texts`` asked for (None: of all)."""
+        return len(self._texts) if texts is None else min(texts, len(self._texts))
 
     def _scores(self, plan: SkipPlan, count: int) -> list[Score]:
         """The plan with every draft setting."""

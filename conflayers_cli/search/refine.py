@@ -63,9 +63,13 @@ class Refiner:
         self._objective = objective
         self._single = single_sub_layers
         self._on_progress = on_progress
-        self._left = most_plans
+        self._most_plans = most_plans
         self._best: Score | None = None
         self.judged = 0
+
+    @property
+    def _spent(self) -> bool:
+        return self.judged >= self._most_plans
 
     @property
     def best(self) -> Score | None:
@@ -79,7 +83,7 @@ class Refiner:
             before = best.speedup
             best = self._climb(best, self._layers_back)
             best = self._climb(best, self._layers_out)
-            if best.speedup <= before * (1 + LEAST_GAIN) or self._left <= 0:
+            if best.speedup <= before * (1 + LEAST_GAIN) or self._spent:
                 break
         # Single sub-layers last and once: there are twice as many, and each can gain but little.
         return self._climb(best, self._single_moves) if self._single else best
@@ -103,7 +107,7 @@ class Refiner:
         and all of them again once none of these gains.
         """
         promise: dict[Move, float] = {}
-        while self._left > 0:
+        while not self._spent:
             # Never down to the empty plan: vanilla's speed is known, the best plan's is asked.
             moves = [move for move in moves_of(best.plan) if move.apply(best.plan)]
             fresh = not promise
@@ -127,5 +131,4 @@ class Refiner:
         plan = move.apply(best.plan)
         if not self._objective.knows(plan, texts):
             self.judged += 1
-            self._left -= 1
         return self._objective.score(plan, texts)

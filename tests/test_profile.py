@@ -25,6 +25,7 @@ from conflayers_cli.profile import (
     ModelFingerprint,
     Profile,
     PromptsUsed,
+    RangeSection,
     SkipSection,
 )
 
@@ -42,7 +43,20 @@ MODEL = ModelFingerprint(
 FULL = Profile(
     model=MODEL,
     skip=SkipSection(attention=(1, 2, 5), mlp=(1, 2, 58)),
-    draft=DraftSettings(max_tokens=6, stop_probability=0.4),
+    draft=DraftSettings(max_tokens=6, stop_probability=0.4, tree=((0.8, 3), (0.25, 0), (0.0, 5))),
+    ranges=(
+        RangeSection(
+            from_context=1000,
+            skip=SkipSection(attention=(1, 2, 5, 58), mlp=(2,)),
+            draft=DraftSettings(max_tokens=8, stop_probability=0.3),
+        ),
+        RangeSection(
+            from_context=4000,
+            skip=SkipSection(attention=(4,), mlp=()),
+            draft=DraftSettings(max_tokens=9, stop_probability=0.2, tree=((0.0, 2),)),
+        ),
+    ),
+    source="A paper, for one: its table 2",
     found_by=FoundBy(
         strategy="conflayers",
         refined=True,
@@ -107,10 +121,10 @@ def refusal(path: Path) -> str:
     return message.removeprefix(f"{path}:")
 
 
-def edited(*path: str, value: object) -> str:
+def edited(*path: str | int, value: object) -> str:
     """The full profile's YAML with one value replaced."""
     data = yaml.safe_load(FULL.to_yaml())
-    section: dict[str, Any] = data
+    section: Any = data
     for key in path[:-1]:
         section = section[key]
     section[path[-1]] = value
@@ -132,7 +146,7 @@ def test_a_profile_is_written_for_people() -> None:
     assert FULL.to_yaml().endswith("tensors: summ.safetensors\n")
     top = [line.split(":")[0] for line in lines if line[0] not in " #"]
     assert top == list(Profile.model_fields)
-    optional = {"found_by", "measured", "environment", "tensors"}
+    optional = {"ranges", "source", "found_by", "measured", "environment", "tensors"}
     assert set(yaml.safe_load(BARE.to_yaml())) == set(Profile.model_fields) - optional
     assert "1.4× – as" in FULL.to_yaml()
 
@@ -145,6 +159,67 @@ def test_lists_stay_on_one_line_and_share_no_anchors() -> None:
     listed = ", ".join(map(str, layers))
     assert f"  attention: [{listed}]" in lines
     assert f"  mlp: [{listed}]" in lines
+
+
+def test_trees_take_one_line_and_ranges_a_block() -> None:
+    assert (
+        FULL.to_yaml().split("draft:\n", 1)[1].split("found_by:")[0]
+        == """\
+  max_tokens: 6
+  stop_probability: 0.4
+  tree: [[0.8, 3], [0.25, 0], [0.0, 5]]
+ranges:
+  - from_context: 1000
+    skip:
+      attention: [1, 2, 5, 58]
+      mlp: [2]
+    draft:
+      max_tokens: 8
+      stop_probability: 0.3
+  - from_context: 4000
+    skip:
+      attention: [4]
+      mlp: []
+    draft:
+      max_tokens: 9
+      stop_probability: 0.2
+      tree: [[0.0, 2]]
+source: 'A paper, for one: its table 2'
+"""
+    )
+
+
+def test_what_is_not_known_is_left_out_and_what_was_not_measured_is_null() -> None:
+    assert FULL.measured is not None and FULL.environment is not None
+    unknown = MODEL.model_copy(update={"config_hash": None, "intermediate_size": None})
+    profile = Profile(
+        model=unknown,
+        skip=FULL.skip,
+        draft=FULL.draft.model_copy(update={"tree": None}),
+        measured=FULL.measured,
+        environment=FULL.environment.model_copy(update={"threads": None}),
+    )
+    data = yaml.safe_load(profile.to_yaml())
+    assert list(data) == ["schema_version", "model", "skip", "draft", "measured", "environment"]
+    assert "config_hash" not in data["model"]
+    assert data["model"]["intermediate_size"] is None
+    assert list(data["draft"]) == ["max_tokens", "stop_probability"]
+    assert data["measured"]["measured_speedup"] is None
+    assert data["environment"]["threads"] is None
+
+
+def test_drafts_are_rounded_alike_at_every_length_and_trees_are_not(tmp_path: Path) -> None:
+    draft = DraftSettings(
+        max_tokens=4, stop_probability=0.123456, tree=((0.300002, 1), (0.300001, 2), (0.0, 3))
+    )
+    later = RangeSection(from_context=2, skip=FULL.skip, draft=draft)
+    path = tmp_path / "p.yaml"
+    Profile(model=MODEL, skip=FULL.skip, draft=draft, ranges=(later,)).save(path)
+    loaded = Profile.load(path)
+    assert loaded.ranges is not None
+    for read in (loaded.draft, loaded.ranges[0].draft):
+        assert read.stop_probability == 0.1235
+        assert read.tree == draft.tree
 
 
 def test_measured_figures_are_rounded_and_settings_are_not(tmp_path: Path) -> None:
@@ -175,6 +250,47 @@ def test_a_hand_written_profile(tmp_path: Path) -> None:
     assert profile.draft.stop_probability == 1.0
     assert profile.found_by is None
     assert SkipSection.of(profile.plan) == profile.skip
+
+
+def test_optional_keys_may_be_written_as_null_or_empty(tmp_path: Path) -> None:
+    bare = Profile.load(write(tmp_path, HAND_WRITTEN))
+    nulls = "ranges: null\nsource: null\nfound_by: null\n"
+    assert Profile.load(write(tmp_path, HAND_WRITTEN + nulls)) == bare
+    assert Profile.load(write(tmp_path, HAND_WRITTEN + "ranges: []\n")) == bare
+    no_tree = HAND_WRITTEN.replace("{max_tokens", "{tree: null, max_tokens")
+    assert Profile.load(write(tmp_path, no_tree)) == bare
+    no_hash = Profile.load(write(tmp_path, HAND_WRITTEN.replace("  config_hash: abc\n", "")))
+    null_hash = Profile.load(
+        write(tmp_path, HAND_WRITTEN.replace("config_hash: abc", "config_hash:"))
+    )
+    assert no_hash == null_hash
+    assert no_hash.model.config_hash is None
+
+
+def test_a_tree_may_be_written_with_whole_numbers(tmp_path: Path) -> None:
+    text = HAND_WRITTEN.replace("{max_tokens", "{tree: [[0.5, 32], [0, 0]], max_tokens")
+    assert Profile.load(write(tmp_path, text)).draft.tree == ((0.5, 32), (0.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 0), (999, 0), (1000, 1), (3999, 1), (4000, 2), (10**6, 2)]
+)
+def test_the_plan_follows_the_context(length: int, expected: int) -> None:
+    plan, draft = FULL.for_context(length)
+    assert draft.max_tokens == (6, 8, 9)[expected]
+    assert (
+        plan
+        == (
+            SkipPlan((1, 2, 5), (1, 2, 58)),
+            SkipPlan((1, 2, 5, 58), (2,)),
+            SkipPlan((4,), ()),
+        )[expected]
+    )
+
+
+def test_without_ranges_there_is_one_plan() -> None:
+    for length in (1, 10**6):
+        assert BARE.for_context(length) == (BARE.plan, BARE.draft)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +325,70 @@ def test_a_hand_written_profile(tmp_path: Path) -> None:
         (("draft", "stop_probability"), float("nan"), "draft.stop_probability: nan should be"),
         (("draft", "stop_probability"), True, "draft.stop_probability: true should be a valid"),
         (("draft", "stop_probability"), 10**400, "draft.stop_probability: 1000"),
+        (("draft", "tree"), 3, "draft.tree: 3 should be a list"),
+        (("draft", "tree"), [], "draft.tree: nothing (a list without entries) should be a list of"),
+        (("draft", "tree"), [3], "draft.tree.0: 3 should be a pair [over, leaves]"),
+        (("draft", "tree"), [[0]], "draft.tree.0: a list should be a pair [over, leaves]"),
+        (("draft", "tree"), [[0, 1, 2]], "draft.tree.0: a list should be a pair [over, leaves]"),
+        (("draft", "tree"), [[1.0, 3], [0, 1]], "draft.tree.0.0: 1.0 should be less than 1"),
+        (("draft", "tree"), [[0.5, 3], [-0.1, 1]], "draft.tree.1.0: -0.1 should be greater than"),
+        (("draft", "tree"), [[float("nan"), 3]], "draft.tree.0.0: nan should be"),
+        (("draft", "tree"), [["0", 3]], "draft.tree.0.0: '0' should be a valid number"),
+        (("draft", "tree"), [[0, 33]], "draft.tree.0.1: 33 should be less than or equal to 32"),
+        (("draft", "tree"), [[0, -1]], "draft.tree.0.1: -1 should be greater than or equal to 0"),
+        (("draft", "tree"), [[0, 1.0]], "draft.tree.0.1: 1.0 should be a valid integer"),
+        (
+            ("draft", "tree"),
+            [[0.5, 3], [0.5, 4], [0, 5]],
+            "draft.tree.1.0: 0.5 should be less than 0.5, which it follows",
+        ),
+        (
+            ("draft", "tree"),
+            [[0.5, 3], [0.2, 4], [0.3, 4], [0, 5]],
+            "draft.tree.2.0: 0.3 should be less than 0.2, which it follows",
+        ),
+        (("draft", "tree"), [[0.5, 3], [0.1, 4]], "draft.tree.1.0: 0.1 should be 0: the last"),
+        (("ranges",), {"from_context": 3}, "ranges: keys and values should be a list"),
+        (("ranges",), [7], "ranges.0: 7 should be keys and values"),
+        (("ranges", 1), {}, "ranges.1.from_context: is missing (and 2 more)"),
+        (("ranges", 0, "from_context"), 0, "ranges.0.from_context: 0 should be greater than or eq"),
+        (
+            ("ranges", 1, "from_context"),
+            1000,
+            "ranges.1.from_context: 1000 should be greater than 1000, which it follows",
+        ),
+        (
+            ("ranges", 0, "from_context"),
+            4001,
+            "ranges.1.from_context: 4000 should be greater than 4001, which it follows",
+        ),
+        (
+            ("ranges", 0, "skip", "attention"),
+            [7, 8, 77],
+            "ranges.0.skip.attention.2: 77 is out of range, allowed are 1–58",
+        ),
+        (
+            ("ranges", 1, "skip", "mlp"),
+            [0],
+            "ranges.1.skip.mlp.0: 0 is out of range, allowed are 1–58",
+        ),
+        (("ranges", 1, "skip", "mlp"), [3, 3], "ranges.1.skip.mlp.1: 3 is repeated, allowed is"),
+        (("ranges", 0, "skip", "mlp"), 3, "ranges.0.skip.mlp: 3 should be a list"),
+        (("ranges", 0, "skip"), [3], "ranges.0.skip: a list should be keys and values"),
+        (("ranges", 0, "draft", "max_tokens"), 65, "ranges.0.draft.max_tokens: 65 should be less"),
+        (("ranges", 0, "draft", "tree"), [[0.1, 1]], "ranges.0.draft.tree.0.0: 0.1 should be 0"),
+        (
+            ("ranges", 0, "wat"),
+            1,
+            "ranges.0.wat: is no known key, allowed are from_context, skip, draft",
+        ),
+        (
+            ("ranges", 1, "draft", "wat"),
+            1,
+            "ranges.1.draft.wat: is no known key, allowed are max_tokens, stop_probability, tree",
+        ),
+        (("source",), "", "source: '' should have at least 1 character"),
+        (("source",), ["x"], "source: a list should be a valid string"),
         (("measured", "seconds"), float("inf"), "measured.seconds: inf should be"),
         (("measured", "iterations"), 10**4000, "measured.iterations: 1000"),
         (("measured", "gain"), 1, "measured.gain: is no known key, allowed are acceptance_rate,"),
@@ -243,7 +423,7 @@ def test_a_hand_written_profile(tmp_path: Path) -> None:
     ids=lambda part: str(part)[:30],
 )
 def test_a_value_that_does_not_fit(
-    tmp_path: Path, path: tuple[str, ...], value: object, expected: str
+    tmp_path: Path, path: tuple[str | int, ...], value: object, expected: str
 ) -> None:
     assert refusal(write(tmp_path, edited(*path, value=value))).startswith(f" {expected}")
 
@@ -317,6 +497,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         ({"intermediate_size": None}, "intermediate size 1536 here, null in the profile"),
         ({"key_value_heads": 9, "config_hash": "x"}, "key value heads 3 here, 9 in the profile"),
+        ({"config_hash": None}, None),
+        ({"config_hash": None, "depth": 30}, "depth 60 here, 30 in the profile"),
         (
             {"config_hash": "cd" * 32},
             "same sizes, but another configuration "
@@ -328,6 +510,13 @@ def test_difference_of_models(change: dict[str, object], expected: str | None) -
     assert MODEL.difference(MODEL.model_copy(update=change)) == expected
 
 
+def test_a_model_whose_hash_is_not_known_is_told_by_its_sizes() -> None:
+    unknown = MODEL.model_copy(update={"config_hash": None})
+    assert unknown.difference(MODEL) is None
+    assert unknown.difference(unknown) is None
+    assert unknown.difference(MODEL.model_copy(update={"vocabulary": 5})) is not None
+
+
 def test_construction_checks_as_loading_does() -> None:
     with pytest.raises(ValidationError, match="repeated"):
         SkipSection(attention=(1, 1), mlp=())
@@ -335,6 +524,13 @@ def test_construction_checks_as_loading_does() -> None:
         SkipSection(attention=(), mlp=(-1,))
     with pytest.raises(ValidationError, match=r"mlp\.1: 59 is out of range"):
         Profile(model=MODEL, skip=SkipSection(attention=(), mlp=(59, 3)), draft=FULL.draft)
+    outside = RangeSection(
+        from_context=5, skip=SkipSection(attention=(), mlp=(7, 59)), draft=FULL.draft
+    )
+    with pytest.raises(ValidationError, match=r"0\.skip\.mlp\.1: 59 is out of range"):
+        Profile(model=MODEL, skip=FULL.skip, draft=FULL.draft, ranges=(outside,))
+    with pytest.raises(ValidationError, match=r"1\.0: 0\.5 should be less than 0\.2"):
+        DraftSettings(max_tokens=4, stop_probability=0.5, tree=((0.2, 1), (0.5, 2), (0.0, 3)))
     with pytest.raises(ValidationError, match="frozen"):
         FULL.tensors = None
 
@@ -422,6 +618,19 @@ def optional(make: Callable[..., Any], **fields: st.SearchStrategy[Any]) -> st.S
 
 
 @st.composite
+def drafts(draw: st.DrawFn) -> DraftSettings:
+    """Draft settings, with a tree or without."""
+    overs = st.sets(st.floats(0, 1, exclude_min=True, exclude_max=True), max_size=4)
+    falling = [*sorted(draw(overs), reverse=True), 0.0]
+    tree = tuple((over, draw(st.integers(0, 32))) for over in falling)
+    return DraftSettings(
+        max_tokens=draw(st.integers(0, 64)),
+        stop_probability=draw(SHARES),
+        tree=draw(st.sampled_from([None, tree])),
+    )
+
+
+@st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     depth = draw(st.integers(1, 80))
     layers = st.sets(st.integers(1, depth - 2)).map(sorted) if depth > 2 else st.just([])
@@ -436,18 +645,23 @@ def profiles(draw: st.DrawFn) -> Profile:
             key_value_heads=SIZES,
             intermediate_size=st.none() | SIZES,
             vocabulary=SIZES,
-            config_hash=TEXTS,
+            config_hash=st.none() | TEXTS,
         )
     )
     used = st.builds(
         PromptsUsed, count=SIZES, sha256=st.text("0123456789abcdef", min_size=64, max_size=64)
     )
+    skips = st.builds(SkipPlan.of, layers, layers).map(SkipSection.of)
+    starts = sorted(draw(st.sets(SIZES, max_size=3)))
+    ranges = tuple(
+        RangeSection(from_context=start, skip=draw(skips), draft=draw(drafts())) for start in starts
+    )
     return Profile(
         model=model,
-        skip=SkipSection.of(SkipPlan.of(draw(layers), draw(layers))),
-        draft=draw(
-            st.builds(DraftSettings, max_tokens=st.integers(0, 64), stop_probability=SHARES)
-        ),
+        skip=draw(skips),
+        draft=draw(drafts()),
+        ranges=ranges or None,
+        source=draw(st.none() | TEXTS),
         found_by=draw(
             optional(
                 FoundBy,
@@ -532,6 +746,13 @@ JUNK = st.recursive(
             ("model", "name"),
             ("skip", "mlp"),
             ("draft", "stop_probability"),
+            ("draft", "tree"),
+            ("draft", "tree", 1),
+            ("ranges",),
+            ("ranges", 1),
+            ("ranges", 0, "skip"),
+            ("ranges", 0, "skip", "attention"),
+            ("source",),
             ("found_by", "settings"),
             ("found_by", "prompts", "sha256"),
             ("measured",),
@@ -541,7 +762,7 @@ JUNK = st.recursive(
     JUNK,
 )
 def test_any_value_is_accepted_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, path: tuple[str, ...], value: object
+    tmp_path_factory: pytest.TempPathFactory, path: tuple[str | int, ...], value: object
 ) -> None:
     file = write(tmp_path_factory.mktemp("junk"), edited(*path, value=value))
     try:
@@ -556,17 +777,3 @@ def test_any_value_is_accepted_or_refused_in_one_line(
 def test_any_text_is_no_profile(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     message = refusal(write(tmp_path_factory.mktemp("text"), text.encode("utf-8", "replace")))
     assert len(message) < 300
-
-
-SHIPPED = sorted((Path(__file__).parents[1] / "profiles").glob("*.yaml"))
-
-
-def test_there_are_shipped_profiles() -> None:
-    assert SHIPPED
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_profiles_are_valid(path: Path) -> None:
-    profile = Profile.load(path)
-    profile.plan.check(profile.model.depth)
-    assert profile.tensors is None or (path.parent / profile.tensors).is_file()

@@ -1,0 +1,179 @@
+"""YAML read strictly and written for people.
+
+Reading refuses what no file of ours needs and a hostile or mistyped one could hold: repeated and
+merge keys, anchors, tags that make objects. Whatever is wrong is told in one line that names the
+place, the value and what is allowed, for the syntax as for a pydantic schema.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from conflayers_cli.errors import InputError
+
+
+def parse_mapping(text: str, path: Path, kind: str) -> dict[Any, Any]:
+    """The keys and values of a YAML text, as plain dictionaries, lists and scalars.
+
+    Args:
+        text: the whole file.
+        path: where it is from, for the error.
+        kind: what the file should be, for the error ("profile").
+
+    Raises:
+        InputError: it is not YAML, uses more of YAML than is allowed here, is nested too deeply,
+            holds a number or date that there can't be, or is no mapping.
+    """
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader, made stricter
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"{path}:{line}: has a character that YAML does not allow") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = " ".join(str(error.problem or error.context).split())
+        raise InputError(f"{place}: is not a valid {kind}: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply") from None
+    except (ValueError, ArithmeticError) as error:  # a date or a number that there can't be
+        raise InputError(f"{path}: has a value that can't be read: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: is not a {kind}: it holds {shown(data)}, not keys and values")
+    return data
+
+
+def dump_mapping(data: dict[str, Any]) -> str:
+    """YAML with the keys in the order given; a list of values takes one line, however long."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+
+
+def entry_error(where: str, problem: str) -> PydanticCustomError:
+    """What a validator raises about the entry ``where`` below its field, as in ``mlp.3``.
+
+    :func:`first_problem` tells it as "field.where: problem".
+    """
+    return PydanticCustomError("entry", "{where}: {problem}", {"where": where, "problem": problem})
+
+
+def first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first validation error in one line: key, value, and what is allowed.
+
+    Args:
+        error: raised by ``schema``.
+        schema: the outermost section, whose keys an unknown one is contrasted with.
+    """
+    details = error.errors(include_url=False)
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return _problem(details[0], schema) + more
+
+
+def shown(value: object) -> str:
+    """A value as YAML would have it, short and in one line."""
+    if isinstance(value, set):
+        return "a set"
+    if isinstance(value, dict | list | tuple):
+        kind = "keys and values" if isinstance(value, dict) else "a list"
+        return kind if value else f"nothing ({kind} without entries)"
+    names: dict[object, str] = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return names[value]
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
+    kind, message = detail["type"], detail["msg"]
+    key = ".".join(_key(part) for part in detail["loc"])
+    if kind == "entry":
+        return f"{key}.{message}"
+    if kind == "missing":
+        return f"{key}: is missing"
+    if kind == "extra_forbidden":
+        allowed = ", ".join(_section_at(detail["loc"][:-1], schema).model_fields)
+        return f"{key}: is no known key, allowed are {allowed}"
+    value = shown(detail["input"])
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}: {value} should be keys and values"
+    if kind == "tuple_type":
+        return f"{key}: {value} should be a list"
+    # pydantic says "Input should be …" or, of a text, "String should have …"
+    _, should, allowed = message.partition("should")
+    return f"{key}: {value} {should}{allowed}" if should else f"{key}: {value}: {message}"
+
+
+def _section_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> type[BaseModel]:
+    for part in location:
+        if isinstance(part, str):  # a number is a place in a list, all of one kind
+            section = _section_in(schema.model_fields[part].annotation)
+            schema = section if section is not None else schema
+    return schema
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, or null, or a list of it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def _key(part: int | str) -> str:
+    plain = str(part)
+    return plain if plain.isidentifier() or plain.isdigit() else shown(plain)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without what no file of ours needs and a hostile one could use."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if getattr(event, "anchor", None) is not None:  # aliases carry the anchor they refer to
+            raise yaml.constructor.ConstructorError(
+                None, None, "anchors and aliases are not allowed", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            problem = None
+            if key.tag == "tag:yaml.org,2002:merge":
+                problem = "merge keys (<<) are not allowed"
+            elif isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {shown(key.value)} is repeated"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, but lists of values on one line, and never an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)  # a list of sections goes below its key, indented
+
+
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    values = not any(isinstance(item, dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=values)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML leaves some line breaks, U+0085 for one, unescaped in other styles and so loses them
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_text)

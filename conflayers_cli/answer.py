@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decode import Finish, Generation, Step
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.text import TextStream
 
@@ -187,6 +189,76 @@ def answer(
         prompt_tokens=len(prompt),
         stats=Summary.of(steps),
     )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of several that are decoded together.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: the most tokens produced.
+        sampling: how tokens are chosen.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling
+
+
+def answer_skipped(
+    decoder: Decoder,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    plan: SkipPlan,
+    *,
+    end_tokens: frozenset[int] = frozenset(),
+    stops: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Decode prompts together with layers left out for good: lossy (see `engine.batch`).
+
+    Args:
+        decoder, tokenizer: the model.
+        requests: the prompts.
+        plan: what is left out behind the prompts.
+        end_tokens, stops: what ends a text.
+        on_text: given the first prompt's text piece by piece.
+
+    Returns:
+        An answer per request. Its seconds are its share of what all took together.
+
+    Raises:
+        InputError: as `Batch`.
+    """
+    streams = [TextStream(tokenizer, stops) for _ in requests]
+    rows = [
+        BatchRequest(request.prompt, request.max_new_tokens, request.sampling, stream.feed)
+        for request, stream in zip(requests, streams, strict=True)
+    ]
+    batch = Batch(decoder, rows, plan=plan, end_tokens=end_tokens)
+    while None in batch.finishes:
+        batch.step()
+        if (text := streams[0].take()) and on_text:
+            on_text(text)
+    if (text := streams[0].finish()) and on_text:
+        on_text(text)
+    answers = []
+    for request, stream, output, finish in zip(
+        requests, streams, batch.outputs, batch.finishes, strict=True
+    ):
+        stream.finish()
+        stats = Summary(
+            prefill_seconds=batch.prefill_seconds / len(rows),
+            decode_seconds=batch.decode_seconds / len(rows),
+            tokens=len(output),
+            decode_tokens=len(output) - 1,
+            steps=len(output) - 1,
+        )
+        answers.append(
+            Answer(stream.text, tuple(output), finish or "length", len(request.prompt), stats)
+        )
+    return answers
 
 
 def _of_step(step: Step) -> Summary:

@@ -11,12 +11,17 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from conflayers_cli.answer import Summary
+from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.builtin import quiet_transformers
 from conflayers_cli.engine.costs import clock
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
+
+SKIP_ONLY = "skip-only"
+"""The name of the arm whose output is not the model's own."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,33 @@ class EngineArm:
         )
         stats = Summary.of(list(generation))
         return Run(tuple(generation.output), stats, generation.cache.bytes)
+
+
+@dataclass(frozen=True)
+class SkipOnlyArm:
+    """The model with layers left out for good behind the prompt: lossy (see `engine.batch`)."""
+
+    decoder: Decoder
+    plan: SkipPlan
+    sampling: Sampling
+    end_tokens: frozenset[int]
+    name: str = SKIP_ONLY
+
+    def run(self, case: Case) -> Run:
+        """Decode the prompt once."""
+        sampling = replace(self.sampling, seed=case.seed)
+        request = BatchRequest(case.tokens, case.max_new_tokens, sampling)
+        batch = Batch(self.decoder, [request], plan=self.plan, end_tokens=self.end_tokens)
+        batch.run()
+        (tokens,) = batch.outputs
+        stats = Summary(
+            prefill_seconds=batch.prefill_seconds,
+            decode_seconds=batch.decode_seconds,
+            tokens=len(tokens),
+            decode_tokens=len(tokens) - 1,
+            steps=batch.steps,
+        )
+        return Run(tuple(tokens), stats, batch.cache.bytes)
 
 
 @dataclass(frozen=True)

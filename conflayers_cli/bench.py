@@ -11,8 +11,9 @@ import numpy as np
 import scipy.stats
 import torch
 
+from conflayers_cli.agreement import Agreement, first_difference
 from conflayers_cli.answer import Summary
-from conflayers_cli.arms import Arm, Case, Run
+from conflayers_cli.arms import SKIP_ONLY, Arm, Case, Run
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampling import Sampler, Sampling
 
@@ -138,26 +139,35 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a bench measured. ``identical`` is None when sampling; it has no entry for vanilla."""
+    """What a bench measured.
+
+    Attributes:
+        identical: outputs compared with vanilla's, for every arm that should give the same; None
+            when sampling.
+        agreement: of the lossy arm's outputs with vanilla's; None without one, or when sampling.
+    """
 
     cases: tuple[CaseRuns, ...]
     arms: Mapping[str, ArmResult]
     identical: Mapping[str, Identity] | None
     peak_memory_bytes: int | None
     cache_bytes: int
+    agreement: Agreement | None = None
 
-    def speedup(self, over: str = "vanilla", category: str | None = None) -> Interval:
-        """Speculative over another arm, per prompt the ratio of the medians.
+    def speedup(
+        self, over: str = "vanilla", category: str | None = None, *, arm: str = "speculative"
+    ) -> Interval:
+        """One arm over another, per prompt the ratio of the medians.
 
         With one prompt its single runs are the pairs.
         """
         cases = self.of_category(category) if category is not None else self.cases
         if len(cases) == 1:
-            return Interval.of(_run_ratios(cases[0], over))
+            return Interval.of(_run_ratios(cases[0], arm, over))
         ratios = [
             ours / theirs
             for case in cases
-            if (ours := case.speed("speculative")) and (theirs := case.speed(over))
+            if (ours := case.speed(arm)) and (theirs := case.speed(over))
         ]
         return Interval.of(ratios)
 
@@ -219,6 +229,7 @@ def measure(
         identical=_identities(arms, results, decoder, sampling) if sampling.greedy else None,
         peak_memory_bytes=peak,
         cache_bytes=_largest_cache(results),
+        agreement=_agreement(arms, results) if sampling.greedy else None,
     )
 
 
@@ -239,8 +250,8 @@ def _rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
     return [*arms[first:], *arms[:first]]
 
 
-def _run_ratios(case: CaseRuns, over: str) -> list[float]:
-    pairs = zip(case.runs["speculative"], case.runs[over], strict=True)
+def _run_ratios(case: CaseRuns, arm: str, over: str) -> list[float]:
+    pairs = zip(case.runs[arm], case.runs[over], strict=True)
     return [
         ours / theirs
         for one, other in pairs
@@ -252,7 +263,7 @@ def _identities(
     arms: Sequence[Arm], cases: Sequence[CaseRuns], decoder: Decoder, sampling: Sampling
 ) -> dict[str, Identity]:
     found = {}
-    for name in (arm.name for arm in arms if arm.name != "vanilla"):
+    for name in (arm.name for arm in arms if arm.name not in ("vanilla", SKIP_ONLY)):
         parted = [d for case in cases if (d := _divergence(case, name, decoder, sampling))]
         found[name] = Identity(len(cases) - len(parted), len(cases), tuple(parted))
     return found
@@ -264,10 +275,9 @@ def _divergence(
     """The first difference in any of the runs."""
     for vanilla, other in zip(case.runs["vanilla"], case.runs[arm], strict=True):
         one, two = vanilla.tokens, other.tokens
-        if one == two:
+        at = first_difference(one, two)
+        if at is None:
             continue
-        shorter = min(len(one), len(two))
-        at = next((i for i in range(shorter) if one[i] != two[i]), shorter)
         text = [*case.case.tokens, *one[:at]]
         return Divergence(
             case.case.id,
@@ -277,6 +287,15 @@ def _divergence(
             two[at] if at < len(two) else None,
         )
     return None
+
+
+def _agreement(arms: Sequence[Arm], cases: Sequence[CaseRuns]) -> Agreement | None:
+    """Of the lossy arm, if there is one, with vanilla: first runs, greedy ones are all alike."""
+    if SKIP_ONLY not in [arm.name for arm in arms]:
+        return None
+    return Agreement.of(
+        [(case.runs["vanilla"][0].tokens, case.runs[SKIP_ONLY][0].tokens) for case in cases]
+    )
 
 
 def _gap(decoder: Decoder, text: Sequence[int], sampling: Sampling) -> float:

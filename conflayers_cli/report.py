@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.agreement import Agreement
+from conflayers_cli.arms import SKIP_ONLY
 from conflayers_cli.bench import ArmResult, BenchResult, Identity, Interval
 
 if TYPE_CHECKING:
@@ -44,6 +46,13 @@ def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
     }
     if "transformers" in result.arms:
         document["identical_to_transformers"] = _identity_json(identical.get("transformers"))
+    if SKIP_ONLY in result.arms:
+        agreement = result.agreement
+        document["skip_only"] = {
+            "lossless": False,
+            "speedup": asdict(result.speedup(arm=SKIP_ONLY)),
+            "agreement": asdict(agreement) if agreement else None,
+        }
     document["categories"] = {name: _category_json(result, name) for name in result.categories}
     document["peak_memory_bytes"] = result.peak_memory_bytes
     document["kv_cache_bytes"] = result.cache_bytes
@@ -121,8 +130,8 @@ def _arm_table(result: BenchResult) -> Table:
     )
     for name, arm in result.arms.items():
         speed = arm.tokens_per_second
-        speculative = name == "speculative"
-        speedup = result.speedup() if speculative else Interval(None, None, None)
+        ours = name in ("speculative", SKIP_ONLY)
+        speedup = result.speedup(arm=name) if ours else Interval(None, None, None)
         table.add_row(
             _plain(_label(name)),
             _number(speed.median, ".1f"),
@@ -166,6 +175,8 @@ def _closing(result: BenchResult) -> Iterable[str]:
                 f"  {_label(parted.id)}: from token {parted.position} on ({parted.vanilla} and "
                 f"{parted.other}; the two best logits differ by {parted.gap:.2g})"
             )
+    if SKIP_ONLY in result.arms:
+        yield from _lossy(result.agreement)
     if result.identical is None:
         yield "outputs are sampled, so they are not compared"
     memory = result.peak_memory_bytes
@@ -173,6 +184,17 @@ def _closing(result: BenchResult) -> Iterable[str]:
         yield (
             f"peak memory of the process, loading included: {memory / 2**20:,.0f} MiB; "
             f"keys and values: {result.cache_bytes / 2**20:.0f} MiB"
+        )
+
+
+def _lossy(agreement: Agreement | None) -> Iterable[str]:
+    yield f"{SKIP_ONLY} is lossy: its output is not the model's own"
+    if agreement:
+        parted = agreement.first_divergence
+        yield (
+            f"  of its tokens {agreement.equal:.1%} equal vanilla's, ROUGE-2 "
+            f"{agreement.rouge_2:.2f}, {agreement.identical} of {agreement.prompts} outputs the "
+            f"same; the others part at token {_number(parted, '.0f')} in the median"
         )
 
 

@@ -20,8 +20,9 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
+from conflayers_cli.cli.skip_only import skip_plan
 from conflayers_cli.cli.terminal import emit_json, emit_rich, note, progress_bar
-from conflayers_cli.errors import GateError
+from conflayers_cli.errors import GateError, InputError
 from conflayers_cli.outputs import check_target, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.draft import Drafter
     from conflayers_cli.engine.model import LoadedModel
+    from conflayers_cli.engine.plan import SkipPlan
     from conflayers_cli.engine.sampling import Sampling
     from conflayers_cli.profile import Profile
     from conflayers_cli.prompts import Prompt
@@ -46,6 +48,7 @@ The exit code is 3 when a gate does not hold: the speed-up is under
   conflayers bench --profile deep.yaml --max-prompts 6
   conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
   conflayers bench -p deep.yaml --fail-under 1.2 --output bench.json
+  conflayers bench -m smollm2-deep --target-speedup 1.5
 """
 
 
@@ -55,8 +58,8 @@ class Other(Enum):
     TRANSFORMERS = "transformers"
 
 
-RequiredProfile = Annotated[
-    Path,
+ProfileFile = Annotated[
+    Path | None,
     typer.Option(
         "--profile",
         "-p",
@@ -76,6 +79,16 @@ Warmup = Annotated[
 Against = Annotated[
     Other | None, typer.Option("--against", help="Measure model.generate of transformers, too.")
 ]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        "--target-speedup",
+        metavar="S",
+        help="Measure, too, the model with its depth over S layers kept for good (lossy: not the "
+        "model's own text). Without --profile these layers draft as well.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the results there as JSON."),
@@ -89,7 +102,7 @@ FailUnder = Annotated[
 
 
 def bench(
-    profile: RequiredProfile,
+    profile: ProfileFile = None,
     model: options.Model = None,
     data: options.Data = None,
     max_prompts: options.MaxPrompts = None,
@@ -103,6 +116,8 @@ def bench(
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    tree: options.Tree = None,
+    target_speedup: TargetSpeedup = None,
     system: options.System = None,
     raw: options.Raw = False,
     json: options.Json = False,
@@ -113,18 +128,27 @@ def bench(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    chosen = load_profile(profile)
+    if profile is None and (target_speedup is None or model is None):
+        raise InputError("give --profile FILE, or --model MODEL with --target-speedup S")
+    chosen = load_profile(profile) if profile else None
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     prompts = read_prompt_file(data, max_prompts)
     if output:
         check_target(output)
     loaded, decoder = open_model(model_source(model, chosen), device, dtype, trust_remote_code)
-    drafter = drafter_for(loaded, decoder, chosen, profile, force)
+    drafter = drafter_for(
+        loaded, decoder, chosen, profile, force, tree=tree, greedy=sampling.greedy
+    )
+    skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
+    if chosen is None and skipped:
+        drafter = _paper_drafter(decoder, skipped)
     encoded = encode_prompts(loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens)
-    arms = _arms(loaded, decoder, drafter, sampling, against)
+    arms = _arms(loaded, decoder, drafter, sampling, against, skipped)
     result = _measure(arms, _cases(encoded, seed), decoder, sampling, runs, warmup)
     settings = {
         **_settings(chosen, profile, prompts, data, sampling),
+        "tree": tree,
+        "target_speedup": target_speedup,
         "system": system,
         "raw": raw,
         "max_new_tokens": max_new_tokens,
@@ -135,14 +159,23 @@ def bench(
     _check_gates(result, loaded, fail_under)
 
 
+def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Drafter:
+    """Drafts with a plan as the papers do, where no profile says how."""
+    from conflayers_cli.engine.draft import SkipDrafter
+    from conflayers_cli.search.objective import PAPER
+
+    return SkipDrafter(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
+
+
 def _arms(
     loaded: LoadedModel,
     decoder: Decoder,
     drafter: Drafter | None,
     sampling: Sampling,
     against: Other | None,
+    skipped: SkipPlan | None,
 ) -> list[Arm]:
-    from conflayers_cli.arms import EngineArm, TransformersArm
+    from conflayers_cli.arms import EngineArm, SkipOnlyArm, TransformersArm
 
     if drafter is None:
         note("note: the profile leaves nothing out, so both arms decode vanilla")
@@ -151,6 +184,8 @@ def _arms(
         EngineArm("vanilla", decoder, None, sampling, ends),
         EngineArm("speculative", decoder, drafter, sampling, ends),
     ]
+    if skipped is not None:
+        arms.append(SkipOnlyArm(decoder, skipped, sampling, ends))
     if against is Other.TRANSFORMERS:
         arms.append(TransformersArm(decoder, sampling, ends))
     return arms
@@ -180,15 +215,20 @@ def _measure(
 
 
 def _settings(
-    profile: Profile, path: Path, prompts: Sequence[Prompt], data: Path | None, sampling: Sampling
+    profile: Profile | None,
+    path: Path | None,
+    prompts: Sequence[Prompt],
+    data: Path | None,
+    sampling: Sampling,
 ) -> dict[str, Any]:
     """What was measured, so that it can be measured again."""
     from conflayers_cli.prompts import fingerprint
 
     return {
-        "profile": str(path),
-        "skip": profile.skip.model_dump(mode="json"),
-        "draft": profile.draft.model_dump(mode="json"),
+        "profile": str(path) if path else None,
+        "skip": profile.skip.model_dump(mode="json") if profile else None,
+        "draft": profile.draft.model_dump(mode="json") if profile else None,
+        "ranges": [r.model_dump(mode="json") for r in profile.ranges or ()] if profile else [],
         "data": str(data) if data else None,
         "prompts": {"count": len(prompts), "sha256": fingerprint(prompts)},
         "sampling": asdict(sampling),

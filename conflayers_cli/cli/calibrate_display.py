@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,8 @@ from rich.text import Text
 from conflayers_cli.cli.terminal import note, stderr_console
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.profile import Profile
-from conflayers_cli.search.calibrate import Calibration
+from conflayers_cli.search.calibrate import Calibration, Candidate
+from conflayers_cli.search.check import Check
 from conflayers_cli.search.objective import Score
 from conflayers_cli.search.task import Trial
 
@@ -24,9 +26,8 @@ ROWS = 12
 class Display:
     """A live table on a terminal; elsewhere a line per stage and per improvement."""
 
-    def __init__(self, depth: int, max_iterations: int) -> None:
+    def __init__(self, depth: int) -> None:
         self._depth = depth
-        self._max_iterations = max_iterations
         self._rows: list[tuple[str, ...]] = []
         self._stage = ""
         self._best = ""
@@ -57,9 +58,9 @@ class Display:
     def trial(self, trial: Trial, best: Trial | None) -> None:
         """A set of layers was looked at during the search."""
         row = (
-            f"{trial.iteration + 1}/{self._max_iterations}",
-            f"{trial.figures.get('lambda', 0.0):+.2f}",
-            _skipped(trial.plan, self._depth),
+            str(trial.iteration + 1),
+            _figures(trial),
+            skipped(trial.plan, self._depth),
             _share(trial.acceptance_rate),
             _number(trial.tokens_per_step),
             _times(trial.speedup),
@@ -67,15 +68,19 @@ class Display:
         )
         self._rows.append(row)
         if best is not None and best is trial:
-            self._best = f"best so far: {row[2]} skipped, {row[4]} tokens per step, {row[5]}"
+            self._best = f"best so far: {row[2]} skipped"
+            if trial.steps:
+                self._best += f", {row[4]} tokens per step"
+            if trial.speedup is not None:
+                self._best += f", {row[5]} expected"
             if self._live is None:
-                note(f"set {row[0]}, λ {row[1]}: {self._best} expected")
+                note(f"set {row[0]}, {row[1]}: {self._best}")
         self._redraw()
 
     def better(self, score: Score, judged: int) -> None:
         """Refinement found a better plan."""
         self._best = (
-            f"refined after {judged} sets judged: {_skipped(score.plan, self._depth)} skipped, "
+            f"refined after {judged} sets judged: {skipped(score.plan, self._depth)} skipped, "
             f"agreement {_share(score.agreement)}, {_times(score.speedup)}"
         )
         if self._live is None:
@@ -86,8 +91,8 @@ class Display:
         if self._live is None:
             return
         table = Table(title=Text(self._stage), caption=Text(self._best), caption_justify="left")
-        for head in ("set", "λ", "skipped", "accepted", "tokens/step", "expected", ""):
-            table.add_column(head, justify="left" if head in ("", "skipped") else "right")
+        for head in ("set", "by", "skipped", "accepted", "tokens/step", "expected", ""):
+            table.add_column(head, justify="left" if head in ("", "by", "skipped") else "right")
         for row in self._rows[-ROWS:]:
             table.add_row(*map(Text, row))
         self._live.update(table, refresh=True)
@@ -95,28 +100,61 @@ class Display:
 
 def summary_lines(profile: Profile, done: Calibration, target: Path) -> list[str]:
     """The answer for people."""
-    plan, depth = profile.plan, profile.model.depth
-    lines = [
-        f"{profile.model.name}: {done.conclusion}",
+    plan, depth, candidate = profile.plan, profile.model.depth, done.candidate
+    expected = candidate.expected
+    lines = [f"{profile.model.name}: {done.conclusion}"]
+    if done.others:
+        lines[0] += f" (found by {candidate.strategy})"
+    lines.append(
         f"searched {len(done.result.trials)} sets ({done.result.stopped_because}), "
-        f"judged {done.judged} more in refining, in {done.seconds:.0f} s",
-    ]
+        f"judged {candidate.judged} more in refining; {done.seconds:.0f} s in all"
+    )
     if plan:
-        lines.append(f"skips {_skipped(plan, depth)}: {_names(plan)}")
+        lines.append(f"skips {skipped(plan, depth)}: {_names(plan)}")
         lines.append(
             f"drafts up to {profile.draft.max_tokens} tokens, "
             f"stops under probability {profile.draft.stop_probability:g}"
+            + (", with side candidates where they pay" if profile.draft.tree else "")
         )
     else:
         lines.append("the profile skips nothing: generate with it decodes plainly")
+    for each in done.ranges:
+        lines.append(
+            f"from {each.from_context} tokens of context on skips "
+            f"{skipped(each.plan, depth)}: {_names(each.plan)}"
+        )
     if done.check is not None and plan:
         lines.append(
             f"measured: {done.check.speedup:.2f}× vanilla, acceptance "
             f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens "
-            f"per step; expected {_times(done.expected.speedup if done.expected else None)}"
+            f"per step; expected {_times(expected.speedup if expected else None)}"
         )
     lines.append(f"wrote {target}")
     return lines
+
+
+def strategy_table(done: Calibration, depth: int) -> Table:
+    """What each of several strategies came to, the chosen one marked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    heads = ("expected", "measured", "accepted", "tokens/step", "seconds", "full passes")
+    for head in ("", "strategy", "skips"):
+        table.add_column(head)
+    for head in (*heads, "draft passes"):
+        table.add_column(head, justify="right")
+    for candidate, check in done.others:
+        table.add_row(
+            "→" if candidate is done.candidate else "",
+            candidate.strategy,
+            skipped(candidate.plan, depth),
+            _times(candidate.expected.speedup if candidate.expected else None),
+            _times(check.speedup if check else None),
+            _share(check.acceptance_rate if check else None),
+            _number(check.tokens_per_step if check else None),
+            f"{candidate.seconds:.0f}",
+            str(candidate.full_passes),
+            str(candidate.draft_passes),
+        )
+    return table
 
 
 def as_document(profile: Profile, done: Calibration, target: Path) -> dict[str, Any]:
@@ -128,9 +166,27 @@ def as_document(profile: Profile, done: Calibration, target: Path) -> dict[str, 
         "stopped_because": done.result.stopped_because,
         "conclusion": done.conclusion,
         "profile": profile.model_dump(mode="json", exclude_none=False),
-        "candidate": {"attention": done.candidate.attention, "mlp": done.candidate.mlp},
-        "refine_judged": done.judged,
+        "candidate": _candidate_json(done.candidate, done.check),
+        "refine_judged": done.candidate.judged,
+        "strategies": [_candidate_json(each, check) for each, check in done.others],
         "trials": [_trial_json(trial) for trial in done.result.trials],
+    }
+
+
+def _candidate_json(candidate: Candidate, check: Check | None) -> dict[str, Any]:
+    return {
+        "strategy": candidate.strategy,
+        "attention": candidate.plan.attention,
+        "mlp": candidate.plan.mlp,
+        "refined": candidate.refined,
+        "expected_speedup": candidate.expected.speedup if candidate.expected else None,
+        "measured_speedup": check.speedup if check else None,
+        "acceptance_rate": check.acceptance_rate if check else None,
+        "tokens_per_step": check.tokens_per_step if check else None,
+        "search_seconds": candidate.seconds,
+        "full_passes": candidate.full_passes,
+        "draft_passes": candidate.draft_passes,
+        "stopped_because": candidate.result.stopped_because,
     }
 
 
@@ -150,7 +206,16 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _skipped(plan: SkipPlan, depth: int) -> str:
+_SYMBOLS = {"lambda": "λ"}
+
+
+def _figures(trial: Trial) -> str:
+    """The strategy's own numbers."""
+    return ", ".join(f"{_SYMBOLS.get(key, key)} {v:.3g}" for key, v in trial.figures.items())
+
+
+def skipped(plan: SkipPlan, depth: int) -> str:
+    """How much a plan leaves out, in words."""
     text = f"{len(plan.layers)} of {depth} layers"
     if plan.partial:
         text += f" and {len(plan.partial)} single sub-layers"

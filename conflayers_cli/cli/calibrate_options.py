@@ -20,67 +20,105 @@ StrategyName = Annotated[
     typer.Option(
         "--strategy",
         metavar="NAME",
-        help="How layers are chosen: conflayers.",
+        help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all.",
         rich_help_panel=_SEARCH,
     ),
 ]
 SkipRatio = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--skip-ratio",
         min=0.0,
         max=0.9,
         metavar="R",
-        help="Least share of layers the search tries to skip.",
+        help="Share of layers skipped: conflayers' least (0.4), swift's exact (0.45).",
+        show_default=False,
         rich_help_panel=_SEARCH,
     ),
 ]
 SearchInterval = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--search-interval",
         min=1,
         metavar="N",
-        help="Verify steps that each set is decoded with.",
+        help="Verify steps that conflayers decodes with each set (30).",
+        show_default=False,
         rich_help_panel=_SEARCH,
     ),
 ]
 MaxIterations = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--max-iterations",
         min=1,
         metavar="N",
-        help="Sets proposed at the most.",
+        help="Sets proposed at the most: conflayers 100, swift 1000.",
+        show_default=False,
         rich_help_panel=_SEARCH,
     ),
 ]
 Patience = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--patience",
         min=1,
         metavar="N",
-        help="Sets in a row without improvement that end the search.",
+        help="Sets in a row without improvement that end it: conflayers 15, swift 300, greedy 6.",
+        show_default=False,
         rich_help_panel=_SEARCH,
     ),
 ]
 ContextWindow = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--context-window",
         min=1,
         metavar="W",
-        help="Generated tokens that confidence is taken over.",
+        help="Generated tokens that sets are judged by: conflayers 100, swift 50.",
+        show_default=False,
         rich_help_panel=_SEARCH,
     ),
 ]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        "--target-speedup",
+        metavar="S",
+        help="unified: keep the model's depth over S layers, evenly spaced.",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        min=1.0,
+        metavar="SECONDS",
+        help="auto: time for all strategies and the check of their plans (600).",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
 Refine = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--refine/--no-refine",
-        help="Improve the found set layer by layer; without, the paper's exact result.",
+        help="Improve the found set layer by layer (all but unified do, if not told otherwise); "
+        "without, the paper's own result.",
         rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
+Tree = Annotated[
+    bool | None,
+    typer.Option(
+        "--tree/--no-tree",
+        help="Look whether side candidates beside the draft pay. By default only in float32: in "
+        "half precision the token behind one may be rounded otherwise than in plain decoding.",
+        rich_help_panel=_SEARCH,
+        show_default=False,
     ),
 ]
 RefineLimit = Annotated[
@@ -106,7 +144,7 @@ Seed = Annotated[
         min=0,
         max=MAX_SEED,
         metavar="N",
-        help="Which prompts are held out for the check, and their order.",
+        help="Of the prompts' order, which of them are held out for the check, and random sets.",
         rich_help_panel=_SEARCH,
     ),
 ]

@@ -17,11 +17,13 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conflayers_cli.engine.costs import Costs
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.draft import Drafter
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.profile import ModelFingerprint, Profile
+    from conflayers_cli.engine.tree import TreeShape
+    from conflayers_cli.profile import DraftSettings, Environment, ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
 
 
@@ -90,6 +92,21 @@ def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
         raise InputError(f"{loaded.name}: its configuration has no usable {missing}") from None
 
 
+def environment_of(loaded: LoadedModel) -> Environment:
+    """Where a profile's figures come from: this model, here."""
+    import torch
+
+    from conflayers_cli.environment import device_name, versions
+    from conflayers_cli.profile import Environment
+
+    return Environment(
+        device=device_name(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads() if loaded.device.type == "cpu" else None,
+        **versions(),
+    )
+
+
 def model_source(model: str | None, profile: Profile | None) -> str:
     """Where the model comes from: ``--model``, else the profile.
 
@@ -107,9 +124,23 @@ def model_source(model: str | None, profile: Profile | None) -> str:
 
 
 def drafter_for(
-    loaded: LoadedModel, decoder: Decoder, profile: Profile | None, path: Path | None, force: bool
+    loaded: LoadedModel,
+    decoder: Decoder,
+    profile: Profile | None,
+    path: Path | None,
+    force: bool,
+    *,
+    tree: bool | None = None,
+    greedy: bool = True,
 ) -> Drafter | None:
     """The profile's drafter for this model; None (vanilla) where it has nothing to leave out.
+
+    Args:
+        loaded, decoder: the model.
+        profile, path: the profile and the file it was read from.
+        force: go on with a profile of another model of the same depth.
+        tree: draft side candidates, whatever the profile says about them; None: as it says.
+        greedy: whether tokens are chosen greedily, for the papers' shape of a tree.
 
     Raises:
         InputError: the profile was made for another model, or this one can't run under its plan.
@@ -117,13 +148,56 @@ def drafter_for(
     if profile is None:
         return None
     _check_fit(loaded, decoder, profile, path, force)
-    if not profile.plan or profile.draft.max_tokens == 0:
+    sections = [(0, profile.plan, profile.draft)]
+    sections += [(each.from_context, each.skip.plan, each.draft) for each in profile.ranges or ()]
+    drafting = [plan for _, plan, draft in sections if plan and draft.max_tokens]
+    if not drafting:
         return None
     _tell_other_machine(loaded, profile)
     from conflayers_cli.engine.draft import SkipDrafter
+    from conflayers_cli.engine.ranges import RangedDrafter
 
-    settings = profile.draft
-    return SkipDrafter(decoder, profile.plan, settings.max_tokens, settings.stop_probability)
+    shapes = [_tree_shape(draft, tree, greedy) for _, _, draft in sections]
+    costs = _costs_of_wider_passes(loaded, decoder) if any(shapes) else None
+    drafters: list[tuple[int, Drafter | None]] = []
+    for (begin, plan, draft), shape in zip(sections, shapes, strict=True):
+        drafter = SkipDrafter(decoder, plan, draft.max_tokens, draft.stop_probability)
+        if shape is not None and costs is not None:
+            drafter = replace(
+                drafter,
+                tree=shape,
+                verify_cost=costs.verify_cost,
+                draft_seconds=costs.draft_cost(plan, decoder.depth),
+            )
+        drafters.append((begin, drafter if plan in drafting and draft.max_tokens else None))
+    return RangedDrafter(tuple(drafters)) if len(drafters) > 1 else drafters[0][1]
+
+
+def _tree_shape(draft: DraftSettings, tree: bool | None, greedy: bool) -> TreeShape | None:
+    """The side candidates wanted: the profile's, or the papers' where they are asked for."""
+    from conflayers_cli.engine.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
+
+    if tree is False or (tree is None and draft.tree is None):
+        return None
+    if draft.tree is not None:
+        return TreeShape(draft.tree)
+    return GREEDY_SHAPE if greedy else SAMPLING_SHAPE
+
+
+def _costs_of_wider_passes(loaded: LoadedModel, decoder: Decoder) -> Costs:
+    """What passes cost here, so that only side candidates that earn theirs are verified."""
+    import torch
+
+    from conflayers_cli.engine.costs import measure_costs
+
+    if loaded.dtype != torch.float32:
+        note(
+            f"note: in {str(loaded.dtype).removeprefix('torch.')} a token behind a side candidate "
+            "may be rounded otherwise than in plain decoding, so texts can part at near-ties "
+            "(--no-tree: never)"
+        )
+    note("measuring what wider passes cost …")
+    return measure_costs(decoder, rounds=3)
 
 
 def _tell_other_machine(loaded: LoadedModel, profile: Profile) -> None:
@@ -151,7 +225,8 @@ def _check_fit(
             raise InputError(f"{problem} (--force goes on all the same)")
         note(f"warning: {problem}")
     try:
-        decoder.check_plan(profile.plan)
+        for plan in (profile.plan, *(each.skip.plan for each in profile.ranges or ())):
+            decoder.check_plan(plan)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -58,6 +58,16 @@ ProfileFile = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Tree = Annotated[
+    bool | None,
+    typer.Option(
+        "--tree/--no-tree",
+        help="Draft side candidates beside the chain, as far as they earn their cost here; "
+        "by default as the profile says.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
 Force = Annotated[
     bool,
     typer.Option(

@@ -3,6 +3,8 @@
 A forward says at which slots its tokens are written and how far the attention may look; what a
 query sees is the mask's business. Rejected drafts need no clean-up: their slots are simply not seen
 again until they are overwritten. So rolling back is a matter of counting, and costs nothing.
+Alternatives to a drafted token share its position, but not its slot: they borrow one behind the
+draft, and the one that is kept moves.
 """
 
 from __future__ import annotations
@@ -103,6 +105,18 @@ class KVCache(Cache):
         if extent > self.capacity:
             raise ValueError(f"extent {extent} is beyond the cache's capacity {self.capacity}")
         self._writes.slots, self._writes.extent = slots, extent
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Copy what one slot holds to another, in every row and layer.
+
+        Keys carry the rotation of their token's position, not of their slot: a token written in
+        another slot than its position's is moved there once it is part of the text.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[:, :, target] = layer.keys[:, :, source]
+                layer.values[:, :, target] = layer.values[:, :, source]
 
     @property
     def bytes(self) -> int:

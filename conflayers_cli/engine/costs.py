@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,6 +15,8 @@ from .plan import SkipPlan
 
 WIDTHS = (1, 2, 3, 5, 9, 17, 26)
 """Verification widths measured; costs between them are interpolated."""
+LONG = 6
+"""The longer context that attention's growth is measured at, in usual ones."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Costs:
         attention: one attention sub-layer, one token.
         mlp: one MLP sub-layer, one token.
         context: positions in the cache when measured.
+        attention_per_position: what one attention sub-layer takes more for every further position
+            in the cache (KnapSpec, arXiv 2602.20217: attention's latency is linear in the context).
     """
 
     verify: Mapping[int, float]
@@ -35,6 +39,13 @@ class Costs:
     attention: float
     mlp: float
     context: int
+    attention_per_position: float = 0.0
+
+    def at(self, context: int, depth: int) -> Costs:
+        """The costs with ``context`` positions in the cache of a model with ``depth`` layers."""
+        more = max(self.attention_per_position * (context - self.context), -self.attention)
+        verify = {width: seconds + depth * more for width, seconds in self.verify.items()}
+        return replace(self, verify=verify, attention=self.attention + more, context=context)
 
     def verify_cost(self, width: int) -> float:
         """Seconds of a full pass over ``width`` tokens; linear between measured widths."""
@@ -58,11 +69,12 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
 
     Kinds of sub-layers are told apart by passes that leave out all middle layers, or all middle
     MLPs. Where sub-layers can't be left out one by one, a layer's cost is split evenly: it then
-    only ever counts as a whole.
+    only ever counts as a whole. The same passes over a longer context tell what attention takes
+    more there.
 
     Args:
         decoder: the model.
-        context: positions in the cache.
+        context: positions in the cache; where the model takes no longer text, this is all.
         rounds: measurements of each kind.
     """
     depth = decoder.depth
@@ -70,33 +82,54 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
     plans = {"full": FULL, "none": SkipPlan.of_layers(middle)}
     if len(decoder.sub_layers) == 2:
         plans["no mlp"] = SkipPlan.of(mlp=middle)
-    cache = decoder.new_cache(context + max(WIDTHS))
+    long = _long_context(decoder, context)
+    cache = decoder.new_cache(long + max(WIDTHS))
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(decoder.vocabulary, (1, context), generator=generator)
+    prompt = torch.randint(decoder.vocabulary, (1, long), generator=generator)
     decoder.prefill(prompt.to(decoder.device), cache)
-    passes: list[tuple[tuple[str, str | int], SkipPlan, int]] = [
-        *((("verify", width), FULL, width) for width in WIDTHS),
-        *((("plan", name), plan, 1) for name, plan in plans.items()),
+    passes: list[tuple[tuple[str, str | int], SkipPlan, int, int]] = [
+        *((("verify", width), FULL, context, width) for width in WIDTHS),
+        *((("plan", name), plan, context, 1) for name, plan in plans.items()),
+        *((("long", name), plans[name], long, 1) for name in ("full", "none")),
     ]
-    times: dict[tuple[str, str | int], list[float]] = {key: [] for key, _, _ in passes}
+    times: dict[tuple[str, str | int], list[float]] = {key: [] for key, *_ in passes}
     for round_ in range(rounds + 1):
-        for key, plan, width in passes:
-            seconds = _time(decoder, cache, plan, context, width)
+        for key, plan, at, width in passes:
+            seconds = _time(decoder, cache, plan, at, width)
             if round_:  # the first round warms up
                 times[key].append(seconds)
     # The lower quartile: what else the machine does only ever adds time.
     typical = {key: sorted(values)[len(values) // 4] for key, values in times.items()}
+    return _costs(typical, depth, context, long)
+
+
+def _long_context(decoder: Decoder, context: int) -> int:
+    """A context much longer than the usual one, or that itself where the model has no room."""
+    room = getattr(decoder.config, "max_position_embeddings", None) or decoder.exact_positions
+    wanted = LONG * context
+    return wanted if room is not None and room >= wanted + max(WIDTHS) else context
+
+
+def _costs(
+    typical: Mapping[tuple[str, str | int], float], depth: int, context: int, long: int
+) -> Costs:
+    """Costs by kind from the seconds of the passes measured."""
+    inner = max(depth - 2, 1)
     full, none = typical["plan", "full"], typical["plan", "none"]
-    layer = max((full - none) / len(middle), 0.0) if depth > 2 else 0.0
+    layer = max((full - none) / inner, 0.0) if depth > 2 else 0.0
     mlp = layer / 2
-    if "no mlp" in plans and depth > 2:
-        mlp = min(max((full - typical["plan", "no mlp"]) / len(middle), 0.0), layer)
+    if ("plan", "no mlp") in typical and depth > 2:
+        mlp = min(max((full - typical["plan", "no mlp"]) / inner, 0.0), layer)
+    slope = 0.0
+    if long > context and depth > 2:
+        longer = (typical["long", "full"] - typical["long", "none"]) / inner
+        slope = max(longer - layer, 0.0) / (long - context)
     verify, slowest = {}, 0.0
     for width in WIDTHS:
         # A wider pass is never really cheaper; a dip is noise that would mislead the search.
         slowest = max(slowest, typical["verify", width])
         verify[width] = slowest
-    return Costs(verify, max(none - 2 * layer, 0.0), layer - mlp, mlp, context)
+    return Costs(verify, max(none - 2 * layer, 0.0), layer - mlp, mlp, context, slope)
 
 
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:

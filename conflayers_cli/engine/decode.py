@@ -26,13 +26,15 @@ class Step:
 
     Attributes:
         tokens: the new tokens, in order; one at least.
-        drafted: tokens drafted in this step.
-        accepted: drafted tokens that were kept.
+        drafted: tokens drafted in this step: the chain's length, without leaves beside it.
+        accepted: drafted tokens that were kept; a leaf that took a chain token's place is one,
+            where it gained a token in this step (see :mod:`.tree`).
         drafter: who drafted; "none" where nobody did, "prefill" for the step that reads the prompt.
         draft_seconds: time spent drafting.
         verify_seconds: time of the full pass and the choice of tokens.
         finish: why the output ends here ("stop": an end token or stop string; "length": the token
             budget), None while it goes on.
+        leaves: side candidates verified beside the chain.
     """
 
     tokens: tuple[int, ...]
@@ -42,10 +44,31 @@ class Step:
     draft_seconds: float
     verify_seconds: float
     finish: Finish | None
+    leaves: int = 0
 
     @property
     def seconds(self) -> float:
         return self.draft_seconds + self.verify_seconds
+
+
+def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raise InputError unless a prompt can be decoded for so many new tokens."""
+    if not prompt:
+        raise InputError("the prompt has no tokens")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
+    strange = [token for token in prompt if not 0 <= token < decoder.vocabulary]
+    if strange:
+        raise InputError(
+            f"the prompt has token id {strange[0]}, but the model's vocabulary ends at "
+            f"{decoder.vocabulary - 1}: tokenizer and model don't belong together"
+        )
+    length, bound = len(prompt) + max_new_tokens, decoder.exact_positions
+    if bound is not None and length > bound:
+        raise InputError(
+            f"prompt and output have up to {length} tokens, but beyond {bound} this model's "
+            "rotary embedding changes with the length and can't be decoded exactly"
+        )
 
 
 class Generation:
@@ -85,22 +108,7 @@ class Generation:
         end_tokens: frozenset[int] = frozenset(),
         watch: Callable[[int], bool] | None = None,
     ) -> None:
-        if not prompt:
-            raise InputError("the prompt has no tokens")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
-        strange = [token for token in prompt if not 0 <= token < decoder.vocabulary]
-        if strange:
-            raise InputError(
-                f"the prompt has token id {strange[0]}, but the model's vocabulary ends at "
-                f"{decoder.vocabulary - 1}: tokenizer and model don't belong together"
-            )
-        length, bound = len(prompt) + max_new_tokens, decoder.exact_positions
-        if bound is not None and length > bound:
-            raise InputError(
-                f"prompt and output have up to {length} tokens, but beyond {bound} this model's "
-                "rotary embedding changes with the length and can't be decoded exactly"
-            )
+        check_request(decoder, prompt, max_new_tokens)
         self.decoder = decoder
         self.drafter = drafter
         self.tokens = list(prompt)
@@ -111,6 +119,7 @@ class Generation:
         self.cache: KVCache = decoder.new_cache(len(prompt) + max_new_tokens)
         self.sampler = Sampler(sampling or Sampling(), decoder.vocabulary, decoder.device)
         self._watch = watch
+        self._ahead: int | None = None
 
     @property
     def output(self) -> list[int]:
@@ -126,22 +135,19 @@ class Generation:
         if len(self.tokens) == self.prompt_length:
             return self._prefill()
         begin = clock(self.decoder.device)
-        draft = NOTHING
-        room = self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
-        if self.drafter is not None and room > 0:
-            context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
-            draft = self.drafter.draft(context, room)
+        draft = self._draft(self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1)
         drafted = clock(self.decoder.device) if draft.tokens else begin
-        accepted, token = self._verify(draft)
-        kept = self._keep((*draft.tokens[:accepted], token))
+        decided = self._verify(draft)
+        kept = self._keep(decided)
         return Step(
             tokens=kept,
             drafted=len(draft.tokens),
-            accepted=min(accepted, len(kept)),
+            accepted=min(len(decided) - 1, len(kept)),
             drafter=self.drafter.name if self.drafter and draft.tokens else "none",
             draft_seconds=drafted - begin,
             verify_seconds=clock(self.decoder.device) - drafted,
             finish=self.finish,
+            leaves=draft.width - len(draft.tokens),
         )
 
     def _prefill(self) -> Step:
@@ -152,17 +158,55 @@ class Generation:
         kept = self._keep((self.sampler.choose(logits[0]),))
         return Step(kept, 0, 0, "prefill", 0.0, clock(self.decoder.device) - begin, self.finish)
 
-    def _verify(self, draft: Draft) -> tuple[int, int]:
-        """One full pass over the pending token and the draft: (drafts that stand, next token)."""
+    def _draft(self, room: int) -> Draft:
+        """A draft of up to ``room`` tokens, behind what is already expected to come next."""
+        ahead, self._ahead = self._ahead, None
+        if self.drafter is None or room < 1:
+            return NOTHING
+        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
+        if ahead is None:
+            return self.drafter.draft(context, room)
+        if ahead in self.end_tokens or room == 1:
+            return Draft((ahead,))
+        self.tokens.append(ahead)  # text, to the drafter
+        try:
+            further = self.drafter.draft(context, room - 1)
+        finally:
+            self.tokens.pop()
+        return Draft((ahead, *further.tokens), leaves=further.leaves and ((), *further.leaves))
+
+    def _verify(self, draft: Draft) -> tuple[int, ...]:
+        """One full pass over the pending token and the draft: the drafts that stand, a next token.
+
+        Every node's slot is its row's, counted from the pending token. The chain's are those of its
+        positions; a leaf lies behind them, at the position of the token it would replace.
+        """
         filled, device = len(self.tokens) - 1, self.decoder.device
-        tokens = torch.tensor([[self.tokens[-1], *draft.tokens]], device=device)
-        positions = torch.arange(filled, filled + tokens.shape[1], device=device)[None]
-        logits = self.decoder.forward(tokens, positions, self.cache)[0]
+        nodes, parents = draft.nodes, draft.parents
+        tokens = torch.tensor([[self.tokens[-1], *nodes]], device=device)
+        slots = torch.arange(filled, filled + tokens.shape[1], device=device)[None]
+        if draft.width == len(draft.tokens):
+            logits = self.decoder.forward(tokens, slots, self.cache)[0]
+        else:
+            depths = torch.tensor([[0, *(parent + 1 for parent in parents)]], device=device)
+            logits = self.decoder.forward(tokens, filled + depths, self.cache, slots=slots)[0]
         if self.sampler.settings.greedy:
-            best = self.sampler.scores(logits, draft.tokens).argmax(dim=-1).tolist()
-            return accept_greedy(draft.tokens, best)
-        target = self.sampler.distribution(logits, draft.tokens)
-        return accept_sampled(draft.tokens, target, draft.distribution, self.sampler)
+            best = self.sampler.scores(logits, nodes, parents).argmax(dim=-1).tolist()
+            row, token = accept_greedy(draft.tokens, best, draft.leaves)
+        else:
+            target, q = self.sampler.distribution(logits, nodes, parents), draft.distribution
+            row, token = accept_sampled(draft.tokens, target, q, self.sampler, draft.leaves)
+        if row <= len(draft.tokens):
+            return (*draft.tokens[:row], token)
+        parent = parents[row - 1]
+        self.cache.move(filled + row, filled + parent + 1)
+        decided = (*draft.tokens[:parent], nodes[row - 1])
+        if self.sampler.settings.greedy and self.decoder.rows.bitwise:
+            # The leaf is the model's choice to the bit; what follows it is so but for the order in
+            # which the leaf's pass summed its keys. It opens the next draft, and is verified there.
+            self._ahead = token
+            return decided
+        return (*decided, token)
 
     def _keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens up to the first that ends the output; returns those kept."""

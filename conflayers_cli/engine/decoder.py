@@ -38,6 +38,11 @@ class RowRule:
     def for_dtype(cls, dtype: torch.dtype) -> RowRule:
         return cls(1 if dtype == torch.float32 else 2)
 
+    @property
+    def bitwise(self) -> bool:
+        """Whether a token's logits are to have the same bits in every pass."""
+        return self.least > 1
+
 
 class Decoder:
     """A causal language model, ready to be decoded with.
@@ -48,6 +53,7 @@ class Decoder:
     Attributes:
         exact_positions: longest text that can be decoded exactly, None where there is no bound.
         sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
+        full_passes, draft_passes: forwards so far, of the whole model and under a plan.
 
     Args:
         model: a transformers causal language model in eval mode, on its device and in its dtype.
@@ -71,12 +77,14 @@ class Decoder:
         self._windows = _windows(self.config, self.depth)
         self._plain_attention = _own_attention(model)
         self.exact_positions = _exact_positions(self.config)
+        self.full_passes = self.draft_passes = 0
         model.set_attn_implementation(attention.NAME)
         try:
             self.sub_layers: frozenset[SubLayer] = self._self_check()
         except InputError:
             model.set_attn_implementation(self._plain_attention)
             raise
+        self.full_passes = self.draft_passes = 0  # the check's own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
@@ -102,38 +110,52 @@ class Decoder:
         cache: KVCache,
         plan: SkipPlan = FULL,
         *,
+        slots: torch.Tensor | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
-        """One pass. Keys and values are written at the tokens' positions.
+        """One pass. Keys and values are written at the tokens' slots, by default their positions.
+
+        A token sees the slots below its position (those within the window, where a layer has one)
+        and its own slot. So tokens that are alternatives to each other can run in one pass: one of
+        them in the slot of their position, the others in slots behind all that anyone sees.
 
         Args:
             tokens: int64 ``[B, T]``.
-            positions: int64 ``[B, T]``; a token sees every slot up to its own position.
+            positions: int64 ``[B, T]``.
             cache: filled below the first position of every row.
             plan: the sub-layers left out.
+            slots: int64 ``[B, T]``, each its token's position or beyond it; None: the positions.
             last_only: compute logits for the last token only.
 
         Returns:
             Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
         """
+        if plan:
+            self.draft_passes += 1
+        else:
+            self.full_passes += 1
         wanted = tokens.shape[1]
         if wanted < self.rows.least:
-            missing = self.rows.least - wanted
-            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, missing)], dim=1)
-            positions = torch.cat([positions, positions[:, -1:].expand(-1, missing)], dim=1)
-        extent = extent_for(int(positions.max()) + 1)
-        cache.announce(positions, extent)
+            tokens, positions = self._repeated(tokens), self._repeated(positions)
+            slots = None if slots is None else self._repeated(slots)
+        written = positions if slots is None else slots
+        extent = extent_for(int(written.max()) + 1)
+        cache.announce(written, extent)
         with self.stack.without(plan):
             output = self.model(
                 input_ids=tokens,
                 position_ids=positions,
-                attention_mask=self._masks(positions, extent),
+                attention_mask=self._masks(positions, slots, extent),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=self.rows.least if last_only else 0,
             )
         logits: torch.Tensor = output.logits
         return logits[:, -1:] if last_only else logits[:, :wanted]
+
+    def _repeated(self, row: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` with the last column repeated, as wide as the least pass is."""
+        return torch.cat([row, row[:, -1:].expand(-1, self.rows.least - row.shape[1])], dim=1)
 
     def prefill(
         self, tokens: torch.Tensor, cache: KVCache, *, start: int = 0, plan: SkipPlan = FULL
@@ -191,13 +213,16 @@ class Decoder:
             self.model.set_attn_implementation(attention.NAME)
 
     def _masks(
-        self, positions: torch.Tensor, extent: int
+        self, positions: torch.Tensor, slots: torch.Tensor | None, extent: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        slots = torch.arange(extent, device=positions.device)
-        seen = slots <= positions[:, None, :, None]
+        every = torch.arange(extent, device=positions.device)
+        at = positions[:, None, :, None]
+        seen = every <= at if slots is None else every < at
+        own = None if slots is None else every == slots[:, None, :, None]
         masks = {}
         for kind, window in self._windows.items():
-            mask = seen if window is None else seen & (slots > positions[:, None, :, None] - window)
+            mask = seen if window is None else seen & (every > at - window)
+            mask = mask if own is None else mask | own
             masks[kind] = attention.fold_mask(mask, self._groups)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -11,20 +11,50 @@ from .cache import KVCache
 from .decoder import Decoder
 from .plan import SkipPlan
 from .sampling import Sampler
+from .tree import TreeShape, VerifyCost, leaves_beside
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens and where they came from.
+    """Drafted tokens and where they came from: a chain, perhaps with leaves beside it.
 
     Attributes:
         tokens: γ token ids, possibly none.
         distribution: q, float32 ``[γ, V]``, where they were sampled; None where each was certain
             (greedy), which acceptance treats as q = 1 at the token.
+        leaves: for each token other candidates for its place, in the order in which they are tried,
+            drawn from the same q without replacement where there is one; empty: none anywhere.
+
+    Raises:
+        ValueError: there are leaves, but not an entry for each token.
     """
 
     tokens: tuple[int, ...] = ()
     distribution: torch.Tensor | None = None
+    leaves: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.leaves and len(self.leaves) != len(self.tokens):
+            raise ValueError(f"{len(self.leaves)} sets of leaves for {len(self.tokens)} tokens")
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """All tokens to be verified: the chain's, then the leaves, position by position.
+
+        Node i is row i + 1 of the pass that verifies them; row 0 is the pending token.
+        """
+        return (*self.tokens, *(leaf for side in self.leaves for leaf in side))
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """For each node the row that it stands behind."""
+        beside = (row for row, side in enumerate(self.leaves) for _ in side)
+        return (*range(len(self.tokens)), *beside)
+
+    @property
+    def width(self) -> int:
+        """How many nodes there are."""
+        return len(self.tokens) + sum(map(len, self.leaves))
 
 
 @dataclass(frozen=True)
@@ -55,9 +85,10 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class SkipDrafter:
-    """Drafts a chain with the model itself, some sub-layers left out.
+    """Drafts with the model itself, some sub-layers left out: a chain, or a tree.
 
-    Source: Draft & Verify, arXiv 2309.08168 §3; the stop rule as in SWIFT, arXiv 2410.06916 §4.2.
+    Source: Draft & Verify, arXiv 2309.08168 §3; the stop rule as in SWIFT, arXiv 2410.06916 §4.2;
+    the tree as in :mod:`.tree`.
 
     Attributes:
         decoder: the model.
@@ -65,12 +96,19 @@ class SkipDrafter:
         max_tokens: the most tokens drafted at once.
         stop_probability: the chain ends after the first token whose draft probability is under
             this; 0 never stops early.
+        tree: how many leaves are wanted beside each token; None drafts a chain.
+        verify_cost: seconds of a full pass by its number of tokens: only leaves that earn theirs
+            are drafted; None: all that are wanted.
+        draft_seconds: what drafting one token takes, for the same account.
     """
 
     decoder: Decoder
     plan: SkipPlan
     max_tokens: int = 25
     stop_probability: float = 0.8
+    tree: TreeShape | None = None
+    verify_cost: VerifyCost | None = None
+    draft_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -93,15 +131,42 @@ class SkipDrafter:
                 break
             token = torch.tensor([[chosen]], device=device)
             position = position + 1
-        return Draft(tuple(drafted), torch.stack(rows) if rows else None)
+        if not rows:
+            return Draft(tuple(drafted))
+        probabilities = torch.stack(rows)
+        q = None if sampler.settings.greedy else probabilities
+        return Draft(tuple(drafted), q, self._leaves(context, drafted, probabilities))
+
+    def _leaves(
+        self, context: Context, drafted: list[int], probabilities: torch.Tensor
+    ) -> tuple[tuple[int, ...], ...]:
+        """What stands beside the chain. Each leaf needs a slot in the cache behind it."""
+        if self.tree is None:
+            return ()
+        room = context.cache.capacity - len(context.tokens) - len(drafted)
+        return leaves_beside(
+            drafted,
+            probabilities,
+            context.sampler,
+            self.tree,
+            self.verify_cost,
+            self.draft_seconds,
+            room,
+        )
 
     def _choose(
         self, logits: torch.Tensor, drafted: list[int], sampler: Sampler
     ) -> tuple[int, float, torch.Tensor | None]:
-        """(token, its draft probability, q) from the logits ``[1, V]``."""
+        """(token, its draft probability, the draft's probabilities) from the logits ``[1, V]``.
+
+        Those of all tokens only where somebody asks: for sampling, and for leaves.
+        """
         if sampler.settings.greedy:
             scores = _last_row(sampler, logits, drafted)
             token = int(scores.argmax())
+            if self.tree is not None:
+                row = torch.softmax(scores.float(), dim=-1)
+                return token, float(row[token]), row
             if self.stop_probability <= 0:
                 return token, 1.0, None
             scores = scores.float()

@@ -6,7 +6,7 @@ sub-layer by a stub of zeros, in the module tables themselves, and put back afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,11 @@ from conflayers_cli.errors import InputError
 from .plan import SkipPlan
 
 SubLayer = Literal["attention", "mlp"]
+LayerCall = Callable[[torch.Tensor], torch.Tensor]
+"""A layer as the model is calling it: hidden states → hidden states, all else as the model says."""
+InPlace = Callable[[int, torch.Tensor, LayerCall], torch.Tensor]
+"""What runs in place of a layer: (its index, the hidden states it is given, the layer) → what the
+model goes on with."""
 
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 _KEPT_PLANS = 64
@@ -48,6 +53,22 @@ class _PassThrough(nn.Module):
         if self.arity == 0:
             return hidden_states
         return (hidden_states, *(None,) * (self.arity - 1))
+
+
+class _InPlace(_PassThrough):
+    """Stands where a whole layer is, and lets a function decide what becomes of the call."""
+
+    def __init__(self, arity: int, original: nn.Module, index: int, run: InPlace) -> None:
+        super().__init__(arity, original)
+        self.index = index
+        self.run = run
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(hidden: torch.Tensor) -> torch.Tensor:
+            output = self._original[0](hidden, *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        return super().forward(self.run(self.index, hidden_states, call))
 
 
 class _Zero(nn.Module):
@@ -180,6 +201,20 @@ class LayerStack:
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         like = torch.empty(0, dtype=dtype, device=weight.device)
         return _Swap(parent._modules, key, _Zero(self._arity.get(module, 0), like), module)
+
+    @contextmanager
+    def in_place(self, run: InPlace) -> Iterator[None]:
+        """Within: ``run`` is called in place of every layer. Always restored.
+
+        The layer it is given may be called any number of times, with hidden states of more rows
+        than the model's where masks and positions broadcast, and within :meth:`without`.
+        """
+        swaps = []
+        for i, layer in enumerate(self.layers):
+            stand_in = _InPlace(self._arity.get(layer, 0), layer, i, run)
+            swaps.append(_Swap(self._list._modules, str(i), stand_in, layer))
+        with _swapped(tuple(swaps)):
+            yield
 
     @contextmanager
     def stubbed(self, layer: int) -> Iterator[None]:

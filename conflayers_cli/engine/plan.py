@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,6 +46,24 @@ class SkipPlan:
     def balanced(cls, depth: int) -> SkipPlan:
         """Every second layer, 1, 3, 5, …, never the last (ConfLayers' starting set)."""
         return cls.of_layers(range(1, depth - 1, 2))
+
+    @classmethod
+    def unified(cls, depth: int, speedup: float) -> SkipPlan:
+        """Evenly spaced layers kept, the rest skipped (Unified Layer Skipping, arXiv 2404.06954).
+
+        Args:
+            depth: L, layers of the model.
+            speedup: the target ratio S; max(2, round(L / S)) layers are kept, both ends among them.
+
+        Raises:
+            ValueError: the ratio is under 1 or no finite number.
+        """
+        if not (math.isfinite(speedup) and speedup >= 1):
+            raise ValueError("allowed is a finite number from 1 on")
+        kept = min(max(2, round(depth / speedup)), depth)
+        steps = max(kept - 1, 1)
+        spaced = {round(i * (depth - 1) / steps) for i in range(kept)}
+        return cls.of_layers(i for i in range(depth) if i not in spaced)
 
     def __bool__(self) -> bool:
         return bool(self.attention or self.mlp)

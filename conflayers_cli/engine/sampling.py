@@ -6,6 +6,7 @@ Both the draft's and the target's distribution are taken *after* all of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,13 +80,19 @@ class Sampler:
         if self._seen is not None:
             self._seen[list(tokens)] = True
 
-    def scores(self, logits: torch.Tensor, drafted: Sequence[int] = ()) -> torch.Tensor:
+    def scores(
+        self,
+        logits: torch.Tensor,
+        drafted: Sequence[int] = (),
+        parents: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Logits with the repetition penalty.
 
         Args:
-            logits: ``[T, V]``.
-            drafted: tokens assumed after the text so far; row i has seen the first ``i`` of them
-                (rows beyond see all).
+            logits: ``[T, V]``, one row more than there are drafts: row 0 stands behind the text.
+            drafted: tokens assumed after the text so far; row i + 1 has seen ``drafted[i]`` and
+                what the row it stands behind has seen.
+            parents: that row, ≤ i, for each draft; None: each stands behind the one before it.
 
         Returns:
             ``[T, V]``; the input itself where there is no penalty.
@@ -94,20 +101,27 @@ class Sampler:
             return logits
         rows, penalty = logits.shape[0], self.settings.repetition_penalty
         seen = self._seen[: logits.shape[1]].repeat(rows, 1)
-        for i, token in enumerate(drafted):
-            seen[i + 1 :, token] = True
+        behind = range(len(drafted)) if parents is None else parents
+        for row, (token, parent) in enumerate(zip(drafted, behind, strict=True), 1):
+            seen[row] = seen[parent]
+            seen[row, token] = True
         logits = logits.float()
         return torch.where(
             seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
         )
 
-    def distribution(self, logits: torch.Tensor, drafted: Sequence[int] = ()) -> torch.Tensor:
+    def distribution(
+        self,
+        logits: torch.Tensor,
+        drafted: Sequence[int] = (),
+        parents: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Probabilities really sampled from: float32 ``[T, V]`` of logits ``[T, V]``.
 
-        Only for temperatures above 0. ``drafted`` as in :meth:`scores`.
+        Only for temperatures above 0. ``drafted`` and ``parents`` as in :meth:`scores`.
         """
         settings = self.settings
-        scores = self.scores(logits, drafted).float()
+        scores = self.scores(logits, drafted, parents).float()
         # The maximum first: a tiny temperature must not divide logits to infinity.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / settings.temperature
         if settings.top_k is not None and settings.top_k < scores.shape[-1]:
@@ -133,7 +147,17 @@ class Sampler:
 
     def draw(self, probabilities: torch.Tensor) -> int:
         """A token from ``[V]`` probabilities (need not be normalised)."""
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return self.draw_distinct(probabilities, 1)[0]
+
+    def draw_distinct(self, probabilities: torch.Tensor, count: int) -> list[int]:
+        """``count`` tokens drawn one after another from ``[V]`` probabilities, none twice.
+
+        As many must have a probability over 0 (they need not be normalised).
+        """
+        drawn: list[int] = torch.multinomial(
+            probabilities, count, generator=self.generator
+        ).tolist()
+        return drawn
 
     def uniform(self, count: int) -> list[float]:
         """``count`` random numbers from [0, 1)."""
@@ -141,51 +165,90 @@ class Sampler:
         return torch.rand(count, generator=self.generator, device=device).tolist()
 
 
-def accept_greedy(drafted: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
-    """How many drafts stand, and the token that follows them.
+def accept_greedy(
+    drafted: Sequence[int], best: Sequence[int], leaves: Sequence[Sequence[int]] = ()
+) -> tuple[int, int]:
+    """Which drafts stand, and the token that follows them.
 
     Args:
-        drafted: γ drafted tokens.
-        best: the full model's choice at each of the γ+1 positions.
+        drafted: γ drafted tokens, a chain.
+        best: the full model's choice at each row: behind the text, behind each draft, and behind
+            each leaf, position by position.
+        leaves: other candidates for each draft's place; empty: there are none anywhere.
 
     Returns:
-        (k, token): the first k drafts equal the model's choice; ``token`` is its own next one.
+        (row, token): the last row that stands, and the model's choice there. Row k ≤ γ: the first
+        k drafts equal the model's choice. A row beyond: a leaf does, and the drafts before it.
     """
     kept = 0
     while kept < len(drafted) and drafted[kept] == best[kept]:
         kept += 1
+    if leaves and kept < len(drafted) and best[kept] in leaves[kept]:
+        before = sum(map(len, leaves[:kept])) + leaves[kept].index(best[kept])
+        kept = len(drafted) + 1 + before
     return kept, best[kept]
 
 
 def accept_sampled(
-    drafted: Sequence[int], target: torch.Tensor, draft: torch.Tensor | None, sampler: Sampler
+    drafted: Sequence[int],
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    sampler: Sampler,
+    leaves: Sequence[Sequence[int]] = (),
 ) -> tuple[int, int]:
     """Speculative sampling (arXiv 2211.17192, algorithm 1): the result has the target's law.
 
+    The candidates for a place are tried in turn, the draft first, then its leaves. Whatever is
+    refused is the residual's matter from then on: p becomes max(0, p − q) and q loses the refused
+    token, both normalised anew; the next candidate, drawn from that q, meets that p.
+
     Args:
-        drafted: γ drafted tokens.
-        target: p, ``[γ+1, V]``.
+        drafted: γ drafted tokens, a chain.
+        target: p, ``[γ + 1 + leaves, V]``; rows as in :func:`accept_greedy`.
         draft: q, ``[γ, V]``; None where the tokens were not sampled (q is one at the token).
         sampler: gives the random numbers.
+        leaves: other candidates for each draft's place, drawn from its q without replacement after
+            it; empty: there are none anywhere.
 
     Returns:
-        (k, token): k drafts stand; ``token`` comes from the residual max(0, p − q) where a draft
-        was refused, from p behind the last one where all stand.
+        (row, token): the last row that stands, as in :func:`accept_greedy`. ``token`` comes from p
+        there, or from what is left of it after the refusal of all candidates.
     """
-    chances = sampler.uniform(len(drafted))
-    for i, (token, chance) in enumerate(zip(drafted, chances, strict=True)):
-        p = target[i]
-        q_token = 1.0 if draft is None else float(draft[i, token])
-        if chance * q_token < float(p[token]):
-            continue
-        if draft is None:
-            residual = p.clone()
-            residual[token] = 0.0
+    leaf_rows = itertools.count(len(drafted) + 1)
+    chances = sampler.uniform(len(drafted) + sum(map(len, leaves)))
+    for i, token in enumerate(drafted):
+        p, q = target[i], None if draft is None else draft[i]
+        # Numbered before any is tried: rows of leaves that go untried count all the same.
+        side = list(zip(leaves[i], leaf_rows, strict=False)) if leaves else []
+        for candidate, row in ((token, i + 1), *side):
+            q_candidate = 1.0 if q is None else float(q[candidate])
+            if chances[row - 1] * q_candidate < float(p[candidate]):
+                break
+            p, q = _after_refusal(p, q, candidate)
         else:
-            residual = (p - draft[i]).clamp_(min=0.0)
-        # p = q up to rounding leaves nothing to sample from; the rule's limit there is p itself.
-        return i, sampler.draw(residual if float(residual.sum()) > 0 else p)
+            return i, sampler.draw(p)
+        if row > len(drafted):
+            return row, sampler.draw(target[row])
     return len(drafted), sampler.draw(target[len(drafted)])
+
+
+def _after_refusal(
+    p: torch.Tensor, q: torch.Tensor | None, token: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(residual of p, q without the token), ``[V]`` each; q None: it was one at the token."""
+    if q is None:
+        residual = _without(p, token)
+    else:
+        residual = (p - q).clamp_(min=0.0)
+        q = _renormalised(_without(q, token))
+    # p = q up to rounding leaves nothing to sample from; the rule's limit there is p itself.
+    return (_renormalised(residual) if float(residual.sum()) > 0 else p), q
+
+
+def _without(probabilities: torch.Tensor, token: int) -> torch.Tensor:
+    rest = probabilities.clone()
+    rest[token] = 0.0
+    return rest
 
 
 def _renormalised(probabilities: torch.Tensor) -> torch.Tensor:

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from conflayers_cli.engine.decode import Generation, Step
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.tree import TreeShape
 
+from .check import MOST_CHECKED, Check, check_by_decoding
 from .objective import VANILLA, Objective, Score, Setting
 from .refine import Refiner
-from .task import Sample, SearchResult, Strategy, Task
+from .side import with_tree
+from .task import RangePlan, SearchResult, Strategy, Task
 
 PAYS = 1.02
 """A measured speed-up under this is noise; vanilla is the answer then."""
-MOST_TEXTS = 8
-"""Texts the objective judges plans by."""
-MOST_CHECKED = 6
-CHECK_TOKENS = 96
-"""Prompts held out for the check by real decoding, and tokens decoded of each."""
 STARTS = 4
 """Plans of the search that the objective compares before the best is refined."""
 
+Stage = Callable[[str], None]
+Better = Callable[[Score, int], None]
+
 
 @dataclass(frozen=True)
-class Check:
-    """Real decoding of prompts, vanilla and speculative interleaved.
+class Candidate:
+    """What one strategy came to, before it is put to the proof.
 
     Attributes:
-        speedup: median over prompts of the ratio of decoding speeds.
-        acceptance_rate, tokens_per_step: of the speculative runs; None where nothing was drafted.
-        prompts: how many.
-        held_out: whether the search never saw them.
+        strategy: its name.
+        plan, setting, ranges: the best plan looked at and how to draft with it, whether it pays or
+            not; and those for longer contexts.
+        expected: its score under the objective; None where there was no text to judge by.
+        result: the search behind it.
+        refined: whether the plan went through refinement.
+        judged: plans judged during refinement.
+        seconds: wall time of search and refinement.
+        full_passes, draft_passes: passes of the whole model, and with layers left out, spent.
     """
 
-    speedup: float
-    acceptance_rate: float | None
-    tokens_per_step: float | None
-    prompts: int
-    held_out: bool
+    strategy: str
+    plan: SkipPlan
+    setting: Setting
+    ranges: tuple[RangePlan, ...]
+    expected: Score | None
+    result: SearchResult
+    refined: bool
+    judged: int
+    seconds: float
+    full_passes: int
+    draft_passes: int
+
+    @property
+    def interrupted(self) -> bool:
+        return self.result.interrupted
 
 
 @dataclass(frozen=True)
@@ -50,34 +63,30 @@ class Calibration:
     """What calibration came to.
 
     Attributes:
-        plan, setting: the answer; the empty plan where no plan beats vanilla.
-        candidate: the best plan looked at, whether it paid or not.
-        expected: its score under the objective; None where there was no text to judge by.
-        check: its real decoding; None where skipped by an interrupt.
-        result: the search behind it.
-        refined: whether the plan went through refinement.
-        judged: plans judged during refinement.
+        plan, setting, ranges: the answer; the empty plan where no plan beats vanilla.
+        candidate: the best plan looked at and the way to it, whether it paid or not.
+        check: its real decoding; None where skipped.
         seconds: wall time of it all.
         conclusion: one sentence.
+        others: all candidates with their checks, where several strategies ran.
     """
 
     plan: SkipPlan
     setting: Setting
-    candidate: SkipPlan
-    expected: Score | None
+    ranges: tuple[RangePlan, ...]
+    candidate: Candidate
     check: Check | None
-    result: SearchResult
-    refined: bool
-    judged: int
     seconds: float
     conclusion: str
+    others: tuple[tuple[Candidate, Check | None], ...] = ()
 
     @property
     def interrupted(self) -> bool:
-        return self.result.interrupted
+        return self.candidate.interrupted
 
-
-Stage = Callable[[str], None]
+    @property
+    def result(self) -> SearchResult:
+        return self.candidate.result
 
 
 def split_prompts(
@@ -99,64 +108,113 @@ def calibrate(
     held_out: Sequence[tuple[int, ...]],
     *,
     refine: int,
-    paper_setting: Setting,
+    tree: TreeShape | None = None,
     on_stage: Stage,
-    on_better: Callable[[Score, int], None],
+    on_better: Better,
 ) -> Calibration:
     """Search, refine, check, decide.
 
     Args:
         strategy: the method.
-        task: what it works on.
+        task: what it works on; without prompts the strategy's plan is the answer, unmeasured.
         held_out: prompts the search has not seen; where empty, the check decodes its first ones.
-        refine: plans judged in refinement at the most; 0 keeps the strategy's own plan and
-            ``paper_setting``, whatever they are worth.
-        paper_setting: the strategy's own way of drafting.
+        refine: plans judged in refinement at the most; 0 keeps the strategy's own plan and its way
+            of drafting, whatever they are worth.
+        tree: side candidates that are drafted where refinement finds that they pay; None: a chain.
         on_stage: told what begins.
         on_better: told about better plans during refinement.
 
     A KeyboardInterrupt at any stage ends the work with the best plan so far.
     """
     begin = time.perf_counter()
-    result = strategy.search(task)
-    plan, setting, judged = result.plan, paper_setting, 0
-    expected: Score | None = None
+    candidate = find(
+        strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better
+    )
     check: Check | None = None
     try:
-        if result.interrupted:
-            raise KeyboardInterrupt
-        objective = Objective(task.decoder, task.costs, enough_samples(task, result.samples))
-        if refine:
-            on_stage("refining")
-            expected, judged, interrupted = _refined(objective, result, refine, on_better)
-            if expected is not None:
-                expected = objective.modest(expected.plan)
-                plan, setting = expected.plan, expected.setting
-            if interrupted:
-                raise KeyboardInterrupt
-        else:
-            expected = objective.score(plan)
-        if not refine or (expected is not None and expected.speedup > 1):
+        worth = candidate.expected is not None and (not refine or candidate.expected.speedup > 1)
+        if worth and not candidate.interrupted:
             on_stage("checking by real decoding")
-            check = check_by_decoding(task, plan, setting, held_out)
+            (check,) = check_by_decoding(task, [(candidate.plan, candidate.setting)], held_out)
     except KeyboardInterrupt:
-        result = replace(result, interrupted=True)
-        if expected is None and refine:
-            plan = _fastest_decoded(result)
-    pays, conclusion = _conclude(plan, expected, check, result)
-    keep = pays or not refine
-    return Calibration(
-        plan=plan if keep else SkipPlan(),
-        setting=setting if keep else VANILLA,
-        candidate=plan,
+        candidate = _interrupted(candidate)
+    return decide(candidate, check, always=not refine, seconds=time.perf_counter() - begin)
+
+
+def find(
+    strategy: Strategy,
+    task: Task,
+    *,
+    refine: int,
+    tree: TreeShape | None = None,
+    on_stage: Stage,
+    on_better: Better,
+) -> Candidate:
+    """Search and refine; arguments as for :func:`calibrate`."""
+    begin, decoder = time.perf_counter(), task.decoder
+    passes = decoder.full_passes, decoder.draft_passes
+    result = strategy.search(task)
+    plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
+    expected: Score | None = None
+    judged, interrupted = 0, result.interrupted
+    try:
+        if task.prompts and not interrupted:
+            if refine:
+                on_stage("refining")
+                expected, judged, interrupted = _refined(task, result, refine, on_better)
+                if expected is not None:
+                    expected = task.objective.modest(expected.plan)
+                    if tree is not None:
+                        expected = with_tree(task.objective, expected, tree) or expected
+                    plan, setting = expected.plan, expected.setting
+                    ranges = _refined_ranges(task, plan, ranges, refine)
+            else:
+                expected = task.objective.score(plan)
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted and expected is None and refine:
+        plan = _fastest_decoded(result)
+    return Candidate(
+        strategy=strategy.name,
+        plan=plan,
+        setting=setting,
+        ranges=ranges,
         expected=expected,
-        check=check,
-        result=result,
+        result=replace(result, interrupted=interrupted),
         refined=bool(refine) and expected is not None,
         judged=judged,
         seconds=time.perf_counter() - begin,
+        full_passes=decoder.full_passes - passes[0],
+        draft_passes=decoder.draft_passes - passes[1],
+    )
+
+
+def decide(
+    candidate: Candidate, check: Check | None, *, always: bool, seconds: float
+) -> Calibration:
+    """The answer from a candidate and its check.
+
+    Args:
+        candidate: the best plan looked at.
+        check: its real decoding, if any.
+        always: the plan is the answer whatever it is worth.
+        seconds: wall time of it all.
+    """
+    pays, conclusion = _conclude(candidate, check)
+    keep = pays or always
+    return Calibration(
+        plan=candidate.plan if keep else SkipPlan(),
+        setting=candidate.setting if keep else VANILLA,
+        ranges=candidate.ranges if keep else (),
+        candidate=candidate,
+        check=check,
+        seconds=seconds,
         conclusion=conclusion,
     )
+
+
+def _interrupted(candidate: Candidate) -> Candidate:
+    return replace(candidate, result=replace(candidate.result, interrupted=True))
 
 
 def _fastest_decoded(result: SearchResult) -> SkipPlan:
@@ -165,43 +223,51 @@ def _fastest_decoded(result: SearchResult) -> SkipPlan:
     return max(paying, key=lambda t: t.speedup or 0.0).plan if paying else SkipPlan()
 
 
-def enough_samples(task: Task, samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """Up to eight texts to judge plans by; vanilla decoding makes what the search did not."""
-    texts = [s for s in samples if len(s.output) >= 16]
-    known = {s.prompt for s in texts}
-    for prompt in task.prompts:
-        if len(texts) >= MOST_TEXTS:
-            break
-        if prompt not in known:
-            generation = _generation(task, prompt, None, task.max_new_tokens)
-            list(generation)
-            texts.append(Sample(prompt, tuple(generation.output)))
-    return tuple(texts[:MOST_TEXTS])
+def _refiner(task: Task, objective: Objective, refine: int, on_better: Better) -> Refiner:
+    return Refiner(
+        objective,
+        single_sub_layers=len(task.decoder.sub_layers) == 2,
+        on_progress=on_better,
+        most_plans=refine,
+        out_of_time=lambda: task.out_of_time,
+    )
 
 
 def _refined(
-    objective: Objective,
-    result: SearchResult,
-    most_plans: int,
-    on_better: Callable[[Score, int], None],
+    task: Task, result: SearchResult, most_plans: int, on_better: Better
 ) -> tuple[Score | None, int, bool]:
     """(best score of a plan that skips something, plans judged, interrupted)."""
-    refiner = Refiner(
-        objective,
-        single_sub_layers=len(objective.decoder.sub_layers) == 2,
-        on_progress=on_better,
-        most_plans=most_plans,
-    )
+    refiner = _refiner(task, task.objective, most_plans, on_better)
     best: Score | None = None
     interrupted = False
     try:
         for plan in _starts(result):
-            best = _better(best, objective.score(plan))
+            best = _better(best, task.objective.score(plan))
         if best is not None:
             best = _better(best, refiner.refine(best.plan))
     except KeyboardInterrupt:
         best, interrupted = _better(best, refiner.best), True
     return best, refiner.judged, interrupted
+
+
+def _refined_ranges(
+    task: Task, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
+) -> tuple[RangePlan, ...]:
+    """Each range's plan, refined with what passes cost at its context; equal neighbours merged."""
+    refined: list[RangePlan] = []
+    before = plan
+    for each in ranges:
+        objective = task.objective.at(each.from_context)
+        refiner = _refiner(task, objective, most_plans, lambda score, judged: None)
+        starts = [objective.score(start) for start in (each.plan, before) if start]
+        if not starts:
+            continue
+        best = refiner.refine(max(starts, key=lambda score: score.speedup).plan)
+        if best.plan != before:
+            setting = objective.modest(best.plan).setting
+            refined.append(RangePlan(each.from_context, best.plan, setting))
+            before = best.plan
+    return tuple(refined)
 
 
 def _better(one: Score | None, other: Score | None) -> Score | None:
@@ -211,72 +277,28 @@ def _better(one: Score | None, other: Score | None) -> Score | None:
 
 
 def _starts(result: SearchResult) -> list[SkipPlan]:
-    """The strategy's own plan and the best others it decoded with."""
-    decoded = [t for t in result.trials if t.speedup is not None]
-    decoded.sort(key=lambda t: t.speedup or 0.0, reverse=True)
-    plans = dict.fromkeys([result.plan, *(t.plan for t in decoded)])
+    """The strategy's own plan and the others it found fastest."""
+    timed = [t for t in result.trials if t.speedup is not None]
+    timed.sort(key=lambda t: t.speedup or 0.0, reverse=True)
+    plans = dict.fromkeys([result.plan, *(t.plan for t in timed)])
     return list(plans)[:STARTS]
 
 
-def check_by_decoding(
-    task: Task, plan: SkipPlan, setting: Setting, held_out: Sequence[tuple[int, ...]]
-) -> Check | None:
-    """Decode prompts with the plan and vanilla, interleaved; None for an empty plan."""
-    if not plan or setting.max_tokens == 0:
-        return None
-    prompts = tuple(held_out) or task.prompts[:MOST_CHECKED]
-    drafter = SkipDrafter(task.decoder, plan, setting.max_tokens, setting.stop_probability)
-    ratios, steps = [], list[Step]()
-    limit = min(task.max_new_tokens, CHECK_TOKENS)
-    for i, prompt in enumerate(prompts):
-        arms: list[Drafter | None] = [None, drafter] if i % 2 else [drafter, None]
-        speed = {}
-        for arm in arms:
-            decoded = list(_generation(task, prompt, arm, limit))[1:]
-            seconds = sum(step.seconds for step in decoded)
-            speed[arm is None] = sum(len(s.tokens) for s in decoded) / seconds if decoded else 0.0
-            if arm is not None:
-                steps += decoded
-        if speed[True] > 0:
-            ratios.append(speed[False] / speed[True])
-    if not ratios:
-        return None
-    drafted, accepted = sum(s.drafted for s in steps), sum(s.accepted for s in steps)
-    return Check(
-        speedup=statistics.median(ratios),
-        acceptance_rate=accepted / drafted if drafted else None,
-        tokens_per_step=sum(len(s.tokens) for s in steps) / len(steps) if drafted else None,
-        prompts=len(ratios),
-        held_out=bool(held_out),
-    )
-
-
-def _generation(
-    task: Task, prompt: tuple[int, ...], drafter: Drafter | None, tokens: int
-) -> Generation:
-    return Generation(
-        task.decoder,
-        prompt,
-        max_new_tokens=tokens,
-        drafter=drafter,
-        end_tokens=task.end_tokens,
-    )
-
-
-def _conclude(
-    plan: SkipPlan, expected: Score | None, check: Check | None, result: SearchResult
-) -> tuple[bool, str]:
+def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
     """(whether the plan pays, one sentence why or why not)."""
+    plan, expected = candidate.plan, candidate.expected
     if check is not None:
         source = "held-out" if check.held_out else "calibration"
         figure = f"{check.speedup:.2f}× vanilla, measured on {check.prompts} {source} prompts"
         if check.speedup >= PAYS:
             return True, f"skipping {len(plan)} sub-layers decodes at {figure}"
         return False, f"no plan pays: the best one, skipping {len(plan)}, decodes at {figure}"
-    if result.interrupted:
+    if candidate.interrupted:
         if plan and (expected is None or expected.speedup > 1):
             return True, "interrupted: the best plan so far, not measured by decoding"
         return False, "interrupted before a plan was found that pays"
+    if expected is None and plan:
+        return True, f"skipping {len(plan)} sub-layers by rule; not measured"
     if expected is None:
         return False, "no plan pays: there was no text to judge one by"
     return False, (

@@ -8,23 +8,22 @@ Evaluation drafts a chain; the paper's also verifies side branches beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.decode import Generation
+from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 
 from .confidence import Confidence, Selection, measure_confidence, select_layers
-from .task import Sample, SearchResult, Task, Trial
-
-FEW_TOKENS = 32
-"""A window shorter than this says little: the previous prompt's end is used instead."""
+from .matchness import Passage
+from .objective import PAPER, Setting
+from .task import OnTrial, SearchResult, Task, Trial, nobody
+from .texts import Stream
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,16 @@ class ConfLayers:
     context_window: int = 100
     patience: int = 15
     max_score: float = 0.95
-    max_draft: int = 25
-    stop_probability: float = 0.8
+    max_draft: int = PAPER.max_tokens
+    stop_probability: float = PAPER.stop_probability
 
     @property
     def name(self) -> str:
         return "conflayers"
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.max_draft, self.stop_probability)
 
     def search(self, task: Task) -> SearchResult:
         """Run the loop until it stops improving, reaches its end, or is interrupted.
@@ -60,9 +63,31 @@ class ConfLayers:
         Raises:
             InputError: the model is too shallow.
         """
-        if task.decoder.depth < 4:
-            raise InputError(f"{task.decoder.depth} layers are too few to choose among: 4 at least")
-        return _Loop(self, task).run()
+        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial)
+        stream = Stream(task.texts, task.prompts)
+        interrupted = False
+        try:
+            while not loop.stopped_because:
+                step = stream.step(self.drafter(task.decoder, loop.plan))
+                if loop.observe(step.drafted, step.accepted):
+                    loop.propose(stream.window_source(self.context_window))
+                if task.out_of_time:
+                    loop.stop("out of time")
+        except KeyboardInterrupt:
+            interrupted = True
+            loop.stop("interrupted")
+        stream.note()
+        return SearchResult(
+            plan=loop.best.plan if loop.best else loop.plan,
+            trials=tuple(loop.trials),
+            tensors=loop.tensors,
+            interrupted=interrupted,
+            stopped_because=loop.stopped_because,
+        )
+
+    def drafter(self, decoder: Decoder, plan: SkipPlan) -> SkipDrafter:
+        """The drafter that a set is evaluated with."""
+        return SkipDrafter(decoder, plan, self.max_draft, self.stop_probability)
 
 
 @dataclass
@@ -112,171 +137,148 @@ class _Record:
         return {name: torch.from_numpy(values) for name, values in stacked.items()}
 
 
-class _Stream:
-    """The prompts decoded one after the other, round and round."""
+class ConfLayersLoop:
+    """The paper's loop, driven from outside: told what each step brought, asked for proposals.
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._next = 0
-        self.current = self._begin()
-        self.previous: Generation | None = None
-        self.samples: dict[tuple[int, ...], Sample] = {}
+    Args:
+        settings: of the search.
+        decoder: the model.
+        costs: measured passes, for the trials' predicted speed; None: it is not predicted.
+        on_trial: told about every trial, with the best one so far.
+        start: the set to start from; by default the balanced one.
 
-    def _begin(self) -> Generation:
-        task = self._task
-        prompt = task.prompts[self._next % len(task.prompts)]
-        self._next += 1
-        return Generation(
-            task.decoder, prompt, max_new_tokens=task.max_new_tokens, end_tokens=task.end_tokens
-        )
+    Attributes:
+        confidence: of the layers, as last measured; None before.
+        plan: the set under evaluation; decode with it.
+        best: the trial with most accepted drafts a step.
+        trials: all sets looked at.
+        stopped_because: one phrase once the search is over, empty before.
 
-    def steps(self, drafter: SkipDrafter) -> Iterator[tuple[int, int]]:
-        """(drafted, accepted) of decode steps, without end.
+    Raises:
+        InputError: the model is too shallow.
+    """
 
-        Raises:
-            InputError: every prompt's output ends with its first token.
-        """
-        idle = 0
-        while True:
-            if self.current.finish is not None:
-                self.note()
-                self.previous, self.current = self.current, self._begin()
-                idle += 1
-                if idle > len(self._task.prompts):
-                    raise InputError("every prompt's output ends with its first token")
-            self.current.drafter = drafter
-            step = self.current.step()
-            if step.drafter != "prefill":
-                idle = 0
-                yield step.drafted, step.accepted
-
-    def note(self) -> None:
-        """Keep the text so far as a sample."""
-        generation = self.current
-        prompt = tuple(generation.tokens[: generation.prompt_length])
-        known = self.samples.get(prompt)
-        if known is None or len(known.output) < len(generation.output):
-            self.samples[prompt] = Sample(prompt, tuple(generation.output))
-
-    def window_source(self, window: int) -> Generation:
-        """The generation whose last tokens the confidence is taken over."""
-        enough = len(self.current.output) >= min(window, FEW_TOKENS)
-        if enough or self.previous is None:
-            return self.current
-        return max(self.current, self.previous, key=lambda generation: len(generation.output))
-
-
-class _Loop:
-    def __init__(self, settings: ConfLayers, task: Task) -> None:
-        self.settings = settings
-        self.task = task
-        self.stream = _Stream(task)
-        self.record = _Record()
+    def __init__(
+        self,
+        settings: ConfLayers,
+        decoder: Decoder,
+        costs: Costs | None = None,
+        on_trial: OnTrial = nobody,
+        start: SkipPlan | None = None,
+    ) -> None:
+        if decoder.depth < 4:
+            raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
+        self._settings = settings
+        self._decoder = decoder
+        self._costs = costs
+        self._on_trial = on_trial
+        self._record = _Record()
+        self._tally = _Tally()
+        self._since_best = 0
+        self._lam = 0.0
+        self._used_lam = 0.0  # the one behind the plan at hand
+        self._qwen = "qwen" in str(getattr(decoder.config, "model_type", "")).lower()
+        self.plan = start or SkipPlan.balanced(decoder.depth)
+        self.confidence: Confidence | None = None
         self.trials: list[Trial] = []
         self.best: Trial | None = None
-        self.since_best = 0
-        self.lam = 0.0
-        self.used_lam = 0.0  # the one behind the plan at hand
-        self.qwen = "qwen" in str(getattr(task.decoder.config, "model_type", "")).lower()
+        self.stopped_because = ""
 
-    def run(self) -> SearchResult:
-        interrupted, reason = False, ""
-        plan = SkipPlan.balanced(self.task.decoder.depth)
-        try:
-            while not (reason := self._evaluate(plan)):
-                proposal = self._propose()
-                if proposal is None:
-                    reason = self._limit() or "no further proposal"
-                    break
-                plan = proposal
-        except KeyboardInterrupt:
-            interrupted, reason = True, "interrupted"
-        self.stream.note()
-        return SearchResult(
-            plan=self.best.plan if self.best else plan,
-            trials=tuple(self.trials),
-            samples=tuple(self.stream.samples.values()),
-            tensors=self.record.tensors(self.task.decoder.depth),
-            interrupted=interrupted,
-            stopped_because=reason,
-        )
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the proposals were made from, a row each."""
+        return self._record.tensors(self._decoder.depth)
 
-    def _evaluate(self, plan: SkipPlan) -> str:
-        """Decode with a plan for an interval; why the search ends with it, or ''."""
-        settings = self.settings
-        drafter = SkipDrafter(
-            self.task.decoder, plan, settings.max_draft, settings.stop_probability
-        )
-        tally = _Tally()
-        early = False
-        for drafted, accepted in self.stream.steps(drafter):
-            tally.steps += 1
-            tally.drafted += drafted
-            tally.accepted += accepted
-            early = tally.steps >= settings.search_interval / 2 and tally.per_step < 1
-            if early or tally.steps >= settings.search_interval:
-                break
+    def stop(self, reason: str) -> None:
+        """End the search with what it has."""
+        self.stopped_because = self.stopped_because or reason
+
+    def observe(self, drafted: int, accepted: int) -> bool:
+        """Note a decode step with the plan; True when its evaluation is over.
+
+        Then :meth:`propose` gives the next one, unless the search has come to its end.
+        """
+        settings, tally = self._settings, self._tally
+        tally.steps += 1
+        tally.drafted += drafted
+        tally.accepted += accepted
+        early = tally.steps >= settings.search_interval / 2 and tally.per_step < 1
+        if not early and tally.steps < settings.search_interval:
+            return False
         best_before = self.best.accepted / self.best.steps if self.best else -1.0
         improved = tally.per_step > best_before
-        self._note(plan, tally, "best so far" if improved else "given up early" if early else "")
+        note = "best so far" if improved else "given up early" if early else ""
+        trial = self._note(self.plan, tally, note)
         if improved:
-            self.best, self.since_best = self.trials[-1], 0
+            self.best, self._since_best = trial, 0
         else:
-            self.since_best += 1
-        self.task.on_trial(self.trials[-1], self.best)
+            self._since_best += 1
+        self._tally = _Tally()
+        self._on_trial(trial, self.best)
         if tally.per_step > 4 and tally.rate > settings.max_score:
-            return f"acceptance {tally.rate:.2f} with {tally.per_step:.1f} drafts kept a step"
-        return self._limit()
+            self.stop(f"acceptance {tally.rate:.2f} with {tally.per_step:.1f} drafts kept a step")
+        else:
+            self.stop(self._limit())
+        return True
 
-    def _limit(self) -> str:
-        if len(self.trials) >= self.settings.max_iterations:
-            return f"reached {self.settings.max_iterations} iterations"
-        if self.since_best >= self.settings.patience:
-            return f"no improvement in {self.since_best} proposals"
-        return ""
+    def propose(self, source: Passage) -> None:
+        """Set the next plan worth evaluating, or end the search where a limit comes first.
 
-    def _propose(self) -> SkipPlan | None:
-        """The next set worth evaluating; None when a limit comes first."""
-        decoder, settings = self.task.decoder, self.settings
-        source = self.stream.window_source(settings.context_window)
+        Args:
+            source: the text whose last tokens tell the layers' confidence.
+        """
+        if self.stopped_because:
+            return
+        decoder, settings = self._decoder, self._settings
         window = min(settings.context_window, len(source.output))
         confidence = measure_confidence(decoder, source.cache, source.tokens, window)
+        self.confidence = confidence
         inner = decoder.depth - 2
         while not self._limit():
-            selection = select_layers(confidence.total, self.lam, decoder.depth, qwen=self.qwen)
-            self.record.add(self.lam, confidence, selection)
+            selection = select_layers(confidence.total, self._lam, decoder.depth, qwen=self._qwen)
+            self._record.add(self._lam, confidence, selection)
             share = len(selection.layers) / inner
-            self.used_lam = self.lam
+            self._used_lam = self._lam
             too_few = len(selection.layers) < settings.skip_ratio * inner + 1
             if share > settings.skip_ratio + 0.25:
-                self.lam += 0.05
+                self._lam += 0.05
             elif too_few:
-                self.lam -= 0.05
+                self._lam -= 0.05
             plan = SkipPlan.of_layers(selection.layers)
             if not too_few:
-                return plan
-            self._note(plan, _Tally(), "too few layers")
-            self.task.on_trial(self.trials[-1], self.best)
-        return None
+                self.plan = plan
+                return
+            self._on_trial(self._note(plan, _Tally(), "too few layers"), self.best)
+        self.stop(self._limit())
 
-    def _note(self, plan: SkipPlan, tally: _Tally, note: str) -> None:
-        self.trials.append(
-            Trial(
-                iteration=len(self.trials),
-                plan=plan,
-                steps=tally.steps,
-                drafted=tally.drafted,
-                accepted=tally.accepted,
-                speedup=_observed_speedup(self.task.costs, plan, self.task.decoder.depth, tally),
-                note=note,
-                figures={"lambda": self.used_lam},
-            )
+    def _limit(self) -> str:
+        """Why the search ends here, or ''."""
+        if len(self.trials) >= self._settings.max_iterations:
+            return f"reached {self._settings.max_iterations} iterations"
+        if self._since_best >= self._settings.patience:
+            return f"no improvement in {self._since_best} proposals"
+        return ""
+
+    def _note(self, plan: SkipPlan, tally: _Tally, note: str) -> Trial:
+        trial = Trial(
+            iteration=len(self.trials),
+            plan=plan,
+            steps=tally.steps,
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            speedup=_observed_speedup(self._costs, plan, self._decoder.depth, tally),
+            note=note,
+            figures={"lambda": self._used_lam},
         )
+        self.trials.append(trial)
+        return trial
 
 
-def _observed_speedup(costs: Costs, plan: SkipPlan, depth: int, tally: _Tally) -> float | None:
+def _observed_speedup(
+    costs: Costs | None, plan: SkipPlan, depth: int, tally: _Tally
+) -> float | None:
     """Tokens per second over vanilla, from what was accepted and what passes cost."""
-    if not tally.steps:
+    if not tally.steps or costs is None:
         return None
     drafted = tally.drafted / tally.steps
     cost = drafted * costs.draft_cost(plan, depth) + costs.verify_cost(round(drafted) + 1)

@@ -10,6 +10,7 @@ setting is the plan's score.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.tree import TreeShape
 
-from .task import Sample
+from .texts import Sample
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SAME = 0.015
@@ -32,13 +34,22 @@ STOPS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Setting:
-    """A draft length and the probability under which a draft stops. Length 0 drafts nothing."""
+    """How a draft is made.
+
+    Attributes:
+        max_tokens: its length; 0 drafts nothing.
+        stop_probability: the one under which it stops.
+        tree: side candidates wanted beside each token; None: a chain.
+    """
 
     max_tokens: int
     stop_probability: float
+    tree: TreeShape | None = None
 
 
 VANILLA = Setting(0, 0.0)
+PAPER = Setting(25, 0.8)
+"""How ConfLayers and SWIFT draft."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,19 @@ class Trace:
 
     agrees: npt.NDArray[np.bool_]
     probability: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SideTrace:
+    """The draft's other candidates along one text.
+
+    Attributes:
+        beside: their probabilities at every position, falling, float ``[n, K]``.
+        rank: where among them the text's next token is, ``[n]``; K where it is not.
+    """
+
+    beside: npt.NDArray[np.float64]
+    rank: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -104,13 +128,41 @@ class Objective:
     ) -> None:
         self.decoder = decoder
         self.costs = costs
-        self.passes = 0
         self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
+        self._traces: dict[tuple[SkipPlan, int], Trace] = {}
         self._known: dict[tuple[SkipPlan, int], Score] = {}
+
+    @property
+    def texts(self) -> int:
+        """How many texts there are to judge by."""
+        return len(self._texts)
+
+    @property
+    def passes(self) -> int:
+        """Draft passes made so far."""
+        return len(self._traces)
+
+    def at(self, context: int) -> Objective:
+        """The same judge where texts are ``context`` tokens long: costs change, traces don't."""
+        other = copy.copy(self)
+        other.costs = self.costs.at(context, self.decoder.depth)
+        other._known = {}
+        return other
+
+    def traces(self, plan: SkipPlan, texts: int | None = None) -> list[Trace]:
+        """The first texts under a plan, a draft pass each where it is not known yet."""
+        for i in range(self._count(texts)):
+            if (plan, i) not in self._traces:
+                self._traces[plan, i] = self._texts[i].trace(self.decoder, plan)
+        return [self._traces[plan, i] for i in range(self._count(texts))]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
-        return (plan, self._count(texts)) in self._known
+        return all((plan, i) in self._traces for i in range(self._count(texts)))
+
+    def side_traces(self, plan: SkipPlan, most: int) -> list[SideTrace]:
+        """All texts under a plan with the draft's ``most`` next-best candidates, a pass each."""
+        return [text.side_trace(self.decoder, plan, most) for text in self._texts]
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
@@ -142,8 +194,7 @@ class Objective:
         if not plan or not count:
             vanilla = Replay(1, 0, 0, 1, self.costs.verify_cost(1))
             return [Score(plan, 1.0, VANILLA, 1.0, vanilla)]
-        traces = [text.trace(self.decoder, plan) for text in self._texts[:count]]
-        self.passes += count
+        traces = self.traces(plan, count)
         agreement = float(np.concatenate([t.agrees for t in traces]).mean())
         draft = self.costs.draft_cost(plan, self.decoder.depth)
         scores = []
@@ -168,9 +219,19 @@ class _Text:
         self.following = torch.tensor(output[1:], device=device)
         self.positions = torch.arange(start, start + len(output) - 1, device=device)[None]
 
-    def trace(self, decoder: Decoder, plan: SkipPlan) -> Trace:
+    def _logits(self, decoder: Decoder, plan: SkipPlan) -> torch.Tensor:
         # The draft writes its keys behind the prompt only, and every pass writes them anew.
-        logits = decoder.forward(self.fed, self.positions, self.cache, plan)[0].float()
+        return decoder.forward(self.fed, self.positions, self.cache, plan)[0].float()
+
+    def side_trace(self, decoder: Decoder, plan: SkipPlan, most: int) -> SideTrace:
+        probability = torch.softmax(self._logits(decoder, plan), dim=-1)
+        best = probability.topk(min(most + 1, probability.shape[-1]), dim=-1)
+        found = best.indices[:, 1:] == self.following[:, None]
+        rank = torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
+        return SideTrace(best.values[:, 1:].double().cpu().numpy(), rank.cpu().numpy())
+
+    def trace(self, decoder: Decoder, plan: SkipPlan) -> Trace:
+        logits = self._logits(decoder, plan)
         top, choice = logits.max(dim=-1)
         probability = torch.exp(top - torch.logsumexp(logits, dim=-1))
         agrees = choice == self.following
@@ -191,8 +252,8 @@ def replay(traces: Sequence[Trace], setting: Setting, draft_cost: float, costs: 
     width_cost = [costs.verify_cost(w + 1) for w in range(setting.max_tokens + 1)]
     for trace in traces:
         count = len(trace.agrees)
-        chain = _chain_lengths(trace, setting)
-        run = _agreeing_runs(trace.agrees)
+        chain = chain_lengths(trace, setting)
+        run = runs_of(trace.agrees)
         at = 0
         while at < count:
             drafts = int(chain[at])
@@ -206,7 +267,7 @@ def replay(traces: Sequence[Trace], setting: Setting, draft_cost: float, costs: 
     return Replay(steps, drafted, accepted, tokens, seconds)
 
 
-def _chain_lengths(trace: Trace, setting: Setting) -> npt.NDArray[np.int64]:
+def chain_lengths(trace: Trace, setting: Setting) -> npt.NDArray[np.int64]:
     """Tokens drafted when drafting begins at each position (the stop token included)."""
     count = len(trace.probability)
     lengths = np.zeros(count, dtype=np.int64)
@@ -218,7 +279,7 @@ def _chain_lengths(trace: Trace, setting: Setting) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def _agreeing_runs(agrees: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def runs_of(agrees: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Length of the run of agreement that begins at each position."""
     runs = np.zeros(len(agrees), dtype=np.int64)
     run = 0

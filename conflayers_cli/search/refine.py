@@ -50,6 +50,7 @@ class Refiner:
         single_sub_layers: whether sub-layers may be left out one by one.
         on_progress: told about every better plan and the plans judged so far.
         most_plans: no further round begins once as many plans were judged.
+        out_of_time: no further round begins once it says so.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Refiner:
         single_sub_layers: bool,
         on_progress: Progress,
         most_plans: int,
+        out_of_time: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._out_of_time = out_of_time
         self._objective = objective
         self._single = single_sub_layers
         self._on_progress = on_progress
@@ -69,7 +72,7 @@ class Refiner:
 
     @property
     def _spent(self) -> bool:
-        return self.judged >= self._most_plans
+        return self.judged >= self._most_plans or self._out_of_time()
 
     @property
     def best(self) -> Score | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,9 @@ import torch
 from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.plan import SkipPlan
+
+from .objective import Objective, Setting
+from .texts import Texts
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,14 @@ class Trial:
         return 1 + self.accepted / self.steps if self.steps else None
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and the model's own continuation of it, as token ids."""
-
-    prompt: tuple[int, ...]
-    output: tuple[int, ...]
+OnTrial = Callable[[Trial, Trial | None], None]
 
 
-@dataclass(frozen=True)
+def nobody(trial: Trial, best: Trial | None) -> None:
+    """Nobody is told."""
+
+
+@dataclass
 class Task:
     """What a search works on.
 
@@ -64,6 +67,9 @@ class Task:
         max_new_tokens: tokens decoded per prompt at the most.
         end_tokens: ids that end an output.
         on_trial: told about every trial, with the best one so far.
+        seed: of whatever a search draws at random.
+        deadline: `time.perf_counter()` at which a search ends with what it has; None: never.
+        texts: the model's own continuations of the prompts, shared by all searches of a task.
     """
 
     decoder: Decoder
@@ -71,7 +77,38 @@ class Task:
     costs: Costs
     max_new_tokens: int
     end_tokens: frozenset[int]
-    on_trial: Callable[[Trial, Trial | None], None]
+    on_trial: OnTrial = nobody
+    seed: int = 0
+    deadline: float | None = None
+    texts: Texts = field(init=False)
+    _objective: Objective | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.texts = Texts(self.decoder, self.prompts, self.max_new_tokens, self.end_tokens)
+
+    @property
+    def objective(self) -> Objective:
+        """Tokens per second on this device, judged by the model's own texts.
+
+        Made when first asked for; what it has judged stays known to every search of the task.
+        """
+        if self._objective is None:
+            self._objective = Objective(self.decoder, self.costs, self.texts.enough())
+        return self._objective
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether a search should end with what it has."""
+        return self.deadline is not None and time.perf_counter() >= self.deadline
+
+
+@dataclass(frozen=True)
+class RangePlan:
+    """A plan for texts from so many tokens on."""
+
+    from_context: int
+    plan: SkipPlan
+    setting: Setting | None = None
 
 
 @dataclass(frozen=True)
@@ -81,24 +118,30 @@ class SearchResult:
     Attributes:
         plan: the strategy's own choice.
         trials: all plans looked at.
-        samples: texts decoded on the way (the model's own, since decoding is lossless).
         tensors: per-iteration tensors worth keeping, by name.
         interrupted: cut short by the user; the plan is the best until then.
         stopped_because: one phrase.
+        setting: the way of drafting that the strategy chose; None: its usual one.
+        ranges: plans for longer contexts, where the best one changes with the length; ascending.
     """
 
     plan: SkipPlan
     trials: tuple[Trial, ...]
-    samples: tuple[Sample, ...]
     tensors: Mapping[str, torch.Tensor]
     interrupted: bool
     stopped_because: str
+    setting: Setting | None = None
+    ranges: tuple[RangePlan, ...] = ()
 
 
 class Strategy(Protocol):
-    """A method that chooses a plan."""
+    """A method that chooses a plan. Its public fields are its settings, for the record."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def setting(self) -> Setting:
+        """The method's own way of drafting, used where nothing else is chosen by measurement."""
 
     def search(self, task: Task) -> SearchResult: ...

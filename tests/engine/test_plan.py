@@ -71,3 +71,34 @@ def test_check_spares_the_first_and_the_last_layer(
     else:
         with pytest.raises(ValueError, match="first and the last"):
             plan.check(depth)
+
+
+@pytest.mark.parametrize(
+    ("depth", "speedup", "kept"),
+    [
+        (32, 1.0, list(range(32))),
+        (8, 2.0, [0, 2, 5, 7]),
+        (9, 3.0, [0, 4, 8]),
+        (12, 100.0, [0, 11]),
+        (2, 1.5, [0, 1]),
+    ],
+)
+def test_unified_keeps_evenly_spaced_layers_with_both_ends(
+    depth: int, speedup: float, kept: list[int]
+) -> None:
+    plan = SkipPlan.unified(depth, speedup)
+    assert [i for i in range(depth) if i not in plan.layers] == kept
+    assert not plan.partial
+
+
+@given(st.integers(2, 200), st.floats(1, 50))
+def test_unified_keeps_as_many_as_it_says(depth: int, speedup: float) -> None:
+    plan = SkipPlan.unified(depth, speedup)
+    plan.check(depth)
+    assert depth - len(plan.layers) == max(2, round(depth / speedup))
+
+
+@pytest.mark.parametrize("speedup", [0.99, 0.0, -2.0, float("nan"), float("inf")])
+def test_unified_refuses_what_is_no_speedup(speedup: float) -> None:
+    with pytest.raises(ValueError, match="from 1 on"):
+        SkipPlan.unified(10, speedup)

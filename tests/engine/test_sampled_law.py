@@ -1,163 +1,33 @@
-"""Sampled output, end to end: three tokens' law against the target's, enumerated.
-
-With a vocabulary of eight, all 512 continuations of a prompt can be listed with their
-probabilities: from the model's own full passes, and transformers' own warpers. Thousands of
-speculative generations must then follow that law.
-"""
+"""Sampled output, end to end: three tokens' law against the target's, enumerated."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from conflayers_cli.engine import decode
-from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
+from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
 from tests import tiny
+from tests.engine.law import (
+    PLAN,
+    PROMPT,
+    SETTINGS,
+    TRUNCATED,
+    law,
+    model,
+    next_token,
+    remembering,
+    sample,
+    start_of,
+)
 from tests.tiny import chi_square
-
-VOCABULARY = 8
-PROMPT = (1, 2, 3)
-RUNS = 4000
-LENGTH = 3
-SETTINGS = {
-    "temperature 0.7": Sampling(0.7),
-    "top-p 0.8": Sampling(1.0, top_p=0.8),
-    "top-k 5": Sampling(1.0, top_k=5),
-    "min-p 0.15": Sampling(1.0, min_p=0.15),
-    "repetition penalty 1.3": Sampling(1.0, repetition_penalty=1.3),
-}
-TRUNCATED = ("top-p 0.8", "top-k 5", "min-p 0.15")
-PLAN = SkipPlan.of_layers([1])
-
-
-@functools.cache
-def model() -> Any:
-    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 3}
-    return tiny.build(LlamaConfig(**{**tiny.LLAMA_LIKE, **sizes}), seed=2, gain=0.8)
-
-
-class Remembering(Decoder):
-    """Computes the logits of a text once: few texts, thousands of generations.
-
-    It keeps account of which token stands at which slot of a cache, and which plan put it there.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._known: dict[object, torch.Tensor] = {}
-        self._slots: WeakKeyDictionary[KVCache, list[tuple[int, SkipPlan]]] = WeakKeyDictionary()
-        super().__init__(model)
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        cache: KVCache,
-        plan: SkipPlan = FULL,
-        *,
-        last_only: bool = False,
-    ) -> torch.Tensor:
-        slots, count = self._slots.setdefault(cache, []), tokens.shape[1]
-        del slots[int(positions[0, 0]) :]
-        slots += [(token, plan) for token in tokens[0].tolist()]
-        key = (*slots, count)
-        if key not in self._known:
-            self._known[key] = self._compute(slots)[:, -count:]
-        logits = self._known[key]
-        return logits[:, -1:] if last_only else logits
-
-    def _compute(self, slots: Sequence[tuple[int, SkipPlan]]) -> torch.Tensor:
-        cache, begin, logits = self.new_cache(len(slots)), 0, torch.empty(0)
-        for plan, group in itertools.groupby(slots, key=lambda slot: slot[1]):
-            tokens = torch.tensor([[token for token, _ in group]])
-            end = begin + tokens.shape[1]
-            logits = super().forward(tokens, torch.arange(begin, end)[None], cache, plan)
-            begin = end
-        return logits
-
-
-@functools.cache
-def remembering() -> Remembering:
-    return Remembering(model())
-
-
-@functools.cache
-def next_token(text: tuple[int, ...], setting: Sampling) -> torch.Tensor:
-    """The target's distribution behind a text, by transformers alone."""
-    chain = LogitsProcessorList()
-    if setting.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(setting.repetition_penalty))
-    chain.append(TemperatureLogitsWarper(setting.temperature))
-    if setting.top_k:
-        chain.append(TopKLogitsWarper(setting.top_k))
-    if setting.top_p:
-        chain.append(TopPLogitsWarper(setting.top_p))
-    if setting.min_p:
-        chain.append(MinPLogitsWarper(setting.min_p))
-    ids = torch.tensor([text])
-    with remembering().plain() as plain, torch.inference_mode():
-        logits = plain(ids, use_cache=False).logits[:, -1]
-    return torch.softmax(chain(ids, logits).double(), dim=-1)[0]
-
-
-@functools.cache
-def law(setting: Sampling) -> dict[tuple[int, ...], float]:
-    probabilities: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(LENGTH):
-        probabilities = {
-            (*start, token): probability * chance
-            for start, probability in probabilities.items()
-            for token, chance in enumerate(next_token(PROMPT + start, setting).tolist())
-        }
-    return probabilities
-
-
-def start_of(generation: Generation) -> tuple[tuple[int, ...], int, int]:
-    """(first three tokens, drafts, drafts kept). Where we stop does not touch what was drawn."""
-    drafted = accepted = 0
-    for step in generation:
-        drafted, accepted = drafted + step.drafted, accepted + step.accepted
-        if len(generation.output) >= LENGTH:
-            break
-    return tuple(generation.output[:LENGTH]), drafted, accepted
-
-
-def sample(
-    setting: Sampling, drafter: Drafter | None
-) -> tuple[Counter[tuple[int, ...]], float | None]:
-    """(counts of the starts, share of drafts kept)."""
-    counts: Counter[tuple[int, ...]] = Counter()
-    drafted = accepted = 0
-    for seed in range(RUNS):
-        own_seed = Sampling(**{**vars(setting), "seed": seed})
-        generation = Generation(
-            remembering(), PROMPT, max_new_tokens=4, sampling=own_seed, drafter=drafter
-        )
-        tokens, more_drafted, more_accepted = start_of(generation)
-        counts[tokens] += 1
-        drafted, accepted = drafted + more_drafted, accepted + more_accepted
-    return counts, accepted / drafted if drafted else None
 
 
 def skip(plan: SkipPlan, stop_probability: float = 0.0) -> SkipDrafter:
@@ -213,7 +83,11 @@ def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = accept_sampled
 
     def wrong(
-        drafted: Sequence[int], p: torch.Tensor, q: torch.Tensor | None, sampler: Sampler
+        drafted: Sequence[int],
+        p: torch.Tensor,
+        q: torch.Tensor | None,
+        sampler: Sampler,
+        leaves: Sequence[Sequence[int]],
     ) -> tuple[int, int]:
         kept, token = right(drafted, p, q, sampler)
         return kept, token if kept == len(drafted) else sampler.draw(p[kept])

@@ -1,17 +1,19 @@
 """From prompts to a decision."""
 
+from itertools import pairwise
+
 import pytest
 
 from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search import calibrate as module
-from conflayers_cli.search.calibrate import Calibration, Check, calibrate, split_prompts
+from conflayers_cli.search.calibrate import Calibration, calibrate, split_prompts
+from conflayers_cli.search.check import Check, check_by_decoding
 from conflayers_cli.search.conflayers import ConfLayers
-from conflayers_cli.search.objective import VANILLA, Setting
-from conflayers_cli.search.task import Task
+from conflayers_cli.search.objective import PAPER, VANILLA, Setting
+from conflayers_cli.search.task import RangePlan, SearchResult, Task
 from tests import tiny
 
-PAPER = Setting(25, 0.8)
 CHEAP_DRAFTS = Costs({1: 10.0, 26: 11.0}, floor=0.01, attention=0.01, mlp=0.01, context=256)
 DEAR_DRAFTS = Costs({1: 10.0, 26: 40.0}, floor=9.0, attention=0.1, mlp=0.1, context=256)
 
@@ -19,7 +21,7 @@ DEAR_DRAFTS = Costs({1: 10.0, 26: 40.0}, floor=9.0, attention=0.1, mlp=0.1, cont
 def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibration:
     decoder = tiny.decoder("llama")
     prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(4))
-    task = Task(decoder, prompts[:3], costs, 40, frozenset(), lambda trial, best: None)
+    task = Task(decoder, prompts[:3], costs, 40, frozenset())
 
     def stage(name: str) -> None:
         if interrupt_at and interrupt_at in name:
@@ -30,7 +32,6 @@ def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibra
         task,
         prompts[3:],
         refine=500 if refine else 0,
-        paper_setting=PAPER,
         on_stage=stage,
         on_better=lambda score, judged: None,
     )
@@ -39,17 +40,19 @@ def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibra
 def checked(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
     """Real decoding of a tiny model is all overhead: set what it would measure."""
     monkeypatch.setattr(
-        module, "check_by_decoding", lambda *args: Check(speedup, 0.9, 3.0, 1, True)
+        module, "check_by_decoding", lambda *args: [Check(speedup, 0.9, 3.0, 1, True)]
     )
 
 
 def test_a_plan_that_pays_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     checked(monkeypatch, 1.4)
     done = run(CHEAP_DRAFTS)
-    assert done.plan and done.expected is not None
-    assert done.plan == done.expected.plan
-    assert done.setting == done.expected.setting
-    assert done.expected.speedup > 1
+    expected = done.candidate.expected
+    assert done.plan and expected is not None
+    assert done.plan == expected.plan
+    assert done.setting == expected.setting
+    assert expected.speedup > 1
+    assert done.candidate.full_passes > 0 and done.candidate.draft_passes > 0
     assert "1.40× vanilla, measured on 1 held-out prompts" in done.conclusion
 
 
@@ -57,7 +60,7 @@ def test_a_plan_that_measures_slower_is_dropped(monkeypatch: pytest.MonkeyPatch)
     checked(monkeypatch, 0.9)
     done = run(CHEAP_DRAFTS)
     assert (done.plan, done.setting) == (SkipPlan(), VANILLA)
-    assert done.candidate
+    assert done.candidate.plan
     assert done.conclusion.startswith("no plan pays")
     assert "0.90×" in done.conclusion
 
@@ -67,7 +70,7 @@ def test_no_plan_pays_where_drafts_cost_as_much_as_the_model() -> None:
     assert (done.plan, done.setting, done.check) == (SkipPlan(), VANILLA, None)
     assert done.conclusion.startswith("no plan pays")
     assert "predicted at 0." in done.conclusion
-    assert done.candidate
+    assert done.candidate.plan
 
 
 def test_unrefined_is_the_strategys_own_whatever_it_is_worth(
@@ -77,7 +80,7 @@ def test_unrefined_is_the_strategys_own_whatever_it_is_worth(
     done = run(DEAR_DRAFTS, refine=False)
     assert done.plan == done.result.plan
     assert done.setting == PAPER
-    assert not done.refined
+    assert not done.candidate.refined
     assert done.conclusion.startswith("no plan pays")
 
 
@@ -89,16 +92,58 @@ def test_an_interrupt_keeps_the_best_so_far(stage: str) -> None:
     assert "interrupted" in done.conclusion
 
 
-def test_the_check_decodes_both_arms() -> None:
-    decoder = tiny.decoder("llama")
-    prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(2))
-    task = Task(decoder, prompts, CHEAP_DRAFTS, 30, frozenset(), lambda trial, best: None)
-    check = module.check_by_decoding(task, SkipPlan.of_layers([2]), Setting(3, 0.0), ())
-    assert check is not None
-    assert check.prompts == 2 and not check.held_out
-    assert check.speedup > 0
-    assert check.acceptance_rate is not None and 0 < check.acceptance_rate < 1
-    assert check.tokens_per_step is not None and 1 < check.tokens_per_step <= 4
+def small_task(prompts: int = 2, costs: Costs = CHEAP_DRAFTS) -> Task:
+    texts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(prompts))
+    return Task(tiny.decoder("llama"), texts, costs, 30, frozenset())
+
+
+def test_the_check_decodes_every_arm() -> None:
+    candidates = [
+        (SkipPlan.of_layers([2]), Setting(3, 0.0)),
+        (SkipPlan(), VANILLA),
+        (SkipPlan.of_layers([1, 2, 3]), Setting(5, 0.0)),
+    ]
+    one, none, bad = check_by_decoding(small_task(), candidates, ())
+    assert one is not None and none is None and bad is not None
+    assert one.prompts == 2 and not one.held_out
+    assert one.speedup > 0
+    assert one.acceptance_rate is not None and 0 < one.acceptance_rate < 1
+    assert one.tokens_per_step is not None and 1 < one.tokens_per_step <= 4
+    assert bad.acceptance_rate is not None and bad.acceptance_rate < one.acceptance_rate
+
+
+class WithRanges:
+    """A strategy that finds a bad plan for short texts, and others for longer ones."""
+
+    name = "ranges"
+    setting = Setting(4, 0.5)
+
+    def search(self, task: Task) -> SearchResult:
+        ranges = (RangePlan(512, SkipPlan.of_layers([1])), RangePlan(2048, SkipPlan.of_layers([3])))
+        return SearchResult(
+            SkipPlan.of_layers([1, 2, 3]), (), {}, False, "done", Setting(7, 0.1), ranges
+        )
+
+
+def test_ranges_are_refined_at_their_context_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(monkeypatch, 1.4)
+    # attention grows dear with the context: the longer, the more of it is worth leaving out
+    costs = Costs({1: 10.0, 26: 11.0}, 0.01, 0.01, 3.0, context=256, attention_per_position=0.02)
+
+    def nothing(*args: object) -> None:
+        pass
+
+    done = calibrate(
+        WithRanges(), small_task(3, costs), (), refine=300, on_stage=nothing, on_better=nothing
+    )
+    plans = [done.plan, *(each.plan for each in done.ranges)]
+    assert all(one != other for one, other in pairwise(plans))
+    assert all(each.setting is not None for each in done.ranges)
+    unrefined = calibrate(
+        WithRanges(), small_task(3, costs), (), refine=0, on_stage=nothing, on_better=nothing
+    )
+    assert unrefined.setting == Setting(7, 0.1)
+    assert [each.from_context for each in unrefined.ranges] == [512, 2048]
 
 
 def test_prompts_are_split_without_loss_and_by_seed() -> None:

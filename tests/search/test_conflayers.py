@@ -34,11 +34,11 @@ def task(
     return Task(decoder, prompts, COSTS, 40, frozenset(), on_trial)
 
 
-def search(**settings: int | float) -> SearchResult:
+def search(on: Task | None = None, **settings: int | float) -> SearchResult:
     method = ConfLayers(
         **{"search_interval": 6, "max_iterations": 8, "stop_probability": 0.0, **settings}  # type: ignore[arg-type]
     )
-    return method.search(task(deep()))
+    return method.search(on or task(deep()))
 
 
 def test_starts_balanced_and_ends_with_the_best_it_decoded_with() -> None:
@@ -95,11 +95,13 @@ def test_tensors_tell_every_proposal() -> None:
     assert not result.tensors["selected"][:, [0, DEPTH - 1]].any()
 
 
-def test_samples_are_the_models_own_text() -> None:
+def test_texts_are_the_models_own() -> None:
     decoder = deep()
-    result = search()
-    assert result.samples
-    for sample in result.samples:
+    work = task(decoder)
+    search(work)
+    samples = work.texts.enough(3)
+    assert len(samples) == 3
+    for sample in samples:
         vanilla = Generation(decoder, sample.prompt, max_new_tokens=len(sample.output))
         list(vanilla)
         assert tuple(vanilla.output) == sample.output
@@ -137,6 +139,14 @@ def test_interrupted_before_anything_was_decoded() -> None:
     decoder.forward = interrupted  # type: ignore[method-assign]
     result = ConfLayers().search(task(decoder, never))
     assert result.interrupted
+    assert result.plan == SkipPlan.balanced(DEPTH)
+
+
+def test_ends_when_the_time_is_over() -> None:
+    work = task(deep())
+    work.deadline = 0.0
+    result = search(work)
+    assert result.stopped_because == "out of time"
     assert result.plan == SkipPlan.balanced(DEPTH)
 
 

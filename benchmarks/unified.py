@@ -1,0 +1,127 @@
+"""Unified Layer Skipping used directly: the measured speed of the skipped model against its target.
+
+For every target S the same prompts are decoded by the whole model and by what the rule leaves of
+it, at batch 1 and 8, in turns; tokens are counted behind the prompts. At batch 1 the outputs are
+compared with the whole model's own, which the skipped model's are not.
+
+    python benchmarks/unified.py --data spec_bench.jsonl --output unified.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conflayers_cli.agreement import Agreement
+from conflayers_cli.engine.batch import Batch, BatchRequest
+from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.model import LoadedModel, encode, load_model
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.environment import describe
+from conflayers_cli.outputs import write_json
+from conflayers_cli.prompts import as_messages, read_prompts
+
+TARGETS = (1.25, 1.5, 2.0, 3.0)
+
+
+def requests_of(loaded: LoadedModel, options: argparse.Namespace) -> list[BatchRequest]:
+    """The first prompts of the category."""
+    prompts = [p for p in read_prompts(options.data) if p.category == options.category]
+    return [
+        BatchRequest(
+            encode(loaded, as_messages(prompt, None), None), options.max_new_tokens, Sampling()
+        )
+        for prompt in prompts[: max(options.batches)]
+    ]
+
+
+def decode(
+    decoder: Decoder, requests: Sequence[BatchRequest], plan: SkipPlan
+) -> tuple[float, list[list[int]]]:
+    """(tokens per second behind the prompts, outputs); nothing ends before its budget."""
+    batch = Batch(decoder, requests, plan=plan)
+    batch.run()
+    tokens = sum(len(output) - 1 for output in batch.outputs)
+    return tokens / batch.decode_seconds, batch.outputs
+
+
+def measure(
+    decoder: Decoder, requests: Sequence[BatchRequest], batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per target: the ratio of speeds, the whole model's next to the skipped one's."""
+    plans = {target: SkipPlan.unified(decoder.depth, target) for target in TARGETS}
+    ratios: dict[float, list[float]] = {target: [] for target in TARGETS}
+    outputs: dict[float, list[tuple[list[int], list[int]]]] = {target: [] for target in TARGETS}
+    for repeat in range(repeats):
+        part = requests[:batch] if batch > 1 else [requests[repeat % len(requests)]]
+        whole, own = decode(decoder, part, FULL)
+        for target in TARGETS:
+            speed, other = decode(decoder, part, plans[target])
+            ratios[target].append(speed / whole)
+            outputs[target] += list(zip(own, other, strict=True))
+    return [
+        {
+            "target": target,
+            "batch": batch,
+            "layers_kept": decoder.depth - len(plans[target].layers),
+            "depth": decoder.depth,
+            "speedup": statistics.median(ratios[target]),
+            "least": min(ratios[target]),
+            "most": max(ratios[target]),
+            "agreement": asdict(Agreement.of(outputs[target])),
+        }
+        for target in TARGETS
+    ]
+
+
+def main() -> None:
+    """Measure every model and batch; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="Spec-Bench's prompts (JSONL)")
+    parser.add_argument("--category", default="qa")
+    parser.add_argument("--models", nargs="+", default=["smollm2-deep", "smollm2"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    options = parser.parse_args()
+    results = []
+    for name in options.models:
+        loaded = load_model(name)
+        decoder = Decoder(loaded.model)
+        requests = requests_of(loaded, options)
+        decode(decoder, requests[:1], FULL)  # warms up
+        rows = [
+            row
+            for batch in options.batches
+            for row in measure(decoder, requests, batch, options.repeats)
+        ]
+        for row in rows:
+            print(
+                f"{name:13} S {row['target']:<5g} batch {row['batch']}: keeps "
+                f"{row['layers_kept']:2} of {row['depth']}, {row['speedup']:.2f}× "
+                f"({row['least']:.2f}–{row['most']:.2f}); tokens equal "
+                f"{row['agreement']['equal']:.1%}, ROUGE-2 {row['agreement']['rouge_2']:.2f}",
+                flush=True,
+            )
+        results.append(
+            {
+                "model": name,
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "environment": describe(loaded.device),
+                "max_new_tokens": options.max_new_tokens,
+                "repeats": options.repeats,
+                "rows": rows,
+            }
+        )
+    if options.output:
+        write_json(options.output, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""``--skip-only``: decoding with layers left out for good, which is lossy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.engine.plan import SkipPlan
+    from conflayers_cli.profile import Profile
+
+_PANEL = "Lossy: layers left out for good"
+
+SkipOnly = Annotated[
+    bool,
+    typer.Option(
+        "--skip-only",
+        help="Decode with the skipped model alone: faster, but the text is NOT the model's own.",
+        rich_help_panel=_PANEL,
+    ),
+]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        "--target-speedup",
+        metavar="S",
+        help="With --skip-only: keep the model's depth over S layers, evenly spaced; "
+        "without it, the profile's layers are left out.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="With --skip-only and --data: prompts decoded together (1).",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+
+
+def check_flags(
+    skip_only: bool,
+    target_speedup: float | None,
+    batch_size: int | None,
+    *,
+    profile: Path | None,
+    data: Path | None,
+    drafting: dict[str, object],
+) -> None:
+    """Refuse flags that contradict each other.
+
+    Args:
+        skip_only, target_speedup, batch_size, profile, data: of the command line.
+        drafting: flags about drafting with their values, which skipping for good has no use for.
+
+    Raises:
+        InputError: the message names the flags.
+    """
+    if not skip_only:
+        for flag, value in (("--target-speedup", target_speedup), ("--batch-size", batch_size)):
+            if value is not None:
+                raise InputError(f"{flag} goes with --skip-only")
+        return
+    for flag, given in drafting.items():
+        if given is not None:
+            raise InputError(f"{flag} is about drafting, and --skip-only drafts nothing")
+    if target_speedup is None and profile is None:
+        raise InputError(
+            "--skip-only needs --target-speedup S, or a --profile that says the layers"
+        )
+    if target_speedup is not None and profile is not None:
+        raise InputError("--target-speedup and --profile: both say which layers; give one")
+    if batch_size is not None and data is None:
+        raise InputError("--batch-size goes with --data, a file of prompts")
+
+
+def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile | None) -> SkipPlan:
+    """What is left out: by the target speed-up, else as the profile says.
+
+    Raises:
+        InputError: a target under 1, or a profile that leaves nothing out.
+    """
+    from conflayers_cli.engine.plan import SkipPlan
+
+    if target_speedup is not None:
+        try:
+            return SkipPlan.unified(decoder.depth, target_speedup)
+        except ValueError as error:
+            raise InputError(f"--target-speedup {target_speedup:g}: {error}") from error
+    if profile is None or not profile.plan:
+        raise InputError("--skip-only: the profile leaves nothing out; give --target-speedup S")
+    return profile.plan
+
+
+def warning(plan: SkipPlan, depth: int) -> str:
+    """What the user must know before reading the text."""
+    from conflayers_cli.cli.calibrate_display import skipped
+
+    return (
+        f"warning: --skip-only leaves out {skipped(plan, depth)} for good: "
+        "this text is not the model's own"
+    )

@@ -1,0 +1,99 @@
+"""From the command line's options to the strategies that ``calibrate`` runs."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.search.task import Strategy
+
+AUTO = "auto"
+UNIFIED = "unified"
+STRATEGIES = ("conflayers", "swift", "knapsack", "clasp", "greedy", UNIFIED, AUTO)
+AUTO_TARGETS = (1.5, 2.0)
+"""Unified's target speed-ups that auto looks at."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the command line says about the search; None: the strategy's own default."""
+
+    skip_ratio: float | None = None
+    search_interval: int | None = None
+    max_iterations: int | None = None
+    patience: int | None = None
+    context_window: int | None = None
+    target_speedup: float | None = None
+    budget: float | None = None
+
+
+_TAKES: dict[str, frozenset[str]] = {
+    "conflayers": frozenset(
+        {"skip_ratio", "search_interval", "max_iterations", "patience", "context_window"}
+    ),
+    "swift": frozenset({"skip_ratio", "max_iterations", "patience", "context_window"}),
+    "knapsack": frozenset(),
+    "clasp": frozenset(),
+    "greedy": frozenset({"patience"}),
+    UNIFIED: frozenset({"target_speedup"}),
+    AUTO: frozenset({"budget"}),
+}
+
+
+def check_options(name: str, options: SearchOptions) -> None:
+    """Refuse an unknown strategy and options that it does not take.
+
+    Raises:
+        InputError: the message names what there is.
+    """
+    if name not in STRATEGIES:
+        close = difflib.get_close_matches(name, STRATEGIES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"--strategy {name}: there is {', '.join(STRATEGIES)}{hint}")
+    given = {key for key, value in vars(options).items() if value is not None}
+    stray = sorted(given - _TAKES[name])
+    if stray:
+        takers = [other for other in STRATEGIES if stray[0] in _TAKES[other]]
+        flag = "--" + stray[0].replace("_", "-")
+        raise InputError(
+            f"{flag} goes with --strategy {' or '.join(takers)}; {name} has no use for it"
+        )
+    if name == UNIFIED and options.target_speedup is None:
+        raise InputError("--strategy unified needs --target-speedup S, 1.5 for one")
+
+
+def make_strategies(name: str, options: SearchOptions) -> list[Strategy]:
+    """The strategies behind a name, in the order they run: several for ``auto``, else one.
+
+    Raises:
+        InputError: swift without scikit-learn.
+    """
+    from conflayers_cli.search.conflayers import ConfLayers
+    from conflayers_cli.search.greedy import Greedy
+    from conflayers_cli.search.knapsack import Knapsack
+    from conflayers_cli.search.swift import Swift, require_sklearn, sklearn_there
+    from conflayers_cli.search.unified import Unified
+
+    if name == AUTO:
+        every: list[Strategy] = [Unified(target) for target in AUTO_TARGETS]
+        every += [Knapsack(), ConfLayers(), Greedy(), Knapsack.clasp()]
+        return [*every, Swift()] if sklearn_there() else every
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    if name == "swift":
+        require_sklearn()
+        if "max_iterations" in given:
+            given["max_steps"] = given.pop("max_iterations")
+    makers: dict[str, Any] = {
+        "conflayers": ConfLayers,
+        "swift": Swift,
+        "knapsack": Knapsack,
+        "clasp": Knapsack.clasp,
+        "greedy": Greedy,
+        UNIFIED: Unified,
+    }
+    strategy: Strategy = makers[name](**given)
+    return [strategy]

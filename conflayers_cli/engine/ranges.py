@@ -1,0 +1,39 @@
+"""Drafting with another plan where the text is longer (KnapSpec, arXiv 2602.20217)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .draft import Context, Draft, Drafter
+
+NOTHING = Draft()
+
+
+@dataclass(frozen=True)
+class RangedDrafter:
+    """Hands each draft to the drafter for the length of the text.
+
+    Attributes:
+        drafters: (from how many tokens on, drafter), ascending, the first from 0 on; None drafts
+            nothing.
+
+    Raises:
+        ValueError: there is no drafter from 0 on, or the lengths are not ascending.
+    """
+
+    drafters: Sequence[tuple[int, Drafter | None]]
+
+    def __post_init__(self) -> None:
+        lengths = [length for length, _ in self.drafters]
+        if not lengths or lengths[0] != 0 or lengths != sorted(set(lengths)):
+            raise ValueError(f"ascending lengths from 0 on are needed, got {lengths}")
+
+    @property
+    def name(self) -> str:
+        return next((each.name for _, each in self.drafters if each is not None), "none")
+
+    def draft(self, context: Context, limit: int) -> Draft:
+        length = len(context.tokens)
+        drafter = [each for begin, each in self.drafters if begin <= length][-1]
+        return NOTHING if drafter is None else drafter.draft(context, limit)

@@ -1,0 +1,104 @@
+"""Auto: the strategies one after the other within a time budget, and the fastest plan of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from conflayers_cli.engine.tree import TreeShape
+
+from .calibrate import Better, Calibration, Candidate, Stage, decide, find
+from .check import Check, check_by_decoding
+from .task import Strategy, Task
+
+SEARCHING = 0.7
+"""Share of the budget for searches; the rest is for decoding with what they found."""
+NEAR = 0.05
+"""A plan predicted this much under the best one is not decoded with, unless it is all there is."""
+
+
+def auto(
+    strategies: Sequence[Strategy],
+    task: Task,
+    held_out: Sequence[tuple[int, ...]],
+    *,
+    budget: float,
+    refine: int,
+    tree: TreeShape | None = None,
+    on_stage: Stage,
+    on_better: Better,
+) -> Calibration:
+    """Run the strategies that the budget affords, decode with their plans, keep the fastest.
+
+    Every strategy gets an equal share of the searching time that is left; what one does not use
+    goes to the others. They judge by the same texts and know what the others have judged.
+
+    Args:
+        strategies: in the order they run; those the time does not reach are left out.
+        task: what they work on; its deadline is set anew.
+        held_out, refine, tree, on_stage, on_better: as for `calibrate`.
+        budget: seconds.
+
+    A KeyboardInterrupt ends the searches with what was found until then.
+    """
+    begin = time.perf_counter()
+    found: list[Candidate] = []
+    for i, strategy in enumerate(strategies):
+        left = begin + SEARCHING * budget - time.perf_counter()
+        if left <= 0 and found:
+            on_stage(f"no time left for {', '.join(s.name for s in strategies[i:])}")
+            break
+        task.deadline = time.perf_counter() + max(left, 0.0) / (len(strategies) - i)
+        on_stage(f"searching: {strategy.name}")
+        found.append(
+            find(strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better)
+        )
+        if found[-1].interrupted:
+            break
+    task.deadline = None
+    checks = _checks(found, task, held_out, on_stage)
+    best = _best(found, checks)
+    calibration = decide(
+        found[best],
+        checks[best],
+        always=not refine,
+        seconds=time.perf_counter() - begin,
+    )
+    return replace(calibration, others=tuple(zip(found, checks, strict=True)))
+
+
+def _checks(
+    found: list[Candidate],
+    task: Task,
+    held_out: Sequence[tuple[int, ...]],
+    on_stage: Stage,
+) -> list[Check | None]:
+    """Real decoding with each of the plans, equal ones once; those without a chance left out."""
+    if found[-1].interrupted:
+        return [None] * len(found)
+    expected = [c.expected.speedup if c.expected else 0.0 for c in found]
+    least = max(1.0, max(expected) * (1 - NEAR))
+    chosen = {
+        (c.plan, c.setting): i for i, c in enumerate(found) if c.plan and expected[i] >= least
+    }
+    if not chosen:
+        return [None] * len(found)
+    on_stage("checking by real decoding")
+    try:
+        done = check_by_decoding(task, list(chosen), held_out)
+    except KeyboardInterrupt:
+        found[-1] = replace(found[-1], result=replace(found[-1].result, interrupted=True))
+        return [None] * len(found)
+    by_plan = dict(zip(chosen, done, strict=True))
+    return [by_plan.get((c.plan, c.setting)) for c in found]
+
+
+def _best(found: Sequence[Candidate], checks: Sequence[Check | None]) -> int:
+    """The fastest by real decoding, else by prediction."""
+
+    def worth(i: int) -> tuple[float, float]:
+        check, expected = checks[i], found[i].expected
+        return (check.speedup if check else 0.0, expected.speedup if expected else 0.0)
+
+    return max(range(len(found)), key=worth)

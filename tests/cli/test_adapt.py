@@ -1,0 +1,109 @@
+"""``generate --adapt`` and ``--tree`` from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.profile import Profile
+
+from .conftest import Run, save_profile, write_prompts
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl", *(f"Tell me about {i}." for i in range(6)))
+
+
+@pytest.mark.parametrize("method", ["conflayers", "swift"])
+def test_adapting_changes_nothing_but_the_speed(
+    run: Run, model: Path, prompts: Path, tmp_path: Path, method: str
+) -> None:
+    arguments = ("generate", "-m", model, "--data", prompts, "-n", 60, "--dtype", "float32")
+    plain = run(*arguments)
+    adapted = run(
+        *(*arguments, "--adapt", method, "--adapt-budget", 0.5, "--stats"),
+        *("--save-profile", "learned.yaml"),
+    )
+    assert adapted.code == 0, adapted.err
+    assert [a["token_ids"] for a in adapted.lines] == [p["token_ids"] for p in plain.lines]
+    assert sum(line["stats"]["drafted"] for line in adapted.lines) > 0
+    assert "the search took" in adapted.err
+    profile = Profile.load(tmp_path / "learned.yaml")
+    assert profile.found_by is not None and profile.found_by.strategy == method
+    assert profile.measured is not None and profile.measured.iterations > 0
+    assert run("generate", "Hello", "-p", "learned.yaml", "-n", 5).code == 0
+
+
+def test_a_profile_is_where_the_search_starts(run: Run, profile: Path) -> None:
+    result = run("generate", "Hello", "-p", profile, "-n", 40, "--adapt", "conflayers", "--json")
+    assert result.code == 0, result.err
+    assert result.document["stats"]["by_drafter"]["skip"]["drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--adapt", "magic"), "there is conflayers and swift"),
+        (("--adapt-budget", "0.1"), "--adapt-budget goes with --adapt"),
+        (("--save-profile", "x.yaml"), "--save-profile goes with --adapt"),
+        (("--adapt", "swift", "--adapt-budget", "0"), "over 0, at most 1"),
+        (("--adapt", "swift", "--adapt-budget", "1.5"), "over 0, at most 1"),
+        (("--adapt", "swift", "--adapt-budget", "nan"), "over 0, at most 1"),
+        (("--adapt", "swift", "--tree"), "leave out --tree"),
+        (("--adapt", "swift", "--save-profile", "no/x.yaml"), "does not exist"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(
+    run: Run, model: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    result = run("generate", "Hello", "-m", model, *arguments)
+    assert result.code == 2
+    assert told in result.err
+    assert result.out == ""
+
+
+def test_side_candidates_change_nothing_but_the_steps(
+    run: Run, model: Path, profile: Path, tmp_path: Path, prompts: Path
+) -> None:
+    arguments = ("generate", "--data", prompts, "-n", 40, "--dtype", "float32")
+    plain = run(*arguments, "-m", model).lines
+    asked = run(*arguments, "-p", profile, "--tree")
+    assert asked.code == 0, asked.err
+    assert "measuring what wider passes cost" in asked.err
+    assert [line["token_ids"] for line in asked.lines] == [line["token_ids"] for line in plain]
+
+
+def test_a_profiles_tree_is_drafted_unless_told_otherwise(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    path = save_profile(tmp_path / "tree.yaml", model, SkipPlan.of_layers([2]))
+    text = path.read_text()
+    path.write_text(
+        text.replace("stop_probability: 0.0", "stop_probability: 0.0\n  tree: [[0.5, 2], [0.0, 4]]")
+    )
+    assert Profile.load(path).draft.tree == ((0.5, 2), (0.0, 4))
+    arguments = ("generate", "Hello", "-p", path, "-n", 30, "--dtype", "float32", "--json")
+    with_tree, without = run(*arguments), run(*arguments, "--no-tree")
+    assert "wider passes" in with_tree.err and "wider passes" not in without.err
+    assert with_tree.document["token_ids"] == without.document["token_ids"]
+
+
+def test_a_plan_by_context_length(run: Run, model: Path, tmp_path: Path) -> None:
+    path = save_profile(tmp_path / "ranges.yaml", model, SkipPlan.of_layers([2]), max_tokens=3)
+    with path.open("a") as file:
+        file.write(
+            "ranges:\n"
+            "- from_context: 40\n"
+            "  skip: {attention: [1], mlp: [1, 3]}\n"
+            "  draft: {max_tokens: 2, stop_probability: 0.0}\n"
+        )
+    arguments = ("generate", "Hello", "-n", 60, "--dtype", "float32", "--json")
+    drafted, plain = run(*arguments, "-p", path), run(*arguments, "-m", model)
+    assert drafted.code == 0, drafted.err
+    assert drafted.document["token_ids"] == plain.document["token_ids"]
+    path.write_text(path.read_text().replace("mlp: [1, 3]", "mlp: [1, 4]"))
+    refused = run(*arguments, "-p", path)
+    assert refused.code == 2 and "ranges.0.skip" in refused.err

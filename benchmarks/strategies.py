@@ -94,18 +94,26 @@ def search(strategy: Strategy, task: Task) -> list[Plan]:
         )
         say(message)
 
+    refine = 0 if strategy.name == "unified" else REFINE  # its rule is all there is to it
     found = find(
-        strategy, task, refine=REFINE, on_stage=note_own, on_better=lambda score, judged: None
+        strategy, task, refine=refine, on_stage=note_own, on_better=lambda score, judged: None
     )
     result = found.result
+    if not refine:
+        note_own("done")
     first = replace(own[0], plan=result.plan, setting=result.setting or strategy.setting)
+    if not refine:
+        return [first]
     refined = Plan(
         *(strategy.name, True, found.plan, found.setting, found.seconds),
         found.full_passes,
         found.draft_passes,
     )
     for plan in (first, refined):
-        print(f"    {'refined' if plan.refined else 'own':8}{shown(plan.plan)}", flush=True)
+        print(
+            f"    {'refined' if plan.refined else 'own':8}{plan.seconds:.0f} s  {shown(plan.plan)}",
+            flush=True,
+        )
     return [first, refined]
 
 

@@ -1,8 +1,8 @@
 """Unified Layer Skipping used directly: the measured speed of the skipped model against its target.
 
 For every target S the same prompts are decoded by the whole model and by what the rule leaves of
-it, at batch 1 and 8, in turns; tokens are counted behind the prompts. At batch 1 the outputs are
-compared with the whole model's own, which the skipped model's are not.
+it, at batch 1 and 8, in turns; tokens are counted behind the prompts. For the speeds nothing ends
+before its budget; the outputs compared with the whole model's own are those up to an end token.
 
     python benchmarks/unified.py --data spec_bench.jsonl --output unified.json
 """
@@ -24,19 +24,28 @@ from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.environment import describe
 from conflayers_cli.outputs import write_json
-from conflayers_cli.prompts import as_messages, read_prompts
+from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
+WHOLE = 1.0
 
 
-def requests_of(loaded: LoadedModel, options: argparse.Namespace) -> list[BatchRequest]:
-    """The first prompts of the category."""
+def chosen(options: argparse.Namespace) -> list[Prompt]:
+    """The first prompts of the category, as many as the largest batch has rows."""
     prompts = [p for p in read_prompts(options.data) if p.category == options.category]
+    most = max(options.batches)
+    if len(prompts) < most:
+        raise SystemExit(f"{options.category}: {len(prompts)} prompts, a batch needs {most}")
+    return prompts[:most]
+
+
+def requests_of(
+    loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[BatchRequest]:
+    """The prompts as the model gets them."""
     return [
-        BatchRequest(
-            encode(loaded, as_messages(prompt, None), None), options.max_new_tokens, Sampling()
-        )
-        for prompt in prompts[: max(options.batches)]
+        BatchRequest(encode(loaded, as_messages(prompt, None), None), max_new_tokens, Sampling())
+        for prompt in prompts
     ]
 
 
@@ -50,30 +59,52 @@ def decode(
     return tokens / batch.decode_seconds, batch.outputs
 
 
+def ended(output: list[int], end_tokens: frozenset[int]) -> list[int]:
+    """An output up to its first end token."""
+    end = next((i for i, token in enumerate(output) if token in end_tokens), len(output))
+    return output[: end + 1]
+
+
 def measure(
-    decoder: Decoder, requests: Sequence[BatchRequest], batch: int, repeats: int
+    decoder: Decoder,
+    requests: Sequence[BatchRequest],
+    batch: int,
+    repeats: int,
+    end_tokens: frozenset[int],
 ) -> list[dict[str, Any]]:
-    """One row per target: the ratio of speeds, the whole model's next to the skipped one's."""
-    plans = {target: SkipPlan.unified(decoder.depth, target) for target in TARGETS}
-    ratios: dict[float, list[float]] = {target: [] for target in TARGETS}
-    outputs: dict[float, list[tuple[list[int], list[int]]]] = {target: [] for target in TARGETS}
-    for repeat in range(repeats):
-        part = requests[:batch] if batch > 1 else [requests[repeat % len(requests)]]
-        whole, own = decode(decoder, part, FULL)
-        for target in TARGETS:
-            speed, other = decode(decoder, part, plans[target])
-            ratios[target].append(speed / whole)
-            outputs[target] += list(zip(own, other, strict=True))
+    """One row per target: its speed over the whole model's in the same turn.
+
+    Who begins changes from turn to turn, so that whatever slows the machine slows all alike.
+    """
+    plans = {WHOLE: FULL} | {s: SkipPlan.unified(decoder.depth, s) for s in TARGETS}
+    speeds: dict[float, list[float]] = {target: [] for target in plans}
+    outputs: dict[float, list[list[int]]] = {target: [] for target in plans}
+    arms = list(plans)
+    for turn in range(repeats):
+        part = requests[:batch] if batch > 1 else [requests[turn % len(requests)]]
+        first = turn % len(arms)
+        for target in [*arms[first:], *arms[:first]]:
+            speed, found = decode(decoder, part, plans[target])
+            speeds[target].append(speed)
+            outputs[target] += [ended(output, end_tokens) for output in found]
+    ratios = {
+        target: [one / whole for one, whole in zip(speeds[target], speeds[WHOLE], strict=True)]
+        for target in TARGETS
+    }
     return [
         {
             "target": target,
             "batch": batch,
             "layers_kept": decoder.depth - len(plans[target].layers),
             "depth": decoder.depth,
+            "tokens_per_second": statistics.median(speeds[target]),
+            "whole_tokens_per_second": statistics.median(speeds[WHOLE]),
             "speedup": statistics.median(ratios[target]),
             "least": min(ratios[target]),
             "most": max(ratios[target]),
-            "agreement": asdict(Agreement.of(outputs[target])),
+            "agreement": asdict(
+                Agreement.of(list(zip(outputs[WHOLE], outputs[target], strict=True)))
+            ),
         }
         for target in TARGETS
     ]
@@ -90,16 +121,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args()
+    prompts = chosen(options)
     results = []
     for name in options.models:
         loaded = load_model(name)
         decoder = Decoder(loaded.model)
-        requests = requests_of(loaded, options)
+        requests = requests_of(loaded, prompts, options.max_new_tokens)
         decode(decoder, requests[:1], FULL)  # warms up
         rows = [
             row
             for batch in options.batches
-            for row in measure(decoder, requests, batch, options.repeats)
+            for row in measure(decoder, requests, batch, options.repeats, loaded.end_tokens)
         ]
         for row in rows:
             print(
@@ -114,6 +146,7 @@ def main() -> None:
                 "model": name,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "environment": describe(loaded.device),
+                "prompts": [prompt.id for prompt in prompts],
                 "max_new_tokens": options.max_new_tokens,
                 "repeats": options.repeats,
                 "rows": rows,

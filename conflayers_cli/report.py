@@ -191,10 +191,11 @@ def _lossy(agreement: Agreement | None) -> Iterable[str]:
     yield f"{SKIP_ONLY} is lossy: its output is not the model's own"
     if agreement:
         parted = agreement.first_divergence
+        others = "" if parted is None else f"; the others part at token {parted:.0f} in the median"
         yield (
             f"  of its tokens {agreement.equal:.1%} equal vanilla's, ROUGE-2 "
             f"{agreement.rouge_2:.2f}, {agreement.identical} of {agreement.prompts} outputs the "
-            f"same; the others part at token {_number(parted, '.0f')} in the median"
+            f"same{others}"
         )
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from conflayers_cli.answer import DraftCount, Summary
-from conflayers_cli.arms import Case, EngineArm, Run, TransformersArm
+from conflayers_cli.arms import Case, EngineArm, Run, SkipOnlyArm, TransformersArm
 from conflayers_cli.bench import Interval, Spread, measure
+from conflayers_cli.engine.batch import Batch, BatchRequest
+from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from tests import tiny
 
@@ -93,6 +95,59 @@ def test_an_output_that_ends_early_is_a_divergence() -> None:
     (divergence,) = result.identical["speculative"].divergences
     assert (divergence.position, divergence.vanilla, divergence.other) == (2, 3, None)
     assert divergence.gap >= 0
+
+
+@dataclass
+class Lossy(Paced):
+    """Writes something else than the arms that only take their time."""
+
+    def run(self, case: Case) -> Run:
+        done = super().run(case)
+        return Run((1, 9, 3), done.stats)
+
+
+def test_the_lossy_arm_is_compared_by_agreement_and_not_by_identity() -> None:
+    arms = [Paced("vanilla", [10.0]), Paced("speculative", [20.0]), Lossy("skip-only", [15.0])]
+    result = measure(arms, cases(4), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
+    assert result.identical is not None
+    assert list(result.identical) == ["speculative"]
+    assert result.agreement is not None
+    assert result.agreement.equal == pytest.approx(2 / 3)
+    assert (result.agreement.first_divergence, result.agreement.identical) == (1, 0)
+    assert result.speedup(arm="skip-only") == Interval(1.5, 1.5, 1.5)
+    assert result.speedup() == Interval(2.0, 2.0, 2.0)
+    assert result.speedup(arm="skip-only", category="c1").median == 1.5
+
+
+def test_what_is_drawn_is_not_compared() -> None:
+    arms = [Paced("vanilla", [1.0]), Paced("speculative", [1.0]), Lossy("skip-only", [1.0])]
+    drawing = Sampling(temperature=1.0)
+    result = measure(arms, cases(2), tiny.decoder("llama"), drawing, runs=1, warmup=0)
+    assert (result.identical, result.agreement) == (None, None)
+    plain = measure(arms[:2], cases(2), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
+    assert plain.agreement is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_skip_only_arm_decodes_with_its_plan_its_seed_and_its_ends(temperature: float) -> None:
+    decoder, plan = tiny.decoder("llama"), SkipPlan.of_layers([1, 3])
+    sampling = Sampling(temperature=temperature)
+    case = Case("p", None, tuple(tiny.prompt(9)), 20, seed=4)
+    request = BatchRequest(case.tokens, 20, Sampling(temperature=temperature, seed=4))
+    batch = Batch(decoder, [request], plan=plan)
+    batch.run()
+    done = SkipOnlyArm(decoder, plan, sampling, frozenset()).run(case)
+    assert [list(done.tokens)] == batch.outputs
+    whole = EngineArm("vanilla", decoder, None, sampling, frozenset()).run(case)
+    assert done.tokens[0] == whole.tokens[0]  # decided by the whole model
+    assert done.tokens != whole.tokens
+    assert (done.stats.tokens, done.stats.decode_tokens, done.stats.steps) == (20, 19, 19)
+    assert done.stats.prefill_seconds > 0
+    assert done.stats.decode_seconds > 0
+    assert done.cache_bytes == whole.cache_bytes
+    end = done.tokens[5]
+    ended = SkipOnlyArm(decoder, plan, sampling, frozenset({end})).run(case)
+    assert ended.tokens == done.tokens[: done.tokens.index(end) + 1]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
+from conflayers_cli.agreement import Agreement
 from conflayers_cli.answer import DraftCount, Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns, Divergence, Identity
@@ -83,6 +85,55 @@ def test_categories_are_listed_where_there_are_several() -> None:
     text = shown(result(categories=("qa", "[red]maths", None)))
     assert "qa" in text
     assert "[red]maths" in text
+
+
+def lossy(agreement: Agreement | None) -> BenchResult:
+    """A third arm, one and a half times as fast as vanilla."""
+    plain = result()
+    skipping = Summary(0.5, 10.0, 151, 150, 150)
+    cases = tuple(
+        replace(case, runs={**case.runs, "skip-only": (Run((2,), skipping),) * 3})
+        for case in plain.cases
+    )
+    arms = {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative", "skip-only")}
+    return replace(plain, cases=cases, arms=arms, agreement=agreement)
+
+
+def test_the_lossy_arm_is_reported_with_its_agreement() -> None:
+    bench = lossy(Agreement(0.625, 0.41, 7.5, 1, 4))
+    document = json.loads(json.dumps(bench_json(bench, CONTEXT)))
+    assert document["skip_only"] == {
+        "lossless": False,
+        "speedup": {"median": 1.5, "low": 1.5, "high": 1.5},
+        "agreement": {
+            "equal": 0.625,
+            "rouge_2": 0.41,
+            "first_divergence": 7.5,
+            "identical": 1,
+            "prompts": 4,
+        },
+    }
+    assert document["arms"]["skip-only"]["tokens_per_second"]["median"] == 15.0
+    assert document["speedup"]["median"] == 2.0
+    text = shown(bench)
+    for figure in ("1.50×", "lossy", "62.5%", "ROUGE-2 0.41", "1 of 4 outputs", "at token 8 in"):
+        assert figure in text
+    assert "1 of 1 outputs identical" in text  # the speculative arm's own line
+    assert "skip_only" not in bench_json(result(), CONTEXT)
+    assert "lossy" not in shown(result())
+
+
+def test_outputs_that_all_agree_part_nowhere() -> None:
+    text = shown(lossy(Agreement(1.0, 1.0, None, 4, 4)))
+    assert "4 of 4 outputs the same\n" in text
+    assert "part at" not in text
+
+
+def test_an_agreement_that_is_not_known_is_left_out() -> None:
+    bench = lossy(None)
+    assert bench_json(bench, CONTEXT)["skip_only"]["agreement"] is None
+    assert "lossy" in shown(bench)
+    assert "ROUGE-2" not in shown(bench)
 
 
 def test_prompts_without_a_category() -> None:

@@ -20,7 +20,7 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.skip_only import skip_plan
+from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
 from conflayers_cli.cli.terminal import emit_json, emit_rich, note, progress_bar
 from conflayers_cli.errors import GateError, InputError
 from conflayers_cli.outputs import check_target, write_json
@@ -130,6 +130,9 @@ def bench(
 ) -> None:
     if profile is None and (target_speedup is None or model is None):
         raise InputError("give --profile FILE, or --model MODEL with --target-speedup S")
+    if profile is None and tree:
+        raise InputError("--tree is about a profile's drafts: it goes with --profile FILE")
+    check_target_speedup(target_speedup)
     chosen = load_profile(profile) if profile else None
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     prompts = read_prompt_file(data, max_prompts)
@@ -147,6 +150,7 @@ def bench(
     result = _measure(arms, _cases(encoded, seed), decoder, sampling, runs, warmup)
     settings = {
         **_settings(chosen, profile, prompts, data, sampling),
+        **(_lossy_settings(skipped, drafts=chosen is None) if skipped is not None else {}),
         "tree": tree,
         "target_speedup": target_speedup,
         "system": system,
@@ -167,6 +171,15 @@ def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Drafter:
     return SkipDrafter(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
 
 
+def _lossy_settings(plan: SkipPlan, *, drafts: bool) -> dict[str, Any]:
+    """What the lossy arm leaves out; and how the other drafts, where it does so with this plan."""
+    from conflayers_cli.profile import SkipSection
+    from conflayers_cli.search.objective import PAPER
+
+    skip = SkipSection.of(plan).model_dump(mode="json")
+    return {"skip_only": skip, **({"skip": skip, "draft": asdict(PAPER)} if drafts else {})}
+
+
 def _arms(
     loaded: LoadedModel,
     decoder: Decoder,
@@ -178,7 +191,7 @@ def _arms(
     from conflayers_cli.arms import EngineArm, SkipOnlyArm, TransformersArm
 
     if drafter is None:
-        note("note: the profile leaves nothing out, so both arms decode vanilla")
+        note("note: nothing is left out while drafting, so both arms decode vanilla")
     ends = loaded.end_tokens
     arms: list[Arm] = [
         EngineArm("vanilla", decoder, None, sampling, ends),

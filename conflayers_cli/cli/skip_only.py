@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,8 +81,21 @@ def check_flags(
         )
     if target_speedup is not None and profile is not None:
         raise InputError("--target-speedup and --profile: both say which layers; give one")
+    check_target_speedup(target_speedup)
     if batch_size is not None and data is None:
         raise InputError("--batch-size goes with --data, a file of prompts")
+
+
+def check_target_speedup(target_speedup: float | None) -> None:
+    """Refuse a target that is none, before a model is loaded for it.
+
+    Raises:
+        InputError: it is under 1 or no finite number.
+    """
+    if target_speedup is not None and not 1 <= target_speedup < math.inf:
+        raise InputError(
+            f"--target-speedup {target_speedup:g}: allowed is a finite number from 1 on"
+        )
 
 
 def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile | None) -> SkipPlan:
@@ -92,11 +106,9 @@ def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile |
     """
     from conflayers_cli.engine.plan import SkipPlan
 
+    check_target_speedup(target_speedup)
     if target_speedup is not None:
-        try:
-            return SkipPlan.unified(decoder.depth, target_speedup)
-        except ValueError as error:
-            raise InputError(f"--target-speedup {target_speedup:g}: {error}") from error
+        return SkipPlan.unified(decoder.depth, target_speedup)
     if profile is None or not profile.plan:
         raise InputError("--skip-only: the profile leaves nothing out; give --target-speedup S")
     return profile.plan
@@ -106,6 +118,8 @@ def warning(plan: SkipPlan, depth: int) -> str:
     """What the user must know before reading the text."""
     from conflayers_cli.cli.calibrate_display import skipped
 
+    if not plan:  # a target so near 1 that all layers are kept
+        return f"note: the target is met by all {depth} layers, so --skip-only leaves nothing out"
     return (
         f"warning: --skip-only leaves out {skipped(plan, depth)} for good: "
         "this text is not the model's own"

@@ -125,9 +125,11 @@ class Batch:
             self.step()
 
     def step(self) -> None:
-        """One more token for every row that goes on."""
+        """One more token for every row that goes on; nothing where all have ended."""
         begin = clock(self._decoder.device)
         going_on = [row for row in self._rows if row.finish is None]
+        if not going_on:
+            return
         first = not going_on[0].output
         if first:
             self._prefill()

@@ -71,6 +71,22 @@ class _InPlace(_PassThrough):
         return super().forward(self.run(self.index, hidden_states, call))
 
 
+class _Once(nn.Module):
+    """Stands where a sub-layer is: given the same hidden states as last time, it answers the same
+    without computing it anew."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = (original,)  # in a tuple, so that it is not registered as a child
+        self._last: tuple[torch.Tensor, Any] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        if self._last is None or not torch.equal(self._last[0], given):
+            self._last = given, self._original[0](*args, **kwargs)
+        return self._last[1]
+
+
 class _Zero(nn.Module):
     """Stands where a sub-layer is left out: adds nothing to the residual stream."""
 
@@ -191,16 +207,33 @@ class LayerStack:
         Raises:
             InputError: the model keeps no such sub-layer as a module of its own.
         """
+        table, key, module = self._place(kind, i)
+        weight = next(module.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        like = torch.empty(0, dtype=dtype, device=weight.device)
+        return _Swap(table, key, _Zero(self._arity.get(module, 0), like), module)
+
+    def _place(self, kind: SubLayer, i: int) -> tuple[MutableMapping[str, Any], str, nn.Module]:
+        """(table of modules, key in it, module) of one sub-layer; raises as `stub_swap`."""
         module = self.sub_layer(kind, i)
         name = self.attention_name if kind == "attention" else self.mlp_name
         if module is None or name is None:
             raise InputError(f"this model's layers have no {kind} module that could be left out")
         parent_name, _, key = name.rpartition(".")
-        parent = self.layers[i].get_submodule(parent_name)
-        weight = next(module.parameters())
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        like = torch.empty(0, dtype=dtype, device=weight.device)
-        return _Swap(parent._modules, key, _Zero(self._arity.get(module, 0), like), module)
+        return self.layers[i].get_submodule(parent_name)._modules, key, module
+
+    @contextmanager
+    def attending_once(self, layer: int) -> Iterator[None]:
+        """Within: a layer called again with the same hidden states reuses its attention's output.
+
+        For a layer with and without its MLP; not to be combined with leaving out its attention.
+        """
+        if self.attention_name is None:
+            yield
+            return
+        table, key, module = self._place("attention", layer)
+        with _swapped((_Swap(table, key, _Once(module), module),)):
+            yield
 
     @contextmanager
     def in_place(self, run: InPlace) -> Iterator[None]:

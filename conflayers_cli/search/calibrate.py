@@ -300,7 +300,7 @@ def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
     if expected is None and plan:
         return True, f"skipping {len(plan)} sub-layers by rule; not measured"
     if expected is None:
-        return False, "no plan pays: there was no text to judge one by"
+        return False, f"no plan pays: {candidate.result.stopped_because}"
     return False, (
         "no plan pays: whatever is left out costs more in refused drafts than it saves "
         f"(the best one found is predicted at {expected.speedup:.2f}× vanilla)"

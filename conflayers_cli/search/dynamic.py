@@ -14,7 +14,7 @@ the first token of a real draft does, so the states are exactly those of a draft
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +73,9 @@ class Path:
 
 @dataclass(frozen=True)
 class _Way:
-    """A way to pass a layer: what is left out, and the units that saves."""
+    """A way to pass a layer: its number, what is left out, and the units that saves."""
 
+    number: int
     attention: bool
     mlp: bool
     saved: int
@@ -160,8 +161,9 @@ class Programme:
         inner = 0 < i < self._decoder.depth - 1
         full = layer(hidden)
         arrivals = _Arrivals(self._states, full, self._most_distance)
-        for way, saved, states in self._arriving(i, layer, self._ways if inner else self._ways[:1]):
-            arrivals.add(way, saved, states)
+        ways = [way for way in self._ways if inner or not way.saved]
+        for start in range(0, len(self._alive), self._window.states_at_once):
+            self._pass_chunk(i, start, layer, ways, arrivals)
         passed = len(self._alive)
         self._states = arrivals.states
         self._taken[i], self.similarity[i] = arrivals.taken.cpu(), 1 - arrivals.distance.cpu()
@@ -171,24 +173,25 @@ class Programme:
             self._keep_pace(i, (time.perf_counter() - begin) / passed)
         return full
 
-    def _arriving(
-        self, i: int, layer: LayerCall, ways: Sequence[_Way]
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(number of the way, units saved ``[c]``, states ``[c, T, d]``), chunk by chunk."""
-        device, at_once = self._states.device, self._window.states_at_once
-        for number, way in enumerate(ways):
-            if way.saved % self._grid:
-                continue
-            # The full model's own state has passed the layer already.
-            first = 1 if number == 0 else 0
-            going = [j for j in self._alive if first <= j <= self._most_saved - way.saved]
-            for start in range(0, len(going), at_once):
-                chunk = torch.tensor(going[start : start + at_once], device=device)
-                states = self._states[chunk]
-                if not (way.attention and way.mlp):
-                    with self._decoder.stack.without(way.plan(i)):
-                        states = layer(states)
-                yield number, chunk + way.saved, states
+    def _pass_chunk(
+        self, i: int, start: int, layer: LayerCall, ways: Sequence[_Way], arrivals: _Arrivals
+    ) -> None:
+        """As many states as fit at once, from the alive one at ``start`` on, pass layer i in all
+        ways."""
+        stack = self._decoder.stack
+        alive = self._alive[start : start + self._window.states_at_once]
+        saved = torch.tensor(alive, device=self._states.device)
+        states = self._states[saved]
+        ways = [way for way in ways if way.saved % self._grid == 0]
+        for way in ways:
+            if way.attention:
+                with stack.without(way.plan(i)):
+                    arrivals.add(way, saved, states if way.mlp else layer(states))
+        with stack.attending_once(i):
+            for way in ways:
+                if not way.attention:
+                    with stack.without(way.plan(i)):
+                        arrivals.add(way, saved, layer(states))
 
     def _keep_pace(self, i: int, pace: float) -> None:
         """Give up the finer budgets where the layers behind i would take too long at this pace,
@@ -234,8 +237,13 @@ class _Arrivals:
         self._direction = torch.nn.functional.normalize(full.float(), dim=-1)
         self._most_distance = most_distance
 
-    def add(self, way: int, saved: torch.Tensor, states: torch.Tensor) -> None:
-        """States ``[c, T, d]`` arrive by a way, with different units saved, ``[c]``."""
+    def add(self, way: _Way, saved: torch.Tensor, states: torch.Tensor) -> None:
+        """States ``[c, T, d]`` arrive by a way; before it they had saved ``[c]`` units, no two the
+        same. Those that save more than there are states for don't arrive.
+        """
+        saved = saved + way.saved
+        room = saved < len(self.states)
+        saved, states = saved[room], states[room]
         direction = torch.nn.functional.normalize(states.float(), dim=-1)
         # 1 − cos in the one form that does not cancel: near-identity layers differ by 1e-7 in it.
         distance = (direction - self._direction).square().sum(dim=-1).mean(dim=-1) / 2
@@ -243,14 +251,12 @@ class _Arrivals:
         winners = saved[better]
         self.states[winners] = states[better]
         self.distance[winners] = distance[better]
-        self.taken[winners] = way
+        self.taken[winners] = way.number
 
 
 def _ways(weights: Weights) -> tuple[_Way, ...]:
     """All ways to pass a layer, in full first."""
-    ways = [_Way(False, False, 0), _Way(True, True, weights.layer)]
-    if weights.attention is not None:
-        ways.append(_Way(True, False, weights.attention))
-    if weights.mlp is not None:
-        ways.append(_Way(False, True, weights.mlp))
+    ways = [_Way(0, False, False, 0), _Way(1, True, True, weights.layer)]
+    if weights.attention is not None and weights.mlp is not None:
+        ways += [_Way(2, True, False, weights.attention), _Way(3, False, True, weights.mlp)]
     return tuple(ways)

@@ -107,6 +107,42 @@ def test_an_empty_plan_is_measured_all_the_same(
     assert (speculative["drafted"], speculative["acceptance_rate"]) == (0, None)
 
 
+def test_without_a_profile_the_target_says_what_drafts(
+    run: Run, model: Path, prompts: Path
+) -> None:
+    arguments = ("-m", model, "--data", prompts, *FAST, "--target-speedup", "1.7")
+    document = run("bench", *arguments, "--json").document
+    plan = {"attention": [1, 3], "mlp": [1, 3]}  # of five layers 0, 2 and 4 are kept
+    settings = document["settings"]
+    assert (settings["target_speedup"], settings["profile"]) == (1.7, None)
+    assert (settings["skip_only"], settings["skip"]) == (plan, plan)
+    assert (settings["draft"]["max_tokens"], settings["draft"]["stop_probability"]) == (25, 0.8)
+    assert document["arms"]["speculative"]["drafted"] > 0
+
+
+def test_with_a_profile_the_target_is_the_lossy_arms_alone(
+    run: Run, profile: Path, prompts: Path
+) -> None:
+    arguments = ("-p", profile, "--data", prompts, *FAST, "--target-speedup", "1.7")
+    settings = run("bench", *arguments, "--json").document["settings"]
+    assert settings["skip_only"] == {"attention": [1, 3], "mlp": [1, 3]}
+    assert settings["skip"] == {"attention": [2], "mlp": [2]}
+    assert settings["draft"]["max_tokens"] == 4
+
+
+@pytest.mark.parametrize("target", ["0.99", "0", "-2", "nan", "inf"])
+def test_a_target_that_is_none_is_refused_before_a_model_is_loaded(run: Run, target: str) -> None:
+    result = run("bench", "-m", "no-such-model", f"--target-speedup={target}")
+    assert (result.code, result.out) == (2, "")
+    assert f"--target-speedup {target}: allowed is" in result.err
+
+
+def test_side_candidates_need_a_profile(run: Run) -> None:
+    result = run("bench", "-m", "no-such-model", "--target-speedup", "2", "--tree")
+    assert result.code == 2
+    assert "--tree" in result.err
+
+
 def test_the_prompts_of_the_package_are_the_default(run: Run, profile: Path) -> None:
     document = run("bench", "-p", profile, *FAST, "--runs", 1, "--max-prompts", 2, "--json")
     assert document.document["settings"]["data"] is None

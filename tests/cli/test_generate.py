@@ -85,6 +85,22 @@ class TestOnePrompt:
         assert cut["text"] == whole["text"][:2]
         assert cut["finish_reason"] == "stop"
 
+    @pytest.mark.parametrize("target", ["0.99", "0", "-2", "nan", "inf"])
+    def test_a_target_that_is_none_is_refused_before_a_model_is_loaded(
+        self, run: Run, target: str
+    ) -> None:
+        lossy = ("--skip-only", f"--target-speedup={target}")
+        result = run("generate", "Hello", "-m", "no-such-model", *lossy)
+        assert (result.code, result.out) == (2, "")
+        assert f"--target-speedup {target}: allowed is" in result.err
+
+    def test_a_target_that_all_layers_meet_is_the_whole_model(self, run: Run, model: Path) -> None:
+        own = run("generate", "Hello", "-m", model, *FAST)
+        lossy = run("generate", "Hello", "-m", model, *FAST, "--skip-only", "--target-speedup", "1")
+        assert lossy.out == own.out
+        assert "leaves nothing out" in lossy.err
+        assert "not the model's own" not in lossy.err
+
     def test_the_seed_decides_what_is_drawn(self, run: Run, profile: Path) -> None:
         drawing = ("-t", "1.5", "--top-k", "50", "--top-p", "0.99", "--min-p", "0.001")
         texts = [
@@ -281,6 +297,19 @@ class TestFile:
         result = run(*arguments, *other, "--resume")
         assert result.code == 2
         assert "out.jsonl:1" in result.err and "other settings" in result.err
+
+
+def test_a_stop_text_ends_its_own_row_of_a_lossy_batch(
+    run: Run, model: Path, prompts: Path
+) -> None:
+    lossy = ("--skip-only", "--target-speedup", "1.7", "--batch-size", 3)
+    arguments = ("generate", "-m", model, "--data", prompts, *FAST[:-1], 20, *lossy)
+    whole = [line["text"] for line in run(*arguments).lines]
+    letters = [c for text in whole for c in text if c.isascii()]
+    stop = next(c for c in letters if any(c not in text for text in whole))
+    cut = run(*arguments, "--stop", stop).lines
+    assert [line["text"] for line in cut] == [text.split(stop)[0] for text in whole]
+    assert {line["finish_reason"] for line in cut} == {"length", "stop"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decode import Generation
-from conflayers_cli.engine.decoder import FULL
+from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.errors import InputError
@@ -59,6 +59,24 @@ def test_with_nothing_left_out_it_is_vanilla(family: str) -> None:
         assert row == alone.output
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_tokens_are_chosen_by_the_settings_of_their_row(temperature: float) -> None:
+    samplings = [
+        Sampling(temperature=temperature, repetition_penalty=1.0, seed=1),
+        Sampling(temperature=temperature, repetition_penalty=1.8, seed=2),
+        Sampling(temperature=temperature, repetition_penalty=1.8, top_k=5, seed=3),
+    ]
+    requests = [BatchRequest(tiny.prompt(40), 30, sampling) for sampling in samplings]
+    together = outputs("llama", requests, FULL)
+    for row, each in zip(together, requests, strict=True):
+        alone = Generation(
+            tiny.decoder("llama"), each.prompt, max_new_tokens=30, sampling=each.sampling
+        )
+        list(alone)
+        assert row == alone.output
+    assert together[0] != together[1]
+
+
 def test_the_prompt_is_read_by_the_whole_model_and_the_rest_by_what_is_left() -> None:
     decoder, plan, text = tiny.decoder("llama"), SkipPlan.of_layers([1, 3]), tiny.prompt(9)
     cache = decoder.new_cache(40)
@@ -70,6 +88,31 @@ def test_the_prompt_is_read_by_the_whole_model_and_the_rest_by_what_is_left() ->
         expected.append(int(logits.argmax()))
     assert outputs("llama", [BatchRequest(text, 15, GREEDY)], plan) == [expected]
     assert outputs("llama", [BatchRequest(text, 15, GREEDY)], FULL) != [expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_in_bfloat16_too_a_row_is_what_it_is_alone(temperature: float) -> None:
+    decoder = Decoder(tiny.build(tiny.CONFIGS["llama"](), dtype=torch.bfloat16))
+    plan = SkipPlan.of([1], [1, 3])
+    requests = [
+        request(length, 20, Sampling(temperature=temperature, seed=i), i)
+        for i, length in enumerate((1, 30, 12, 7, 19))
+    ]
+    together = Batch(decoder, requests, plan=plan)
+    together.run()
+    for row, each in zip(together.outputs, requests, strict=True):
+        alone = Batch(decoder, [each], plan=plan)
+        alone.run()
+        assert alone.outputs == [row]
+
+
+def test_where_all_rows_have_ended_there_is_no_further_step() -> None:
+    batch = Batch(tiny.decoder("llama"), [request(5, 3), request(2, 1)])
+    batch.run()
+    assert (batch.finishes, batch.steps) == (["length", "length"], 2)
+    outputs = batch.outputs
+    batch.step()
+    assert (batch.outputs, batch.steps) == (outputs, 2)
 
 
 def test_every_row_ends_for_itself() -> None:
@@ -87,8 +130,6 @@ def test_every_row_ends_for_itself() -> None:
 
 def test_prompts_longer_than_a_chunk() -> None:
     import transformers as hf
-
-    from conflayers_cli.engine.decoder import Decoder
 
     config = hf.LlamaConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 2048})
     decoder = Decoder(tiny.build(config))

@@ -18,8 +18,9 @@ from conflayers_cli.engine.attention import attention_forward
 from conflayers_cli.engine.cache import extent_for
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import SkipDrafter
+from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.tree import GREEDY_SHAPE
 from tests import tiny
 
 VOCABULARY = 500
@@ -62,6 +63,49 @@ def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, 
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
     assert speculative.output == vanilla.output
+
+
+@pytest.mark.parametrize("shape", ["grouped", "ungrouped"])
+# Among these are texts that part where the token behind a leaf is taken from the leaf's own pass.
+@pytest.mark.parametrize("seed", [0, 95, 103])
+def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
+    """A leaf's key lies elsewhere than vanilla's when the token behind it is first guessed."""
+    prompt = tiny.prompt(3 + seed % 40, seed, VOCABULARY)
+    vanilla = Generation(decoder(shape), prompt, max_new_tokens=96)
+    drafter = SkipDrafter(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
+    speculative = Generation(decoder(shape), prompt, max_new_tokens=96, drafter=drafter)
+    tiny.steps_of(vanilla)
+    steps = tiny.steps_of(speculative)
+    assert speculative.output == vanilla.output
+    assert all(step.accepted <= step.drafted for step in steps)
+    assert sum(step.leaves for step in steps) > 100
+
+
+def test_what_follows_a_leaf_is_verified_in_the_next_step() -> None:
+    """It opens the next draft, the drafter goes on behind it, and the budget stays exact."""
+    vanilla = Generation(decoder(), [7, 8, 9], max_new_tokens=30)
+    tiny.steps_of(vanilla)
+    text, asked = vanilla.output, []
+
+    class OnlyLeaves:
+        name = "leaves"
+
+        def draft(self, context: Context, limit: int) -> Draft:
+            at = len(context.tokens) - 3
+            asked.append((at, limit))
+            right = text[at]
+            return Draft(((right + 1) % VOCABULARY,), leaves=((right,),))
+
+    # The leaf itself; then what follows it, and the next leaf, as far as there is room.
+    lengths = {3: [1, 1], 4: [1, 2], 5: [1, 2, 1], 6: [1, 2, 2], 30: [1, 2, 2]}
+    for count, expected in lengths.items():
+        asked.clear()
+        one = Generation(decoder(), [7, 8, 9], max_new_tokens=count, drafter=OnlyLeaves())
+        steps = tiny.steps_of(one)
+        assert one.output == text[:count]
+        assert [len(step.tokens) for step in steps[1:4]] == expected
+        assert all(step.accepted <= step.drafted for step in steps)
+        assert all(at + limit == count - 1 for at, limit in asked)
 
 
 @pytest.mark.parametrize("shape", ["grouped", "ungrouped"])

@@ -389,7 +389,8 @@ def test_leaves_gain_tokens() -> None:
     decoder = tiny.decoder("llama")
     steps: dict[bool, int] = {}
     for tree in (False, True):
-        drafter = SkipDrafter(decoder, PLAN, 4, 0.0, GREEDY_SHAPE if tree else None)
+        plan = SkipPlan.of_layers([1, 3])
+        drafter = SkipDrafter(decoder, plan, 4, 0.0, GREEDY_SHAPE if tree else None)
         taken = tiny.steps_of(Generation(decoder, TEXT, max_new_tokens=60, drafter=drafter))
         assert any(step.leaves for step in taken) == tree
         steps[tree] = len(taken)
@@ -442,9 +443,10 @@ def test_an_accepted_leaf_brings_the_token_behind_it(size: int, miss: int, place
     text, drafter = missing(size, miss, place=place)
     generation, steps = steps_with(drafter)
     assert generation.output == text
-    for step in steps[1:-1]:
-        assert (step.drafted, step.leaves, step.accepted) == (size, 3, miss + 1)
-        assert len(step.tokens) == miss + 2
+    whole = [step for step in steps if step.drafted == size]  # the last ones find less room
+    assert len(whole) > 3
+    for step in whole:
+        assert (step.leaves, step.accepted, len(step.tokens)) == (3, miss + 1, miss + 2)
 
 
 @pytest.mark.parametrize("count", range(2, 12))
@@ -470,7 +472,12 @@ def test_an_end_token_cuts_what_follows(at: int) -> None:
 def test_watch_sees_every_token_once() -> None:
     text, drafter = missing(4, 2)
     seen: list[int] = []
-    generation, _ = steps_with(drafter, watch=lambda token: bool(seen.append(token)))
+
+    def watch(token: int) -> bool:
+        seen.append(token)
+        return False
+
+    generation, _ = steps_with(drafter, watch=watch)
     assert seen == generation.output == text
 
 

@@ -246,3 +246,39 @@ def test_there_is_nothing_where_the_deadline_is_over() -> None:
         deadline=time.perf_counter(),
     )
     assert programme.run() == ()
+
+
+def test_attention_is_computed_once_for_a_layer_with_and_without_its_mlp() -> None:
+    real = drafts("llama")
+    calls = [0] * tiny.DEPTH
+
+    def count(module: Any, args: object, kwargs: object) -> None:
+        calls[module.layer_idx] += 1
+
+    attention = [layer.get_submodule("self_attn") for layer in real.decoder.stack.layers]
+    handles = [each.register_forward_pre_hook(count, with_kwargs=True) for each in attention]
+    fill(real, Weights.of(1, 1))
+    for handle in handles:
+        handle.remove()
+    assert calls == [2] * tiny.DEPTH, "the full model, and all states at once"
+
+
+@pytest.mark.parametrize("kind", ["self_attn", "mlp"])
+def test_the_model_is_itself_again_after_an_interrupt(kind: str) -> None:
+    real = drafts("llama")
+    layer = real.decoder.stack.layers[2]
+    before = dict(layer._modules)
+    calls = 0
+
+    def interrupt(module: object, args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    handle = layer.get_submodule(kind).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fill(real, Weights.of(1, 1))
+    handle.remove()
+    assert dict(layer._modules) == before
+    assert tuple(real.decoder.model.model.layers) == real.decoder.stack.layers

@@ -193,8 +193,21 @@ def test_contexts_that_the_model_does_not_take_are_left_out(
 
 def test_clasp_looks_at_one_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
     task = roomy(planted.task(costs=GROWING))
+    monkeypatch.setattr(Costs, "at", lambda *args: pytest.fail("a longer context is looked at"))
     options = {"whole_layers": True, "unit_weights": True, "context_lengths": (1006,)}
     assert look(monkeypatch, task, **options) == ([], [Weights.whole()])
+
+
+def test_plans_known_from_other_contexts_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a longer context's own programme was cut short, or found something slower."""
+    task = roomy(planted.task(costs=GROWING))
+    slower = Path(SkipPlan.of_layers((5,)), 7, 0.5, 0.0)
+    for own in ((), (FULL, slower)):
+        paths = {Weights.of(1, 1): (FULL, SHORT), Weights.of(5, 2): own}
+        monkeypatch.setattr(module, "Programme", Made(paths))
+        result = Knapsack(context_lengths=(1006,)).search(task)
+        assert result.plan == SHORT.plan
+        assert result.ranges == ()
 
 
 def test_default_contexts_are_four_and_sixteen_times_the_measured_one(

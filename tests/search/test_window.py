@@ -143,3 +143,18 @@ def test_the_model_is_itself_again_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         window.forward(fail)
     assert decoder.forward(ids, positions, decoder.new_cache(8)).equal(before)
+
+
+def test_attention_is_reused_for_the_same_hidden_states_only() -> None:
+    decoder = tiny.decoder("llama")
+    window = Window(decoder, samples("llama"), 4)
+
+    def run(i: int, hidden: torch.Tensor, layer: LayerCall) -> torch.Tensor:
+        others = [hidden, hidden.flip(1), hidden.flip(1), hidden]
+        expected = [layer(each) for each in others]
+        with decoder.stack.attending_once(i):
+            for each, known in zip(others, expected, strict=True):
+                assert layer(each).equal(known)
+        return expected[0]
+
+    window.forward(run)

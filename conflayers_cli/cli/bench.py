@@ -129,7 +129,10 @@ def bench(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     if profile is None and (target_speedup is None or model is None):
-        raise InputError("give --profile FILE, or --model MODEL with --target-speedup S")
+        raise InputError(
+            "give --profile FILE, or --model MODEL with --target-speedup S; "
+            "see 'conflayers bench --help'"
+        )
     if profile is None and tree:
         raise InputError("--tree is about a profile's drafts: it goes with --profile FILE")
     check_target_speedup(target_speedup)

@@ -9,6 +9,15 @@ moves where a leaf is accepted.
 How many leaves stand beside a token is decided by the draft's sorted probabilities and the chain
 alone, before it is known which tokens the leaves will be: only then does testing them in turn leave
 the target's distribution untouched.
+
+In half precision one thing is not vanilla's to the bit: a leaf sees its own key in another slot, so
+its attention sums in another order, and the token behind it may be rounded differently. Taken as it
+is, that token and the leaf's moved key changed 3 of 240 greedy bfloat16 texts of tiny models (96
+tokens each, 6,569 leaves accepted) and 1 of 12 of SmolLM2, deepened (80 tokens each, 27 leaves).
+Greedy decoding in half precision therefore keeps only the leaf, which *is* the model's choice to
+the bit; the token behind it opens the next draft, for no draft pass, and is verified there with
+everything in its place (counted among that step's drafts). With that none of these texts changed.
+Elsewhere the leaf and the token behind it are kept at once.
 """
 
 from __future__ import annotations

@@ -184,9 +184,11 @@ class Programme:
         states = self._states[saved]
         ways = [way for way in ways if way.saved % self._grid == 0]
         for way in ways:
-            if way.attention:
+            if way.attention and way.mlp:
+                arrivals.add(way, saved, states)
+            elif way.attention:
                 with stack.without(way.plan(i)):
-                    arrivals.add(way, saved, states if way.mlp else layer(states))
+                    arrivals.add(way, saved, layer(states))
         with stack.attending_once(i):
             for way in ways:
                 if not way.attention:

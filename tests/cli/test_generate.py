@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -310,6 +311,23 @@ def test_a_stop_text_ends_its_own_row_of_a_lossy_batch(
     cut = run(*arguments, "--stop", stop).lines
     assert [line["text"] for line in cut] == [text.split(stop)[0] for text in whole]
     assert {line["finish_reason"] for line in cut} == {"length", "stop"}
+
+
+def test_a_lossy_batch_gives_whole_texts_and_shares_out_its_seconds(
+    run: Run, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("conflayers_cli.engine.batch.clock", lambda device: float(next(ticks)))
+    lossy = ("--skip-only", "--target-speedup", "1.7")
+    arguments = ("generate", "-m", model, "--data", prompts, *FAST[:-1], 20, *lossy)
+    alone, together = run(*arguments).lines, run(*arguments, "--batch-size", 3).lines
+    assert [line["text"] for line in together] == [line["text"] for line in alone]
+    # by this clock a pass takes a second: one for the prompts, one for each further token
+    seconds = [
+        [(line["stats"]["prefill_seconds"], line["stats"]["decode_seconds"]) for line in lines]
+        for lines in (alone, together)
+    ]
+    assert seconds == [[(1.0, 19.0)] * 3, [(0.333333, 6.333333)] * 3]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class BenchContext:
 def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
     """A bench as one JSON document."""
     identical = result.identical or {}
-    others = [name for name in result.arms if name not in ("vanilla", "speculative")]
+    others = [name for name in result.arms if name not in ("vanilla", "speculative", SKIP_ONLY)]
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": context.model,

@@ -46,6 +46,12 @@ class Machine:
     skipped: SkipPlan | None = None
     batch_size: int = 1
 
+    @property
+    def kept_layers(self) -> list[int]:
+        """Layers of which something is left where others are left out for good."""
+        gone = set(self.skipped.layers) if self.skipped else set()
+        return [layer for layer in range(self.decoder.depth) if layer not in gone]
+
     def answer(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -89,8 +95,9 @@ class Machine:
         """An answer as JSON takes it; one that is not the model's own says so."""
         document = answer.as_json()
         if self.skipped is not None:
-            document["lossless"] = False
+            document["lossless"] = not self.skipped
             document["skipped"] = {"attention": self.skipped.attention, "mlp": self.skipped.mlp}
+            document["kept_layers"] = self.kept_layers
         return document
 
 
@@ -215,15 +222,14 @@ def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: i
     which = "" if prompts == 1 else f" for {prompts} prompts"
     reading = prompt_tokens / stats.prefill_seconds if stats.prefill_seconds > 0 else 0.0
     note(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
+    each = " each, of what they took together" if machine.batch_size > 1 else ""
     note(
-        f"first token after {stats.prefill_seconds / prompts:.3f} s "
+        f"first token after {stats.prefill_seconds / prompts:.3f} s{each} "
         f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
     )
-    if machine.skipped is not None:
-        from conflayers_cli.cli.calibrate_display import skipped
-
-        left_out = skipped(machine.skipped, machine.decoder.depth)
-        note(f"lossy: decoded without {left_out}, {machine.batch_size} prompts at a time")
+    if machine.skipped:
+        kept = " ".join(map(str, machine.kept_layers))
+        note(f"lossy: decoded with layers {kept} of {machine.decoder.depth} alone")
     elif stats.acceptance_rate is None:
         note("nothing drafted: one token per step")
     else:

@@ -62,7 +62,7 @@ class _Work:
     name: str
     strategies: list[Strategy]
     budget: float
-    tree: bool | None
+    tree: bool
     refine: int
     seed: int
 
@@ -73,13 +73,10 @@ class _Work:
 
     @property
     def shape(self) -> TreeShape | None:
-        """The side candidates to be considered: the papers', where they are exact or asked for."""
-        import torch
-
+        """The side candidates to be considered, the papers'; None: not wanted."""
         from conflayers_cli.engine.tree import GREEDY_SHAPE
 
-        wanted = self.loaded.dtype == torch.float32 if self.tree is None else self.tree
-        return GREEDY_SHAPE if wanted else None
+        return GREEDY_SHAPE if self.tree else None
 
 
 def calibrate(
@@ -96,7 +93,7 @@ def calibrate(
     context_window: search_options.ContextWindow = None,
     refine: search_options.Refine = None,
     refine_limit: search_options.RefineLimit = 500,
-    tree: search_options.Tree = None,
+    tree: search_options.Tree = True,
     max_prompts: options.MaxPrompts = None,
     max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,

@@ -112,13 +112,11 @@ Refine = Annotated[
     ),
 ]
 Tree = Annotated[
-    bool | None,
+    bool,
     typer.Option(
         "--tree/--no-tree",
-        help="Look whether side candidates beside the draft pay. By default only in float32: in "
-        "half precision the token behind one may be rounded otherwise than in plain decoding.",
+        help="Look whether side candidates beside the draft pay, when the set is refined.",
         rich_help_panel=_SEARCH,
-        show_default=False,
     ),
 ]
 RefineLimit = Annotated[

@@ -158,7 +158,7 @@ def drafter_for(
     from conflayers_cli.engine.ranges import RangedDrafter
 
     shapes = [_tree_shape(draft, tree, greedy) for _, _, draft in sections]
-    costs = _costs_of_wider_passes(loaded, decoder) if any(shapes) else None
+    costs = _costs_of_wider_passes(decoder) if any(shapes) else None
     drafters: list[tuple[int, Drafter | None]] = []
     for (begin, plan, draft), shape in zip(sections, shapes, strict=True):
         drafter = SkipDrafter(decoder, plan, draft.max_tokens, draft.stop_probability)
@@ -184,18 +184,10 @@ def _tree_shape(draft: DraftSettings, tree: bool | None, greedy: bool) -> TreeSh
     return GREEDY_SHAPE if greedy else SAMPLING_SHAPE
 
 
-def _costs_of_wider_passes(loaded: LoadedModel, decoder: Decoder) -> Costs:
+def _costs_of_wider_passes(decoder: Decoder) -> Costs:
     """What passes cost here, so that only side candidates that earn theirs are verified."""
-    import torch
-
     from conflayers_cli.engine.costs import measure_costs
 
-    if loaded.dtype != torch.float32:
-        note(
-            f"note: in {str(loaded.dtype).removeprefix('torch.')} a token behind a side candidate "
-            "may be rounded otherwise than in plain decoding, so texts can part at near-ties "
-            "(--no-tree: never)"
-        )
     note("measuring what wider passes cost …")
     return measure_costs(decoder, rounds=3)
 

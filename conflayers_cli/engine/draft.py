@@ -152,6 +152,7 @@ class SkipDrafter:
             self.verify_cost,
             self.draft_seconds,
             room,
+            only_draft=context.sampler.settings.greedy and self.decoder.rows.bitwise,
         )
 
     def _choose(

@@ -85,13 +85,16 @@ def leaf_counts(
     verify_cost: VerifyCost | None = None,
     draft_seconds: float = 0.0,
     room: int | None = None,
+    *,
+    only_draft: bool = False,
 ) -> tuple[int, ...]:
     """How many leaves stand beside each drafted token.
 
     The shape says how many are wanted. With costs, only those stay that earn theirs. A leaf gains
     one token where it is right: its draft probability, times the chance that verification gets
     there, the product of the draft's probabilities of the chain's tokens before. A token is worth
-    the seconds that the chain alone is expected to take for one. Leaves are added by falling gain;
+    the seconds that the chain alone is expected to take for one; where it only opens the next
+    draft, those of drafting it. Leaves are added by falling gain;
     their number is the one at which gain less extra cost is greatest, of all numbers, since
     passes get dearer in leaps.
 
@@ -103,6 +106,7 @@ def leaf_counts(
         verify_cost: seconds of a full pass by width; None: all that are wanted stay.
         draft_seconds: of drafting one token.
         room: the most leaves in all, where there is a bound.
+        only_draft: the token behind a leaf is not kept, but drafted already (half precision).
 
     Returns:
         γ counts; a leaf of probability 0 is never counted.
@@ -119,7 +123,8 @@ def leaf_counts(
     if verify_cost is not None:
         tokens = len(chain) + 1
         alone = verify_cost(tokens)
-        worth = (len(chain) * draft_seconds + alone) / expected
+        token = (len(chain) * draft_seconds + alone) / expected
+        worth = draft_seconds if only_draft else token
         gained = worth * np.cumsum([0.0, *(gain for gain, _ in gains)])
         cost = [verify_cost(tokens + more) - alone for more in range(len(gains) + 1)]
         gains = gains[: int(np.argmax(gained - cost))]
@@ -137,6 +142,8 @@ def leaves_beside(
     verify_cost: VerifyCost | None = None,
     draft_seconds: float = 0.0,
     room: int | None = None,
+    *,
+    only_draft: bool = False,
 ) -> tuple[tuple[int, ...], ...]:
     """The leaves beside a drafted chain: the next-best tokens, or drawn where tokens are sampled.
 
@@ -145,7 +152,7 @@ def leaves_beside(
         rows: the draft's probabilities, float32 ``[γ, V]``; drawn leaves come from them, without
             replacement, after the chain's token.
         sampler: says whether tokens are sampled, and draws them.
-        shape, verify_cost, draft_seconds, room: as in :func:`leaf_counts`.
+        shape, verify_cost, draft_seconds, room, only_draft: as in :func:`leaf_counts`.
 
     Returns:
         For each drafted token its leaves, in the order in which they are to be tried.
@@ -154,7 +161,10 @@ def leaves_beside(
     others = rows.scatter(1, chosen, 0.0)
     best = others.topk(min(shape.most, rows.shape[1]), dim=1)
     own = rows.gather(1, chosen)[:, 0].tolist()
-    counts = leaf_counts(own, best.values.tolist(), shape, verify_cost, draft_seconds, room)
+    counts = leaf_counts(
+        *(own, best.values.tolist(), shape, verify_cost, draft_seconds, room),
+        only_draft=only_draft,
+    )
     if sampler.settings.greedy:
         ranked = best.indices.tolist()
         return tuple(tuple(row[:count]) for row, count in zip(ranked, counts, strict=True))

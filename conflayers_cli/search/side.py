@@ -40,7 +40,13 @@ def with_tree(objective: Objective, score: Score, shape: TreeShape) -> Score | N
     sides = objective.side_traces(score.plan, shape.most)
     draft = objective.costs.draft_cost(score.plan, objective.decoder.depth)
     setting = replace(score.setting, tree=shape)
-    played = replay_tree(list(zip(traces, sides, strict=True)), setting, draft, objective.costs)
+    played = replay_tree(
+        list(zip(traces, sides, strict=True)),
+        setting,
+        draft,
+        objective.costs,
+        only_draft=objective.decoder.rows.bitwise,
+    )
     speedup = played.tokens * objective.costs.verify_cost(1) / played.seconds
     if speedup <= score.speedup * (1 + SAME):
         return None
@@ -48,7 +54,12 @@ def with_tree(objective: Objective, score: Score, shape: TreeShape) -> Score | N
 
 
 def replay_tree(
-    traces: Sequence[tuple[Trace, SideTrace]], setting: Setting, draft_cost: float, costs: Costs
+    traces: Sequence[tuple[Trace, SideTrace]],
+    setting: Setting,
+    draft_cost: float,
+    costs: Costs,
+    *,
+    only_draft: bool = False,
 ) -> Replay:
     """Greedy decoding of the traced texts with leaves beside the chain, on paper.
 
@@ -57,6 +68,8 @@ def replay_tree(
         setting: with a tree.
         draft_cost: seconds per drafted token.
         costs: of verification.
+        only_draft: the token behind a leaf that stands is not kept, but the next draft begins with
+            it for nothing (half precision, see :mod:`conflayers_cli.engine.tree`).
 
     Raises:
         ValueError: the setting has no tree.
@@ -77,10 +90,14 @@ def replay_tree(
                 setting.tree,
                 costs.verify_cost,
                 draft_cost,
+                only_draft=only_draft,
             )
             kept = min(drafts, int(run[at]))
-            if kept < drafts and side.rank[at + kept] < leaves[kept]:
-                kept += 1  # the refused token's alternative stands
+            if kept < drafts and side.rank[at + kept] < leaves[kept]:  # an alternative stands
+                if only_draft:
+                    seconds -= draft_cost
+                else:
+                    kept += 1
             steps += 1
             drafted += drafts
             accepted += kept

@@ -492,3 +492,15 @@ def test_to_the_last_slot_and_the_last_learned_position(sampling: Sampling) -> N
         assert len(got) == 30
         if sampling.greedy:
             assert got == output(decoder, prompt, 30)
+
+
+def test_a_leaf_that_only_opens_the_next_draft_must_earn_its_cost_by_that() -> None:
+    chain, beside = (0.5, 0.5, 0.5), [(0.4, 0.05)] * 3
+    cheap = leaf_counts(chain, beside, GREEDY_SHAPE, lambda width: 10 + 0.5 * width, 1.0)
+    dear = leaf_counts(
+        chain, beside, GREEDY_SHAPE, lambda width: 10 + 0.5 * width, 1.0, only_draft=True
+    )
+    assert sum(cheap) > 0
+    assert sum(dear) == 0
+    free = leaf_counts(chain, beside, GREEDY_SHAPE, lambda width: 10.0, 1.0, only_draft=True)
+    assert free == (2, 2, 2)

@@ -95,3 +95,14 @@ def test_paper_and_decoding_agree_on_tokens_per_step() -> None:
     real = sum(len(step.tokens) for step in steps) / len(steps)
     # on paper the draft sees its own keys along the whole text, so the two differ a little
     assert played.tokens / played.steps == pytest.approx(real, rel=0.2)
+
+
+def test_where_only_the_next_draft_is_won_a_leaf_saves_its_drafting() -> None:
+    traced = [(trace("11011"), side([2, 2, 1, 2, 2]))]
+    setting = Setting(3, 0.0, TWO)
+    whole = replay_tree(traced, setting, 1.0, FLAT)
+    drafted = replay_tree(traced, setting, 1.0, FLAT, only_draft=True)
+    chain = replay([traced[0][0]], Setting(3, 0.0), 1.0, FLAT)
+    assert (drafted.steps, drafted.accepted) == (chain.steps, chain.accepted)
+    assert drafted.seconds == chain.seconds - 1.0
+    assert whole.drafted == drafted.drafted - 1  # it is one token further

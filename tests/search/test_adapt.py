@@ -17,7 +17,14 @@ from tests import tiny
 
 from . import planted
 
-PROMPTS = [tiny.prompt(9, seed) for seed in range(12)]
+PROMPTS = [tiny.prompt(9, seed) for seed in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter intervals than are good for real models, so that a short stream sees it all."""
+    for name, value in (("INTERVAL", 8), ("VANILLA_STEPS", 4), ("WATCHED", 12), ("PATIENCE", 3)):
+        monkeypatch.setattr(module, name, value)
 
 
 class Clock:
@@ -46,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def stream(drafter: AdaptiveDrafter, rounds: int = 1, tokens: int = 60) -> None:
+def stream(drafter: AdaptiveDrafter, rounds: int = 1, tokens: int = 50) -> None:
     for prompt in PROMPTS * rounds:
         list(Generation(planted.decoder(), prompt, max_new_tokens=tokens, drafter=drafter))
 
@@ -65,7 +72,7 @@ def test_the_text_is_the_models_own(method: Method) -> None:
 
 def test_conflayers_finds_the_planted_layers_and_settles(clock: Clock) -> None:
     drafter = AdaptiveDrafter(planted.decoder(), "conflayers", budget=0.2)
-    stream(drafter, rounds=3)
+    stream(drafter, rounds=2)
     assert drafter.settled
     assert set(planted.PLANTED) & set(drafter.plan.layers)
     assert drafter.best.speed > 1.1 * drafter.vanilla.speed
@@ -76,14 +83,16 @@ def test_conflayers_finds_the_planted_layers_and_settles(clock: Clock) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_search_keeps_to_its_share(clock: Clock, method: Method, budget: float) -> None:
     drafter = AdaptiveDrafter(planted.decoder(), method, budget=budget)
-    worst = 0.0
-    for prompt in PROMPTS * 2:
+    spent, later = 0.0, []
+    for prompt in PROMPTS:
         for _ in Generation(planted.decoder(), prompt, max_new_tokens=50, drafter=drafter):
-            if drafter.search_seconds > 0:
-                worst = max(worst, drafter.search_share)
+            if spent and drafter.search_seconds > spent:
+                later.append(drafter.search_share)
+            spent = drafter.search_seconds
     assert 0 < drafter.search_share <= budget
-    # only the very first piece of search, whose length is not known yet, may overstep
-    assert worst <= 3 * budget
+    # the very first piece of search, whose length nobody knows, may overstep; later ones may by
+    # as much as they are longer than all before, until decoding has caught up
+    assert later and max(later) <= 1.3 * budget
 
 
 def test_decodes_plainly_where_no_plan_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +108,13 @@ def test_decodes_plainly_where_no_plan_pays(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "clock", lambda device: now[0])
     drafter = AdaptiveDrafter(decoder, "conflayers", budget=0.5)
     settled = []
-    for prompt in PROMPTS * 2:
+    for prompt in PROMPTS:
         before = drafter.settled
         steps = list(Generation(decoder, prompt, max_new_tokens=40, drafter=drafter))
         if before and drafter.settled:
             settled.append({step.drafter for step in steps[1:]})
     assert not drafter.plan
-    assert len(settled) > 5
+    assert len(settled) > 2
     assert all(drafters == {"none"} for drafters in settled)
 
 
@@ -118,7 +127,7 @@ def test_starts_from_a_given_plan(clock: Clock) -> None:
 
 def test_looks_again_when_decoding_has_become_slow(clock: Clock) -> None:
     drafter = AdaptiveDrafter(planted.decoder(), "conflayers", budget=0.2)
-    stream(drafter, rounds=3)
+    stream(drafter, rounds=2)
     assert drafter.settled and drafter.plan
     tried, forward = drafter.tried, clock.forward
 
@@ -127,7 +136,7 @@ def test_looks_again_when_decoding_has_become_slow(clock: Clock) -> None:
         return forward(tokens, positions, cache, plan, **more)
 
     planted.decoder().forward = slow  # type: ignore[method-assign]
-    stream(drafter, rounds=3)
+    stream(drafter, rounds=2)
     assert drafter.tried > tried
     assert drafter.best.speed <= 1.05 * drafter.vanilla.speed or not drafter.plan
 

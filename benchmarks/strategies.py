@@ -227,8 +227,15 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     strategies: list[Strategy] = [ConfLayers(patience=8), Knapsack(), Knapsack.clasp(), Greedy()]
     strategies += [Swift(), Unified(1.5), Unified(2.0)]
-    plans = [plan for strategy in strategies for plan in search(strategy, task())]
-    plans.append(search_auto([Unified(1.5), *strategies[:5]], task(), options.budget))
+    wanted = options.strategies
+    plans = [
+        plan
+        for strategy in strategies
+        if not wanted or strategy.name in wanted
+        for plan in search(strategy, task())
+    ]
+    if not wanted or "auto" in wanted:
+        plans.append(search_auto([Unified(1.5), *strategies[:5]], task(), options.budget))
     rows = measure(plans, tokens_of(loaded, figures_half), task())
     for row in rows:
         print(line(row), flush=True)
@@ -264,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Spec-Bench's prompts (JSONL)")
     parser.add_argument("--models", nargs="+", default=["smollm2-deep", "smollm2"])
+    parser.add_argument("--strategies", nargs="+", help="only these; auto is one")
     parser.add_argument("--pairs", type=int, default=1, help="prompts per category and half")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--budget", type=float, default=600.0, help="of auto, in seconds")

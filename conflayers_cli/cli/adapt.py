@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.plan import SkipPlan
     from conflayers_cli.profile import Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.adapt import AdaptiveDrafter
@@ -28,7 +27,8 @@ Adapt = Annotated[
         "--adapt",
         metavar="METHOD",
         help="Find the layers to skip while generating: conflayers or swift. No profile is needed; "
-        "with one, its set is where the search starts. The text stays the model's own.",
+        "with one, its set is where the search starts. The text stays the model's own (sampled, it "
+        "differs from run to run, for tries depend on time).",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -95,19 +95,28 @@ class Learned:
         self._loaded: LoadedModel | None = None
 
     def begin(
-        self, loaded: LoadedModel, decoder: Decoder, start: SkipPlan | None
+        self, loaded: LoadedModel, decoder: Decoder, profile: Profile | None
     ) -> AdaptiveDrafter:
-        """The drafter that searches while it drafts.
+        """The drafter that searches while it drafts, from the profile's plan where there is one.
 
         Raises:
             InputError: SWIFT without scikit-learn, or a model too shallow.
         """
         from conflayers_cli.search.adapt import METHODS, AdaptiveDrafter
+        from conflayers_cli.search.objective import Setting
 
         method = next(name for name in METHODS if name == self._method)
+        start, setting = None, None
+        if profile is not None and profile.plan and profile.draft.max_tokens:
+            start = profile.plan
+            setting = Setting(profile.draft.max_tokens, profile.draft.stop_probability)
         self._loaded = loaded
         self._adapter = AdaptiveDrafter(
-            decoder, method, budget=self._budget, seed=self._seed, start=start
+            *(decoder, method),
+            budget=self._budget,
+            seed=self._seed,
+            start=start,
+            setting=setting,
         )
         return self._adapter
 
@@ -123,7 +132,10 @@ class Learned:
             return
         if tell or self._save:
             note(summary(self._adapter, _depth(self._loaded)))
-        if self._save:
+        if self._save and not (self._adapter.plan or self._adapter.settled):
+            # Too little text to know anything: a profile that is there must not be lost for it.
+            note(f"nothing was learned from so little text: {self._save} is not written")
+        elif self._save:
             _profile_of(
                 self._loaded, self._adapter, prompts, self._method, self._budget, self._seed
             ).save(self._save)

@@ -16,7 +16,7 @@ from conflayers_cli.cli.strategies import (
     check_options,
     make_strategies,
 )
-from conflayers_cli.errors import InputError
+from conflayers_cli.errors import ConfLayersError, InputError
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate_display import Display
@@ -143,7 +143,11 @@ def calibrate(
     )
     done = _run(work)
     profile = _profile_of(work, done, target)
-    _write(profile, done, target)
+    try:
+        _write(profile, done, target)
+    except ConfLayersError:
+        _tell(profile, done, None, as_json)  # what took so long must not be lost with the file
+        raise
     _tell(profile, done, target, as_json)
     if done.interrupted:
         raise KeyboardInterrupt
@@ -270,9 +274,8 @@ def _provenance(work: _Work, done: Calibration) -> dict[str, Any]:
     from conflayers_cli.prompts import fingerprint
 
     check, pays, expected = done.check, bool(done.plan), done.candidate.expected
-    by_name = {strategy.name: strategy for strategy in work.strategies}
     settings = {
-        **_plain_settings(asdict(by_name[done.candidate.strategy])),  # type: ignore[call-overload]
+        **_plain_settings(asdict(done.candidate.method)),  # type: ignore[call-overload]
         "refine_limit": work.refine,
         "max_new_tokens": work.max_new_tokens,
     }
@@ -317,7 +320,7 @@ def _write(profile: Profile, done: Calibration, target: Path) -> None:
     profile.save(target)
 
 
-def _tell(profile: Profile, done: Calibration, target: Path, as_json: bool) -> None:
+def _tell(profile: Profile, done: Calibration, target: Path | None, as_json: bool) -> None:
     from conflayers_cli.cli.calibrate_display import as_document, strategy_table, summary_lines
     from conflayers_cli.cli.terminal import emit, emit_json, emit_rich
 

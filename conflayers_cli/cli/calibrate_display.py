@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,7 +99,7 @@ class Display:
         self._live.update(table, refresh=True)
 
 
-def summary_lines(profile: Profile, done: Calibration, target: Path) -> list[str]:
+def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> list[str]:
     """The answer for people."""
     plan, depth, candidate = profile.plan, profile.model.depth, done.candidate
     expected = candidate.expected
@@ -129,7 +130,8 @@ def summary_lines(profile: Profile, done: Calibration, target: Path) -> list[str
             f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens "
             f"per step; expected {_times(expected.speedup if expected else None)}"
         )
-    lines.append(f"wrote {target}")
+    if target:
+        lines.append(f"wrote {target}")
     return lines
 
 
@@ -144,7 +146,7 @@ def strategy_table(done: Calibration, depth: int) -> Table:
     for candidate, check in done.others:
         table.add_row(
             "→" if candidate is done.candidate else "",
-            candidate.strategy,
+            _label(candidate),
             skipped(candidate.plan, depth),
             _times(candidate.expected.speedup if candidate.expected else None),
             _times(check.speedup if check else None),
@@ -157,11 +159,17 @@ def strategy_table(done: Calibration, depth: int) -> Table:
     return table
 
 
-def as_document(profile: Profile, done: Calibration, target: Path) -> dict[str, Any]:
+def _label(candidate: Candidate) -> str:
+    """A strategy's name, with the target of one that may run with several."""
+    target = getattr(candidate.method, "target_speedup", None)
+    return candidate.strategy if target is None else f"{candidate.strategy} {target:g}"
+
+
+def as_document(profile: Profile, done: Calibration, target: Path | None) -> dict[str, Any]:
     """The answer as one JSON document."""
     return {
         "schema_version": 1,
-        "path": str(target),
+        "path": str(target) if target else None,
         "interrupted": done.interrupted,
         "stopped_because": done.result.stopped_because,
         "conclusion": done.conclusion,
@@ -176,6 +184,7 @@ def as_document(profile: Profile, done: Calibration, target: Path) -> dict[str, 
 def _candidate_json(candidate: Candidate, check: Check | None) -> dict[str, Any]:
     return {
         "strategy": candidate.strategy,
+        "settings": asdict(candidate.method),  # type: ignore[call-overload]
         "attention": candidate.plan.attention,
         "mlp": candidate.plan.mlp,
         "refined": candidate.refined,

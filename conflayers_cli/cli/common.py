@@ -189,7 +189,7 @@ def _costs_of_wider_passes(decoder: Decoder) -> Costs:
     from conflayers_cli.engine.costs import measure_costs
 
     note("measuring what wider passes cost …")
-    return measure_costs(decoder, rounds=3)
+    return measure_costs(decoder, rounds=2, growth=False)
 
 
 def _tell_other_machine(loaded: LoadedModel, profile: Profile) -> None:

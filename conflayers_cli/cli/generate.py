@@ -22,7 +22,7 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.terminal import is_terminal, note
+from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def generate(
             skipped = skip_only.skip_plan(decoder, target_speedup, chosen)
             note(skip_only.warning(skipped, decoder.depth))
         if learned:
-            drafter = learned.begin(loaded, decoder, chosen.plan if chosen else None)
+            drafter = learned.begin(loaded, decoder, chosen)
         machine = Machine(
             *(loaded, decoder, drafter, sampling, tuple(stop or ())), skipped, batch_size or 1
         )
@@ -153,9 +153,13 @@ def generate(
         else:
             machine, encoded = prepare()
             answer_one(machine, encoded[0], stream=stream, as_json=json, stats=stats)
-    finally:
-        if learned:  # an interruption must not cost what was found until then
-            learned.end(prompts, tell=stats)
+    except KeyboardInterrupt:  # it must not cost what was found until then
+        if learned:
+            with suppress_failures():
+                learned.end(prompts, tell=stats)
+        raise
+    if learned:
+        learned.end(prompts, tell=stats)
 
 
 def _check_flags(

@@ -62,8 +62,9 @@ Tree = Annotated[
     bool | None,
     typer.Option(
         "--tree/--no-tree",
-        help="Draft side candidates beside the chain, as far as they earn their cost here; "
-        "by default as the profile says.",
+        help="Draft side candidates beside the chain, as far as they earn their cost, which is "
+        "measured first (sampled text then differs from run to run); by default as the profile "
+        "says.",
         rich_help_panel=_MODEL,
         show_default=False,
     ),

@@ -134,6 +134,15 @@ def progress_bar() -> Iterator[Tell]:
         yield tell
 
 
+@contextmanager
+def suppress_failures() -> Iterator[None]:
+    """Within: a failure is told and no more; something else is on its way to the user already."""
+    try:
+        yield
+    except ConfLayersError as error:
+        note(f"error: {error}")
+
+
 def discard(stream: TextIO | None) -> None:
     """Send what is left in a stream that failed to nowhere.
 

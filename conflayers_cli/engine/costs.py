@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -64,7 +65,9 @@ class Costs:
         return self.floor + attention + (depth - len(plan.mlp)) * self.mlp
 
 
-def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Costs:
+def measure_costs(
+    decoder: Decoder, context: int = 256, rounds: int = 7, *, growth: bool = True
+) -> Costs:
     """Measure a model's passes, all kinds interleaved, each the lower quartile of ``rounds``.
 
     Kinds of sub-layers are told apart by passes that leave out all middle layers, or all middle
@@ -74,15 +77,18 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
 
     Args:
         decoder: the model.
-        context: positions in the cache; where the model takes no longer text, this is all.
+        context: positions in the cache; fewer where the model takes no such text.
         rounds: measurements of each kind.
+        growth: measure attention over a longer context, too; else it is taken not to grow.
     """
+    room = _room(decoder) - max(WIDTHS)
+    context = max(1, min(context, room))
     depth = decoder.depth
     middle = range(1, depth - 1)
     plans = {"full": FULL, "none": SkipPlan.of_layers(middle)}
     if len(decoder.sub_layers) == 2:
         plans["no mlp"] = SkipPlan.of(mlp=middle)
-    long = _long_context(decoder, context)
+    long = LONG * context if growth and LONG * context <= room else context
     cache = decoder.new_cache(long + max(WIDTHS))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(decoder.vocabulary, (1, long), generator=generator)
@@ -103,11 +109,10 @@ def measure_costs(decoder: Decoder, context: int = 256, rounds: int = 7) -> Cost
     return _costs(typical, depth, context, long)
 
 
-def _long_context(decoder: Decoder, context: int) -> int:
-    """A context much longer than the usual one, or that itself where the model has no room."""
-    room = getattr(decoder.config, "max_position_embeddings", None) or decoder.exact_positions
-    wanted = LONG * context
-    return wanted if room is not None and room >= wanted + max(WIDTHS) else context
+def _room(decoder: Decoder) -> int:
+    """Positions that the model takes."""
+    bounds = (getattr(decoder.config, "max_position_embeddings", None), decoder.exact_positions)
+    return min((int(bound) for bound in bounds if bound is not None), default=sys.maxsize)
 
 
 def _costs(

@@ -44,7 +44,7 @@ PATIENCE = 5
 IN_VAIN = 6
 """Local changes in a row that may bring nothing."""
 SETTINGS = (PAPER, Setting(4, 0.3), Setting(8, 0.3), Setting(8, 0.5))
-"""Ways of drafting tried with the plan found."""
+"""Ways of drafting tried with the plan found, besides that of the plan started from."""
 GAIN = 1.02
 """A predicted or measured speed must be better by this factor to count."""
 SLOWED = 0.8
@@ -53,6 +53,8 @@ WATCHED = 40
 """Steps between two looks at the settled speed."""
 PLAIN = 10
 """Such looks before a search that found nothing is repeated the first time."""
+COMPARED = 6
+"""Such looks before the settled speed is compared with that of plain decoding again."""
 HEADROOM = 0.9
 """Share of the budget that is used: a piece of search may take longer than those before it."""
 
@@ -136,6 +138,7 @@ class AdaptiveDrafter:
         budget: share of the wall time that may be spent on search, over 0, at most 1.
         seed: of SWIFT's random sets.
         start: the plan to start from; by default the balanced set.
+        setting: the way of drafting that belongs to it.
 
     Attributes:
         plan, setting: what is known to be fastest; an empty plan: drafting nothing.
@@ -155,7 +158,9 @@ class AdaptiveDrafter:
         budget: float = 0.05,
         seed: int = 0,
         start: SkipPlan | None = None,
+        setting: Setting | None = None,
     ) -> None:
+        self._settings = dict.fromkeys([*([setting] if setting else []), *SETTINGS])
         self._decoder = decoder
         self._method = method
         self._budget = budget
@@ -256,6 +261,8 @@ class AdaptiveDrafter:
     def _script(self) -> _Script:
         """Search, settle, watch; search anew where the text has changed its nature."""
         self.vanilla = yield self._steps(SkipPlan(), VANILLA, VANILLA_STEPS)
+        # How long a piece of search takes is not known yet; two passes is a fair guess.
+        self._longest_work = 2 * self.vanilla.seconds / self.vanilla.steps
         patience = 1
         while True:
             self.settled = False
@@ -263,9 +270,10 @@ class AdaptiveDrafter:
             yield from self._settled(found)
             self.settled = True
             self._start = found
-            yield from self._watched(patience)
             # Whoever searched in vain waits longer before the next time.
-            patience *= 4
+            patience = 1 if self.plan else 4 * patience
+            yield from self._watched(patience)
+            self._seed += 1
             self._loop = self._new_loop(self._start)
 
     def _searched(self) -> Generator[_Decode | _Work, Outcome, SkipPlan]:
@@ -354,35 +362,41 @@ class AdaptiveDrafter:
         if self.plan and seen.drafted:
             drafted = seen.draft_seconds / seen.drafted
             per_layer = max(2 * (step - drafted) / len(self.plan), 0.0)
-        token = step - per_layer * len(plan) / 2
+        token = max(step - per_layer * len(plan) / 2, 0.05 * step)
         verify = max((seen.seconds - seen.draft_seconds) / seen.steps, step) if seen.steps else step
         alpha = min(agreement, 0.99)
         return max((1 - alpha ** (n + 1)) / (1 - alpha) / (n * token + verify) for n in range(1, 9))
 
     def _settled(self, found: SkipPlan) -> _Script:
-        """Try ways of drafting with the plan found; keep the fastest, plain decoding included."""
-        for setting in SETTINGS:
+        """Try ways of drafting with the plan found, and plain decoding; keep what is fastest now.
+
+        What was measured before counts no more: of many trials the luckiest looks best.
+        """
+        self.vanilla = yield self._steps(SkipPlan(), VANILLA, INTERVAL)
+        self.plan, self.setting, self.best = SkipPlan(), VANILLA, Outcome()
+        for setting in self._settings:
             outcome = yield self._steps(found, setting, INTERVAL)
             self._keep_if_faster(found, setting, outcome)
 
     def _watched(self, patience: int) -> _Script:
         """Decode with what was settled on until it has become slow, or plain for long."""
-        plain = 0
+        looks = 0
         while True:
             now = yield self._steps(self.plan, self.setting, WATCHED)
+            looks += 1
             if not self.plan:
                 self.vanilla = now
-                plain += 1
-                if plain >= PLAIN * patience:
+                if looks >= PLAIN * patience:
                     return
                 continue
             slow = now.speed < SLOWED * self.best.speed
-            if slow:
+            if slow or looks % COMPARED == 0:
                 self.vanilla = yield self._steps(SkipPlan(), VANILLA, VANILLA_STEPS)
-                # What it was worth on another text is no measure any more.
-                self.best = now
-                if now.speed < self.vanilla.speed:
-                    self.plan, self.setting = SkipPlan(), VANILLA
+            if now.speed < self.vanilla.speed:
+                self.plan, self.setting, self.best = SkipPlan(), VANILLA, Outcome()
+                return
+            if slow:
+                self.best = now  # what it was worth on another text is no measure any more
                 return
 
     def _keep_if_faster(self, plan: SkipPlan, setting: Setting, outcome: Outcome) -> None:

@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from conflayers_cli.engine.tree import TreeShape
+from conflayers_cli.errors import InputError
 
-from .calibrate import Better, Calibration, Candidate, Stage, decide, find
+from .calibrate import (
+    Better,
+    Calibration,
+    Candidate,
+    Stage,
+    as_interrupted,
+    decide,
+    find,
+)
 from .check import Check, check_by_decoding
 from .task import Strategy, Task
 
 SEARCHING = 0.7
 """Share of the budget for searches; the rest is for decoding with what they found."""
+MOST_ARMS = 4
+"""Plans decoded with at the most."""
 NEAR = 0.05
 """A plan predicted this much under the best one is not decoded with, unless it is all there is."""
 
@@ -41,9 +52,13 @@ def auto(
         budget: seconds.
 
     A KeyboardInterrupt ends the searches with what was found until then.
+
+    Raises:
+        InputError: no strategy applies to the model and the prompts.
     """
     begin = time.perf_counter()
     found: list[Candidate] = []
+    refused: InputError | None = None
     for i, strategy in enumerate(strategies):
         left = begin + SEARCHING * budget - time.perf_counter()
         if left <= 0 and found:
@@ -51,14 +66,24 @@ def auto(
             break
         task.deadline = time.perf_counter() + max(left, 0.0) / (len(strategies) - i)
         on_stage(f"searching: {strategy.name}")
-        found.append(
-            find(strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better)
-        )
-        if found[-1].interrupted:
+        try:
+            candidate = find(
+                strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better
+            )
+        except InputError as error:  # not for this model or these prompts; others may be
+            on_stage(f"{strategy.name} does not apply: {error}")
+            refused = error
+            continue
+        found.append(candidate)
+        if candidate.interrupted:
             break
     task.deadline = None
+    if not found:
+        raise refused or InputError("no strategy was given")
     checks = _checks(found, task, held_out, on_stage)
     best = _best(found, checks)
+    if any(candidate.interrupted for candidate in found):
+        found[best] = as_interrupted(found[best])
     calibration = decide(
         found[best],
         checks[best],
@@ -79,16 +104,16 @@ def _checks(
         return [None] * len(found)
     expected = [c.expected.speedup if c.expected else 0.0 for c in found]
     least = max(1.0, max(expected) * (1 - NEAR))
-    chosen = {
-        (c.plan, c.setting): i for i, c in enumerate(found) if c.plan and expected[i] >= least
-    }
+    ranked = sorted(range(len(found)), key=lambda i: expected[i], reverse=True)
+    near = [found[i] for i in ranked if found[i].plan and expected[i] >= least]
+    chosen = list(dict.fromkeys((c.plan, c.setting) for c in near))[:MOST_ARMS]
     if not chosen:
         return [None] * len(found)
     on_stage("checking by real decoding")
     try:
-        done = check_by_decoding(task, list(chosen), held_out)
+        done = check_by_decoding(task, chosen, held_out)
     except KeyboardInterrupt:
-        found[-1] = replace(found[-1], result=replace(found[-1].result, interrupted=True))
+        found[-1] = as_interrupted(found[-1])
         return [None] * len(found)
     by_plan = dict(zip(chosen, done, strict=True))
     return [by_plan.get((c.plan, c.setting)) for c in found]
@@ -99,6 +124,9 @@ def _best(found: Sequence[Candidate], checks: Sequence[Check | None]) -> int:
 
     def worth(i: int) -> tuple[float, float]:
         check, expected = checks[i], found[i].expected
-        return (check.speedup if check else 0.0, expected.speedup if expected else 0.0)
+        return (
+            check.speedup if check else 0.0,
+            expected.speedup if expected and found[i].plan else 0.0,
+        )
 
     return max(range(len(found)), key=worth)

@@ -15,6 +15,7 @@ from .objective import VANILLA, Objective, Score, Setting
 from .refine import Refiner
 from .side import with_tree
 from .task import RangePlan, SearchResult, Strategy, Task
+from .texts import LEAST_TOKENS
 
 PAYS = 1.02
 """A measured speed-up under this is noise; vanilla is the answer then."""
@@ -30,18 +31,19 @@ class Candidate:
     """What one strategy came to, before it is put to the proof.
 
     Attributes:
-        strategy: its name.
+        method: the strategy, with its settings.
         plan, setting, ranges: the best plan looked at and how to draft with it, whether it pays or
             not; and those for longer contexts.
-        expected: its score under the objective; None where there was no text to judge by.
+        expected: its score under the objective; None where it was not judged.
         result: the search behind it.
         refined: whether the plan went through refinement.
         judged: plans judged during refinement.
         seconds: wall time of search and refinement.
         full_passes, draft_passes: passes of the whole model, and with layers left out, spent.
+        by_rule: there were no prompts to judge by, and none were needed.
     """
 
-    strategy: str
+    method: Strategy
     plan: SkipPlan
     setting: Setting
     ranges: tuple[RangePlan, ...]
@@ -52,6 +54,12 @@ class Candidate:
     seconds: float
     full_passes: int
     draft_passes: int
+
+    by_rule: bool = False
+
+    @property
+    def strategy(self) -> str:
+        return self.method.name
 
     @property
     def interrupted(self) -> bool:
@@ -137,7 +145,7 @@ def calibrate(
             on_stage("checking by real decoding")
             (check,) = check_by_decoding(task, [(candidate.plan, candidate.setting)], held_out)
     except KeyboardInterrupt:
-        candidate = _interrupted(candidate)
+        candidate = as_interrupted(candidate)
     return decide(candidate, check, always=not refine, seconds=time.perf_counter() - begin)
 
 
@@ -158,16 +166,19 @@ def find(
     expected: Score | None = None
     judged, interrupted = 0, result.interrupted
     try:
-        if task.prompts and not interrupted:
+        if task.prompts and not interrupted and task.objective.texts:
             if refine:
                 on_stage("refining")
                 expected, judged, interrupted = _refined(task, result, refine, on_better)
                 if expected is not None:
                     expected = task.objective.modest(expected.plan)
+                    plan, setting = expected.plan, expected.setting
+                if expected is not None and not interrupted:
                     if tree is not None:
                         expected = with_tree(task.objective, expected, tree) or expected
-                    plan, setting = expected.plan, expected.setting
-                    ranges = _refined_ranges(task, plan, ranges, refine)
+                        setting = expected.setting
+                    ranges, more = _refined_ranges(task, plan, ranges, max(refine - judged, 1))
+                    judged += more
             else:
                 expected = task.objective.score(plan)
     except KeyboardInterrupt:
@@ -175,7 +186,7 @@ def find(
     if interrupted and expected is None and refine:
         plan = _fastest_decoded(result)
     return Candidate(
-        strategy=strategy.name,
+        method=strategy,
         plan=plan,
         setting=setting,
         ranges=ranges,
@@ -186,6 +197,7 @@ def find(
         seconds=time.perf_counter() - begin,
         full_passes=decoder.full_passes - passes[0],
         draft_passes=decoder.draft_passes - passes[1],
+        by_rule=not task.prompts,
     )
 
 
@@ -213,7 +225,8 @@ def decide(
     )
 
 
-def _interrupted(candidate: Candidate) -> Candidate:
+def as_interrupted(candidate: Candidate) -> Candidate:
+    """The candidate, its work cut short by the user."""
     return replace(candidate, result=replace(candidate.result, interrupted=True))
 
 
@@ -252,22 +265,28 @@ def _refined(
 
 def _refined_ranges(
     task: Task, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
-) -> tuple[RangePlan, ...]:
-    """Each range's plan, refined with what passes cost at its context; equal neighbours merged."""
+) -> tuple[tuple[RangePlan, ...], int]:
+    """Each range's plan, refined with what passes cost at its context; equal neighbours merged.
+
+    Also says how many plans were judged, ``most_plans`` at the most over all ranges.
+    """
     refined: list[RangePlan] = []
-    before = plan
+    before, judged = plan, 0
     for each in ranges:
         objective = task.objective.at(each.from_context)
-        refiner = _refiner(task, objective, most_plans, lambda score, judged: None)
+        refiner = _refiner(
+            task, objective, max(most_plans // len(ranges), 1), lambda score, judged: None
+        )
         starts = [objective.score(start) for start in (each.plan, before) if start]
         if not starts:
             continue
         best = refiner.refine(max(starts, key=lambda score: score.speedup).plan)
+        judged += refiner.judged
         if best.plan != before:
             setting = objective.modest(best.plan).setting
             refined.append(RangePlan(each.from_context, best.plan, setting))
             before = best.plan
-    return tuple(refined)
+    return tuple(refined), judged
 
 
 def _better(one: Score | None, other: Score | None) -> Score | None:
@@ -297,11 +316,25 @@ def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
         if plan and (expected is None or expected.speedup > 1):
             return True, "interrupted: the best plan so far, not measured by decoding"
         return False, "interrupted before a plan was found that pays"
-    if expected is None and plan:
-        return True, f"skipping {len(plan)} sub-layers by rule; not measured"
     if expected is None:
-        return False, f"no plan pays: {candidate.result.stopped_because}"
+        return _unjudged(candidate)
+    if plan and expected.speedup > 1:
+        return False, "not measured: no output is longer than one token, so no plan is known to pay"
     return False, (
         "no plan pays: whatever is left out costs more in refused drafts than it saves "
         f"(the best one found is predicted at {expected.speedup:.2f}× vanilla)"
+    )
+
+
+def _unjudged(candidate: Candidate) -> tuple[bool, str]:
+    """As `_conclude`, for a plan that nothing was known about."""
+    plan = candidate.plan
+    if candidate.by_rule:
+        found = f"skipping {len(plan)} sub-layers" if plan else "the target keeps all layers"
+        return bool(plan), f"{found} by rule; not measured"
+    if not plan:
+        return False, f"no plan pays: {candidate.result.stopped_because}"
+    return False, (
+        f"no plan can be judged: no output has {LEAST_TOKENS} tokens or more "
+        "(other prompts, or a larger --max-new-tokens, help)"
     )

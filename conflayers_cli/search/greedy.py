@@ -35,7 +35,7 @@ class Greedy:
     first_texts: int = 2
     hopeless: float = 0.8
     promising: int = 4
-    patience: int = 6
+    patience: int = 12
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ LEAST_GAIN = 0.002
 FEW_TEXTS = 2
 """Texts that a move is first judged by; only promising ones are judged by all."""
 PROMISING = 5
-"""Moves per round judged by all texts."""
+"""Moves per round judged by all texts; more only where none of them gains."""
 
 Progress = Callable[[Score, int], None]
 
@@ -117,18 +117,36 @@ class Refiner:
             if fresh:
                 promise = {move: self._score(best, move, FEW_TEXTS).speedup for move in moves}
             ranked = sorted((m for m in moves if m in promise), key=promise.__getitem__)
-            judged = {m: self._score(best, m, None) for m in ranked[-PROMISING:]}
-            promise |= {move: score.speedup for move, score in judged.items()}
-            taken = max(judged, key=lambda m: judged[m].speedup, default=None)
-            if taken is None or judged[taken].speedup <= best.speedup * (1 + LEAST_GAIN):
+            taken, score = self._first_gain(best, ranked[::-1], promise, thorough=fresh)
+            if taken is None:
                 if fresh:
                     break
                 promise = {}
                 continue
-            best = self._best = judged[taken]
+            best = self._best = score
             promise.pop(taken)
             self._on_progress(best, self.judged)
         return best
+
+    def _first_gain(
+        self, best: Score, ranked: list[Move], promise: dict[Move, float], *, thorough: bool
+    ) -> tuple[Move | None, Score]:
+        """(the best of the first few moves of which one gains, its score); None: there is none.
+
+        Few texts rank moves roughly: where the first few gain nothing, a thorough look goes on to
+        all others that did not look bad.
+        """
+        rough = self._objective.score(best.plan, FEW_TEXTS).speedup
+        for at in range(0, len(ranked), PROMISING):
+            few = ranked[at : at + PROMISING]
+            if at and (not thorough or promise[few[0]] < rough or self._spent):
+                break
+            judged = {move: self._score(best, move, None) for move in few}
+            promise |= {move: score.speedup for move, score in judged.items()}
+            taken = max(judged, key=lambda move: judged[move].speedup)
+            if judged[taken].speedup > best.speedup * (1 + LEAST_GAIN):
+                return taken, judged[taken]
+        return None, best
 
     def _score(self, best: Score, move: Move, texts: int | None) -> Score:
         plan = move.apply(best.plan)

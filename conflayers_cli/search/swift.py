@@ -29,7 +29,7 @@ from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 
-from .matchness import Passage, matchness, window_of
+from .matchness import LEAST_WINDOW, Passage, matchness, window_of
 from .objective import PAPER, Setting
 from .task import OnTrial, SearchResult, Task, Trial, nobody
 from .texts import Stream
@@ -78,11 +78,15 @@ class Swift:
         """
         loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial)
         stream = Stream(task.texts, task.prompts)
-        interrupted = False
+        interrupted, idle, most_idle = False, 0, 2 * LEAST_WINDOW * (len(task.prompts) + 1)
         try:
             while not loop.stopped_because:
                 stream.step(SkipDrafter(task.decoder, loop.plan))
+                known = len(loop.trials)
                 loop.consider(stream.current)
+                idle = 0 if len(loop.trials) > known else idle + 1
+                if idle > most_idle:
+                    loop.stop(f"no output has more than {LEAST_WINDOW} tokens to judge by")
                 if task.out_of_time:
                     loop.stop("out of time")
         except KeyboardInterrupt:
@@ -285,7 +289,7 @@ def require_sklearn() -> None:
     if not sklearn_there():
         raise InputError(
             "swift needs scikit-learn for its Bayesian optimisation: "
-            "pip install 'conflayers[swift]' (or pip install scikit-learn)"
+            "pip install scikit-learn (this package's extra `swift`)"
         )
 
 

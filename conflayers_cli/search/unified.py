@@ -14,6 +14,8 @@ from conflayers_cli.errors import InputError
 from .objective import PAPER, Setting
 from .task import SearchResult, Task, Trial
 
+RULE = "a rule, not a search"
+
 
 @dataclass(frozen=True)
 class Unified:
@@ -43,11 +45,12 @@ class Unified:
             plan = SkipPlan.unified(task.decoder.depth, self.target_speedup)
         except ValueError as error:
             raise InputError(f"--target-speedup {self.target_speedup:g}: {error}") from error
-        if not task.prompts:
-            return SearchResult(plan, (), {}, False, "a rule, not a search")
-        score = task.objective.modest(plan)
+        try:
+            if not task.prompts or not task.objective.texts:
+                return SearchResult(plan, (), {}, False, RULE)
+            score = task.objective.modest(plan)
+        except KeyboardInterrupt:
+            return SearchResult(plan, (), {}, True, "interrupted")
         trial = Trial(0, plan, 0, 0, 0, score.speedup, "by rule", {"agreement": score.agreement})
         task.on_trial(trial, trial)
-        return SearchResult(
-            plan, (trial,), {}, False, "a rule, not a search", setting=score.setting
-        )
+        return SearchResult(plan, (trial,), {}, False, RULE, setting=score.setting)

@@ -43,6 +43,18 @@ def test_a_profile_is_where_the_search_starts(run: Run, profile: Path) -> None:
     assert result.document["stats"]["by_drafter"]["skip"]["drafted"] > 0
 
 
+def test_a_profile_is_not_lost_for_what_was_not_learned(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    path = save_profile(tmp_path / "good.yaml", model, SkipPlan.of_layers([2]))
+    before = path.read_bytes()
+    arguments = ("generate", "Hello", "-p", path, "-n", 12, "--adapt", "conflayers")
+    result = run(*arguments, "--save-profile", path)
+    assert result.code == 0, result.err
+    assert "is not written" in result.err
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -48,6 +48,23 @@ def test_draft_cost_is_what_is_left(plan: SkipPlan, seconds: float) -> None:
     assert COSTS.draft_cost(plan, depth=8) == pytest.approx(seconds)
 
 
+def test_costs_at_another_context() -> None:
+    costs = Costs({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, attention_per_position=0.001)
+    longer = costs.at(164, depth=8)
+    assert longer.attention == pytest.approx(0.35)
+    assert longer.verify_cost(1) == pytest.approx(2.8)
+    assert longer.context == 164
+    assert longer.at(64, depth=8).attention == pytest.approx(0.25)
+    assert costs.at(0, depth=8).attention == pytest.approx(0.186)
+
+
+def test_a_model_with_little_room_is_measured_in_it() -> None:
+    costs = measure_costs(tiny.decoder("gpt2"), rounds=1)  # learned positions, 256 of them
+    assert costs.context == 256 - max(WIDTHS)
+    assert costs.attention_per_position == 0.0
+    assert measure_costs(tiny.decoder("llama"), context=20, rounds=1).context == 20
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_measured_costs_are_whole(family: str) -> None:
     costs = measure_costs(tiny.decoder(family), context=40, rounds=2)

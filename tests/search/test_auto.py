@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.errors import InputError
 from conflayers_cli.search import auto as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration
@@ -100,10 +101,41 @@ def test_the_budget_is_shared_and_ends_the_searches(monkeypatch: pytest.MonkeyPa
     assert one.deadline < two.deadline  # what the first did not use goes to the second
 
 
-def test_an_interrupt_keeps_what_was_found() -> None:
-    done = run([Fixed("one", WHOLE), Fixed("two", PART, interrupts=True), Fixed("three", PART)])
-    assert done.interrupted or any(each.interrupted for each, _ in done.others)
+@pytest.mark.parametrize("refine", [0, 300])
+def test_an_interrupt_keeps_the_best_found(refine: int) -> None:
+    strategies = [Fixed("one", WHOLE), Fixed("two", PART, interrupts=True), Fixed("three", PART)]
+    done = run(strategies, refine=refine)
+    assert done.interrupted
+    assert done.plan == WHOLE
+    assert "interrupted" in done.conclusion or not refine
     assert [each.strategy for each, _ in done.others] == ["one", "two"]
+
+
+def test_an_interrupt_of_the_check_keeps_the_best_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "check_by_decoding", interrupted)
+    done = run([Fixed("one", WHOLE), Fixed("two", PART)], refine=300)
+    assert done.interrupted and done.plan == WHOLE
+
+
+class Refused:
+    """A strategy that is not for this model."""
+
+    name = "refused"
+    setting = Setting(4, 0.3)
+
+    def search(self, task: Task) -> SearchResult:
+        raise InputError("not for this model")
+
+
+def test_a_strategy_that_does_not_apply_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks_by_size(monkeypatch, {10: 1.4})
+    done = run([Refused(), Fixed("one", WHOLE)])
+    assert done.plan == WHOLE
+    with pytest.raises(InputError, match="not for this model"):
+        run([Refused()])
 
 
 def test_real_strategies_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from conflayers_cli.search.check import Check, check_by_decoding
 from conflayers_cli.search.conflayers import ConfLayers
 from conflayers_cli.search.objective import PAPER, VANILLA, Setting
 from conflayers_cli.search.task import RangePlan, SearchResult, Task
+from conflayers_cli.search.unified import Unified
 from tests import tiny
 
 CHEAP_DRAFTS = Costs({1: 10.0, 26: 11.0}, floor=0.01, attention=0.01, mlp=0.01, context=256)
@@ -144,6 +145,18 @@ def test_ranges_are_refined_at_their_context_and_merged(monkeypatch: pytest.Monk
     )
     assert unrefined.setting == Setting(7, 0.1)
     assert [each.from_context for each in unrefined.ranges] == [512, 2048]
+
+
+@pytest.mark.parametrize("refine", [0, 300])
+def test_outputs_too_short_are_no_verdict(refine: int) -> None:
+    def nothing(*args: object) -> None:
+        pass
+
+    task = Task(tiny.decoder("llama"), (tuple(tiny.prompt(9)),), CHEAP_DRAFTS, 8, frozenset())
+    done = calibrate(Unified(1.5), task, (), refine=refine, on_stage=nothing, on_better=nothing)
+    assert "no plan can be judged" in done.conclusion
+    assert bool(done.plan) is not bool(refine)
+    assert done.setting.max_tokens > 0 or not done.plan
 
 
 def test_prompts_are_split_without_loss_and_by_seed() -> None:

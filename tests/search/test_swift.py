@@ -7,7 +7,7 @@ from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 from conflayers_cli.search import swift as module
 from conflayers_cli.search.swift import Swift, SwiftLoop
-from conflayers_cli.search.task import Trial
+from conflayers_cli.search.task import Task, Trial
 
 from . import planted
 
@@ -105,6 +105,14 @@ def test_an_interrupt_keeps_the_best_so_far() -> None:
     result = Swift().search(planted.task(interrupt))
     assert result.interrupted
     assert result.plan in [trial.plan for trial in seen]
+
+
+def test_outputs_too_short_to_judge_by_end_it() -> None:
+    task = planted.task()
+    short = Task(task.decoder, task.prompts, task.costs, 10, frozenset())
+    result = Swift().search(short)
+    assert "no output has more than 16 tokens" in result.stopped_because
+    assert not result.trials
 
 
 def test_without_scikit_learn_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

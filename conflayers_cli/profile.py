@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
-from conflayers_cli.outputs import write_atomically
+from conflayers_cli.outputs import check_target, write_atomically
 from conflayers_cli.profile_sections import (
     DraftSettings,
     Environment,
@@ -209,3 +209,29 @@ def _rounded(value: object) -> object:
     if not isinstance(value, float) or value == 0:
         return value
     return round(value, 3 - floor(log10(abs(value))))
+
+
+def check_replaceable(path: Path, tensors: Path | None = None) -> None:
+    """Refuse to write a profile, and its tensors, over a file that is anything else.
+
+    Only a profile may be replaced, and only tensors that it names: not prompts, nor a model's
+    weights that happen to have the name.
+
+    Raises:
+        InputError: as `check_target`, or there is something else.
+    """
+    check_target(path)
+    there: Profile | None = None
+    if path.exists() and path.stat().st_size:
+        try:
+            there = Profile.load(path)
+        except InputError:
+            raise InputError(f"{path}: is there already and is no profile; name another") from None
+    if tensors is None:
+        return
+    check_target(tensors)
+    if tensors.exists() and (there is None or there.tensors != tensors.name):
+        raise InputError(
+            f"{tensors}: is there already and would be replaced by what belongs to {path.name}; "
+            "name another"
+        )

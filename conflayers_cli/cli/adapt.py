@@ -61,7 +61,7 @@ def check_flags(
     Raises:
         InputError: an unknown method, a budget out of range, or flags that don't go together.
     """
-    from conflayers_cli.outputs import check_target
+    from conflayers_cli.profile import check_replaceable
 
     methods = ("conflayers", "swift")
     if adapt is None:
@@ -76,7 +76,7 @@ def check_flags(
     if tree:
         raise InputError("--adapt drafts chains: leave out --tree")
     if save is not None:
-        check_target(save)
+        check_replaceable(save)
 
 
 class Learned:

@@ -170,12 +170,11 @@ def tensors_path(profile: Path) -> Path:
 
 def _check_targets(profile: Path) -> None:
     """Refuse, before any work, names that the profile and its tensors can't be written to."""
-    from conflayers_cli.outputs import check_target
+    from conflayers_cli.profile import check_replaceable
 
     if profile.suffix == ".safetensors" or profile.name.startswith("."):
         raise InputError(f"--output {profile}: a name such as summ.yaml is needed")
-    check_target(profile)
-    check_target(tensors_path(profile))
+    check_replaceable(profile, tensors_path(profile))
 
 
 def _run(work: _Work) -> Calibration:

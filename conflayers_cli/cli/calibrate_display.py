@@ -104,8 +104,10 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     plan, depth, candidate = profile.plan, profile.model.depth, done.candidate
     expected = candidate.expected
     lines = [f"{profile.model.name}: {done.conclusion}"]
-    if done.others:
-        lines[0] += f" (found by {candidate.strategy})"
+    if done.others and plan:
+        lines[0] += f" (found by {_label(candidate)})"
+    if plan and done.conclusion.startswith("no plan"):
+        lines.append("kept all the same: unrefined, the strategy's own set is what was asked for")
     lines.append(
         f"searched {len(done.result.trials)} sets ({done.result.stopped_because}), "
         f"judged {candidate.judged} more in refining; {done.seconds:.0f} s in all"
@@ -225,10 +227,11 @@ def _figures(trial: Trial) -> str:
 
 def skipped(plan: SkipPlan, depth: int) -> str:
     """How much a plan leaves out, in words."""
-    text = f"{len(plan.layers)} of {depth} layers"
-    if plan.partial:
-        text += f" and {len(plan.partial)} single sub-layers"
-    return text
+    single = len(plan.partial)
+    sub_layers = f"{single} single sub-layer{'s' if single > 1 else ''}"
+    if single and not plan.layers:
+        return f"{sub_layers} of {depth} layers"
+    return f"{len(plan.layers)} of {depth} layers" + (f" and {sub_layers}" if single else "")
 
 
 def _names(plan: SkipPlan) -> str:

@@ -85,7 +85,8 @@ TargetSpeedup = Annotated[
     typer.Option(
         "--target-speedup",
         metavar="S",
-        help="unified: keep the model's depth over S layers, evenly spaced.",
+        help="unified: keep the model's depth over S layers, evenly spaced; without --data nothing "
+        "is measured.",
         rich_help_panel=_SEARCH,
         show_default=False,
     ),

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.cli.skip_only import check_target_speedup
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def check_options(name: str, options: SearchOptions) -> None:
         )
     if name == UNIFIED and options.target_speedup is None:
         raise InputError("--strategy unified needs --target-speedup S, 1.5 for one")
+    check_target_speedup(options.target_speedup)
 
 
 def make_strategies(name: str, options: SearchOptions) -> list[Strategy]:

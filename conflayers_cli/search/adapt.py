@@ -187,8 +187,8 @@ class AdaptiveDrafter:
     @property
     def tried(self) -> int:
         """Sets of layers and changes looked at."""
-        going_on = isinstance(self._loop, SwiftLoop) and not self._loop.stopped_because
-        return self._tried + (len(self._loop.trials) if going_on else 0)
+        at_hand = len(self._loop.trials) if isinstance(self._loop, SwiftLoop) else 0
+        return self._tried + at_hand
 
     @property
     def search_share(self) -> float:
@@ -274,6 +274,7 @@ class AdaptiveDrafter:
             patience = 1 if self.plan else 4 * patience
             yield from self._watched(patience)
             self._seed += 1
+            self._tried = self.tried
             self._loop = self._new_loop(self._start)
 
     def _searched(self) -> Generator[_Decode | _Work, Outcome, SkipPlan]:
@@ -286,7 +287,6 @@ class AdaptiveDrafter:
                     tried = loop.plan
                     outcome = yield self._steps(tried, PAPER, INTERVAL)
                     self._keep_if_faster(tried, PAPER, outcome)
-            self._tried += len(loop.trials)
             return loop.plan
         yield from self._paper_loop(loop)
         best = loop.best.plan if loop.best else loop.plan

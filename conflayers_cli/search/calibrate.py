@@ -308,10 +308,12 @@ def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
     plan, expected = candidate.plan, candidate.expected
     if check is not None:
         source = "held-out" if check.held_out else "calibration"
-        figure = f"{check.speedup:.2f}× vanilla, measured on {check.prompts} {source} prompts"
+        prompts = f"{check.prompts} {source} prompt{'s' if check.prompts > 1 else ''}"
+        figure = f"{check.speedup:.2f}× vanilla, measured on {prompts}"
+        sub_layers = f"{len(plan)} sub-layer{'s' if len(plan) > 1 else ''}"
         if check.speedup >= PAYS:
-            return True, f"skipping {len(plan)} sub-layers decodes at {figure}"
-        return False, f"no plan pays: the best one, skipping {len(plan)}, decodes at {figure}"
+            return True, f"skipping {sub_layers} decodes at {figure}"
+        return False, f"no plan pays: the best one, skipping {sub_layers}, decodes at {figure}"
     if candidate.interrupted:
         if plan and (expected is None or expected.speedup > 1):
             return True, "interrupted: the best plan so far, not measured by decoding"

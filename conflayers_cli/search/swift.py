@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,7 @@ class SwiftLoop:
         if decoder.depth < 4:
             raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
         require_sklearn()
+        _load_sklearn()
         self._settings = settings
         self._decoder = decoder
         self._random = np.random.default_rng(seed)
@@ -291,6 +293,11 @@ def require_sklearn() -> None:
             "swift needs scikit-learn for its Bayesian optimisation: "
             "pip install scikit-learn (this package's extra `swift`)"
         )
+
+
+def _load_sklearn() -> None:
+    """Import what proposals need, which takes a second, before anything is timed."""
+    import_module("sklearn.gaussian_process")
 
 
 def sklearn_there() -> bool:

@@ -31,6 +31,9 @@ def test_adapting_changes_nothing_but_the_speed(
     assert [a["token_ids"] for a in adapted.lines] == [p["token_ids"] for p in plain.lines]
     assert sum(line["stats"]["drafted"] for line in adapted.lines) > 0
     assert "the search took" in adapted.err
+    if not (tmp_path / "learned.yaml").exists():  # how far it gets depends on the machine
+        assert "is not written" in adapted.err
+        return
     profile = Profile.load(tmp_path / "learned.yaml")
     assert profile.found_by is not None and profile.found_by.strategy == method
     assert profile.measured is not None and profile.measured.iterations > 0

@@ -116,6 +116,23 @@ def test_too_shallow_a_model_is_refused(run: Run, prompts: Path, tmp_path: Path)
     assert "3 layers are too few" in result.err
 
 
+def test_nothing_but_a_profile_and_its_tensors_is_replaced(
+    run: Run, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    arguments = ("calibrate", "-m", model, "--data", prompts, *QUICK)
+    before = prompts.read_bytes()
+    over_prompts = run(*arguments, "-o", prompts)
+    assert over_prompts.code == 2 and "is no profile" in over_prompts.err
+    assert prompts.read_bytes() == before
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    over_weights = run(*arguments, "-o", "model.yaml")
+    assert over_weights.code == 2 and "would be replaced" in over_weights.err
+    assert weights.read_bytes() == b"weights"
+    assert run(*arguments, "-o", "again.yaml").code == 0
+    assert run(*arguments, "-o", "again.yaml").code == 0
+
+
 def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Path) -> None:
     target = tmp_path / "cut.yaml"
     arguments = ("calibrate", "-m", model, "--data", prompts, "-o", target, "--patience", 9999)

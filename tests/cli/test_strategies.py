@@ -80,6 +80,7 @@ def test_unified_needs_no_data_and_decodes_nothing(run: Run, model: Path, tmp_pa
         (("--strategy", "knapsak"), "did you mean knapsack?"),
         (("--strategy", "unified"), "needs --target-speedup"),
         (("--strategy", "unified", "--target-speedup", "0.5"), "--target-speedup 0.5"),
+        (("--strategy", "unified", "--target-speedup", "nan"), "--target-speedup nan"),
         (("--target-speedup", "2"), "--target-speedup goes with --strategy unified"),
         (("--strategy", "greedy", "--budget", "9"), "--budget goes with --strategy auto"),
         (("--strategy", "knapsack", "--skip-ratio", "0.3"), "conflayers or swift"),

@@ -84,7 +84,7 @@ def test_conflayers_finds_the_planted_layers_and_settles(clock: Clock) -> None:
 def test_the_search_keeps_to_its_share(clock: Clock, method: Method, budget: float) -> None:
     drafter = AdaptiveDrafter(planted.decoder(), method, budget=budget)
     spent, later = 0.0, []
-    for prompt in PROMPTS:
+    for prompt in PROMPTS * 2:
         for _ in Generation(planted.decoder(), prompt, max_new_tokens=50, drafter=drafter):
             if spent and drafter.search_seconds > spent:
                 later.append(drafter.search_share)

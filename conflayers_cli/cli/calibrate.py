@@ -122,9 +122,9 @@ def calibrate(
         note(f"no --model given: calibrating {model}")
     target = output or Path(f"{_short_name(model)}.yaml")
     _check_targets(target)
-    strategies = make_strategies(strategy, search)
     # Unified's rule needs no text; with --data its plan is measured.
     prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
+    strategies = make_strategies(strategy, search)
     loaded, decoder = common.open_model(model, device, dtype, trust_remote_code)
     work = _Work(
         loaded=loaded,

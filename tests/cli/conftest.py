@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,9 @@ def start(arguments: Sequence[object], **streams: Any) -> subprocess.Popen[bytes
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "conflayers_cli.cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, **streams)
+    # A job that a shell put into the background ignores SIGINT, and its children would, too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, preexec_fn=heed, **streams)
 
 
 def finished(process: subprocess.Popen[bytes]) -> Result:

@@ -54,7 +54,7 @@ def test_a_plan_that_pays_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.setting == expected.setting
     assert expected.speedup > 1
     assert done.candidate.full_passes > 0 and done.candidate.draft_passes > 0
-    assert "1.40× vanilla, measured on 1 held-out prompts" in done.conclusion
+    assert "1.40× vanilla, measured on 1 held-out prompt" in done.conclusion
 
 
 def test_a_plan_that_measures_slower_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 from conflayers_cli.engine.costs import measure_costs
 from conflayers_cli.engine.decode import Generation, Step
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.model import LoadedModel, encode, load_model
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.environment import describe
@@ -29,6 +28,7 @@ from conflayers_cli.outputs import write_json
 from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import find
+from conflayers_cli.search.check import drafter_of
 from conflayers_cli.search.conflayers import ConfLayers
 from conflayers_cli.search.greedy import Greedy
 from conflayers_cli.search.knapsack import Knapsack
@@ -147,10 +147,7 @@ def shown(plan: SkipPlan) -> str:
 
 def decode(decoder: Decoder, prompt: tuple[int, ...], plan: Plan | None, task: Task) -> list[Step]:
     """The steps of one prompt behind the prefill."""
-    drafter = None
-    if plan is not None and plan.plan:
-        setting = plan.setting
-        drafter = SkipDrafter(decoder, plan.plan, setting.max_tokens, setting.stop_probability)
+    drafter = drafter_of(task, plan.plan, plan.setting) if plan else None
     generation = Generation(
         decoder,
         prompt,

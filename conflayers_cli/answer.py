@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
@@ -55,6 +55,18 @@ class Summary:
     def of(cls, steps: Iterable[Step]) -> Summary:
         """The summary of a generation's steps."""
         return cls.total(map(_of_step, steps))
+
+    @classmethod
+    def of_row(cls, batch: Batch, row: int) -> Summary:
+        """The summary of one row of a batch; its seconds are its share of what all rows took."""
+        rows, count = len(batch.outputs), len(batch.outputs[row])
+        return cls(
+            prefill_seconds=batch.prefill_seconds / rows,
+            decode_seconds=batch.decode_seconds / rows,
+            tokens=count,
+            decode_tokens=count - 1,
+            steps=count - 1,
+        )
 
     @classmethod
     def total(cls, summaries: Iterable[Summary]) -> Summary:
@@ -191,25 +203,10 @@ def answer(
     )
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt of several that are decoded together.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: the most tokens produced.
-        sampling: how tokens are chosen.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling
-
-
 def answer_skipped(
     decoder: Decoder,
     tokenizer: Any,
-    requests: Sequence[Request],
+    requests: Sequence[BatchRequest],
     plan: SkipPlan,
     *,
     end_tokens: frozenset[int] = frozenset(),
@@ -220,7 +217,7 @@ def answer_skipped(
 
     Args:
         decoder, tokenizer: the model.
-        requests: the prompts.
+        requests: the prompts; what is told about their tokens is the texts' business here.
         plan: what is left out behind the prompts.
         end_tokens, stops: what ends a text.
         on_text: given the first prompt's text piece by piece.
@@ -233,7 +230,7 @@ def answer_skipped(
     """
     streams = [TextStream(tokenizer, stops) for _ in requests]
     rows = [
-        BatchRequest(request.prompt, request.max_new_tokens, request.sampling, stream.feed)
+        replace(request, watch=stream.feed)
         for request, stream in zip(requests, streams, strict=True)
     ]
     batch = Batch(decoder, rows, plan=plan, end_tokens=end_tokens)
@@ -244,19 +241,16 @@ def answer_skipped(
     if (text := streams[0].finish()) and on_text:
         on_text(text)
     answers = []
-    for request, stream, output, finish in zip(
-        requests, streams, batch.outputs, batch.finishes, strict=True
-    ):
+    for row, (request, stream) in enumerate(zip(requests, streams, strict=True)):
         stream.finish()
-        stats = Summary(
-            prefill_seconds=batch.prefill_seconds / len(rows),
-            decode_seconds=batch.decode_seconds / len(rows),
-            tokens=len(output),
-            decode_tokens=len(output) - 1,
-            steps=len(output) - 1,
-        )
         answers.append(
-            Answer(stream.text, tuple(output), finish or "length", len(request.prompt), stats)
+            Answer(
+                text=stream.text,
+                token_ids=tuple(batch.outputs[row]),
+                finish_reason=batch.finishes[row] or "length",
+                prompt_tokens=len(request.prompt),
+                stats=Summary.of_row(batch, row),
+            )
         )
     return answers
 

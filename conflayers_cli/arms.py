@@ -108,14 +108,7 @@ class SkipOnlyArm:
         batch = Batch(self.decoder, [request], plan=self.plan, end_tokens=self.end_tokens)
         batch.run()
         (tokens,) = batch.outputs
-        stats = Summary(
-            prefill_seconds=batch.prefill_seconds,
-            decode_seconds=batch.decode_seconds,
-            tokens=len(tokens),
-            decode_tokens=len(tokens) - 1,
-            steps=batch.steps,
-        )
-        return Run(tuple(tokens), stats, batch.cache.bytes)
+        return Run(tuple(tokens), Summary.of_row(batch, 0), batch.cache.bytes)
 
 
 @dataclass(frozen=True)

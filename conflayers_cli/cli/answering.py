@@ -59,11 +59,12 @@ class Machine:
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
         """Answer prompts, the first of which is number ``index``; its text goes to ``on_text``."""
-        from conflayers_cli.answer import Request, answer, answer_skipped
+        from conflayers_cli.answer import answer, answer_skipped
+        from conflayers_cli.engine.batch import BatchRequest
 
         seeds = range(self.sampling.seed + index, self.sampling.seed + index + len(prompts))
         requests = [
-            Request(prompt.tokens, prompt.max_new_tokens, replace(self.sampling, seed=seed))
+            BatchRequest(prompt.tokens, prompt.max_new_tokens, replace(self.sampling, seed=seed))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         if self.skipped is not None:

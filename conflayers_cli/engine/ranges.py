@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from .draft import Context, Draft, Drafter
 
-NOTHING = Draft()
-
 
 @dataclass(frozen=True)
 class RangedDrafter:
@@ -36,4 +34,4 @@ class RangedDrafter:
     def draft(self, context: Context, limit: int) -> Draft:
         length = len(context.tokens)
         drafter = [each for begin, each in self.drafters if begin <= length][-1]
-        return NOTHING if drafter is None else drafter.draft(context, limit)
+        return Draft() if drafter is None else drafter.draft(context, limit)

@@ -67,25 +67,44 @@ def attention_forward(
     """
     if softcap is not None or s_aux is not None or position_bias is not None:
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, position_bias)
-    batch, heads, tokens, _ = query.shape
+    _, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
     if attention_mask is None:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=groups > 1
         )
         return out.transpose(1, 2), None
-    rows = folded_rows(tokens, groups)
-    if attention_mask.shape[-2] != rows:
+    if attention_mask.shape[-2] != folded_rows(tokens, groups):
         attention_mask = fold_mask(attention_mask, groups)
-    used = tokens * groups
-    folded = query.reshape(batch, key.shape[1], used, query.shape[-1])
+    out = folded_attention(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2), None
+
+
+def folded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention with grouped heads folded into rows, and rows padded.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        key: ``[B, Hkv, S, D]``; ``Hkv`` divides ``Hq``.
+        value: ``[B, Hkv, S, Dv]``.
+        mask: from :func:`fold_mask`.
+
+    Returns:
+        ``[B, Hq, T, Dv]``.
+    """
+    batch, heads, tokens, size = query.shape
+    used, rows = tokens * (heads // key.shape[1]), mask.shape[-2]
+    folded = query.reshape(batch, key.shape[1], used, size)
     if rows > used:
         folded = F.pad(folded, (0, 0, 0, rows - used))
-    out = F.scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    out = out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
-    return out.transpose(1, 2), None
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
 
 
 def _explicit(

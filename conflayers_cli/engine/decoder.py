@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from conflayers_cli.errors import InputError
 
 from . import attention
 from .cache import KVCache, extent_for
+from .fused import FAMILIES, FusedForward, Masks
 from .layers import LayerStack, SubLayer
+from .packing import Packing
 from .plan import SkipPlan
 
 FULL = SkipPlan()
@@ -78,13 +80,16 @@ class Decoder:
         self._plain_attention = _own_attention(model)
         self.exact_positions = _exact_positions(self.config)
         self.full_passes = self.draft_passes = 0
+        self._packing = Packing.of(model, self.stack.layers)
+        self._fused: FusedForward | None = None
         model.set_attn_implementation(attention.NAME)
         try:
-            self.sub_layers: frozenset[SubLayer] = self._self_check()
+            self.sub_layers: frozenset[SubLayer] = self._checked()
         except InputError:
             model.set_attn_implementation(self._plain_attention)
             raise
-        self.full_passes = self.draft_passes = 0  # the check's own don't count
+        self._fused = self._fuse()
+        self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
@@ -141,17 +146,34 @@ class Decoder:
         written = positions if slots is None else slots
         extent = extent_for(int(written.max()) + 1)
         cache.announce(written, extent)
+        masks = self._masks(positions, slots, extent)
+        keep = self.rows.least if last_only else 0
+        if self._fused is not None and not self.stack.watched:
+            logits = self._fused(tokens, positions, masks, cache, plan, keep)
+        else:
+            logits = self._by_modules(tokens, positions, masks, cache, plan, keep)
+        return logits[:, -1:] if last_only else logits[:, :wanted]
+
+    def _by_modules(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        masks: Masks,
+        cache: KVCache,
+        plan: SkipPlan,
+        keep: int,
+    ) -> torch.Tensor:
         with self.stack.without(plan):
             output = self.model(
                 input_ids=tokens,
                 position_ids=positions,
-                attention_mask=self._masks(positions, slots, extent),
+                attention_mask=masks,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=self.rows.least if last_only else 0,
+                logits_to_keep=keep,
             )
         logits: torch.Tensor = output.logits
-        return logits[:, -1:] if last_only else logits[:, :wanted]
+        return logits
 
     def _repeated(self, row: torch.Tensor) -> torch.Tensor:
         """``[B, T]`` with the last column repeated, as wide as the least pass is."""
@@ -198,7 +220,8 @@ class Decoder:
             if (module := self.stack.output_of(kind, i)) is not None
         ]
         try:
-            yield
+            with self.stack.watching():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -208,13 +231,12 @@ class Decoder:
         """Within: the transformers model with its own attention, as ``generate`` would find it."""
         self.model.set_attn_implementation(self._plain_attention)
         try:
-            yield self.model
+            with self._packing.unpacked() if self._packing else nullcontext():
+                yield self.model
         finally:
             self.model.set_attn_implementation(attention.NAME)
 
-    def _masks(
-        self, positions: torch.Tensor, slots: torch.Tensor | None, extent: int
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(self, positions: torch.Tensor, slots: torch.Tensor | None, extent: int) -> Masks:
         every = torch.arange(extent, device=positions.device)
         at = positions[:, None, :, None]
         seen = every <= at if slots is None else every < at
@@ -226,6 +248,17 @@ class Decoder:
             masks[kind] = attention.fold_mask(mask, self._groups)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
+    def _checked(self) -> frozenset[SubLayer]:
+        """:meth:`_self_check`; a model that fails it with packed weights is given its own back."""
+        try:
+            return self._self_check()
+        except InputError:
+            if self._packing is None:
+                raise
+            self._packing.undo()
+            self._packing = None
+            return self._self_check()
+
     def _self_check(self) -> frozenset[SubLayer]:
         """Compare with the model as transformers runs it; find out what may be left out.
 
@@ -236,11 +269,8 @@ class Decoder:
         Raises:
             InputError: the engine's cache and masks don't reproduce the model's own logits.
         """
-        # Tokens from all over the vocabulary: runs of special tokens are chaotic in bfloat16.
-        count = 16
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocabulary, (1, count), generator=generator).to(self.device)
-        positions = torch.arange(count, device=self.device)[None]
+        tokens, positions = self._sample()
+        count = tokens.shape[1]
         with torch.inference_mode(), self.plain() as model, self.stack.learning_shapes():
             expected = model(input_ids=tokens, use_cache=False).logits
         cache = self.new_cache(count)
@@ -259,6 +289,29 @@ class Decoder:
                 "not give its own logits, so output could not be guaranteed to be the model's own"
             )
         return self._check_stubs(tokens, positions)
+
+    def _fuse(self) -> FusedForward | None:
+        """The fused forward where the model has one that gives its modules' logits."""
+        if getattr(self.config, "model_type", None) not in FAMILIES:
+            return None
+        tokens, positions = self._sample()
+        cache = self.new_cache(tokens.shape[1])
+        expected = self.forward(tokens, positions, cache)
+        try:
+            self._fused = FusedForward(self.model, self.stack.layers, self.config)
+            logits = self.forward(tokens, positions, cache)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            return None
+        return self._fused if self._close(logits, expected) else None
+
+    def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions ``[1, T]`` to compare ways of running the model by.
+
+        From all over the vocabulary: runs of special tokens are chaotic in bfloat16.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocabulary, (1, 16), generator=generator).to(self.device)
+        return tokens, torch.arange(16, device=self.device)[None]
 
     def _check_stubs(self, tokens: torch.Tensor, positions: torch.Tensor) -> frozenset[SubLayer]:
         if self.stack.attention_name is None or self.stack.mlp_name is None:

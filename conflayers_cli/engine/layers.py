@@ -135,8 +135,20 @@ class LayerStack:
         self.depth = len(self.layers)
         self.attention_name = _common_child(self.layers, _ATTENTION_NAMES)
         self.mlp_name = _common_child(self.layers, _MLP_NAMES)
+        self._like = next(p for p in model.parameters() if p.is_floating_point())
         self._arity: dict[nn.Module, int] = {}
         self._swaps: dict[SkipPlan, tuple[_Swap, ...]] = {}
+        self.watched = 0
+        """How many are at work on the modules: then these must run, whatever could replace them."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within: the modules themselves run."""
+        self.watched += 1
+        try:
+            yield
+        finally:
+            self.watched -= 1
 
     def sub_layer(self, kind: SubLayer, layer: int) -> nn.Module | None:
         """The attention or MLP module of a layer, None where the model has no such child."""
@@ -208,10 +220,7 @@ class LayerStack:
             InputError: the model keeps no such sub-layer as a module of its own.
         """
         table, key, module = self._place(kind, i)
-        weight = next(module.parameters())
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        like = torch.empty(0, dtype=dtype, device=weight.device)
-        return _Swap(table, key, _Zero(self._arity.get(module, 0), like), module)
+        return _Swap(table, key, _Zero(self._arity.get(module, 0), self._like), module)
 
     def _place(self, kind: SubLayer, i: int) -> tuple[MutableMapping[str, Any], str, nn.Module]:
         """(table of modules, key in it, module) of one sub-layer; raises as `stub_swap`."""
@@ -232,7 +241,7 @@ class LayerStack:
             yield
             return
         table, key, module = self._place("attention", layer)
-        with _swapped((_Swap(table, key, _Once(module), module),)):
+        with self.watching(), _swapped((_Swap(table, key, _Once(module), module),)):
             yield
 
     @contextmanager
@@ -246,13 +255,14 @@ class LayerStack:
         for i, layer in enumerate(self.layers):
             stand_in = _InPlace(self._arity.get(layer, 0), layer, i, run)
             swaps.append(_Swap(self._list._modules, str(i), stand_in, layer))
-        with _swapped(tuple(swaps)):
+        with self.watching(), _swapped(tuple(swaps)):
             yield
 
     @contextmanager
     def stubbed(self, layer: int) -> Iterator[None]:
         """Within: both sub-layers of one layer are stubs, its own code still runs (self-check)."""
-        with _swapped((self.stub_swap("attention", layer), self.stub_swap("mlp", layer))):
+        swaps = (self.stub_swap("attention", layer), self.stub_swap("mlp", layer))
+        with self.watching(), _swapped(swaps):
             yield
 
 

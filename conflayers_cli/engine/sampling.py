@@ -142,7 +142,7 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from the logits ``[1, V]`` of the last position."""
         if self.settings.greedy:
-            return int(self.scores(logits).argmax(dim=-1))
+            return int(best_tokens(self.scores(logits)))
         return self.draw(self.distribution(logits)[0])
 
     def draw(self, probabilities: torch.Tensor) -> int:
@@ -163,6 +163,14 @@ class Sampler:
         """``count`` random numbers from [0, 1)."""
         device = self.generator.device
         return torch.rand(count, generator=self.generator, device=device).tolist()
+
+
+def best_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """The first token of the highest score, ``[..., V] → [...]`` int64.
+
+    The same as ``argmax``, which takes five times as long on half-precision CPU tensors.
+    """
+    return scores.max(dim=-1).indices
 
 
 def accept_greedy(

@@ -168,3 +168,20 @@ def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:
     )
     steps = tiny.steps_of(generation)
     assert 0 < sum(step.accepted for step in steps) < sum(step.drafted for step in steps)
+
+
+@functools.cache
+def of_family(family: str) -> Decoder:
+    return Decoder(tiny.build(tiny.CONFIGS[family](), dtype=torch.bfloat16, gain=0.7))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_family_is_exact(family: str, seed: int) -> None:
+    prompt = tiny.prompt(5 + 9 * seed, seed)
+    vanilla = Generation(of_family(family), prompt, max_new_tokens=40)
+    drafter = SkipDrafter(of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0)
+    speculative = Generation(of_family(family), prompt, max_new_tokens=40, drafter=drafter)
+    tiny.steps_of(vanilla)
+    tiny.steps_of(speculative)
+    assert speculative.output == vanilla.output

@@ -42,7 +42,8 @@ def test_a_plan_leaves_out_what_it_names(plan: SkipPlan) -> None:
         assert module is not None
         handles.append(module.register_forward_hook(_nothing))
     try:
-        expected = forward(decoder)
+        with decoder.stack.watching():
+            expected = forward(decoder)
     finally:
         for handle in handles:
             handle.remove()
@@ -73,17 +74,19 @@ def test_modules_are_back_after_a_plan(plan: SkipPlan) -> None:
 def test_modules_are_back_after_an_error(plan: SkipPlan) -> None:
     decoder = tiny.decoder("llama")
     before, logits = table(decoder), forward(decoder)
+    watched = decoder.stack.watched
 
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
     handle = decoder.stack.layers[4].register_forward_pre_hook(fail)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), decoder.stack.watching():
             forward(decoder, plan)
     finally:
         handle.remove()
     assert table(decoder) == before
+    assert decoder.stack.watched == watched
     assert torch.equal(forward(decoder), logits)
 
 

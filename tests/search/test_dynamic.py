@@ -58,7 +58,8 @@ class Drafts:
 
             handles.append(layer.register_forward_hook(keep))
         fed, position = torch.tensor([[self.tokens[at]]]), torch.tensor([[at]])
-        logits = self.decoder.forward(fed, position, cache, plan)
+        with self.decoder.stack.watching():
+            logits = self.decoder.forward(fed, position, cache, plan)
         for handle in handles:
             handle.remove()
         for i in range(1, self.decoder.depth):

@@ -1,0 +1,242 @@
+"""A forward of our own for the Llama-like majority: the same arithmetic in fewer operations.
+
+A pass over a few tokens is short, so what stands between the matrix products counts: transformers'
+modules spend a fifth to a third of it on small operations and on Python. Here q, k and v are one
+product, gate and up another, both rotations one, and layers are left out by not running them.
+
+The model stays what it is: this reads its modules' weights and is used only where its logits equal
+those of the modules (checked when a model is opened). Whoever changes modules for a while
+(:class:`.layers.LayerStack`) gets the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .attention import folded_attention
+from .cache import KVCache
+from .packing import PackedLinear
+from .plan import SkipPlan
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
+"""Model types whose layers this knows: RMSNorm, rotary positions, gated MLP."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Masks = torch.Tensor | Mapping[str, torch.Tensor]
+
+
+class _Norm:
+    """RMSNorm, rounded where transformers rounds."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight = module.weight
+        self.share = 1.0 / self.weight.shape[-1]
+        self.epsilon = torch.tensor(float(module.variance_epsilon), device=self.weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        scale = torch.addcmul(self.epsilon, norm, norm, value=self.share).rsqrt_()
+        return torch.mul(x, scale).to(x.dtype).mul_(self.weight)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer computes with. Norms stand before a sub-layer or behind it."""
+
+    kind: str
+    before_attention: _Norm | None
+    qkv: Product
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    scaling: float
+    output: Product
+    after_attention: _Norm | None
+    before_mlp: _Norm | None
+    gate_up: Product
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    down: Product
+    after_mlp: _Norm | None
+
+
+class FusedForward:
+    """The forward of one model.
+
+    Args:
+        model: a causal language model of one of :data:`FAMILIES`.
+        layers: its decoder layers.
+        config: its text config.
+
+    Raises:
+        AttributeError, KeyError, ValueError: the model is put together otherwise than its family.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[nn.Module], config: Any) -> None:
+        decoder = model.get_decoder()
+        self.embedding = model.get_input_embeddings()
+        self.rotary = decoder.rotary_emb
+        self.norm = _Norm(decoder.norm)
+        self.head = _product(model.get_output_embeddings())
+        self.heads = int(config.num_attention_heads)
+        self.shared = int(config.num_key_value_heads)
+        self.size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        # Qwen 3 norms each head's queries and keys; OLMo 2 all heads' together.
+        self.norm_heads = config.model_type == "qwen3"
+        silu = config.hidden_act in ("silu", "swish")
+        activation = F.silu if silu else ACT2FN[config.hidden_act]
+        kinds = getattr(config, "layer_types", None)
+        window = "sliding_attention" if getattr(config, "sliding_window", None) else ""
+        self.layers = tuple(
+            _read_layer(layer, kinds[i] if kinds else window or "full_attention", activation)
+            for i, layer in enumerate(layers)
+        )
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        masks: Masks,
+        cache: KVCache,
+        plan: SkipPlan,
+        keep: int,
+    ) -> torch.Tensor:
+        """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all ``[B, T]``).
+
+        The cache has been told where the tokens are written; masks as the modules get them.
+        """
+        x = self.embedding(tokens)
+        cos, sin = self._rotation(x, positions)
+        added = _added(masks, x.dtype)
+        attention_out, mlp_out = set(plan.attention), set(plan.mlp)
+        for i, layer in enumerate(self.layers):
+            if i not in attention_out:
+                mask = added if isinstance(added, torch.Tensor) else added[layer.kind]
+                x = self._attention(layer, x, cos, sin, mask, cache.layers[i]).add_(x)
+            if i not in mlp_out:
+                x = self._mlp(layer, x).add_(x)
+        return self.head(self.norm(x[:, -keep:] if keep else x))
+
+    def _rotation(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[B, 1, T, D]``, the latter with the sign that half the features need."""
+        cos, sin = self.rotary(x, positions)
+        if cos.shape[-1] != self.size:
+            raise ValueError("only part of each head is rotated")
+        sin[..., : self.size // 2].neg_()
+        return cos[:, None], sin[:, None]
+
+    def _attention(
+        self,
+        layer: _Layer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cached: Any,
+    ) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        product = layer.qkv(layer.before_attention(x) if layer.before_attention else x)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            product = self._normed(layer.query_norm, layer.key_norm, product)
+        states = product.view(batch, tokens, -1, self.size).transpose(1, 2)
+        turning, value = states.split((self.heads + self.shared, self.shared), dim=1)
+        turned = torch.addcmul(turning * cos, turning.roll(self.size // 2, -1), sin)
+        query, key = turned.split((self.heads, self.shared), dim=1)
+        keys, values = cached.update(key, value)
+        out = folded_attention(query, keys, values, mask, layer.scaling)
+        product = layer.output(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return layer.after_attention(product) if layer.after_attention else product
+
+    def _normed(self, query_norm: _Norm, key_norm: _Norm, product: torch.Tensor) -> torch.Tensor:
+        """The product ``[B, T, ·]`` with its queries and keys normed."""
+        sizes = [n * self.size for n in (self.heads, self.shared, self.shared)]
+        parts = product.split(sizes, dim=-1)
+        if self.norm_heads:
+            query, key = (part.unflatten(-1, (-1, self.size)) for part in parts[:2])
+            normed = query_norm(query).flatten(-2), key_norm(key).flatten(-2)
+        else:
+            normed = query_norm(parts[0]), key_norm(parts[1])
+        return torch.cat((*normed, parts[2]), dim=-1)
+
+    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        product = layer.gate_up(layer.before_mlp(x) if layer.before_mlp else x)
+        gate, up = product.chunk(2, dim=-1)
+        product = layer.down(layer.activation(gate).mul_(up))
+        return layer.after_mlp(product) if layer.after_mlp else product
+
+
+def _added(masks: Masks, dtype: torch.dtype) -> Masks:
+    """Boolean masks as numbers to add, which attention would else make of them in every layer."""
+    if isinstance(masks, torch.Tensor):
+        added = torch.zeros(masks.shape, dtype=dtype, device=masks.device)
+        return added.masked_fill_(masks.logical_not(), float("-inf"))
+    return {
+        kind: added
+        for kind, mask in masks.items()
+        if isinstance(added := _added(mask, dtype), torch.Tensor)
+    }
+
+
+def _read_layer(
+    layer: Any, kind: str, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    post_norms = hasattr(layer, "post_feedforward_layernorm")
+
+    def norm(owner: Any, name: str) -> _Norm | None:
+        return _Norm(getattr(owner, name)) if hasattr(owner, name) else None
+
+    def joined(owner: Any, whole: str, parts: Sequence[str]) -> Product:
+        if hasattr(owner, whole):  # Phi 3 has them in one
+            return _product(getattr(owner, whole))
+        return _joined([getattr(owner, part) for part in parts])
+
+    return _Layer(
+        kind=kind,
+        before_attention=None if post_norms else _Norm(layer.input_layernorm),
+        qkv=joined(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        query_norm=norm(attention, "q_norm"),
+        key_norm=norm(attention, "k_norm"),
+        scaling=float(attention.scaling),
+        output=_product(attention.o_proj),
+        after_attention=_Norm(layer.post_attention_layernorm) if post_norms else None,
+        before_mlp=None if post_norms else _Norm(layer.post_attention_layernorm),
+        gate_up=joined(mlp, "gate_up_proj", ("gate_proj", "up_proj")),
+        activation=activation,
+        down=_product(mlp.down_proj),
+        after_mlp=_Norm(layer.post_feedforward_layernorm) if post_norms else None,
+    )
+
+
+def _product(linear: Any) -> Product:
+    """A layer's product, without the module around it where that is no more than its packing."""
+    if isinstance(linear, PackedLinear) and len(linear.packed.sizes) == 1:
+        return linear.packed
+    product: Product = linear
+    return product
+
+
+def _joined(linears: Sequence[Any]) -> Product:
+    """One product for several layers of one input; their weights become views of one tensor."""
+    if all(isinstance(linear, PackedLinear) for linear in linears):
+        packed = {linear.packed for linear in linears}
+        if len(packed) > 1:
+            raise ValueError("packed apart")
+        product: Product = packed.pop()
+        return product
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, view in zip(linears, weight.split(sizes), strict=True):
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    if biases and len(biases) < len(linears):
+        raise ValueError("some of the layers have a bias, some have none")
+    bias = torch.cat(biases) if biases else None
+    return lambda rows: F.linear(rows, weight, bias)

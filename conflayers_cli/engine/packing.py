@@ -1,0 +1,235 @@
+"""Linear layers whose weights lie in memory in the order in which the processor reads them.
+
+PyTorch's CPU product with a plain weight rearranges it, or reads it against the grain, at every
+call. oneDNN can keep it rearranged ("packed"), which PyTorch itself does for models it has compiled
+and frozen. A pass over a few rows then takes about half the time. Packing a weight replaces it: it
+is not held twice, but for an output embedding that is the input embedding, too. Unpacking gives the
+same bits back.
+
+A row's bits don't depend on the number of rows here, either, from two on (see :mod:`.attention`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_MEASURED = 8
+"""Weights by which packed and plain products are compared."""
+_WORTH_MEASURING = 1 << 20
+"""Bytes; a model with smaller weights than this is packed as it is."""
+_SLOWER = 1.1
+"""Packed products must be slower than this for a model to be left as it is: what is chosen must
+not hang on noise, because the two round differently."""
+
+_ATTRIBUTE = "conflayers_packing"
+"""Where a packed model keeps what was done to it, for whoever opens it again."""
+
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Products of one input that are computed as one."""
+
+
+class Packed:
+    """One packed weight, which may serve several linear layers of the same input.
+
+    Args:
+        linears: the layers; their weights become empty, unless ``keep`` says that someone else
+            has use for them.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], keep: bool = False) -> None:
+        self.linears = tuple(linears)
+        self.sizes = [linear.out_features for linear in linears]
+        self._keep = keep
+        weights = [linear.weight.detach() for linear in linears]
+        self._weight = _reorder(weights[0] if len(weights) == 1 else torch.cat(weights))
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        if not keep:
+            self.drop_plain()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """The products of all layers side by side: ``[..., in] → [..., sum of sizes]``."""
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self._weight, self._bias, "none", [], ""
+        )
+        return product
+
+    def part(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """One layer's product; the others' are kept until the next input comes."""
+        if len(self.sizes) == 1:
+            return self(rows)
+        last, self._last = self._last, None
+        if last is None or last[0] is not rows:
+            last = rows, self(rows).split(self.sizes, dim=-1)
+        if index < len(self.sizes) - 1:  # the last one to be asked leaves nothing behind
+            self._last = last
+        return last[1][index]
+
+    def restore_plain(self) -> None:
+        """Give the layers their weights back."""
+        if self._keep:
+            return
+        weights = self._weight.to_dense().split(self.sizes)
+        for linear, weight in zip(self.linears, weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def drop_plain(self) -> None:
+        """Take the layers' own weights away again."""
+        if self._keep:
+            return
+        for linear in self.linears:
+            empty = torch.empty(0, dtype=linear.weight.dtype)
+            linear.weight = nn.Parameter(empty, requires_grad=False)
+
+
+class PackedLinear(nn.Module):
+    """Stands where a linear layer was."""
+
+    def __init__(self, packed: Packed, index: int = 0) -> None:
+        super().__init__()
+        self.packed = packed
+        self.index = index
+        self.in_features = packed.linears[index].in_features
+        self.out_features = packed.linears[index].out_features
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.packed.part(rows, self.index)
+
+
+class Packing:
+    """A model's packed layers: makes them, and takes them back for a while.
+
+    Args:
+        model: a transformers causal language model.
+        layers: its decoder layers.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
+        self._model = model
+        self._places: list[tuple[nn.Module, str, nn.Linear, PackedLinear]] = []
+        for layer in layers:
+            for parent in list(layer.modules()):
+                self._pack_children(parent)
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            owner, name = _owner_of(model, head)
+            embedding = model.get_input_embeddings()
+            tied = head.weight is getattr(embedding, "weight", None)
+            self._put(owner, [name], Packed([head], keep=tied))
+        setattr(model, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(model: Any, layers: Sequence[nn.Module]) -> Packing | None:
+        """Pack a model where that is possible and not slower; None: it stays as it is."""
+        earlier: Packing | None = getattr(model, _ATTRIBUTE, None)
+        if earlier is not None or not _possible(model):
+            return earlier
+        found = [m for layer in layers for m in layer.modules() if type(m) is nn.Linear]
+        if not found or not _faster(found):
+            return None
+        return Packing(model, layers)
+
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Within: the model has its plain layers, which takes their memory a second time."""
+        for packed in self._weights():
+            packed.restore_plain()
+        for parent, name, linear, _ in self._places:
+            parent._modules[name] = linear
+        try:
+            yield
+        finally:
+            self._install()
+            for packed in self._weights():
+                packed.drop_plain()
+
+    def undo(self) -> None:
+        """The model has its plain layers from now on."""
+        for packed in self._weights():
+            packed.restore_plain()
+        for parent, name, linear, _ in self._places:
+            parent._modules[name] = linear
+        self._places.clear()
+        delattr(self._model, _ATTRIBUTE)
+
+    def _weights(self) -> list[Packed]:
+        return list(dict.fromkeys(stand_in.packed for *_, stand_in in self._places))
+
+    def _install(self) -> None:
+        for parent, name, _, stand_in in self._places:
+            parent._modules[name] = stand_in
+
+    def _pack_children(self, parent: nn.Module) -> None:
+        linears = [name for name, child in parent.named_children() if type(child) is nn.Linear]
+        for names in _MERGED:
+            if all(name in linears for name in names) and _alike(parent, names):
+                self._put(parent, names, Packed([parent._modules[name] for name in names]))  # type: ignore[misc]
+                linears = [name for name in linears if name not in names]
+        for name in linears:
+            self._put(parent, [name], Packed([parent._modules[name]]))  # type: ignore[list-item]
+
+    def _put(self, parent: nn.Module, names: Sequence[str], packed: Packed) -> None:
+        for index, name in enumerate(names):
+            stand_in = PackedLinear(packed, index)
+            stand_in.eval()
+            self._places.append((parent, name, packed.linears[index], stand_in))
+            parent._modules[name] = stand_in
+
+
+def _alike(parent: nn.Module, names: Sequence[str]) -> bool:
+    """Whether layers have inputs of one size, and all have a bias or none has."""
+    linears = [parent.get_submodule(name) for name in names]
+    inputs = {linear.in_features for linear in linears}
+    return len(inputs) == 1 and len({linear.bias is None for linear in linears}) == 1
+
+
+def _owner_of(model: nn.Module, child: nn.Module) -> tuple[nn.Module, str]:
+    path = next(name for name, module in model.named_modules() if module is child)
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
+
+
+def _possible(model: Any) -> bool:
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if model.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(model.dtype == torch.float32)
+
+
+def _faster(linears: Sequence[nn.Linear]) -> bool:
+    """Whether two rows' products with packed weights are not slower; measured in milliseconds."""
+    largest = sorted(linears, key=lambda linear: linear.weight.nbytes)[-_MEASURED:]
+    if largest[0].weight.nbytes < _WORTH_MEASURING:
+        return True
+    rows = [linear.weight.new_ones((2, linear.in_features)) for linear in largest]
+    packed = [Packed([linear], keep=True) for linear in largest]
+    plain_times, packed_times = [], []
+    with torch.inference_mode():
+        for _ in range(7):
+            plain_times.append(_seconds(largest, rows))
+            packed_times.append(_seconds(packed, rows))
+    return sorted(packed_times)[3] <= _SLOWER * sorted(plain_times)[3]
+
+
+def _seconds(
+    products: Sequence[Callable[[torch.Tensor], torch.Tensor]], rows: Sequence[torch.Tensor]
+) -> float:
+    begin = time.perf_counter()
+    for product, row in zip(products, rows, strict=True):
+        product(row)
+    return time.perf_counter() - begin

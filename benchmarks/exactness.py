@@ -1,106 +1,175 @@
-"""How many greedy outputs equal vanilla's and transformers' own, on real prompts.
+"""How many greedy outputs equal vanilla's, on real prompts: chains, trees, n-grams, batches.
 
-For each model and dtype, ``conflayers bench`` decodes the same prompts three ways, once each. On
-smollm2-deep the plan leaves out the planted layers; on smollm2 it is a deliberately bad one, so
-that most drafts are refused. Speeds are not the subject here: one run says little about them.
+Drafts are made as long as may be, whether that pays or not: costs are given out as nothing. On
+smollm2-deep the plan leaves out the planted layers; elsewhere it is a deliberately bad one, so that
+most drafts are refused. Every output is compared with the one that vanilla decoding gives alone:
 
-    python benchmarks/exactness.py --data prompts.jsonl --per-category 4 --output exactness.json
+  vanilla, batch   nothing drafted, several prompts at once
+  chain            the skipped layers draft, 6 tokens at a time
+  tree             the same with the papers' leaves beside them, one prompt at a time
+  mixed            n-grams and the skipped layers draft, up to 25 tokens
+  transformers     `generate`
+
+Nothing ends before its budget: what is written behind an end token is compared, too. Speeds are
+not the subject here.
+
+    python -m benchmarks.exactness --data spec_bench.jsonl --per-category 4 --output exactness.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from transformers import AutoConfig
-
-from conflayers_cli.engine.builtin import ensure
-from conflayers_cli.engine.model import fingerprint
+from benchmarks import common
+from conflayers_cli.arms import Arm, BatchArm, Case, EngineArm, Run
+from conflayers_cli.bench import CaseRuns
+from conflayers_cli.engine.costs import Costs, CostTable
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import Drafter, SkipDrafter
+from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.outputs import write_json
-from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, SkipSection
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.engine.tree import GREEDY_SHAPE
+from conflayers_cli.identity import Identity, identities
+from conflayers_cli.peers import TransformersArm
 
 BAD_PLAN = SkipPlan.of([3, 7, 9, 12, 20], [7, 12, 15, 21])
+CHAIN = 6
+FREE = Costs(verify={1: 1.0, 64: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=1)
+"""Passes of any width cost the same and drafts nothing: it always pays to draft."""
 
 
-def save_profile(name: str, path: Path) -> None:
-    """A profile with the planted plan, or the bad one where nothing is planted."""
-    config: Any = AutoConfig.from_pretrained(ensure(name))
-    planted = getattr(config, "conflayers_planted", None)
-    plan = SkipPlan.of_layers(planted) if planted else BAD_PLAN
-    Profile(
-        model=ModelFingerprint.model_validate({"name": name, **fingerprint(config)}),
-        skip=SkipSection.of(plan),
-        draft=DraftSettings(max_tokens=6, stop_probability=0.0),
-    ).save(path)
+def plan_for(decoder: Decoder) -> SkipPlan:
+    """The planted layers, or the bad plan where nothing is planted (and it fits)."""
+    if planted := getattr(decoder.config, "conflayers_planted", None):
+        return SkipPlan.of_layers(planted)
+    return BAD_PLAN if decoder.depth > 22 else common.bad_plan(decoder.depth)
 
 
-def choose(data: Path, per_category: int, target: Path) -> None:
-    """The first prompts of every category that has so many."""
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line]
-    sizes = Counter(row["category"] for row in rows)
-    taken: Counter[str] = Counter()
-    chosen = []
-    for row in rows:
-        category = row["category"]
-        if sizes[category] > per_category * 2 and taken[category] < per_category:
-            taken[category] += 1
-            chosen.append(json.dumps(row))
-    target.write_text("\n".join(chosen), encoding="utf-8")
+def eager(
+    decoder: Decoder, plan: SkipPlan, *, ngram: bool, rows: int, longest: int
+) -> MixedDrafter:
+    """A drafter that never finds it too dear."""
+    table = CostTable({rows: FREE}, decoder.depth)
+    return MixedDrafter(decoder, plan, table, ngram=ngram, max_tokens=longest)
 
 
-def bench(profile: Path, data: Path, dtype: str, tokens: int) -> dict[str, Any]:
-    """One ``conflayers bench --json`` run; exit code 3 (outputs differ) is a result too."""
-    command = [
-        *(sys.executable, "-m", "conflayers_cli.cli.main", "bench", "--profile", str(profile)),
-        *("--data", str(data), "--dtype", dtype, "--max-new-tokens", str(tokens)),
-        *("--runs", "1", "--warmup", "0", "--against", "transformers", "--json"),
+def alone(decoder: Decoder, plan: SkipPlan) -> dict[str, Drafter]:
+    """Who drafts for one prompt at a time."""
+    return {
+        "chain": SkipDrafter(decoder, plan, CHAIN, 0.0),
+        "tree": SkipDrafter(decoder, plan, CHAIN, 0.0, GREEDY_SHAPE),
+        "mixed": eager(decoder, plan, ngram=True, rows=1, longest=25),
+    }
+
+
+def together(decoder: Decoder, plan: SkipPlan, rows: int) -> dict[str, MixedDrafter | None]:
+    """Who drafts for several prompts at once."""
+    return {
+        "vanilla": None,
+        "chain": eager(decoder, plan, ngram=False, rows=rows, longest=CHAIN),
+        "mixed": eager(decoder, plan, ngram=True, rows=rows, longest=25),
+    }
+
+
+def decode(
+    subject: common.Subject, cases: Sequence[Case], batches: Sequence[int]
+) -> dict[tuple[str, int], list[Run]]:
+    """Every output, by arm and batch size."""
+    decoder, greedy = subject.decoder, Sampling()
+    ends: frozenset[int] = frozenset()
+    plan = plan_for(decoder)
+    arms: list[Arm] = [EngineArm("vanilla", decoder, None, greedy, ends)]
+    arms += [
+        EngineArm(name, decoder, drafter, greedy, ends)
+        for name, drafter in alone(decoder, plan).items()
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 3):
-        raise SystemExit(done.stderr)
-    document: dict[str, Any] = json.loads(done.stdout)
-    # both lie in a folder that is gone afterwards
-    document["settings"] |= {"profile": profile.name, "data": data.name}
-    return document
+    arms.append(TransformersArm(decoder, greedy, ends))
+    found: dict[tuple[str, int], list[Run]] = {}
+    for arm in arms:
+        common.say(f"{subject.name} {subject.dtype}: {arm.name}")
+        found[arm.name, 1] = [arm.run(case) for case in cases]
+    for rows in (rows for rows in batches if rows > 1):
+        for name, drafter in together(decoder, plan, rows).items():
+            common.say(f"{subject.name} {subject.dtype}: {name}, batch {rows}")
+            batch = BatchArm(name, decoder, drafter, rows, greedy, ends)
+            found[name, rows] = batch.run_all(cases)
+    return found
 
 
-def main() -> None:
+def compared(
+    subject: common.Subject, cases: Sequence[Case], arm: Sequence[Run], vanilla: Sequence[Run]
+) -> Identity:
+    """An arm's outputs against vanilla's alone."""
+    pairs = [
+        CaseRuns(case, {"vanilla": (one,), "arm": (other,)})
+        for case, one, other in zip(cases, vanilla, arm, strict=True)
+    ]
+    return identities(["arm"], pairs, subject.decoder, Sampling())["arm"]
+
+
+def run(subject: common.Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One model in one dtype: a row per arm and batch size."""
+    prompts = common.mixed_up(common.prompts_of(options))
+    cases = common.cases_of(subject, prompts, options.max_new_tokens)
+    outputs = decode(subject, cases, options.batches)
+    vanilla = outputs.pop(("vanilla", 1))
+    rows = []
+    for (name, size), runs in outputs.items():
+        identity = compared(subject, cases, runs, vanilla)
+        rows.append(
+            {
+                "model": subject.name,
+                "dtype": subject.dtype,
+                "arm": name,
+                "batch": size,
+                "matching": identity.matching,
+                "total": identity.total,
+                "tokens": sum(run.stats.tokens for run in runs),
+                "drafted": sum(run.stats.drafted for run in runs),
+                "accepted": sum(run.stats.accepted for run in runs),
+                "divergences": [asdict(parted) for parted in identity.divergences],
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> list[str]:
+    """An arm for people."""
+    gaps = [parted["gap"] for parted in row["divergences"]]
+    return [
+        row["model"],
+        row["dtype"],
+        row["arm"],
+        str(row["batch"]),
+        f"{row['matching']}/{row['total']}",
+        str(row["tokens"]),
+        f"{row['accepted']}/{row['drafted']}",
+        f"{max(gaps):.2g}" if gaps else "",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run every model in every dtype and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="prompts with categories (JSONL)")
-    parser.add_argument("--per-category", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "smollm2-deep"])
+    parser = common.parser_for(__doc__, per_category=4, max_new_tokens=128)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "prompts.jsonl"
-        choose(options.data, options.per_category, data)
-        for model in options.models:
-            profile = Path(folder) / f"{model}.yaml"
-            save_profile(model, profile)
-            for dtype in options.dtypes:
-                document = bench(profile, data, dtype, options.max_new_tokens)
-                results.append(document)
-                own, theirs = document["identical_outputs"], document["identical_to_transformers"]
-                print(
-                    f"{model} {dtype}: {own['matching']}/{own['total']} equal vanilla's, vanilla "
-                    f"equals transformers' in {theirs['matching']}/{theirs['total']}",
-                    flush=True,
-                )
-                for parted in (*own["divergences"], *theirs["divergences"]):
-                    print(f"  {parted}", flush=True)
-    if options.output:
-        write_json(options.output, results)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    options = common.parsed(parser, arguments, dtypes=["bfloat16"], batches=[1, 2])
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        for dtype in options.dtypes:
+            options.dtype = dtype
+            subject = common.open_subject(name, options)
+            rows += run(subject, options)
+            common.save(options, "exactness", subject, {"rows": rows})
+    head = ["model", "dtype", "arm", "batch", "identical", "tokens", "accepted", "widest gap"]
+    common.print_table(head, map(line, rows))
+    for row in rows:
+        for parted in row["divergences"]:
+            print(f"{row['model']} {row['dtype']} {row['arm']} batch {row['batch']}: {parted}")
 
 
 if __name__ == "__main__":

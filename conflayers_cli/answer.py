@@ -1,15 +1,15 @@
-"""Decoding one prompt to the end: its text, its tokens, and what it took."""
+"""Decoding prompts to the end, one by one or several at once: texts, tokens, and what it took."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decode import Finish, Generation, Step
-from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.draft import Drafter, RowsDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.text import TextStream
@@ -58,15 +58,8 @@ class Summary:
 
     @classmethod
     def of_row(cls, batch: Batch, row: int) -> Summary:
-        """The summary of one row of a batch; its seconds are its share of what all rows took."""
-        rows, count = len(batch.outputs), len(batch.outputs[row])
-        return cls(
-            prefill_seconds=batch.prefill_seconds / rows,
-            decode_seconds=batch.decode_seconds / rows,
-            tokens=count,
-            decode_tokens=count - 1,
-            steps=count - 1,
-        )
+        """The summary of one request of a batch."""
+        return cls.of(batch.steps[row])
 
     @classmethod
     def total(cls, summaries: Iterable[Summary]) -> Summary:
@@ -203,27 +196,32 @@ def answer(
     )
 
 
-def answer_skipped(
+def answer_batch(
     decoder: Decoder,
     tokenizer: Any,
     requests: Sequence[BatchRequest],
-    plan: SkipPlan,
     *,
+    size: int,
+    drafter: RowsDrafter | None = None,
+    plan: SkipPlan = FULL,
     end_tokens: frozenset[int] = frozenset(),
     stops: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
-) -> list[Answer]:
-    """Decode prompts together with layers left out for good: lossy (see `engine.batch`).
+) -> Iterator[tuple[int, Answer]]:
+    """Decode prompts, several at once (see `engine.batch`).
 
     Args:
         decoder, tokenizer: the model.
         requests: the prompts; what is told about their tokens is the texts' business here.
-        plan: what is left out behind the prompts.
+        size: how many are decoded at once.
+        drafter: drafts for them, losslessly; None: nobody.
+        plan: what is left out behind the prompts, which is lossy.
         end_tokens, stops: what ends a text.
         on_text: given the first prompt's text piece by piece.
 
-    Returns:
-        An answer per request. Its seconds are its share of what all took together.
+    Yields:
+        (a request's number, its answer) as soon as it is done, in whatever order that is. Seconds
+        are the answer's share of what all took together.
 
     Raises:
         InputError: as `Batch`.
@@ -233,33 +231,36 @@ def answer_skipped(
         replace(request, watch=stream.feed)
         for request, stream in zip(requests, streams, strict=True)
     ]
-    batch = Batch(decoder, rows, plan=plan, end_tokens=end_tokens)
-    while None in batch.finishes:
-        batch.step()
-        if (text := streams[0].take()) and on_text:
+    batch = Batch(decoder, rows, size=size, drafter=drafter, plan=plan, end_tokens=end_tokens)
+    for number, step in batch:
+        stream = streams[number]
+        text = stream.take() + (stream.finish() if step.finish else "")
+        if text and on_text and number == 0:
             on_text(text)
-    if (text := streams[0].finish()) and on_text:
-        on_text(text)
-    answers = []
-    for row, (request, stream) in enumerate(zip(requests, streams, strict=True)):
-        stream.finish()
-        answers.append(
-            Answer(
-                text=stream.text,
-                token_ids=tuple(batch.outputs[row]),
-                finish_reason=batch.finishes[row] or "length",
-                prompt_tokens=len(request.prompt),
-                stats=Summary.of_row(batch, row),
+        if step.finish:
+            yield (
+                number,
+                Answer(
+                    text=stream.text,
+                    token_ids=tuple(t for each in batch.steps[number] for t in each.tokens),
+                    finish_reason=step.finish,
+                    prompt_tokens=len(requests[number].prompt),
+                    stats=Summary.of(batch.steps[number]),
+                ),
             )
-        )
-    return answers
 
 
 def _of_step(step: Step) -> Summary:
     count = len(step.tokens)
     if step.drafter == "prefill":
         return Summary(prefill_seconds=step.seconds, tokens=count)
-    drafters = {}
-    if step.drafted:
-        drafters[step.drafter] = DraftCount(1, step.drafted, step.accepted)
-    return Summary(0.0, step.seconds, count, count, 1, drafters)
+    return Summary(0.0, step.seconds, count, count, 1, _by_drafter(step))
+
+
+def _by_drafter(step: Step) -> dict[str, DraftCount]:
+    """Who drafted how much in a step; the tokens that were kept are the chain's first ones."""
+    sources = step.sources or (step.drafter,) * step.drafted
+    return {
+        name: DraftCount(1, sources.count(name), sources[: step.accepted].count(name))
+        for name in dict.fromkeys(sources)
+    }

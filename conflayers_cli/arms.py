@@ -1,22 +1,19 @@
-"""The ways to decode that a bench compares. Each decodes one prompt and says what it took."""
+"""The ways to decode that a bench compares. Each decodes prompts and says what that took.
+
+Those of transformers are in :mod:`.peers`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from typing import Protocol
 
 from conflayers_cli.answer import Summary
 from conflayers_cli.engine.batch import Batch, BatchRequest
-from conflayers_cli.engine.builtin import quiet_transformers
-from conflayers_cli.engine.costs import clock
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.draft import Drafter, RowsDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 
@@ -51,11 +48,14 @@ class Run:
         tokens: what came out.
         stats: what it took.
         cache_bytes: memory of the keys and values; None where it is not known.
+        weights_twice_bytes: memory of weights that were held twice meanwhile, for the comparison's
+            sake: not what this way to decode takes by itself.
     """
 
     tokens: tuple[int, ...]
     stats: Summary
     cache_bytes: int | None = None
+    weights_twice_bytes: int = 0
 
 
 class Arm(Protocol):
@@ -65,6 +65,18 @@ class Arm(Protocol):
     def name(self) -> str: ...
 
     def run(self, case: Case) -> Run: ...
+
+
+class RowsArm(Protocol):
+    """A way to decode several prompts together."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def run_all(self, cases: Sequence[Case]) -> list[Run]: ...
 
 
 @dataclass(frozen=True)
@@ -112,88 +124,40 @@ class SkipOnlyArm:
 
 
 @dataclass(frozen=True)
-class TransformersArm:
-    """``model.generate`` of transformers, as a user would call it, with the same settings."""
+class BatchArm:
+    """This package's engine on several prompts at once: vanilla where ``drafter`` is None.
 
+    Attributes:
+        size: prompts decoded at once; one that ends makes room for the next.
+    """
+
+    name: str
     decoder: Decoder
+    drafter: RowsDrafter | None
+    size: int
     sampling: Sampling
     end_tokens: frozenset[int]
-    name: str = "transformers"
 
-    def run(self, case: Case) -> Run:
-        """Decode the prompt once."""
-        device = self.decoder.device
-        prompt = torch.tensor([case.tokens], device=device)
-        with self.decoder.plain() as model, _own_settings(model), _seeded(case.seed, device):
-            stopwatch = _Stopwatch(device)
-            output = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=self._config(case.max_new_tokens),
-                stopping_criteria=StoppingCriteriaList([stopwatch]),
-            )
-        tokens = tuple(output[0, len(case.tokens) :].tolist())
-        return Run(tokens, stopwatch.summary())
+    def run_all(self, cases: Sequence[Case]) -> list[Run]:
+        """Decode prompts once, as one queue.
 
-    def _config(self, max_new_tokens: int) -> Any:
-        settings = self.sampling
-        ends = sorted(self.end_tokens)
-        config: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": not settings.greedy,
-            "repetition_penalty": settings.repetition_penalty,
-            "eos_token_id": ends or None,
-            "pad_token_id": ends[0] if ends else 0,
-        }
-        if not settings.greedy:
-            config |= {
-                "temperature": settings.temperature,
-                "top_k": settings.top_k or 0,  # 50 would be the default
-                "top_p": 1.0 if settings.top_p is None else settings.top_p,
-                "min_p": settings.min_p,
-            }
-        return GenerationConfig(**config)
-
-
-class _Stopwatch(StoppingCriteria):
-    """Notes the time behind every token; stops nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._times = [clock(device)]
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self._times.append(clock(self._device))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def summary(self) -> Summary:
-        """The first token's time as the prefill's, the others' as decoding."""
-        count = len(self._times) - 1
-        return Summary(
-            prefill_seconds=self._times[1] - self._times[0],
-            decode_seconds=self._times[-1] - self._times[1],
-            tokens=count,
-            decode_tokens=count - 1,
-            steps=count - 1,
+        Returns:
+            A run for each prompt, in order. Its seconds are its share of what all took together, so
+            that those of all add up; its cache is the one that all rows share.
+        """
+        requests = [
+            BatchRequest(case.tokens, case.max_new_tokens, replace(self.sampling, seed=case.seed))
+            for case in cases
+        ]
+        batch = Batch(
+            self.decoder,
+            requests,
+            size=self.size,
+            drafter=self.drafter,
+            end_tokens=self.end_tokens,
         )
-
-
-@contextmanager
-def _own_settings(model: Any) -> Iterator[None]:
-    """Within: the model has no generation settings of its own, which would fill in for ours."""
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        model.generation_config = kept
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: torch's own random numbers start from ``seed``; they go on as before behind it."""
-    devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+        batch.run()
+        return [
+            Run(tuple(tokens), Summary.of_row(batch, row), batch.cache.bytes)
+            for row, tokens in enumerate(batch.outputs)
+        ]

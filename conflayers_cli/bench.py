@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import scipy.stats
 import torch
 
-from conflayers_cli.agreement import Agreement, first_difference
+from conflayers_cli.agreement import Agreement
 from conflayers_cli.answer import Summary
 from conflayers_cli.arms import SKIP_ONLY, Arm, Case, Run
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.sampling import Sampler, Sampling
+from conflayers_cli.engine.memory import PeakMemory
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.identity import Identity, identities
 
 LEAST_RATIOS = 3
 """Fewer than this say nothing about an interval."""
 
 Tell = Callable[[str, float], None]
+AnyArm = TypeVar("AnyArm")
 
 
 @dataclass(frozen=True)
@@ -67,34 +70,6 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """Where an arm's greedy output leaves the vanilla one.
-
-    Attributes:
-        id: the prompt.
-        position: index of the first new token that differs.
-        gap: between the two best scores there, by the whole model.
-        vanilla: the vanilla arm's token, None where its output has ended.
-        other: the other arm's.
-    """
-
-    id: str
-    position: int
-    gap: float
-    vanilla: int | None
-    other: int | None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """How many prompts' greedy outputs equal the vanilla ones, and where the others part."""
-
-    matching: int
-    total: int
-    divergences: tuple[Divergence, ...]
-
-
-@dataclass(frozen=True)
 class CaseRuns:
     """All runs of one prompt, by arm, in order; run i of one arm is next to run i of another."""
 
@@ -107,7 +82,7 @@ class CaseRuns:
         return statistics.median(speeds) if speeds else None
 
     def stats(self, arm: str) -> Summary:
-        """Of the first run: counts are the same in every one."""
+        """Of the first run. (Vanilla's counts are the same in every one; who drafts may learn.)"""
         return self.runs[arm][0].stats
 
 
@@ -144,26 +119,35 @@ class BenchResult:
     Attributes:
         identical: outputs compared with vanilla's, for every arm that should give the same; None
             when sampling.
+        peak_memory: the most memory over the model's weights, in bytes, by arm; empty where
+            nothing tells.
+        cache_bytes: of the largest cache of keys and values.
         agreement: of the lossy arm's outputs with vanilla's; None without one, or when sampling.
+        queues: where prompts are decoded together, the runs of each queue as if it were a prompt:
+            they are what speeds are measured of. Empty: each prompt is decoded alone.
+        batch_size: prompts decoded at once.
     """
 
     cases: tuple[CaseRuns, ...]
     arms: Mapping[str, ArmResult]
     identical: Mapping[str, Identity] | None
-    peak_memory_bytes: int | None
+    peak_memory: Mapping[str, int]
     cache_bytes: int
     agreement: Agreement | None = None
+    queues: tuple[CaseRuns, ...] = ()
+    batch_size: int = 1
 
     def speedup(
         self, over: str = "vanilla", category: str | None = None, *, arm: str = "speculative"
     ) -> Interval:
         """One arm over another, per prompt the ratio of the medians.
 
-        With one prompt its single runs are the pairs.
+        With one prompt its single runs are the pairs; where prompts are decoded together, all runs
+        of the queues.
         """
         cases = self.of_category(category) if category is not None else self.cases
-        if len(cases) == 1:
-            return Interval.of(_run_ratios(cases[0], arm, over))
+        if self.queues or len(cases) == 1:
+            return Interval.of(run_ratios(self.queues or cases, arm, over))
         ratios = [
             ours / theirs
             for case in cases
@@ -173,7 +157,11 @@ class BenchResult:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The prompts' categories, in the order of their first appearance."""
+        """The prompts' categories, in the order of their first appearance; none where prompts are
+        decoded together: a queue's speed is not one category's.
+        """
+        if self.queues:
+            return ()
         return tuple(dict.fromkeys(c.case.category for c in self.cases if c.case.category))
 
     def of_category(self, category: str) -> tuple[CaseRuns, ...]:
@@ -204,36 +192,55 @@ def measure(
         runs, warmup: decodings of each prompt by each arm; decodings by each arm before them.
         tell: told how far it is.
     """
-    device = decoder.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    progress = _Progress(tell, (warmup + runs * len(cases)) * len(arms))
+    memory = PeakByArm(decoder.device)
+
+    def run(arm: Arm, case: Case) -> Run:
+        return memory.run(arm.name, lambda: [arm.run(case)])[0]
+
+    progress = Progress(tell, (warmup + runs * len(cases)) * len(arms))
     for turn in range(warmup):
         for arm in arms:
             progress.step(f"warming up: {arm.name}")
-            arm.run(cases[turn % len(cases)])
+            run(arm, cases[turn % len(cases)])
     taken: list[dict[str, list[Run]]] = [{arm.name: [] for arm in arms} for _ in cases]
     for turn in range(runs):
         for number, case in enumerate(cases):
-            for arm in _rotated(arms, turn + number):
+            for arm in rotated(arms, turn + number):
                 progress.step(f"run {turn + 1} of {runs}, prompt {case.id}: {arm.name}")
-                taken[number][arm.name].append(arm.run(case))
-    peak = _peak_memory(device)  # before the search for differences adds to it
+                taken[number][arm.name].append(run(arm, case))
     results = tuple(
         CaseRuns(case, {name: tuple(done) for name, done in by_arm.items()})
         for case, by_arm in zip(cases, taken, strict=True)
     )
+    exact = [arm.name for arm in arms if arm.name not in ("vanilla", SKIP_ONLY)]
     return BenchResult(
         cases=results,
         arms={arm.name: ArmResult.of(results, arm.name) for arm in arms},
-        identical=_identities(arms, results, decoder, sampling) if sampling.greedy else None,
-        peak_memory_bytes=peak,
-        cache_bytes=_largest_cache(results),
+        identical=identities(exact, results, decoder, sampling) if sampling.greedy else None,
+        peak_memory=memory.peaks,
+        cache_bytes=largest_cache(results),
         agreement=_agreement(arms, results) if sampling.greedy else None,
     )
 
 
-class _Progress:
+class PeakByArm:
+    """Runs arms and notes the most memory each has taken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = PeakMemory(device)
+        self.peaks: dict[str, int] = {}
+
+    def run(self, arm: str, work: Callable[[], list[Run]]) -> list[Run]:
+        """What the work gives, done and watched."""
+        self._memory.begin()
+        done = work()
+        if (peak := self._memory.peak()) is not None:
+            peak -= max(run.weights_twice_bytes for run in done)
+            self.peaks[arm] = max(peak, self.peaks.get(arm, 0))
+        return done
+
+
+class Progress:
     """Counts what is begun."""
 
     def __init__(self, tell: Tell | None, total: int) -> None:
@@ -245,48 +252,20 @@ class _Progress:
         self._begun += 1
 
 
-def _rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
+def rotated(arms: Sequence[AnyArm], turn: int) -> list[AnyArm]:
+    """The arms in their order, begun with another one every turn."""
     first = turn % len(arms)
     return [*arms[first:], *arms[:first]]
 
 
-def _run_ratios(case: CaseRuns, arm: str, over: str) -> list[float]:
-    pairs = zip(case.runs[arm], case.runs[over], strict=True)
+def run_ratios(cases: Sequence[CaseRuns], arm: str, over: str = "vanilla") -> list[float]:
+    """Speeds of one arm over another, of runs that took place one behind the other."""
     return [
         ours / theirs
-        for one, other in pairs
+        for case in cases
+        for one, other in zip(case.runs[arm], case.runs[over], strict=True)
         if (ours := one.stats.tokens_per_second) and (theirs := other.stats.tokens_per_second)
     ]
-
-
-def _identities(
-    arms: Sequence[Arm], cases: Sequence[CaseRuns], decoder: Decoder, sampling: Sampling
-) -> dict[str, Identity]:
-    found = {}
-    for name in (arm.name for arm in arms if arm.name not in ("vanilla", SKIP_ONLY)):
-        parted = [d for case in cases if (d := _divergence(case, name, decoder, sampling))]
-        found[name] = Identity(len(cases) - len(parted), len(cases), tuple(parted))
-    return found
-
-
-def _divergence(
-    case: CaseRuns, arm: str, decoder: Decoder, sampling: Sampling
-) -> Divergence | None:
-    """The first difference in any of the runs."""
-    for vanilla, other in zip(case.runs["vanilla"], case.runs[arm], strict=True):
-        one, two = vanilla.tokens, other.tokens
-        at = first_difference(one, two)
-        if at is None:
-            continue
-        text = [*case.case.tokens, *one[:at]]
-        return Divergence(
-            case.case.id,
-            at,
-            _gap(decoder, text, sampling),
-            one[at] if at < len(one) else None,
-            two[at] if at < len(two) else None,
-        )
-    return None
 
 
 def _agreement(arms: Sequence[Arm], cases: Sequence[CaseRuns]) -> Agreement | None:
@@ -298,28 +277,7 @@ def _agreement(arms: Sequence[Arm], cases: Sequence[CaseRuns]) -> Agreement | No
     )
 
 
-def _gap(decoder: Decoder, text: Sequence[int], sampling: Sampling) -> float:
-    """Between the two best scores of the token behind a text."""
-    tokens = torch.tensor([list(text)], device=decoder.device)
-    logits = decoder.prefill(tokens, decoder.new_cache(len(text)))[0]
-    sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.saw(text)
-    best = sampler.scores(logits)[0].float().topk(2).values
-    return float(best[0] - best[1])
-
-
-def _largest_cache(cases: Sequence[CaseRuns]) -> int:
+def largest_cache(cases: Sequence[CaseRuns]) -> int:
+    """Bytes of keys and values at the most."""
     runs = (run for case in cases for done in case.runs.values() for run in done)
     return max((run.cache_bytes or 0 for run in runs), default=0)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """The most memory used so far: of the GPU, else of the process; None where nothing tells."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 from pydantic_core import PydanticCustomError
@@ -123,11 +123,17 @@ class DraftSettings(Section):
     drafted token, ``leaves`` side candidates are verified too, by the first rung whose ``over`` the
     token's draft probability exceeds (ConfLayers and SWIFT: ``(0.95, 3), (0.8, 5), (0.5, 8),
     (0, 10)`` for greedy drafts). None is a chain, without side candidates.
+
+    ``by`` says who drafts: the skipped layers, n-grams found in the text, both, or nobody; None is
+    both where layers are skipped, else nobody. ``lookahead`` false makes drafts by skipping as long
+    as ``max_tokens`` and ``stop_probability`` say; otherwise it is decided at every step what pays.
     """
 
     max_tokens: Annotated[int, Field(ge=0, le=64)]
     stop_probability: Share
     tree: Rungs | None = None
+    by: Literal["skip", "ngram", "mixed", "none"] | None = None
+    lookahead: bool | None = None
 
     @field_validator("tree", mode="after")
     @classmethod

@@ -7,14 +7,27 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.agreement import Agreement
+from conflayers_cli.answer import DraftCount
 from conflayers_cli.arms import SKIP_ONLY
-from conflayers_cli.bench import ArmResult, BenchResult, Identity, Interval
+from conflayers_cli.bench import ArmResult, BenchResult, Interval
+from conflayers_cli.identity import Identity
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: peak memory is over the model's weights and by arm; in 1 it was the whole process's."""
+
+
+OWN = ("vanilla", "speculative", SKIP_ONLY)
+"""The arms of this package's engine; the others are transformers'."""
+PEERS = {
+    "transformers": "transformers' generate",
+    "transformers-static": "transformers' generate with a static cache",
+    "prompt-lookup": "transformers' prompt lookup",
+    "early-exit": "transformers' early exit",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class BenchContext:
 def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
     """A bench as one JSON document."""
     identical = result.identical or {}
-    others = [name for name in result.arms if name not in ("vanilla", "speculative", SKIP_ONLY)]
+    others = [name for name in result.arms if name not in OWN]
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": context.model,
@@ -39,13 +52,15 @@ def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
         "dtype": context.dtype,
         "environment": dict(context.environment),
         "settings": dict(context.settings),
-        "arms": {name: _arm_json(name, arm) for name, arm in result.arms.items()},
+        "arms": {name: _arm_json(result, name) for name in result.arms},
         "speedup": asdict(result.speedup()),
         "speedup_over": {name: asdict(result.speedup(name)) for name in others},
         "identical_outputs": _identity_json(identical.get("speculative")),
     }
     if "transformers" in result.arms:
         document["identical_to_transformers"] = _identity_json(identical.get("transformers"))
+    if others:
+        document["identical_to"] = {name: _identity_json(identical.get(name)) for name in others}
     if SKIP_ONLY in result.arms:
         agreement = result.agreement
         document["skip_only"] = {
@@ -54,16 +69,27 @@ def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
             "agreement": asdict(agreement) if agreement else None,
         }
     document["categories"] = {name: _category_json(result, name) for name in result.categories}
-    document["peak_memory_bytes"] = result.peak_memory_bytes
+    document["peak_memory_bytes"] = _own_peak(result)
     document["kv_cache_bytes"] = result.cache_bytes
+    if result.queues:
+        document["batch_size"] = result.batch_size
+        document["queues"] = len(result.queues)
     return document
 
 
-def _arm_json(name: str, arm: ArmResult) -> dict[str, Any]:
+def _own_peak(result: BenchResult) -> int | None:
+    """The most memory over the model's weights that an arm of this package's engine took."""
+    peaks = result.peak_memory
+    return max((peak for name, peak in peaks.items() if name in OWN), default=None)
+
+
+def _arm_json(result: BenchResult, name: str) -> dict[str, Any]:
+    arm = result.arms[name]
     figures: dict[str, Any] = {
         "tokens_per_second": asdict(arm.tokens_per_second),
         "time_to_first_token_s": arm.time_to_first_token,
         "tokens": arm.stats.tokens,
+        "peak_memory_bytes": result.peak_memory.get(name),
     }
     if name == "speculative":
         figures |= {
@@ -71,6 +97,7 @@ def _arm_json(name: str, arm: ArmResult) -> dict[str, Any]:
             "tokens_per_step": arm.stats.tokens_per_step,
             "drafted": arm.stats.drafted,
             "accepted": arm.stats.accepted,
+            "by_drafter": arm.stats.as_json()["by_drafter"],
         }
     return figures
 
@@ -108,11 +135,14 @@ def bench_tables(result: BenchResult, context: BenchContext) -> list[RenderableT
 
 
 def _headline(result: BenchResult, context: BenchContext) -> RenderableType:
-    count = len(result.cases)
+    count, queues = len(result.cases), len(result.queues)
+    together = f", {result.batch_size} at once" if queues else ""
+    if queues > 1:
+        together += f" in {queues} queues"
     return _plain(
         f"{_label(context.model)} on {context.device}, {context.dtype}: {count} "
-        f"prompt{'s' if count > 1 else ''}, up to {context.settings.get('max_new_tokens')} new "
-        f"tokens, {context.settings.get('runs')} runs"
+        f"prompt{'s' if count > 1 else ''}{together}, up to "
+        f"{context.settings.get('max_new_tokens')} new tokens, {context.settings.get('runs')} runs"
     )
 
 
@@ -165,9 +195,9 @@ def _category_table(result: BenchResult) -> Table:
 
 
 def _closing(result: BenchResult) -> Iterable[str]:
-    if "transformers" in result.arms:
-        over = result.speedup("transformers")
-        yield f"speed-up over transformers' generate: {_interval(over)}"
+    yield from _drafted_by(result)
+    for name in (name for name in result.arms if name not in OWN):
+        yield f"speed-up over {PEERS.get(name, name)}: {_interval(result.speedup(name))}"
     for name, identity in (result.identical or {}).items():
         yield f"{name}: {identity.matching} of {identity.total} outputs identical to vanilla's"
         for parted in identity.divergences:
@@ -179,12 +209,29 @@ def _closing(result: BenchResult) -> Iterable[str]:
         yield from _lossy(result.agreement)
     if result.identical is None:
         yield "outputs are sampled, so they are not compared"
-    memory = result.peak_memory_bytes
+    memory = _own_peak(result)
     if memory is not None:
+        theirs = result.peak_memory.get("transformers")
+        compared = "" if theirs is None else f" (transformers: {theirs / 2**20:,.0f} MiB)"
         yield (
-            f"peak memory of the process, loading included: {memory / 2**20:,.0f} MiB; "
+            f"peak memory over the model's weights: {memory / 2**20:,.0f} MiB{compared}; "
             f"keys and values: {result.cache_bytes / 2**20:.0f} MiB"
         )
+
+
+def _drafted_by(result: BenchResult) -> Iterable[str]:
+    """Who drafted how much, where several did."""
+    drafters = result.arms["speculative"].stats.by_drafter
+    if len(drafters) > 1:
+        parts = (
+            f"{_label(name)} {count.drafted} ({_number(_share(count), '.1%')} accepted)"
+            for name, count in drafters.items()
+        )
+        yield f"drafted by: {', '.join(parts)}"
+
+
+def _share(count: DraftCount) -> float | None:
+    return count.accepted / count.drafted if count.drafted else None
 
 
 def _lossy(agreement: Agreement | None) -> Iterable[str]:

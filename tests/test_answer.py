@@ -78,6 +78,16 @@ def test_nothing_decoded_has_no_rates() -> None:
     assert stats.tokens_per_second is stats.tokens_per_step is stats.acceptance_rate is None
 
 
+def test_a_step_with_several_sources_counts_for_each() -> None:
+    """The tokens kept are the chain's first."""
+    sources = ("ngram", "ngram", "skip", "skip")
+    mixed = Step((1, 2, 3, 4), 4, 3, "mixed", 0.0, 0.5, None, sources=sources)
+    plain = Step((5, 6), 2, 1, "mixed", 0.0, 0.5, "length", sources=("ngram", "ngram"))
+    stats = Summary.of([mixed, plain])
+    assert stats.by_drafter == {"ngram": DraftCount(2, 4, 3), "skip": DraftCount(1, 2, 1)}
+    assert (stats.drafted, stats.accepted, stats.steps) == (6, 4, 2)
+
+
 def test_total() -> None:
     one = Summary(1.0, 2.0, 11, 10, 5, {"skip": DraftCount(5, 10, 6)})
     two = Summary(1.0, 2.0, 11, 10, 10, {"ngram": DraftCount(1, 2, 1), "skip": DraftCount(1, 2, 0)})

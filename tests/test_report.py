@@ -9,7 +9,8 @@ from rich.console import Console
 from conflayers_cli.agreement import Agreement
 from conflayers_cli.answer import DraftCount, Summary
 from conflayers_cli.arms import Case, Run
-from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns, Divergence, Identity
+from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
+from conflayers_cli.identity import Divergence, Identity
 from conflayers_cli.report import BenchContext, bench_json, bench_tables
 
 CONTEXT = BenchContext("smollm2", "cpu", "bfloat16", {"threads": 2}, {"max_new_tokens": 9})
@@ -29,7 +30,7 @@ def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa"
         tuple(cases),
         {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative")},
         {"speculative": identity},
-        2**30,
+        {"vanilla": 2**29, "speculative": 2**30, "transformers": 2**31},
         2**20,
     )
 
@@ -48,22 +49,34 @@ def test_json() -> None:
         "tokens_per_second": {"median": 10.0, "min": 10.0, "max": 10.0},
         "time_to_first_token_s": 0.5,
         "tokens": 101,
+        "peak_memory_bytes": 2**29,
     }
     assert document["arms"]["speculative"] == {
         "tokens_per_second": {"median": 20.0, "min": 20.0, "max": 20.0},
         "time_to_first_token_s": 0.5,
         "tokens": 101,
+        "peak_memory_bytes": 2**30,
         "acceptance_rate": 0.75,
         "tokens_per_step": 2.5,
         "drafted": 80,
         "accepted": 60,
+        "by_drafter": {"skip": {"steps": 40, "drafted": 80, "accepted": 60}},
     }
     assert document["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     (divergence,) = document["identical_outputs"]["divergences"]
     assert divergence["position"] == 4
     assert divergence["gap"] == 0.0125
     assert document["categories"]["qa"]["speedup"] == 2.0
-    assert document["peak_memory_bytes"] == 2**30
+    assert document["peak_memory_bytes"] == 2**30  # of the engine, not of transformers
+
+
+def test_memory_is_not_claimed_where_nothing_tells() -> None:
+    bench = replace(result(), peak_memory={})
+    assert bench_json(bench, CONTEXT)["peak_memory_bytes"] is None
+    assert "peak memory" not in shown(bench)
+    alone = replace(result(), peak_memory={"vanilla": 2**22})
+    assert "peak memory over the model's weights: 4 MiB; keys and values: 1 MiB" in shown(alone)
+    assert "1,024 MiB (transformers: 2,048 MiB); keys" in shown(result())
 
 
 def test_table_holds_the_figures() -> None:
@@ -138,3 +151,51 @@ def test_an_agreement_that_is_not_known_is_left_out() -> None:
 
 def test_prompts_without_a_category() -> None:
     assert bench_json(result(categories=(None,)), CONTEXT)["categories"] == {}
+
+
+def test_who_drafted_is_told_where_several_did() -> None:
+    plain = result()
+    assert "drafted by" not in shown(plain)
+    both = {"skip": DraftCount(40, 60, 45), "ngram": DraftCount(9, 20, 15)}
+    stats = replace(plain.arms["speculative"].stats, by_drafter=both)
+    arms = {**plain.arms, "speculative": replace(plain.arms["speculative"], stats=stats)}
+    bench = replace(plain, arms=arms)
+    assert "drafted by: skip 60 (75.0% accepted), ngram 20 (75.0% accepted)" in shown(bench)
+    figures = bench_json(bench, CONTEXT)["arms"]["speculative"]["by_drafter"]
+    assert figures["ngram"] == {"steps": 9, "drafted": 20, "accepted": 15}
+
+
+def test_peers_are_told_by_their_names() -> None:
+    plain = result()
+    theirs = Summary(0.5, 20.0, 101, 100, 100)
+    cases = tuple(
+        replace(case, runs={**case.runs, "early-exit": (Run((1,), theirs),) * 3})
+        for case in plain.cases
+    )
+    arms = {**plain.arms, "early-exit": ArmResult.of(cases, "early-exit")}
+    identical = {**(plain.identical or {}), "early-exit": Identity(1, 1, ())}
+    bench = replace(
+        plain, cases=cases, arms=arms, identical=identical, peak_memory={"early-exit": 5}
+    )
+    document = bench_json(bench, CONTEXT)
+    assert document["speedup_over"] == {"early-exit": {"median": 4.0, "low": 4.0, "high": 4.0}}
+    assert document["identical_to"]["early-exit"]["matching"] == 1
+    assert document["peak_memory_bytes"] is None
+    assert "identical_to_transformers" not in document
+    text = shown(bench)
+    assert "speed-up over transformers' early exit: 4.00× (4.00–4.00)" in text
+    assert "early-exit: 1 of 1 outputs identical to vanilla's" in text
+
+
+def test_batches_are_told() -> None:
+    plain = result(categories=("qa", "maths", "qa"))
+    queue = CaseRuns(plain.cases[0].case, plain.cases[0].runs)
+    bench = replace(plain, queues=(queue, queue), batch_size=4)
+    document = bench_json(bench, CONTEXT)
+    assert (document["batch_size"], document["queues"]) == (4, 2)
+    assert document["categories"] == {}
+    text = shown(bench)
+    assert "3 prompts, 4 at once in 2 queues, up to 9 new tokens" in text
+    assert "maths" not in text
+    assert "batch_size" not in bench_json(plain, CONTEXT)
+    assert "at once" not in shown(plain)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.common import EncodedPrompt
+from conflayers_cli.cli.drafting import rows_drafter
 from conflayers_cli.cli.terminal import emit, emit_json, note, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.answer import Answer, Summary
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.draft import Drafter
+    from conflayers_cli.engine.draft import Drafter, RowsDrafter
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.plan import SkipPlan
     from conflayers_cli.engine.sampling import Sampling
@@ -30,12 +31,13 @@ class Machine:
 
     Attributes:
         loaded, decoder: the model.
-        drafter: drafts for it, losslessly; None: nobody.
+        drafter: drafts for it, losslessly; None: nobody. Where prompts are decoded together, it
+            has to be one that drafts for rows; else nobody drafts for them.
         sampling: of the first prompt; each has a seed of its own, so that an answer doesn't depend
             on those before it.
         stops: texts that end an answer.
         skipped: layers left out for good, which is lossy; None: none are.
-        batch_size: prompts decoded together, where layers are left out for good.
+        batch_size: prompts decoded at once.
     """
 
     loaded: LoadedModel
@@ -52,45 +54,60 @@ class Machine:
         gone = set(self.skipped.layers) if self.skipped else set()
         return [layer for layer in range(self.decoder.depth) if layer not in gone]
 
-    def answer(
+    @property
+    def rows_drafter(self) -> RowsDrafter | None:
+        """Who drafts for prompts that are decoded together, losslessly; None: nobody."""
+        return None if self.skipped is not None else rows_drafter(self.drafter)
+
+    def answers(
         self,
         prompts: Sequence[EncodedPrompt],
-        index: int = 0,
+        begin: int = 0,
         on_text: Callable[[str], None] | None = None,
-    ) -> list[Answer]:
-        """Answer prompts, the first of which is number ``index``; its text goes to ``on_text``."""
-        from conflayers_cli.answer import answer, answer_skipped
-        from conflayers_cli.engine.batch import BatchRequest
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answer prompts from number ``begin`` on: (number, answer), each as soon as it is done.
 
-        seeds = range(self.sampling.seed + index, self.sampling.seed + index + len(prompts))
+        The text of the first one goes to ``on_text`` piece by piece.
+        """
+        from conflayers_cli.answer import answer, answer_batch
+        from conflayers_cli.engine.batch import BatchRequest
+        from conflayers_cli.engine.decoder import FULL
+
         requests = [
-            BatchRequest(prompt.tokens, prompt.max_new_tokens, replace(self.sampling, seed=seed))
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            BatchRequest(
+                prompt.tokens,
+                prompt.max_new_tokens,
+                replace(self.sampling, seed=self.sampling.seed + number),
+            )
+            for number, prompt in enumerate(prompts[begin:], begin)
         ]
-        if self.skipped is not None:
-            return answer_skipped(
-                self.decoder,
-                self.loaded.tokenizer,
-                requests,
-                self.skipped,
-                end_tokens=self.loaded.end_tokens,
-                stops=self.stops,
+        ends, stops, tokenizer = self.loaded.end_tokens, self.stops, self.loaded.tokenizer
+        if self.skipped is not None or self.batch_size > 1:
+            together = answer_batch(
+                *(self.decoder, tokenizer, requests),
+                size=self.batch_size,
+                drafter=self.rows_drafter,
+                plan=self.skipped or FULL,
+                end_tokens=ends,
+                stops=stops,
                 on_text=on_text,
             )
-        return [
-            answer(
-                self.decoder,
-                self.loaded.tokenizer,
-                request.prompt,
-                max_new_tokens=request.max_new_tokens,
-                sampling=request.sampling,
-                drafter=self.drafter,
-                end_tokens=self.loaded.end_tokens,
-                stops=self.stops,
-                on_text=on_text,
+            for number, done in together:
+                yield begin + number, done
+            return
+        for number, request in enumerate(requests, begin):
+            yield (
+                number,
+                answer(
+                    *(self.decoder, tokenizer, request.prompt),
+                    max_new_tokens=request.max_new_tokens,
+                    sampling=request.sampling,
+                    drafter=self.drafter,
+                    end_tokens=ends,
+                    stops=stops,
+                    on_text=on_text,
+                ),
             )
-            for request in requests
-        ]
 
     def as_json(self, answer: Answer) -> dict[str, Any]:
         """An answer as JSON takes it; one that is not the model's own says so."""
@@ -108,7 +125,7 @@ def answer_one(
     """Answer a prompt on standard output: its text as it comes, or one JSON document."""
     streaming = stream and not as_json
     try:
-        (answer,) = machine.answer([prompt], on_text=emit if streaming else None)
+        ((_, answer),) = machine.answers([prompt], on_text=emit if streaming else None)
     except KeyboardInterrupt:
         if streaming:
             emit("\n")
@@ -171,20 +188,26 @@ def _write_answers(
     output: JsonLines | None,
     answers: list[Answer],
 ) -> None:
-    """Answer the prompts not yet answered, in order, noting each answer as it is written."""
+    """Answer the prompts not yet answered, noting each answer as it is written: in order, so one
+    that is done waits for those before it.
+    """
     # a bar would run into the lines where both go to one terminal
     with progress_bar() if output else nullcontext(_no_progress) as tell:
         begin = output.done if output else 0
-        for first in range(begin, len(prompts), machine.batch_size):
-            tell(f"prompt {first + 1} of {len(prompts)}", first / len(prompts))
-            part = prompts[first : first + machine.batch_size]
-            for index, answer in enumerate(machine.answer(part, first), first):
+        waiting: dict[int, Answer] = {}
+        tell(f"{begin} of {len(prompts)} prompts", begin / len(prompts))
+        for number, done in machine.answers(prompts, begin):
+            waiting[number] = done
+            while (index := begin + len(answers)) in waiting:
+                answer = waiting.pop(index)
                 line = _line(prompts[index], keys[index], machine.as_json(answer))
                 if output:
                     output.append(line)
                 else:
                     emit_json(line, indent=None)
                 answers.append(answer)
+            count = begin + len(answers) + len(waiting)
+            tell(f"{count} of {len(prompts)} prompts", count / len(prompts))
 
 
 def _no_progress(message: str, done: float) -> None:
@@ -223,11 +246,17 @@ def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: i
     which = "" if prompts == 1 else f" for {prompts} prompts"
     reading = prompt_tokens / stats.prefill_seconds if stats.prefill_seconds > 0 else 0.0
     note(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
-    each = " each, of what they took together" if machine.batch_size > 1 else ""
-    note(
-        f"first token after {stats.prefill_seconds / prompts:.3f} s{each} "
-        f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
-    )
+    if machine.batch_size > 1:
+        note(
+            f"up to {machine.batch_size} prompts at once; reading one took "
+            f"{stats.prefill_seconds / prompts:.3f} s "
+            f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
+        )
+    else:
+        note(
+            f"first token after {stats.prefill_seconds / prompts:.3f} s "
+            f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
+        )
     if machine.skipped:
         kept = " ".join(map(str, machine.kept_layers))
         note(f"lossy: decoded with layers {kept} of {machine.decoder.depth} alone")

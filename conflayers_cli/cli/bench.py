@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli import options
+from conflayers_cli.cli.bench_options import (
+    Against,
+    BatchSize,
+    FailUnder,
+    Other,
+    Output,
+    Runs,
+    TargetSpeedup,
+    Warmup,
+)
 from conflayers_cli.cli.common import (
     EncodedPrompt,
-    drafter_for,
     encode_prompts,
     load_profile,
     model_source,
     open_model,
     read_prompt_file,
     sampling_from,
+)
+from conflayers_cli.cli.drafting import (
+    DraftBy,
+    LookaheadOption,
+    Tree,
+    Way,
+    drafter_for,
+    rows_drafter,
 )
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
 from conflayers_cli.cli.terminal import emit_json, emit_rich, note, progress_bar
@@ -47,65 +61,19 @@ The exit code is 3 when a gate does not hold: the speed-up is under
 \b
   conflayers bench --profile deep.yaml --max-prompts 6
   conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
+  conflayers bench -m smollm2 --draft ngram --against prompt-lookup
+  conflayers bench -p deep.yaml --batch-size 4
   conflayers bench -p deep.yaml --fail-under 1.2 --output bench.json
   conflayers bench -m smollm2-deep --target-speedup 1.5
 """
 
 
-class Other(Enum):
-    """What else can be measured beside the engine's own two arms."""
-
-    TRANSFORMERS = "transformers"
-
-
-ProfileFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile",
-        "-p",
-        metavar="FILE",
-        help="What calibrate found: the layers to leave out while drafting.",
-        rich_help_panel="Model",
-        show_default=False,
-    ),
-]
-Runs = Annotated[
-    int, typer.Option("--runs", min=1, metavar="N", help="How often each prompt is decoded.")
-]
-Warmup = Annotated[
-    int,
-    typer.Option("--warmup", min=0, metavar="N", help="Decodings of each arm that don't count."),
-]
-Against = Annotated[
-    Other | None, typer.Option("--against", help="Measure model.generate of transformers, too.")
-]
-TargetSpeedup = Annotated[
-    float | None,
-    typer.Option(
-        "--target-speedup",
-        metavar="S",
-        help="Measure, too, the model with its depth over S layers kept for good (lossy: not the "
-        "model's own text). Without --profile these layers draft as well.",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write the results there as JSON."),
-]
-FailUnder = Annotated[
-    float | None,
-    typer.Option(
-        "--fail-under", min=0.0, metavar="X", help="End with code 3 if the speed-up is under X."
-    ),
-]
-
-
 def bench(
-    profile: ProfileFile = None,
+    profile: options.ProfileFile = None,
     model: options.Model = None,
     data: options.Data = None,
     max_prompts: options.MaxPrompts = None,
+    batch_size: BatchSize = 1,
     max_new_tokens: options.MaxNewTokens = 128,
     runs: Runs = 3,
     warmup: Warmup = 1,
@@ -116,7 +84,9 @@ def bench(
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
-    tree: options.Tree = None,
+    draft: DraftBy = None,
+    lookahead: LookaheadOption = None,
+    tree: Tree = None,
     target_speedup: TargetSpeedup = None,
     system: options.System = None,
     raw: options.Raw = False,
@@ -128,33 +98,44 @@ def bench(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    if profile is None and (target_speedup is None or model is None):
+    if profile is None and (model is None or (target_speedup is None and draft is None)):
         raise InputError(
-            "give --profile FILE, or --model MODEL with --target-speedup S; "
+            "give --profile FILE, or --model MODEL with --draft ngram or --target-speedup S; "
             "see 'conflayers bench --help'"
         )
-    if profile is None and tree:
-        raise InputError("--tree is about a profile's drafts: it goes with --profile FILE")
     check_target_speedup(target_speedup)
+    _check_together(batch_size, against, target_speedup)
     chosen = load_profile(profile) if profile else None
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    way = Way(draft, lookahead, tree, sampling.greedy, batch_size)
+    way.check(profile)
     prompts = read_prompt_file(data, max_prompts)
     if output:
         check_target(output)
     loaded, decoder = open_model(model_source(model, chosen), device, dtype, trust_remote_code)
-    drafter = drafter_for(
-        loaded, decoder, chosen, profile, force, tree=tree, greedy=sampling.greedy
-    )
+    drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
     skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
-    if chosen is None and skipped:
+    papers = chosen is None and skipped is not None and draft is None
+    if skipped and papers:
         drafter = _paper_drafter(decoder, skipped)
     encoded = encode_prompts(loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens)
-    arms = _arms(loaded, decoder, drafter, sampling, against, skipped)
-    result = _measure(arms, _cases(encoded, seed), decoder, sampling, runs, warmup)
+    if drafter is None:
+        note("note: nothing is left out while drafting, so both arms decode vanilla")
+    cases = _cases(encoded, seed)
+    if batch_size > 1:
+        result = _measure_batches(
+            loaded, decoder, drafter, sampling, batch_size, cases, runs, warmup
+        )
+    else:
+        arms = _arms(loaded, decoder, drafter, sampling, against or (), skipped)
+        result = _measure(arms, cases, decoder, sampling, runs, warmup)
     settings = {
         **_settings(chosen, profile, prompts, data, sampling),
-        **(_lossy_settings(skipped, drafts=chosen is None) if skipped is not None else {}),
+        **(_lossy_settings(skipped, drafts=papers) if skipped is not None else {}),
+        "draft_by": draft.value if draft else None,
+        "lookahead": lookahead,
         "tree": tree,
+        "batch_size": batch_size,
         "target_speedup": target_speedup,
         "system": system,
         "raw": raw,
@@ -164,6 +145,17 @@ def bench(
     }
     _publish(result, loaded, settings, json, output)
     _check_gates(result, loaded, fail_under)
+
+
+def _check_together(
+    batch_size: int, against: Sequence[Other] | None, target_speedup: float | None
+) -> None:
+    """Refuse what is measured with one prompt at a time only."""
+    if batch_size == 1:
+        return
+    for flag, wanted in (("--against", against), ("--target-speedup", target_speedup is not None)):
+        if wanted:
+            raise InputError(f"{flag} is for one prompt at a time: leave --batch-size out")
 
 
 def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Drafter:
@@ -188,13 +180,12 @@ def _arms(
     decoder: Decoder,
     drafter: Drafter | None,
     sampling: Sampling,
-    against: Other | None,
+    against: Sequence[Other],
     skipped: SkipPlan | None,
 ) -> list[Arm]:
-    from conflayers_cli.arms import EngineArm, SkipOnlyArm, TransformersArm
+    from conflayers_cli.arms import EngineArm, SkipOnlyArm
+    from conflayers_cli.peers import TransformersArm
 
-    if drafter is None:
-        note("note: nothing is left out while drafting, so both arms decode vanilla")
     ends = loaded.end_tokens
     arms: list[Arm] = [
         EngineArm("vanilla", decoder, None, sampling, ends),
@@ -202,8 +193,8 @@ def _arms(
     ]
     if skipped is not None:
         arms.append(SkipOnlyArm(decoder, skipped, sampling, ends))
-    if against is Other.TRANSFORMERS:
-        arms.append(TransformersArm(decoder, sampling, ends))
+    for other in dict.fromkeys(against):
+        arms.append(TransformersArm.peer(other.value, decoder, sampling, ends))
     return arms
 
 
@@ -228,6 +219,30 @@ def _measure(
 
     with progress_bar() as tell:
         return measure(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
+
+
+def _measure_batches(
+    loaded: LoadedModel,
+    decoder: Decoder,
+    drafter: Drafter | None,
+    sampling: Sampling,
+    batch_size: int,
+    cases: Sequence[Case],
+    runs: int,
+    warmup: int,
+) -> BenchResult:
+    """Vanilla and drafted decoding of several prompts at once."""
+    from conflayers_cli.arms import BatchArm
+    from conflayers_cli.bench_batches import measure_batches
+
+    if len(cases) < batch_size:
+        note(f"note: {len(cases)} prompts never fill a batch of {batch_size}")
+    arms = [
+        BatchArm(name, decoder, drafts, batch_size, sampling, loaded.end_tokens)
+        for name, drafts in (("vanilla", None), ("speculative", rows_drafter(drafter)))
+    ]
+    with progress_bar() as tell:
+        return measure_batches(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
 
 
 def _settings(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.tree import TreeShape
     from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, RangeSection
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.search.calibrate import Calibration
+    from conflayers_cli.search.calibrate import Calibration, Candidate
     from conflayers_cli.search.objective import Setting
     from conflayers_cli.search.task import RangePlan, Strategy
 
@@ -220,12 +220,13 @@ def _run(work: _Work) -> Calibration:
 
 def _costs(work: _Work, display: Display) -> Costs:
     """What passes cost on this device; nothing is measured where no prompt asks for it."""
-    from conflayers_cli.engine.costs import Costs, measure_costs
+    from conflayers_cli.engine.costs import Costs
+    from conflayers_cli.engine.latencies import costs_of
 
     if not work.prompts:
         return Costs({1: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=0)
     display.stage("measuring what passes cost")
-    return measure_costs(work.decoder)
+    return costs_of(work.loaded, work.decoder).table.by_batch[1]
 
 
 def _profile_of(work: _Work, done: Calibration, target: Path) -> Profile:
@@ -234,14 +235,14 @@ def _profile_of(work: _Work, done: Calibration, target: Path) -> Profile:
     return Profile(
         model=work.fingerprint,
         skip=SkipSection.of(done.plan),
-        draft=_draft_section(done.setting),
-        ranges=tuple(_range_section(each) for each in done.ranges) or None,
+        draft=_draft_section(done.setting, done.candidate),
+        ranges=tuple(_range_section(each, done) for each in done.ranges) or None,
         tensors=tensors_path(target).name if done.result.tensors else None,
         **_provenance(work, done),
     )
 
 
-def _range_section(each: RangePlan) -> RangeSection:
+def _range_section(each: RangePlan, done: Calibration) -> RangeSection:
     """A plan for longer contexts, as the profile takes it."""
     from conflayers_cli.profile import RangeSection, SkipSection
     from conflayers_cli.search.objective import PAPER
@@ -249,15 +250,23 @@ def _range_section(each: RangePlan) -> RangeSection:
     return RangeSection(
         from_context=each.from_context,
         skip=SkipSection.of(each.plan),
-        draft=_draft_section(each.setting or PAPER),
+        draft=_draft_section(each.setting or PAPER, done.candidate),
     )
 
 
-def _draft_section(setting: Setting) -> DraftSettings:
-    """A way of drafting, as the profile takes it."""
+def _draft_section(setting: Setting, found: Candidate) -> DraftSettings:
+    """A way of drafting, as the profile takes it.
+
+    Where nothing pays to be left out, n-grams may still draft. A plan that was searched for but not
+    refined is kept with its method's own way of drafting.
+    """
     from conflayers_cli.profile import DraftSettings
 
+    skips = setting.max_tokens > 0
+    own = skips and not (found.refined or found.by_rule)
     return DraftSettings(
+        by="skip" if own else "mixed" if skips else "ngram",
+        lookahead=False if own else None,
         max_tokens=setting.max_tokens,
         stop_probability=setting.stop_probability,
         tree=setting.tree.rungs if setting.tree else None,

@@ -17,13 +17,10 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conflayers_cli.engine.costs import Costs
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.draft import Drafter
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.engine.tree import TreeShape
-    from conflayers_cli.profile import DraftSettings, Environment, ModelFingerprint, Profile
+    from conflayers_cli.profile import Environment, ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
 
 
@@ -118,109 +115,9 @@ def model_source(model: str | None, profile: Profile | None) -> str:
     if profile is None:
         raise InputError(
             "no model: give --profile FILE (what calibrate wrote), "
-            "or --model MODEL to decode without drafts"
+            "or --model MODEL to decode without one"
         )
     return profile.model.name
-
-
-def drafter_for(
-    loaded: LoadedModel,
-    decoder: Decoder,
-    profile: Profile | None,
-    path: Path | None,
-    force: bool,
-    *,
-    tree: bool | None = None,
-    greedy: bool = True,
-) -> Drafter | None:
-    """The profile's drafter for this model; None (vanilla) where it has nothing to leave out.
-
-    Args:
-        loaded, decoder: the model.
-        profile, path: the profile and the file it was read from.
-        force: go on with a profile of another model of the same depth.
-        tree: draft side candidates, whatever the profile says about them; None: as it says.
-        greedy: whether tokens are chosen greedily, for the papers' shape of a tree.
-
-    Raises:
-        InputError: the profile was made for another model, or this one can't run under its plan.
-    """
-    if profile is None:
-        return None
-    _check_fit(loaded, decoder, profile, path, force)
-    sections = [(0, profile.plan, profile.draft)]
-    sections += [(each.from_context, each.skip.plan, each.draft) for each in profile.ranges or ()]
-    drafting = [plan for _, plan, draft in sections if plan and draft.max_tokens]
-    if not drafting:
-        return None
-    _tell_other_machine(loaded, profile)
-    from conflayers_cli.engine.draft import SkipDrafter
-    from conflayers_cli.engine.ranges import RangedDrafter
-
-    shapes = [_tree_shape(draft, tree, greedy) for _, _, draft in sections]
-    costs = _costs_of_wider_passes(decoder) if any(shapes) else None
-    drafters: list[tuple[int, Drafter | None]] = []
-    for (begin, plan, draft), shape in zip(sections, shapes, strict=True):
-        drafter = SkipDrafter(decoder, plan, draft.max_tokens, draft.stop_probability)
-        if shape is not None and costs is not None:
-            drafter = replace(
-                drafter,
-                tree=shape,
-                verify_cost=costs.verify_cost,
-                draft_seconds=costs.draft_cost(plan, decoder.depth),
-            )
-        drafters.append((begin, drafter if plan in drafting and draft.max_tokens else None))
-    return RangedDrafter(tuple(drafters)) if len(drafters) > 1 else drafters[0][1]
-
-
-def _tree_shape(draft: DraftSettings, tree: bool | None, greedy: bool) -> TreeShape | None:
-    """The side candidates wanted: the profile's, or the papers' where they are asked for."""
-    from conflayers_cli.engine.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
-
-    if tree is False or (tree is None and draft.tree is None):
-        return None
-    if draft.tree is not None:
-        return TreeShape(draft.tree)
-    return GREEDY_SHAPE if greedy else SAMPLING_SHAPE
-
-
-def _costs_of_wider_passes(decoder: Decoder) -> Costs:
-    """What passes cost here, so that only side candidates that earn theirs are verified."""
-    from conflayers_cli.engine.costs import measure_costs
-
-    note("measuring what wider passes cost …")
-    return measure_costs(decoder, rounds=2, growth=False)
-
-
-def _tell_other_machine(loaded: LoadedModel, profile: Profile) -> None:
-    """A note where the profile's figures were measured in another dtype or on another device."""
-    if profile.environment is None:
-        return
-    here = (loaded.device.type, str(loaded.dtype).removeprefix("torch."))
-    there = (profile.environment.device.split(" ")[0].split(":")[0], profile.environment.dtype)
-    if here != there:
-        note(
-            f"note: the profile was measured on {' in '.join(there)}, this is {' in '.join(here)}: "
-            "what it gains here is not known (conflayers bench tells)"
-        )
-
-
-def _check_fit(
-    loaded: LoadedModel, decoder: Decoder, profile: Profile, path: Path | None, force: bool
-) -> None:
-    difference = fingerprint_of(loaded).difference(profile.model)
-    if difference:
-        problem = f"{path}: was made for another model than {loaded.name}: {difference}"
-        if profile.model.depth != decoder.depth:
-            raise InputError(problem)
-        if not force:
-            raise InputError(f"{problem} (--force goes on all the same)")
-        note(f"warning: {problem}")
-    try:
-        for plan in (profile.plan, *(each.skip.plan for each in profile.ranges or ())):
-            decoder.check_plan(plan)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def sampling_from(

@@ -14,7 +14,6 @@ from conflayers_cli.cli import options, skip_only
 from conflayers_cli.cli.answering import Machine, answer_file, answer_one, line_keys
 from conflayers_cli.cli.common import (
     EncodedPrompt,
-    drafter_for,
     encode_prompts,
     load_profile,
     model_source,
@@ -22,6 +21,7 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
+from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, check_fit, drafter_for
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
 from conflayers_cli.errors import InputError
 
@@ -77,6 +77,7 @@ def generate(
     output: Output = None,
     resume: Resume = False,
     max_prompts: options.MaxPrompts = None,
+    batch_size: options.BatchSize = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
@@ -90,44 +91,50 @@ def generate(
     stream: Stream = True,
     json: options.Json = False,
     stats: Stats = False,
-    tree: options.Tree = None,
+    draft: DraftBy = None,
+    lookahead: LookaheadOption = None,
+    tree: Tree = None,
     adapt: adapting.Adapt = None,
     adapt_budget: adapting.AdaptBudget = None,
     save_profile: adapting.SaveProfile = None,
     skip_only_: skip_only.SkipOnly = False,
     target_speedup: skip_only.TargetSpeedup = None,
-    batch_size: skip_only.BatchSize = None,
     force: options.Force = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    _check_flags(prompt, data, output, resume, max_prompts, json)
+    _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
     adapting.check_flags(adapt, adapt_budget, save_profile, tree)
     skip_only.check_flags(
         skip_only_,
         target_speedup,
-        batch_size,
         profile=profile,
-        data=data,
-        drafting={"--adapt": adapt, "--tree": tree},
+        drafting={"--adapt": adapt, "--draft": draft, "--lookahead": lookahead, "--tree": tree},
     )
+    together = batch_size is not None and batch_size > 1
+    if adapt and (together or draft or lookahead is not None):
+        flag = "--batch-size" if together else "--draft" if draft else "--lookahead"
+        raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
     if "" in (stop or ()):
         raise InputError("--stop: an empty text would end every answer at once")
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    way = Way(draft, lookahead, tree, sampling.greedy, batch_size or 1)
+    if not (skip_only_ or adapt):
+        way.check(profile)
     prompts = read_prompt_file(data, max_prompts) if data else [_prompt(prompt or [])]
     learned = adapting.Learned(adapt, adapt_budget, save_profile, seed) if adapt else None
 
     def prepare() -> tuple[Machine, list[EncodedPrompt]]:
         loaded, decoder = open_model(source, device, dtype, trust_remote_code)
-        chain_only = skip_only_ or learned is not None
-        drafter = drafter_for(
-            *(loaded, decoder, chosen, profile, force),
-            tree=False if chain_only else tree,
-            greedy=sampling.greedy,
-        )
+        drafter = None
+        if skip_only_ or learned:
+            if chosen:
+                check_fit(loaded, decoder, chosen, profile, force)
+        else:
+            drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
         skipped = None
         if skip_only_:
             skipped = skip_only.skip_plan(decoder, target_speedup, chosen)
@@ -146,9 +153,9 @@ def generate(
             settings = [source, max_new_tokens, repr(sampling), system, raw, stop]
             if skip_only_:
                 settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
-            elif not sampling.greedy and (chosen is not None or adapt):
+            elif not sampling.greedy and (chosen is not None or draft or adapt):
                 # Drafts don't change the law that an answer is drawn from, but which one is drawn.
-                settings += [repr(chosen), adapt, tree]
+                settings += [repr(chosen), adapt, repr(way)]
             answer_file(prompts, line_keys(prompts, settings), output, resume, stats, prepare)
         else:
             machine, encoded = prepare()
@@ -168,6 +175,7 @@ def _check_flags(
     output: Path | None,
     resume: bool,
     max_prompts: int | None,
+    batch_size: int | None,
     as_json: bool,
 ) -> None:
     """Refuse flags that contradict each other."""
@@ -179,7 +187,7 @@ def _check_flags(
         )
     if resume and not output:
         raise InputError("--resume needs the file to go on with: --output FILE")
-    needing = {"--output": output, "--max-prompts": max_prompts}
+    needing = {"--output": output, "--max-prompts": max_prompts, "--batch-size": batch_size}
     for flag, value in needing.items():
         if value is not None and not data:
             raise InputError(f"{flag} goes with --data, a file of prompts")

@@ -58,17 +58,6 @@ ProfileFile = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
-Tree = Annotated[
-    bool | None,
-    typer.Option(
-        "--tree/--no-tree",
-        help="Draft side candidates beside the chain, as far as they earn their cost, which is "
-        "measured first (sampled text then differs from run to run); by default as the profile "
-        "says.",
-        rich_help_panel=_MODEL,
-        show_default=False,
-    ),
-]
 Force = Annotated[
     bool,
     typer.Option(
@@ -94,6 +83,17 @@ MaxPrompts = Annotated[
         metavar="N",
         help="Use only the first N prompts.",
         rich_help_panel=_PROMPTS,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="With --data: prompts decoded at once (1); one that ends makes room for the next.",
+        rich_help_panel=_PROMPTS,
+        show_default=False,
     ),
 ]
 System = Annotated[

@@ -36,41 +36,27 @@ TargetSpeedup = Annotated[
         show_default=False,
     ),
 ]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        metavar="N",
-        help="With --skip-only and --data: prompts decoded together (1).",
-        rich_help_panel=_PANEL,
-        show_default=False,
-    ),
-]
 
 
 def check_flags(
     skip_only: bool,
     target_speedup: float | None,
-    batch_size: int | None,
     *,
     profile: Path | None,
-    data: Path | None,
     drafting: dict[str, object],
 ) -> None:
     """Refuse flags that contradict each other.
 
     Args:
-        skip_only, target_speedup, batch_size, profile, data: of the command line.
+        skip_only, target_speedup, profile: of the command line.
         drafting: flags about drafting with their values, which skipping for good has no use for.
 
     Raises:
         InputError: the message names the flags.
     """
     if not skip_only:
-        for flag, value in (("--target-speedup", target_speedup), ("--batch-size", batch_size)):
-            if value is not None:
-                raise InputError(f"{flag} goes with --skip-only")
+        if target_speedup is not None:
+            raise InputError("--target-speedup goes with --skip-only")
         return
     for flag, given in drafting.items():
         if given is not None:
@@ -82,8 +68,6 @@ def check_flags(
     if target_speedup is not None and profile is not None:
         raise InputError("--target-speedup and --profile: both say which layers; give one")
     check_target_speedup(target_speedup)
-    if batch_size is not None and data is None:
-        raise InputError("--batch-size goes with --data, a file of prompts")
 
 
 def check_target_speedup(target_speedup: float | None) -> None:

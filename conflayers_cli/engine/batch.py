@@ -1,14 +1,18 @@
-"""Several sequences decoded at once, a token each per pass, by the model or a part of it.
+"""Several texts decoded at once, each with its own length, its own drafts and its own end.
 
-With layers left out this is Unified Layer Skipping used directly (arXiv 2404.06954): the whole
-model reads the prompts, then the skipped model alone goes on, with an ordinary KV cache in which
-the layers left out have no entries for decoded positions. It is lossy: nothing is verified.
+A full pass runs over all rows; each keeps what stands of its draft. A row that ends makes room for
+the next text of the queue; once that is empty, passes run over fewer rows.
+
+With layers left out for good this is Unified Layer Skipping used directly (arXiv 2404.06954): the
+whole model reads the prompts, then the skipped model alone goes on, with an ordinary KV cache in
+which the layers left out have no entries for decoded positions. It is lossy: nothing is verified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,21 +20,22 @@ from conflayers_cli.errors import InputError
 
 from .cache import KVCache
 from .costs import clock
-from .decode import Finish, check_request
-from .decoder import FULL, PREFILL_CHUNK, Decoder
+from .decode import NOTHING, Finish, Row, Step, check_request
+from .decoder import FULL, Decoder
+from .draft import Context, Draft, RowsDrafter
 from .plan import SkipPlan
-from .sampling import Sampler, Sampling
+from .sampling import Sampling
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One row of a batch.
+    """One text of a batch.
 
     Attributes:
         prompt: token ids, at least one.
         max_new_tokens: the most tokens produced, at least one.
         sampling: how its tokens are chosen, with a seed of its own.
-        watch: called with every new token; True ends the row's output with it.
+        watch: called with every new token; True ends the text with it.
     """
 
     prompt: Sequence[int]
@@ -39,52 +44,29 @@ class BatchRequest:
     watch: Callable[[int], bool] | None = None
 
 
-class _Row:
-    """A row at work."""
-
-    def __init__(self, number: int, request: BatchRequest, decoder: Decoder) -> None:
-        self.number = number
-        self.request = request
-        self.tokens = list(request.prompt)
-        self.finish: Finish | None = None
-        self.sampler = Sampler(request.sampling, decoder.vocabulary, decoder.device)
-        self.sampler.saw(request.prompt)
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
-
-    def keep(self, token: int, end_tokens: frozenset[int]) -> None:
-        """Append a token and see whether the row ends with it."""
-        self.tokens.append(token)
-        self.sampler.saw([token])
-        watched = self.request.watch is not None and self.request.watch(token)
-        if token in end_tokens or watched:
-            self.finish = "stop"
-        elif len(self.output) >= self.request.max_new_tokens:
-            self.finish = "length"
-
-
 class Batch:
-    """Sequences being decoded together.
+    """Texts being decoded together. Iterate for ``(request, step)`` pairs; stop whenever you like.
 
-    Rows have their own lengths and ends; one that has ended runs along, and nothing of it counts
-    any more. In float32 a row's output is the same as if it were decoded alone.
+    In float32 a text is the same as if it were decoded alone; in bfloat16, too, where passes are
+    arranged so that a row's bits don't depend on the others (see :mod:`.attention`). Drafts are
+    chains here: leaves beside them are not verified.
 
     Args:
         decoder: the model.
-        requests: the rows, one at least.
-        plan: what is left out behind the prompts; the empty plan decodes vanilla.
+        requests: the texts, one at least, in the order in which they are begun.
+        size: rows decoded at once, at the most; None: as many as there are requests.
+        drafter: drafts for all rows; None decodes vanilla.
+        plan: what is left out behind the prompts, lossily; the empty plan leaves out nothing.
         end_tokens: ids that end an output; kept as its last token.
 
     Attributes:
-        cache: keys and values, one cache for all rows.
-        prefill_seconds: of the passes over the prompts, up to the first tokens.
-        decode_seconds: of all passes behind them.
-        steps: those passes.
+        cache: keys and values, one cache for all rows, as long as the longest request needs.
+        steps: what each request's steps decided so far; a step's seconds are the row's share of
+            what all took, so that those of all rows add up to the time spent.
 
     Raises:
-        InputError: no rows, or a request that can't be decoded; as for `Generation`.
+        InputError: no requests, or one that can't be decoded; as for `Generation`.
+        ValueError: a drafter where layers are left out for good, or a size under 1.
     """
 
     def __init__(
@@ -92,77 +74,170 @@ class Batch:
         decoder: Decoder,
         requests: Sequence[BatchRequest],
         *,
+        size: int | None = None,
+        drafter: RowsDrafter | None = None,
         plan: SkipPlan = FULL,
         end_tokens: frozenset[int] = frozenset(),
     ) -> None:
         if not requests:
             raise InputError("a batch needs at least one prompt")
+        if drafter is not None and plan:
+            raise ValueError("what is left out for good is not verified: there is no use of drafts")
+        if size is not None and size < 1:
+            raise ValueError(f"{size} rows: at least 1 is needed")
         for request in requests:
             check_request(decoder, request.prompt, request.max_new_tokens)
         decoder.check_plan(plan)
         self._decoder = decoder
+        self._drafter = drafter
         self._plan = plan
         self._end_tokens = end_tokens
-        self._rows = [_Row(i, request, decoder) for i, request in enumerate(requests)]
+        self._size = min(size or len(requests), len(requests))
+        self._queue = deque(enumerate(requests))
+        self._rows: list[tuple[int, Row]] = []  # at work, in the order of the cache's rows
+        self._texts: dict[int, Row] = {}  # all that were begun
+        self._views: dict[int, KVCache] = {}
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        self.cache: KVCache = decoder.new_cache(longest, batch=len(requests))
-        self.prefill_seconds = self.decode_seconds = 0.0
-        self.steps = 0
+        self.cache: KVCache = decoder.new_cache(longest, batch=self._size)
+        self.steps: list[list[Step]] = [[] for _ in requests]
 
     @property
     def outputs(self) -> list[list[int]]:
-        """The tokens produced so far, by row."""
-        return [row.output for row in self._rows]
+        """The tokens produced so far, by request."""
+        texts = map(self._texts.get, range(len(self.steps)))
+        return [text.output if text else [] for text in texts]
 
     @property
     def finishes(self) -> list[Finish | None]:
-        """Why each row ended, None while it goes on."""
-        return [row.finish for row in self._rows]
+        """Why each request's text ended, None while it goes on or has not begun."""
+        texts = map(self._texts.get, range(len(self.steps)))
+        return [text.finish if text else None for text in texts]
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time spent behind the prompts."""
+        return sum(s.seconds for steps in self.steps for s in steps if s.drafter != "prefill")
+
+    def __iter__(self) -> Iterator[tuple[int, Step]]:
+        while self._queue or self._rows:
+            yield from self.step()
 
     def run(self) -> None:
-        """Decode all rows to their ends."""
-        while any(row.finish is None for row in self._rows):
+        """Decode all texts to their ends."""
+        while self._queue or self._rows:
             self.step()
 
-    def step(self) -> None:
-        """One more token for every row that goes on; nothing where all have ended."""
-        begin = clock(self._decoder.device)
-        going_on = [row for row in self._rows if row.finish is None]
-        if not going_on:
-            return
-        first = not going_on[0].output
-        if first:
-            self._prefill()
-        # The last token of a prompt is the whole model's, too: it decides the first new token.
-        logits = self._pass(FULL if first else self._plan)
-        for row in going_on:
-            row.keep(row.sampler.choose(logits[row.number]), self._end_tokens)
-        seconds = clock(self._decoder.device) - begin
-        if first:
-            self.prefill_seconds += seconds
-        else:
-            self.decode_seconds += seconds
-            self.steps += 1
-
-    def _prefill(self) -> None:
-        """Read all tokens of the prompts but the last ones.
-
-        Shorter rows are filled up behind their end: what is written there is overwritten by the
-        row's own tokens before any of them sees it.
+    def step(self) -> list[tuple[int, Step]]:
+        """What is decided next: by the pass over a prompt where a row is free, else by one over
+        all rows; nothing where all texts have ended.
         """
-        device = self._decoder.device
-        read = [row.tokens[:-1] for row in self._rows]
-        longest = max(map(len, read))
-        for begin in range(0, longest, PREFILL_CHUNK):
-            end = min(begin + PREFILL_CHUNK, longest)
-            padded = [(tokens + [0] * longest)[begin:end] for tokens in read]
-            positions = torch.arange(begin, end, device=device).expand(len(read), -1)
-            tokens = torch.tensor(padded, device=device)
-            self._decoder.forward(tokens, positions, self.cache, last_only=True)
+        if self._queue and len(self._rows) < self._size:
+            decided = [self._begin()]
+        elif self._rows:
+            decided = self._advance()
+        else:
+            return []
+        for number, step in decided:
+            self.steps[number].append(step)
+        self._drop_ended()
+        return decided
 
-    def _pass(self, plan: SkipPlan) -> torch.Tensor:
-        """Logits ``[B, 1, V]`` behind the last token of every row."""
-        device = self._decoder.device
-        tokens = torch.tensor([[row.tokens[-1]] for row in self._rows], device=device)
-        positions = torch.tensor([[len(row.tokens) - 1] for row in self._rows], device=device)
-        return self._decoder.forward(tokens, positions, self.cache, plan, last_only=True)
+    def _begin(self) -> tuple[int, Step]:
+        """Read the next prompt in the first free row: alone, so that it is read as it always is."""
+        number, request = self._queue.popleft()
+        row = Row(
+            self._decoder,
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            end_tokens=self._end_tokens,
+            watch=request.watch,
+        )
+        place = len(self._rows)
+        self._rows.append((number, row))
+        self._texts[number] = row
+        return number, row.read_prompt(self.cache.view(place, place + 1))
+
+    def _advance(self) -> list[tuple[int, Step]]:
+        """Draft, verify, keep: one pass over all rows."""
+        device, rows = self._decoder.device, len(self._rows)
+        begin = clock(device)
+        drafts = self._draft()
+        drafted = clock(device) if any(draft.tokens for draft in drafts) else begin
+        logits = self._verify(drafts)
+        greedy = any(row.sampler.settings.greedy for _, row in self._rows)
+        best = logits.argmax(dim=-1).tolist() if greedy else [None] * rows
+        kept, accepted = [], []
+        for i, ((_, row), draft) in enumerate(zip(self._rows, drafts, strict=True)):
+            stands, token = row.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
+            kept.append(row.keep((*draft.tokens[:stands], token)))
+            accepted.append(min(stands, len(kept[-1])))
+        draft_seconds = (drafted - begin) / rows
+        verify_seconds = (clock(device) - drafted) / rows
+        return [
+            (
+                number,
+                Step(
+                    tokens=kept[i],
+                    drafted=len(draft.tokens),
+                    accepted=accepted[i],
+                    drafter=self._drafter.name if self._drafter and draft.tokens else "none",
+                    draft_seconds=draft_seconds,
+                    verify_seconds=verify_seconds,
+                    finish=row.finish,
+                    sources=draft.sources,
+                ),
+            )
+            for i, ((number, row), draft) in enumerate(zip(self._rows, drafts, strict=True))
+        ]
+
+    def _draft(self) -> list[Draft]:
+        """A chain for every row, perhaps of no tokens."""
+        limits = [row.room for _, row in self._rows]
+        if self._drafter is None or not any(limits):
+            return [NOTHING] * len(limits)
+        cache = self._view()
+        contexts = [
+            Context(row.tokens, cache, row.sampler, self._end_tokens) for _, row in self._rows
+        ]
+        drafts = self._drafter.draft_rows(contexts, limits)
+        return [replace(draft, leaves=()) for draft in drafts]
+
+    def _verify(self, drafts: Sequence[Draft]) -> torch.Tensor:
+        """Logits ``[B, W, V]`` behind each row's pending token and its drafts; W is one more than
+        the longest chain has tokens.
+
+        Shorter rows repeat their last token at its own position: the same key is written to the
+        same slot once more, and no slot behind the row's own is touched.
+        """
+        width, device = 1 + max(len(draft.tokens) for draft in drafts), self._decoder.device
+        tokens, positions = [], []
+        for (_, row), draft in zip(self._rows, drafts, strict=True):
+            own = (row.tokens[-1], *draft.tokens)
+            begin, last = len(row.tokens) - 1, len(own) - 1
+            columns = [min(column, last) for column in range(width)]
+            tokens.append([own[column] for column in columns])
+            positions.append([begin + column for column in columns])
+        return self._decoder.forward(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            self._view(),
+            self._plan,
+        )
+
+    def _view(self) -> KVCache:
+        """The rows at work."""
+        rows = len(self._rows)
+        if rows not in self._views:
+            self._views[rows] = self.cache.view(0, rows)
+        return self._views[rows]
+
+    def _drop_ended(self) -> None:
+        """The last row takes the place of one that has ended."""
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place][1].finish is None:
+                continue
+            last = self._rows.pop()
+            if place < len(self._rows):
+                self.cache.copy_row(len(self._rows), place, len(last[1].tokens) - 1)
+                self._rows[place] = last

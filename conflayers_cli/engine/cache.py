@@ -5,10 +5,14 @@ query sees is the mask's business. Rejected drafts need no clean-up: their slots
 again until they are overwritten. So rolling back is a matter of counting, and costs nothing.
 Alternatives to a drafted token share its position, but not its slot: they borrow one behind the
 draft, and the one that is kept moves.
+
+A view shows some of a cache's rows as a cache of their own, in the same memory: so a pass can run
+over the rows that are still at work, or over one whose prompt is only now being read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,33 +29,90 @@ def extent_for(length: int) -> int:
     return max(1, -(-length // EXTENT_MULTIPLE)) * EXTENT_MULTIPLE
 
 
+HeadSizes = tuple[int, int]
+"""Heads, and the size of each."""
+LayerSizes = tuple[HeadSizes, HeadSizes]
+"""Those of a layer's keys and of its values."""
+
+
 class _Writes:
     """Where the tokens of the forward at hand go, shared by all layers of one cache."""
 
     slots: torch.Tensor
+    rows: torch.Tensor
     extent: int
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: ``[B, H, capacity, D]`` each, in the model's dtype."""
+    """Keys and values of one layer: ``[B, H, capacity, D]`` each, in the model's dtype.
+
+    Args:
+        batch, capacity: rows, and slots per row.
+        writes: where the forward at hand writes.
+        whole: the layer whose memory this one shows a part of; None: it has its own.
+        begin: the first of that layer's rows that it shows.
+    """
 
     is_compileable = True
+    keys: torch.Tensor
+    values: torch.Tensor
+    dtype: torch.dtype
+    device: torch.device
+    is_initialized: bool
 
-    def __init__(self, batch: int, capacity: int, writes: _Writes) -> None:
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        writes: _Writes,
+        whole: SlotLayer | None = None,
+        begin: int = 0,
+    ) -> None:
         super().__init__()
         self.batch = batch
         self.capacity = capacity
         self.writes = writes
+        self._whole = whole
+        self._begin = begin
+        if whole is not None and whole.is_initialized:
+            self._show(whole)
+
+    def view(self, begin: int, batch: int, writes: _Writes) -> SlotLayer:
+        """``batch`` of this layer's rows from ``begin`` on, in the same memory."""
+        return SlotLayer(batch, self.capacity, writes, self, begin)
+
+    def _show(self, whole: SlotLayer) -> None:
+        rows = slice(self._begin, self._begin + self.batch)
+        self.keys, self.values = whole.keys[rows], whole.values[rows]
+        self.dtype, self.device = whole.dtype, whole.device
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate. Zeros, not empty memory: a masked NaN would still poison the weighted sum."""
+        if self._whole is not None:
+            if not self._whole.is_initialized:
+                self._whole.lazy_initialization(key_states, value_states)
+            self._show(self._whole)
+            return
 
-        def buffer(states: torch.Tensor) -> torch.Tensor:
-            return states.new_zeros((self.batch, states.shape[1], self.capacity, states.shape[-1]))
+        sizes = [(states.shape[1], states.shape[-1]) for states in (key_states, value_states)]
+        self.allocate(sizes[0], sizes[1], key_states)
 
-        self.keys, self.values = buffer(key_states), buffer(value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+    def allocate(self, keys: HeadSizes, values: HeadSizes, like: torch.Tensor) -> None:
+        """Allocate for so many heads of such a size, in the dtype and on the device of ``like``."""
+
+        def buffer(sizes: HeadSizes) -> torch.Tensor:
+            return like.new_zeros((self.batch, sizes[0], self.capacity, sizes[1]))
+
+        self.keys, self.values = buffer(keys), buffer(values)
+        self.dtype, self.device = like.dtype, like.device
         self.is_initialized = True
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """What :meth:`allocate` would be told."""
+        keys, values = self.keys.shape, self.values.shape
+        return (keys[1], keys[3]), (values[1], values[3])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -64,7 +125,7 @@ class SlotLayer(CacheLayerMixin):
             self.keys.index_copy_(2, slots[0], key_states)
             self.values.index_copy_(2, slots[0], value_states)
         else:
-            rows = torch.arange(self.batch, device=slots.device)[:, None]
+            rows = self.writes.rows
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys[:, :, :extent], self.values[:, :, :extent]
@@ -96,6 +157,18 @@ class KVCache(Cache):
             layers=[SlotLayer(batch, self.capacity, self._writes) for _ in range(depth)]
         )
 
+    def view(self, begin: int, end: int) -> KVCache:
+        """Rows ``begin`` to ``end``, the latter not included, as a cache in the same memory.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        if not 0 <= begin < end <= self.batch:
+            raise ValueError(f"rows {begin} to {end} of a cache of {self.batch}")
+        part = KVCache(0, end - begin, self.capacity)
+        part.layers = [layer.view(begin, end - begin, part._writes) for layer in self.layers]
+        return part
+
     def announce(self, slots: torch.Tensor, extent: int) -> None:
         """Say where the next forward writes: slots ``[B, T]`` int64, all under ``extent``.
 
@@ -105,6 +178,8 @@ class KVCache(Cache):
         if extent > self.capacity:
             raise ValueError(f"extent {extent} is beyond the cache's capacity {self.capacity}")
         self._writes.slots, self._writes.extent = slots, extent
+        if self.batch > 1:
+            self._writes.rows = torch.arange(self.batch, device=slots.device)[:, None]
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -118,8 +193,32 @@ class KVCache(Cache):
                 layer.keys[:, :, target] = layer.keys[:, :, source]
                 layer.values[:, :, target] = layer.values[:, :, source]
 
+    @torch.inference_mode()
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` slots of one row to another, in every layer."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[target, :, :length] = layer.keys[source, :, :length]
+                layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def allocate(self, sizes: Sequence[LayerSizes], like: torch.Tensor) -> None:
+        """Allocate all layers now, rather than one by one as the first pass comes to them.
+
+        Buffers that last would otherwise lie among that pass's passing ones, whose memory then
+        can't be given back.
+        """
+        for layer, (keys, values) in zip(self.layers, sizes, strict=True):
+            layer.allocate(keys, values, like)
+
+    @property
+    def sizes(self) -> list[LayerSizes] | None:
+        """The sizes of all layers' keys and values; None before they are known."""
+        if not all(layer.is_initialized for layer in self.layers):
+            return None
+        return [layer.sizes for layer in self.layers]
+
     @property
     def bytes(self) -> int:
-        """Memory held, in bytes."""
+        """Memory held, in bytes; a view's is that of its rows."""
         layers = [layer for layer in self.layers if layer.is_initialized]
         return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 
-from .cache import KVCache
+from .cache import EXTENT_MULTIPLE, KVCache
 from .decoder import FULL, Decoder
 from .plan import SkipPlan
 
 WIDTHS = (1, 2, 3, 5, 9, 17, 26)
 """Verification widths measured; costs between them are interpolated."""
+BATCH_WIDTHS = (1, 2, 5)
+"""Those measured however many rows there are; wider ones up to `MOST_TOKENS` in a pass."""
+MOST_TOKENS = 64
+MOST_LOGITS = 128
+"""Tokens of a pass up to which all their logits are computed, as verification does: of more, that
+many would be a large part of the memory."""
 LONG = 6
 """The longer context that attention's growth is measured at, in usual ones."""
+LONG_WIDTH = 9
+"""The wider pass measured there."""
+STABLE = 0.02
+"""Measuring ends as soon as one more round changes no figure by more than this share of it."""
+NEARLY_STABLE = 0.1
+"""The same once it has taken long."""
+LEAST_ROUNDS = 4
+LEAST_SHARE = 0.1
+"""Of a layer's cost, for either of its sub-layers: that one of them is free is noise."""
+
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds per pass, batch 1.
+    """Seconds per pass over one row, or over as many as were measured together.
 
     Attributes:
-        verify: full pass by width (tokens per pass), at least one entry.
+        verify: full pass by width (tokens per row and pass), at least one entry.
         floor: a draft pass of one token with every layer but the first and the last left out, less
             the two layers: embedding, final norm, logits, and what the host spends.
         attention: one attention sub-layer, one token.
@@ -33,6 +52,9 @@ class Costs:
         context: positions in the cache when measured.
         attention_per_position: what one attention sub-layer takes more for every further position
             in the cache (KnapSpec, arXiv 2602.20217: attention's latency is linear in the context).
+        head: the logits of one token, which are part of ``floor``.
+        attention_per_position_and_token: what one attention sub-layer takes more for every further
+            position, for each token of the width behind the first: it compares each with all.
     """
 
     verify: Mapping[int, float]
@@ -41,11 +63,19 @@ class Costs:
     mlp: float
     context: int
     attention_per_position: float = 0.0
+    head: float = 0.0
+    attention_per_position_and_token: float = 0.0
 
     def at(self, context: int, depth: int) -> Costs:
         """The costs with ``context`` positions in the cache of a model with ``depth`` layers."""
-        more = max(self.attention_per_position * (context - self.context), -self.attention)
-        verify = {width: seconds + depth * more for width, seconds in self.verify.items()}
+        positions = context - self.context
+        more = max(self.attention_per_position * positions, -self.attention)
+        wider = depth * self.attention_per_position_and_token * positions
+        verify, slowest = {}, 0.0
+        for width in sorted(self.verify):
+            # At a shorter context the growth is taken off again: not so much that wider is cheaper.
+            seconds = self.verify[width] + depth * more + (width - 1) * wider
+            verify[width] = slowest = max(slowest, seconds)
         return replace(self, verify=verify, attention=self.attention + more, context=context)
 
     def verify_cost(self, width: int) -> float:
@@ -59,54 +89,152 @@ class Costs:
                 return self.verify[low] + share * (self.verify[high] - self.verify[low])
         return self.verify[widths[-1]] * width / widths[-1]
 
-    def draft_cost(self, plan: SkipPlan, depth: int) -> float:
-        """Seconds of one draft token under a plan."""
+    def draft_cost(self, plan: SkipPlan, depth: int, vocabulary_share: float = 1.0) -> float:
+        """Seconds of one draft token under a plan, with the logits of so much of the vocabulary."""
         attention = (depth - len(plan.attention)) * self.attention
-        return self.floor + attention + (depth - len(plan.mlp)) * self.mlp
+        floor = self.floor - (1.0 - vocabulary_share) * self.head
+        return max(floor, 0.0) + attention + (depth - len(plan.mlp)) * self.mlp
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What passes cost by the number of rows decoded together.
+
+    Attributes:
+        by_batch: costs by rows per pass, at least one entry. A width is a row's own tokens: a pass
+            of width w over b rows has b·w tokens.
+        depth: the model's layers.
+    """
+
+    by_batch: Mapping[int, Costs]
+    depth: int
+
+    def at(self, rows: int, context: int) -> Costs:
+        """The costs of passes over ``rows`` rows with ``context`` positions in the cache.
+
+        Linear between the numbers of rows measured; outside them those of the nearest.
+        """
+        sizes = sorted(self.by_batch)
+        high = next((size for size in sizes if size >= rows), sizes[-1])
+        low = max((size for size in sizes if size <= rows), default=high)
+        share = 0.0 if high == low else (rows - low) / (high - low)
+        one, other = (self.by_batch[size].at(context, self.depth) for size in (low, high))
+        return _between(one, other, share) if share else one
+
+
+def _between(one: Costs, other: Costs, share: float) -> Costs:
+    def mix(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    widths = sorted({*one.verify, *other.verify})
+    return Costs(
+        verify={w: mix(one.verify_cost(w), other.verify_cost(w)) for w in widths},
+        floor=mix(one.floor, other.floor),
+        attention=mix(one.attention, other.attention),
+        mlp=mix(one.mlp, other.mlp),
+        context=one.context,
+        attention_per_position=mix(one.attention_per_position, other.attention_per_position),
+        head=mix(one.head, other.head),
+        attention_per_position_and_token=mix(
+            one.attention_per_position_and_token, other.attention_per_position_and_token
+        ),
+    )
 
 
 def measure_costs(
-    decoder: Decoder, context: int = 256, rounds: int = 7, *, growth: bool = True
+    decoder: Decoder,
+    context: int = 256,
+    rounds: int = 16,
+    *,
+    growth: bool = True,
+    batch: int = 1,
+    seconds: float = 4.0,
 ) -> Costs:
-    """Measure a model's passes, all kinds interleaved, each the lower quartile of ``rounds``.
+    """Measure a model's passes, all kinds interleaved, each the lower quartile of the rounds.
 
     Kinds of sub-layers are told apart by passes that leave out all middle layers, or all middle
     MLPs. Where sub-layers can't be left out one by one, a layer's cost is split evenly: it then
-    only ever counts as a whole. The same passes over a longer context tell what attention takes
-    more there.
+    only ever counts as a whole. A narrow and a wider pass over a longer context tell what attention
+    takes more there.
 
     Args:
         decoder: the model.
         context: positions in the cache; fewer where the model takes no such text.
-        rounds: measurements of each kind.
+        rounds: measurements of each kind at the most; fewer from `LEAST_ROUNDS` on, see `STABLE`.
         growth: measure attention over a longer context, too; else it is taken not to grow.
+        batch: rows of every pass.
+        seconds: after which two rounds are enough if they nearly agree, `NEARLY_STABLE`: a large
+            model's passes are long, and a stall of the machine is a small part of one. After three
+            times that measuring ends in any case.
     """
-    room = _room(decoder) - max(WIDTHS)
+    widths = widths_for(batch)
+    room = _room(decoder) - max(widths)
     context = max(1, min(context, room))
-    depth = decoder.depth
-    middle = range(1, depth - 1)
-    plans = {"full": FULL, "none": SkipPlan.of_layers(middle)}
+    longer = -(-(LONG - 1) * context // EXTENT_MULTIPLE) * EXTENT_MULTIPLE
+    # Keys are read in whole extents: at the same place in its extent, growth shows as it is.
+    long = context + longer if growth and context + longer <= room else context
+    cache = _filled_cache(decoder, long + max(widths), batch)
+    typical = _quartiles(_passes(decoder, cache, widths, context, long), rounds, seconds)
+    return _costs(typical, widths, decoder.depth, context, long)
+
+
+def widths_for(batch: int) -> tuple[int, ...]:
+    """The widths measured for so many rows."""
+    return tuple(w for w in WIDTHS if w in BATCH_WIDTHS or w * batch <= MOST_TOKENS or batch == 1)
+
+
+def _passes(
+    decoder: Decoder, cache: KVCache, widths: tuple[int, ...], context: int, long: int
+) -> dict[Key, Callable[[], float]]:
+    """What to measure; each call runs it once and gives its seconds."""
+    run = partial(_time, decoder, cache)
+    middle = range(1, decoder.depth - 1)
+    passes: dict[Key, Callable[[], float]] = {
+        ("verify", width): partial(run, FULL, context, width) for width in widths
+    }
+    passes["none", 1] = partial(run, SkipPlan.of_layers(middle), context, 1)
     if len(decoder.sub_layers) == 2:
-        plans["no mlp"] = SkipPlan.of(mlp=middle)
-    long = LONG * context if growth and LONG * context <= room else context
-    cache = decoder.new_cache(long + max(WIDTHS))
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(decoder.vocabulary, (1, long), generator=generator)
-    decoder.prefill(prompt.to(decoder.device), cache)
-    passes: list[tuple[tuple[str, str | int], SkipPlan, int, int]] = [
-        *((("verify", width), FULL, context, width) for width in WIDTHS),
-        *((("plan", name), plan, context, 1) for name, plan in plans.items()),
-        *((("long", name), plans[name], long, 1) for name in ("full", "none")),
-    ]
-    times: dict[tuple[str, str | int], list[float]] = {key: [] for key, *_ in passes}
+        passes["no mlp", 1] = partial(run, SkipPlan.of(mlp=middle), context, 1)
+    if long > context:
+        for width in (1, min(LONG_WIDTH, widths[-1])):
+            passes["long", width] = partial(run, FULL, long, width)
+    head = decoder.model.get_output_embeddings()
+    if isinstance(features := getattr(head, "in_features", None), int):
+        shape = (cache.batch, decoder.rows.least, features)
+        states = torch.ones(shape, dtype=decoder.dtype, device=decoder.device)
+        passes["head", 1] = partial(_time_head, head, states)
+    return passes
+
+
+def _quartiles(
+    passes: Mapping[Key, Callable[[], float]], rounds: int, seconds: float
+) -> dict[Key, float]:
+    """Lower quartile of each pass over the rounds: what else the machine does only adds time."""
+    times: dict[Key, list[float]] = {key: [] for key in passes}
+    begin = time.perf_counter()
     for round_ in range(rounds + 1):
-        for key, plan, at, width in passes:
-            seconds = _time(decoder, cache, plan, at, width)
+        for key, run in passes.items():
+            taken = run()
             if round_:  # the first round warms up
-                times[key].append(seconds)
-    # The lower quartile: what else the machine does only ever adds time.
-    typical = {key: sorted(values)[len(values) // 4] for key, values in times.items()}
-    return _costs(typical, depth, context, long)
+                times[key].append(taken)
+        if round_ < 2:
+            continue
+        change = max(map(_last_change, times.values()))
+        late = (time.perf_counter() - begin) / seconds if seconds else math.inf
+        if (
+            (round_ > LEAST_ROUNDS and change <= STABLE)
+            or (late > 1 and change <= NEARLY_STABLE)
+            or late > 3
+        ):
+            break
+    return {key: sorted(values)[len(values) // 4] for key, values in times.items()}
+
+
+def _last_change(values: list[float]) -> float:
+    """By how much of itself the last value has changed the lower quartile."""
+    place = min(len(values) // 4, len(values) - 2)
+    now, before = sorted(values)[place], sorted(values[:-1])[place]
+    return abs(now - before) / now if now else 0.0
 
 
 def _room(decoder: Decoder) -> int:
@@ -115,34 +243,72 @@ def _room(decoder: Decoder) -> int:
     return min((int(bound) for bound in bounds if bound is not None), default=sys.maxsize)
 
 
+@torch.inference_mode()
+def _filled_cache(decoder: Decoder, length: int, batch: int) -> KVCache:
+    """A cache that holds a short random text, over and over: what it says takes no time to read."""
+    cache = decoder.new_cache(length, batch)
+    count = min(length, max(WIDTHS))
+    positions = torch.arange(count, device=decoder.device).expand(batch, -1)
+    decoder.forward(_text(decoder, batch, count), positions, cache, last_only=True)
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values):
+            for begin in range(count, states.shape[2], count):
+                block = states[:, :, begin : begin + count]
+                block.copy_(states[:, :, : block.shape[2]])
+    return cache
+
+
+def _text(decoder: Decoder, batch: int, count: int) -> torch.Tensor:
+    """Random tokens ``[B, T]``: with one token over and over all rows would meet one expert."""
+    generator = torch.Generator().manual_seed(count)
+    tokens = torch.randint(decoder.vocabulary, (batch, count), generator=generator)
+    return tokens.to(decoder.device)
+
+
 def _costs(
-    typical: Mapping[tuple[str, str | int], float], depth: int, context: int, long: int
+    typical: Mapping[Key, float], widths: tuple[int, ...], depth: int, context: int, long: int
 ) -> Costs:
     """Costs by kind from the seconds of the passes measured."""
+    verify, cheapest = {}, math.inf
+    for width in reversed(widths):
+        # Noise only adds time, and a wider pass takes no less than a narrower one: where one was
+        # measured to, it is the narrower one that was disturbed.
+        verify[width] = cheapest = min(cheapest, typical["verify", width])
     inner = max(depth - 2, 1)
-    full, none = typical["plan", "full"], typical["plan", "none"]
-    layer = max((full - none) / inner, 0.0) if depth > 2 else 0.0
+    full, none = verify[1], min(typical["none", 1], verify[1])
+    layer = (full - none) / inner if depth > 2 else 0.0
     mlp = layer / 2
-    if ("plan", "no mlp") in typical and depth > 2:
-        mlp = min(max((full - typical["plan", "no mlp"]) / inner, 0.0), layer)
-    slope = 0.0
-    if long > context and depth > 2:
-        longer = (typical["long", "full"] - typical["long", "none"]) / inner
-        slope = max(longer - layer, 0.0) / (long - context)
-    verify, slowest = {}, 0.0
-    for width in WIDTHS:
-        # A wider pass is never really cheaper; a dip is noise that would mislead the search.
-        slowest = max(slowest, typical["verify", width])
-        verify[width] = slowest
-    return Costs(verify, max(none - 2 * layer, 0.0), layer - mlp, mlp, context, slope)
+    if ("no mlp", 1) in typical and depth > 2:
+        least = LEAST_SHARE * layer
+        mlp = min(max((full - typical["no mlp", 1]) / inner, least), layer - least)
+    slope = slope_by_token = 0.0
+    if long > context:
+        wide = min(LONG_WIDTH, widths[-1])
+        places = depth * (long - context)
+        narrow, wider = (max(typical["long", w] - verify[w], 0.0) for w in (1, wide))
+        slope = narrow / places
+        slope_by_token = max(wider - narrow, 0.0) / places / (wide - 1)
+    floor = max(none - 2 * layer, 0.0)
+    head = min(typical.get(("head", 1), 0.0), floor)
+    verify = dict(sorted(verify.items()))
+    return Costs(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token)
 
 
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
-    tokens = torch.full((1, width), 1 % decoder.vocabulary, device=decoder.device)
-    positions = torch.arange(context, context + width, device=decoder.device)[None]
+    tokens = _text(decoder, cache.batch, width)
+    positions = torch.arange(context, context + width, device=decoder.device).expand_as(tokens)
+    last_only = tokens.numel() > MOST_LOGITS
     begin = clock(decoder.device)
-    decoder.forward(tokens, positions, cache, plan).argmax(dim=-1).tolist()
+    logits = decoder.forward(tokens, positions, cache, plan, last_only=last_only)
+    logits.argmax(dim=-1).tolist()
     return clock(decoder.device) - begin
+
+
+@torch.inference_mode()
+def _time_head(head: torch.nn.Module, states: torch.Tensor) -> float:
+    begin = clock(states.device)
+    head(states)
+    return clock(states.device) - begin
 
 
 def clock(device: torch.device) -> float:

@@ -35,6 +35,8 @@ class Step:
         finish: why the output ends here ("stop": an end token or stop string; "length": the token
             budget), None while it goes on.
         leaves: side candidates verified beside the chain.
+        sources: for each drafted token who drafted it, where the drafter has several ways; empty:
+            ``drafter`` holds for all.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +47,7 @@ class Step:
     verify_seconds: float
     finish: Finish | None
     leaves: int = 0
+    sources: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -71,7 +74,111 @@ def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) 
         )
 
 
-class Generation:
+class Row:
+    """One text at work: its tokens, how they are chosen, and where it ends.
+
+    Args:
+        decoder: the model.
+        prompt: token ids, at least one.
+        max_new_tokens: the most tokens produced, at least one.
+        sampling: how tokens are chosen.
+        end_tokens: ids that end the output; kept as its last token.
+        watch: called with every new token in order; True ends the output with it.
+
+    Attributes:
+        tokens: prompt and output.
+        finish: why it ended, None while it goes on.
+
+    Raises:
+        InputError: empty prompt, no budget, a token the model does not have, or a length at which
+            it can't be decoded exactly.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        end_tokens: frozenset[int] = frozenset(),
+        watch: Callable[[int], bool] | None = None,
+    ) -> None:
+        check_request(decoder, prompt, max_new_tokens)
+        self.decoder = decoder
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.max_new_tokens = max_new_tokens
+        self.end_tokens = end_tokens
+        self.finish: Finish | None = None
+        self.sampler = Sampler(sampling or Sampling(), decoder.vocabulary, decoder.device)
+        self._watch = watch
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens produced so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def room(self) -> int:
+        """The most drafts that can be kept: the last place is the full model's own."""
+        return self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
+
+    def read_prompt(self, cache: KVCache) -> Step:
+        """The pass over the prompt, which decides the first token.
+
+        Args:
+            cache: of this row alone, empty.
+        """
+        begin = clock(self.decoder.device)
+        self.sampler.saw(self.tokens)
+        prompt = torch.tensor([self.tokens], device=self.decoder.device)
+        logits = self.decoder.prefill(prompt, cache)
+        kept = self.keep((self.sampler.choose(logits[0]),))
+        return Step(kept, 0, 0, "prefill", 0.0, clock(self.decoder.device) - begin, self.finish)
+
+    def decide(
+        self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None = None
+    ) -> tuple[int, int]:
+        """Which drafts stand, and the token that follows them.
+
+        Args:
+            draft: what was drafted behind the text.
+            logits: ``[1 + draft.width, V]`` behind the pending token and each of the draft's nodes.
+            best: their largest ones' tokens, where somebody has them already; used where they
+                decide.
+
+        Returns:
+            (row, token) as :func:`accept_greedy`.
+        """
+        nodes, parents = draft.nodes, draft.parents
+        if not self.sampler.settings.greedy:
+            target = self.sampler.distribution(logits, nodes, parents)
+            return accept_sampled(
+                draft.tokens, target, draft.distribution, self.sampler, draft.leaves
+            )
+        if best is None or self.sampler.penalises:
+            best = self.sampler.scores(logits, nodes, parents).argmax(dim=-1).tolist()
+        return accept_greedy(draft.tokens, best, draft.leaves)
+
+    def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Append tokens up to the first that ends the output; returns those kept."""
+        kept = 0
+        for token in tokens:
+            self.tokens.append(token)
+            kept += 1
+            watched = self._watch is not None and self._watch(token)
+            if token in self.end_tokens or watched:
+                self.finish = "stop"
+            elif len(self.tokens) - self.prompt_length >= self.max_new_tokens:
+                self.finish = "length"
+            if self.finish:
+                break
+        self.sampler.saw(tokens[:kept])
+        return tokens[:kept]
+
+
+class Generation(Row):
     """One sequence being decoded. Iterate for :class:`Step` s; stop whenever you like.
 
     Greedy output equals vanilla greedy decoding token for token; sampled output has the target's
@@ -108,23 +215,17 @@ class Generation:
         end_tokens: frozenset[int] = frozenset(),
         watch: Callable[[int], bool] | None = None,
     ) -> None:
-        check_request(decoder, prompt, max_new_tokens)
-        self.decoder = decoder
+        super().__init__(
+            decoder,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end_tokens=end_tokens,
+            watch=watch,
+        )
         self.drafter = drafter
-        self.tokens = list(prompt)
-        self.prompt_length = len(prompt)
-        self.max_new_tokens = max_new_tokens
-        self.end_tokens = end_tokens
-        self.finish: Finish | None = None
         self.cache: KVCache = decoder.new_cache(len(prompt) + max_new_tokens)
-        self.sampler = Sampler(sampling or Sampling(), decoder.vocabulary, decoder.device)
-        self._watch = watch
-        self._ahead: int | None = None
-
-    @property
-    def output(self) -> list[int]:
-        """The tokens produced so far."""
-        return self.tokens[self.prompt_length :]
+        self._ahead: tuple[int, str] | None = None
 
     def __iter__(self) -> Iterator[Step]:
         while self.finish is None:
@@ -133,30 +234,27 @@ class Generation:
     def step(self) -> Step:
         """Decide at least one more token. Not to be called once ``finish`` is set."""
         if len(self.tokens) == self.prompt_length:
-            return self._prefill()
+            return self.read_prompt(self.cache)
         begin = clock(self.decoder.device)
-        draft = self._draft(self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1)
+        draft = self._draft(self.room)
         drafted = clock(self.decoder.device) if draft.tokens else begin
         decided = self._verify(draft)
-        kept = self._keep(decided)
+        kept = self.keep(decided)
         return Step(
             tokens=kept,
             drafted=len(draft.tokens),
             accepted=min(len(decided) - 1, len(kept)),
-            drafter=self.drafter.name if self.drafter and draft.tokens else "none",
+            drafter=self._drafter_name if draft.tokens else "none",
             draft_seconds=drafted - begin,
             verify_seconds=clock(self.decoder.device) - drafted,
             finish=self.finish,
             leaves=draft.width - len(draft.tokens),
+            sources=draft.sources,
         )
 
-    def _prefill(self) -> Step:
-        begin = clock(self.decoder.device)
-        self.sampler.saw(self.tokens)
-        prompt = torch.tensor([self.tokens], device=self.decoder.device)
-        logits = self.decoder.prefill(prompt, self.cache)
-        kept = self._keep((self.sampler.choose(logits[0]),))
-        return Step(kept, 0, 0, "prefill", 0.0, clock(self.decoder.device) - begin, self.finish)
+    @property
+    def _drafter_name(self) -> str:
+        return self.drafter.name if self.drafter else "none"
 
     def _draft(self, room: int) -> Draft:
         """A draft of up to ``room`` tokens, behind what is already expected to come next."""
@@ -166,14 +264,19 @@ class Generation:
         context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
         if ahead is None:
             return self.drafter.draft(context, room)
-        if ahead in self.end_tokens or room == 1:
-            return Draft((ahead,))
-        self.tokens.append(ahead)  # text, to the drafter
+        token, source = ahead
+        if token in self.end_tokens or room == 1:
+            return Draft((token,), sources=(source,))
+        self.tokens.append(token)  # text, to the drafter
         try:
             further = self.drafter.draft(context, room - 1)
         finally:
             self.tokens.pop()
-        return Draft((ahead, *further.tokens), leaves=further.leaves and ((), *further.leaves))
+        return Draft(
+            (token, *further.tokens),
+            leaves=further.leaves and ((), *further.leaves),
+            sources=(source, *(further.sources or (self._drafter_name,) * len(further.tokens))),
+        )
 
     def _verify(self, draft: Draft) -> tuple[int, ...]:
         """One full pass over the pending token and the draft: the drafts that stand, a next token.
@@ -190,12 +293,7 @@ class Generation:
         else:
             depths = torch.tensor([[0, *(parent + 1 for parent in parents)]], device=device)
             logits = self.decoder.forward(tokens, filled + depths, self.cache, slots=slots)[0]
-        if self.sampler.settings.greedy:
-            best = self.sampler.scores(logits, nodes, parents).argmax(dim=-1).tolist()
-            row, token = accept_greedy(draft.tokens, best, draft.leaves)
-        else:
-            target, q = self.sampler.distribution(logits, nodes, parents), draft.distribution
-            row, token = accept_sampled(draft.tokens, target, q, self.sampler, draft.leaves)
+        row, token = self.decide(draft, logits)
         if row <= len(draft.tokens):
             return (*draft.tokens[:row], token)
         parent = parents[row - 1]
@@ -204,22 +302,6 @@ class Generation:
         if self.sampler.settings.greedy and self.decoder.rows.bitwise:
             # The leaf is the model's choice to the bit; what follows it is so but for the order in
             # which the leaf's pass summed its keys. It opens the next draft, and is verified there.
-            self._ahead = token
+            self._ahead = token, draft.sources[parent] if draft.sources else self._drafter_name
             return decided
         return (*decided, token)
-
-    def _keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Append tokens up to the first that ends the output; returns those kept."""
-        kept = 0
-        for token in tokens:
-            self.tokens.append(token)
-            kept += 1
-            watched = self._watch is not None and self._watch(token)
-            if token in self.end_tokens or watched:
-                self.finish = "stop"
-            elif len(self.tokens) - self.prompt_length >= self.max_new_tokens:
-                self.finish = "length"
-            if self.finish:
-                break
-        self.sampler.saw(tokens[:kept])
-        return tokens[:kept]

@@ -13,22 +13,26 @@ from torch import nn
 from conflayers_cli.errors import InputError
 
 from . import attention
-from .cache import KVCache, extent_for
+from .cache import KVCache, LayerSizes, extent_for
 from .fused import FAMILIES, FusedForward, Masks
 from .layers import LayerStack, SubLayer
 from .packing import Packing
 from .plan import SkipPlan
 
 FULL = SkipPlan()
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward: bounds the mask and the activations of a long prompt."""
+PREFILL_CHUNK = 256
+"""Prompt tokens per forward at the most: bounds the activations of a long prompt."""
+LEAST_CHUNK = 64
+MASK_ENTRIES = 1 << 22
+"""Tokens times heads per key head times positions of one forward: bounds its mask, as far as chunks
+of `LEAST_CHUNK` tokens allow."""
 
 Observer = Callable[[SubLayer, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class RowRule:
-    """How many rows a pass runs at the least.
+    """How many rows, tokens of all sequences together, a pass runs at the least.
 
     A linear layer gives a single half-precision row other bits than the same row among several;
     with two or more they agree. A pass of one token therefore runs it twice, which costs the same.
@@ -82,6 +86,7 @@ class Decoder:
         self.full_passes = self.draft_passes = 0
         self._packing = Packing.of(model, self.stack.layers)
         self._fused: FusedForward | None = None
+        self._cache_sizes: list[LayerSizes] | None = None
         model.set_attn_implementation(attention.NAME)
         try:
             self.sub_layers: frozenset[SubLayer] = self._checked()
@@ -89,11 +94,21 @@ class Decoder:
             model.set_attn_implementation(self._plain_attention)
             raise
         self._fused = self._fuse()
+        self._cache_sizes = self._sizes_in_cache()
         self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
-        return KVCache(self.depth, batch, capacity)
+        cache = KVCache(self.depth, batch, capacity)
+        if self._cache_sizes is not None:
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            cache.allocate(self._cache_sizes, like)
+        return cache
+
+    def chunk_for(self, length: int) -> int:
+        """Tokens per forward of a prompt of ``length`` tokens."""
+        fitting = MASK_ENTRIES // (self._groups * extent_for(length))
+        return max(LEAST_CHUNK, min(PREFILL_CHUNK, fitting))
 
     def check_plan(self, plan: SkipPlan) -> None:
         """Raise InputError unless this model can run under the plan."""
@@ -139,20 +154,24 @@ class Decoder:
             self.draft_passes += 1
         else:
             self.full_passes += 1
-        wanted = tokens.shape[1]
-        if wanted < self.rows.least:
-            tokens, positions = self._repeated(tokens), self._repeated(positions)
-            slots = None if slots is None else self._repeated(slots)
+        batch, wanted = tokens.shape
+        # Drafts are guesses: only what decides has to have the same bits in every pass.
+        least = 1 if plan or batch > 1 else self.rows.least
+        keep = min(wanted, least) if last_only else 0
+        fused = None if self.stack.watched else self._fused
+        if wanted < least:
+            tokens = _repeated(tokens, least)
+            if fused is None:
+                positions = _repeated(positions, least)
+                slots = None if slots is None else _repeated(slots, least)
+            keep = 0
         written = positions if slots is None else slots
         extent = extent_for(int(written.max()) + 1)
         cache.announce(written, extent)
         masks = self._masks(positions, slots, extent)
-        keep = self.rows.least if last_only else 0
-        if self._fused is not None and not self.stack.watched:
-            logits = self._fused(tokens, positions, masks, cache, plan, keep)
-        else:
-            logits = self._by_modules(tokens, positions, masks, cache, plan, keep)
-        return logits[:, -1:] if last_only else logits[:, :wanted]
+        run = self._by_modules if fused is None else fused
+        logits = run(tokens, positions, masks, cache, plan, keep)
+        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
 
     def _by_modules(
         self,
@@ -175,10 +194,6 @@ class Decoder:
         logits: torch.Tensor = output.logits
         return logits
 
-    def _repeated(self, row: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` with the last column repeated, as wide as the least pass is."""
-        return torch.cat([row, row[:, -1:].expand(-1, self.rows.least - row.shape[1])], dim=1)
-
     def prefill(
         self, tokens: torch.Tensor, cache: KVCache, *, start: int = 0, plan: SkipPlan = FULL
     ) -> torch.Tensor:
@@ -191,8 +206,9 @@ class Decoder:
             Logits of the last token, ``[B, 1, V]``.
         """
         logits = torch.empty(0)
-        for begin in range(0, tokens.shape[1], PREFILL_CHUNK):
-            chunk = tokens[:, begin : begin + PREFILL_CHUNK]
+        size = self.chunk_for(start + tokens.shape[1])
+        for begin in range(0, tokens.shape[1], size):
+            chunk = tokens[:, begin : begin + size]
             positions = torch.arange(
                 start + begin, start + begin + chunk.shape[1], device=self.device
             ).expand(chunk.shape)
@@ -304,6 +320,12 @@ class Decoder:
             return None
         return self._fused if self._close(logits, expected) else None
 
+    def _sizes_in_cache(self) -> list[LayerSizes] | None:
+        tokens, positions = self._sample()
+        cache = self.new_cache(tokens.shape[1])
+        self.forward(tokens, positions, cache, last_only=True)
+        return cache.sizes
+
     def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions ``[1, T]`` to compare ways of running the model by.
 
@@ -337,6 +359,11 @@ class Decoder:
         difference = (one.float() - other.float()).pow(2).mean(-1).sqrt()
         spread = other.float().std(-1).clamp(min=1e-6)
         return bool((difference / spread).median() <= share)
+
+
+def _repeated(row: torch.Tensor, width: int) -> torch.Tensor:
+    """``[B, T]`` with the last column repeated up to ``[B, width]``."""
+    return torch.cat([row, row[:, -1:].expand(-1, width - row.shape[1])], dim=1)
 
 
 def _refuse_unsupported(model: Any, config: Any) -> None:

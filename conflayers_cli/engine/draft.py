@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -24,18 +25,23 @@ class Draft:
             (greedy), which acceptance treats as q = 1 at the token.
         leaves: for each token other candidates for its place, in the order in which they are tried,
             drawn from the same q without replacement where there is one; empty: none anywhere.
+        sources: for each token who drafted it, where a drafter has several ways ("skip", "ngram");
+            empty: the drafter's name holds for all.
 
     Raises:
-        ValueError: there are leaves, but not an entry for each token.
+        ValueError: there are leaves or sources, but not an entry for each token.
     """
 
     tokens: tuple[int, ...] = ()
     distribution: torch.Tensor | None = None
     leaves: tuple[tuple[int, ...], ...] = ()
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.leaves and len(self.leaves) != len(self.tokens):
             raise ValueError(f"{len(self.leaves)} sets of leaves for {len(self.tokens)} tokens")
+        if self.sources and len(self.sources) != len(self.tokens):
+            raise ValueError(f"{len(self.sources)} sources for {len(self.tokens)} tokens")
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -81,6 +87,20 @@ class Drafter(Protocol):
     def name(self) -> str: ...
 
     def draft(self, context: Context, limit: int) -> Draft: ...
+
+
+@runtime_checkable
+class RowsDrafter(Protocol):
+    """Drafts for several rows at once, which share one cache; contexts[i] is its row i.
+
+    Row i gets up to ``limits[i]`` tokens; a limit of 0 means that nothing is to be drafted for it,
+    though it keeps its place. May write to the cache behind the filled part of every row.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]: ...
 
 
 @dataclass(frozen=True)

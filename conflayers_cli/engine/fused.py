@@ -106,17 +106,27 @@ class FusedForward:
         plan: SkipPlan,
         keep: int,
     ) -> torch.Tensor:
-        """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all ``[B, T]``).
+        """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all).
 
-        The cache has been told where the tokens are written; masks as the modules get them.
+        Args:
+            tokens: ``[B, T]``. There may be more of them than positions: they repeat the last one,
+                and are there so that products have enough rows (see `.decoder.RowRule`). Attention
+                needs no more rows than there are positions.
+            positions: ``[B, P]``, P ≤ T.
+            masks: for the positions, as the modules get them.
+            cache: has been told where the positions are written.
+            plan: what is left out.
+            keep: see above.
         """
         x = self.embedding(tokens)
         cos, sin = self._rotation(x, positions)
-        added = _added(masks, x.dtype)
+        by_kind = {"": masks} if isinstance(masks, torch.Tensor) else masks
+        added = {kind: _added(mask, x.dtype) for kind, mask in by_kind.items()}
+        only = next(iter(added.values())) if len(added) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
         for i, layer in enumerate(self.layers):
             if i not in attention_out:
-                mask = added if isinstance(added, torch.Tensor) else added[layer.kind]
+                mask = added[layer.kind] if only is None else only
                 x = self._attention(layer, x, cos, sin, mask, cache.layers[i]).add_(x)
             if i not in mlp_out:
                 x = self._mlp(layer, x).add_(x)
@@ -143,15 +153,21 @@ class FusedForward:
     ) -> torch.Tensor:
         batch, tokens, _ = x.shape
         product = layer.qkv(layer.before_attention(x) if layer.before_attention else x)
+        own = cos.shape[2]
+        if own < tokens:
+            product = product[:, :own]
         if layer.query_norm is not None and layer.key_norm is not None:
             product = self._normed(layer.query_norm, layer.key_norm, product)
-        states = product.view(batch, tokens, -1, self.size).transpose(1, 2)
+        states = product.view(batch, own, -1, self.size).transpose(1, 2)
         turning, value = states.split((self.heads + self.shared, self.shared), dim=1)
         turned = torch.addcmul(turning * cos, turning.roll(self.size // 2, -1), sin)
         query, key = turned.split((self.heads, self.shared), dim=1)
         keys, values = cached.update(key, value)
         out = folded_attention(query, keys, values, mask, layer.scaling)
-        product = layer.output(out.transpose(1, 2).reshape(batch, tokens, -1))
+        rows = out.transpose(1, 2).reshape(batch, own, -1)
+        if own < tokens:
+            rows = torch.cat([rows, rows[:, -1:].expand(-1, tokens - own, -1)], dim=1)
+        product = layer.output(rows)
         return layer.after_attention(product) if layer.after_attention else product
 
     def _normed(self, query_norm: _Norm, key_norm: _Norm, product: torch.Tensor) -> torch.Tensor:
@@ -172,16 +188,10 @@ class FusedForward:
         return layer.after_mlp(product) if layer.after_mlp else product
 
 
-def _added(masks: Masks, dtype: torch.dtype) -> Masks:
-    """Boolean masks as numbers to add, which attention would else make of them in every layer."""
-    if isinstance(masks, torch.Tensor):
-        added = torch.zeros(masks.shape, dtype=dtype, device=masks.device)
-        return added.masked_fill_(masks.logical_not(), float("-inf"))
-    return {
-        kind: added
-        for kind, mask in masks.items()
-        if isinstance(added := _added(mask, dtype), torch.Tensor)
-    }
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers to add, which attention would else make of it in every layer."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def _read_layer(

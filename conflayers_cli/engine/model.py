@@ -10,7 +10,6 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -35,11 +34,9 @@ from conflayers_cli.engine.builtin import (
     ensure,
     quiet_transformers,
 )
+from conflayers_cli.engine.device import find_device
+from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.errors import ConfLayersError, InputError
-
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-)
 
 # What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
 # what their names say. Their hub failures are OSErrors.
@@ -56,7 +53,6 @@ _READ_ERRORS = (
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PATH_SUFFIXES = (".gguf", ".safetensors", ".json", *_PICKLES)
@@ -136,8 +132,8 @@ def load_model(
             model.
         ConfLayersError: it does not fit into the memory, or a conversion failed.
     """
-    on = _device(device)
-    kind, reason = _dtype(dtype, on)
+    on = find_device(device)
+    check_dtype(dtype)
     origin = _find(source, progress)
 
     def step(done: float) -> None:
@@ -147,6 +143,7 @@ def load_model(
     step(0.0)
     with quiet_transformers(step):
         config = _read_config(origin, trust_remote_code)
+        kind, reason = choose_dtype(dtype, on, config)
         model = _read_model(origin, config, kind, trust_remote_code)
         tokenizer = _read_tokenizer(origin, trust_remote_code)
     step(1.0)
@@ -247,50 +244,6 @@ def _line(error: BaseException) -> str:
         return type(error).__name__
     announced = f" {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else ""
     return (lines[0] + announced).rstrip(".")
-
-
-def _device(spec: str) -> torch.device:
-    """The device that ``spec`` names, if it is there."""
-    if spec == "auto":
-        spec = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(spec)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {spec!r}: auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise InputError("no MPS device here (--device auto takes what there is)")
-        return device
-    if device.type != "cuda":
-        raise InputError(f"unsupported device {spec!r}: auto, cpu, cuda, cuda:N or mps")
-    if not torch.cuda.is_available():
-        raise InputError("no CUDA device here (--device auto takes what there is)")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise InputError(f"no device {spec!r}: there are {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", index)
-
-
-def _dtype(spec: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype that ``spec`` names on ``device``, and a sentence that says which and why."""
-    if spec in DTYPES:
-        return DTYPES[spec], f"{spec}, as asked for"
-    if spec != "auto":
-        raise InputError(f"unknown dtype {spec!r}: auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return torch.bfloat16, "bfloat16: the GPU computes in it"
-        return torch.float16, "float16: the GPU has no bfloat16"
-    if device.type == "mps":
-        return torch.float16, "float16: usual on MPS"
-    # Not in every PyTorch that works otherwise.
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    for instructions in _BF16_INSTRUCTIONS:
-        if abilities.get(instructions):
-            return torch.bfloat16, f"bfloat16: the processor has {instructions} instructions"
-    return torch.float32, "float32: the processor has no bfloat16 instructions"
 
 
 def _find(source: str, progress: Progress | None) -> _Origin:

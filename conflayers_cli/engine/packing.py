@@ -11,6 +11,7 @@ A row's bits don't depend on the number of rows here, either, from two on (see :
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,15 @@ class Packed:
             rows, self._weight, self._bias, "none", [], ""
         )
         return product
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        """A copy with a weight of its own, for whoever copies a model: PyTorch can't copy these."""
+        other = memo[id(self)] = object.__new__(Packed)
+        other.linears = copy.deepcopy(self.linears, memo)
+        other.sizes, other._keep, other._last = self.sizes, self._keep, None
+        other._weight = _reorder(self._weight.to_dense())
+        other._bias = None if self._bias is None else self._bias.clone()
+        return other
 
     def part(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """One layer's product; the others' are kept until the next input comes."""

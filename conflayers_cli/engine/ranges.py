@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .draft import Context, Draft, Drafter
+from .draft import Context, Draft, Drafter, RowsDrafter
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,21 @@ class RangedDrafter:
         return next((each.name for _, each in self.drafters if each is not None), "none")
 
     def draft(self, context: Context, limit: int) -> Draft:
-        length = len(context.tokens)
-        drafter = [each for begin, each in self.drafters if begin <= length][-1]
+        drafter = self._for(len(context.tokens))
         return Draft() if drafter is None else drafter.draft(context, limit)
+
+    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+        """Drafts for several rows by the drafter for the longest of them.
+
+        Raises:
+            TypeError: it drafts for single rows only.
+        """
+        drafter = self._for(max(len(context.tokens) for context in contexts))
+        if drafter is None:
+            return [Draft()] * len(contexts)
+        if not isinstance(drafter, RowsDrafter):
+            raise TypeError(f"{type(drafter).__name__} drafts for one row at a time")
+        return drafter.draft_rows(contexts, limits)
+
+    def _for(self, length: int) -> Drafter | None:
+        return [each for begin, each in self.drafters if begin <= length][-1]

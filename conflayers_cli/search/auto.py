@@ -111,7 +111,7 @@ def _checks(
         return [None] * len(found)
     on_stage("checking by real decoding")
     try:
-        done = check_by_decoding(task, chosen, held_out)
+        done = check_by_decoding(task, chosen, held_out, lookahead=any(c.refined for c in found))
     except KeyboardInterrupt:
         found[-1] = as_interrupted(found[-1])
         return [None] * len(found)

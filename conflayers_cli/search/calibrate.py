@@ -143,7 +143,12 @@ def calibrate(
         worth = candidate.expected is not None and (not refine or candidate.expected.speedup > 1)
         if worth and not candidate.interrupted:
             on_stage("checking by real decoding")
-            (check,) = check_by_decoding(task, [(candidate.plan, candidate.setting)], held_out)
+            (check,) = check_by_decoding(
+                task,
+                [(candidate.plan, candidate.setting)],
+                held_out,
+                lookahead=candidate.refined,
+            )
     except KeyboardInterrupt:
         candidate = as_interrupted(candidate)
     return decide(candidate, check, always=not refine, seconds=time.perf_counter() - begin)

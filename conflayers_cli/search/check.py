@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from conflayers_cli.engine.costs import CostTable
 from conflayers_cli.engine.decode import Generation, Step
 from conflayers_cli.engine.draft import Drafter, SkipDrafter
+from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.plan import SkipPlan
 
 from .objective import Setting
@@ -36,11 +38,20 @@ class Check:
     held_out: bool
 
 
-def drafter_of(task: Task, plan: SkipPlan, setting: Setting) -> Drafter | None:
-    """What decodes with a plan; None (vanilla) where it would draft nothing."""
+def drafter_of(
+    task: Task, plan: SkipPlan, setting: Setting, *, lookahead: bool = False
+) -> Drafter | None:
+    """What decodes with a plan; None (vanilla) where it would draft nothing.
+
+    With lookahead it is decided at every step how far it pays to draft; otherwise as the setting
+    says. n-grams don't draft: it is the plan that is put to the proof.
+    """
     if not plan or setting.max_tokens == 0:
         return None
     costs = task.costs
+    if lookahead:
+        table = CostTable({1: costs}, task.decoder.depth)
+        return MixedDrafter(task.decoder, plan, table, ngram=False, tree=setting.tree)
     return SkipDrafter(
         task.decoder,
         plan,
@@ -56,18 +67,23 @@ def check_by_decoding(
     task: Task,
     candidates: Sequence[tuple[SkipPlan, Setting]],
     held_out: Sequence[tuple[int, ...]],
+    *,
+    lookahead: bool = False,
 ) -> list[Check | None]:
     """Decode prompts with each plan and vanilla, in turns; who begins changes every prompt.
 
     Args:
         candidates: plans with their way of drafting.
         held_out: prompts the search has not seen; where empty, the task's first ones are decoded.
+        lookahead: as for :func:`drafter_of`.
 
     Returns:
         One check per candidate; None for one that drafts nothing or where nothing was decoded.
     """
     prompts = tuple(held_out) or task.prompts[:MOST_CHECKED]
-    drafters = [drafter_of(task, plan, setting) for plan, setting in candidates]
+    drafters = [
+        drafter_of(task, plan, setting, lookahead=lookahead) for plan, setting in candidates
+    ]
     arms: list[tuple[int, Drafter | None]] = [(-1, None)]
     arms += [(i, drafter) for i, drafter in enumerate(drafters) if drafter is not None]
     if len(arms) == 1:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,16 +76,38 @@ def save_model(folder: Path, *, template: str | None = TEMPLATE, **more: Any) ->
 
 
 def save_profile(
-    path: Path, model: Path, plan: SkipPlan | None = None, max_tokens: int = 4, **changes: Any
+    path: Path,
+    model: Path,
+    plan: SkipPlan | None = None,
+    max_tokens: int = 4,
+    lookahead: bool | None = False,
+    **changes: Any,
 ) -> Path:
-    """A profile for a saved model; ``changes`` falsify its fingerprint."""
+    """A profile for a saved model; ``changes`` falsify its fingerprint.
+
+    Without lookahead drafts are as long as it says, whatever passes cost: on a tiny model nothing
+    ever pays.
+    """
     values = {"name": str(model), **fingerprint(hf.AutoConfig.from_pretrained(model)), **changes}
     Profile(
         model=ModelFingerprint.model_validate(values),
         skip=SkipSection.of(SkipPlan.of_layers([2]) if plan is None else plan),
-        draft=DraftSettings(max_tokens=max_tokens, stop_probability=0.0),
+        draft=DraftSettings(
+            max_tokens=max_tokens,
+            stop_probability=0.0,
+            by=None if lookahead is None else "skip",
+            lookahead=lookahead,
+        ),
     ).save(path)
     return path
+
+
+@pytest.fixture(scope="package", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Costs that are measured are kept in a folder of this run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONFLAYERS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_document(run: Run, profile: Path, model: Path, prompts: Path) -> None:
     assert (result.code, result.err) == (0, "")
     document = result.document
     assert list(document) == KEYS.split()
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert (document["model"], document["device"]) == (str(model), "cpu")
     assert document["dtype"] == "float32"
     assert {"python", "torch", "transformers", "conflayers"} <= set(document["environment"])
@@ -51,7 +52,9 @@ def test_document(run: Run, profile: Path, model: Path, prompts: Path) -> None:
         "c0": 2,
         "c1": 1,
     }
-    assert document["peak_memory_bytes"] > document["kv_cache_bytes"] > 0
+    assert document["kv_cache_bytes"] > 0
+    peaks = [arm["peak_memory_bytes"] for arm in document["arms"].values()]
+    assert document["peak_memory_bytes"] == max(peaks)
 
 
 def test_table_goes_to_stdout_and_the_document_to_a_file(
@@ -87,6 +90,76 @@ def test_against_transformers(run: Run, profile: Path, prompts: Path) -> None:
     assert "over transformers' generate" in run("bench", *arguments).out
 
 
+def test_against_all_that_transformers_has(run: Run, profile: Path, prompts: Path) -> None:
+    names = ["transformers", "prompt-lookup", "early-exit", "transformers-static"]
+    against = [word for name in [*names, "early-exit"] for word in ("--against", name)]
+    result = run("bench", "-p", profile, "--data", prompts, *FAST, *against, "--json")
+    assert result.code == 0
+    document = result.document
+    assert list(document["arms"]) == ["vanilla", "speculative", *names]
+    assert list(document["speedup_over"]) == names
+    assert {name: found["matching"] for name, found in document["identical_to"].items()} == (
+        dict.fromkeys(names, 3)
+    )
+    assert all(document["arms"][name]["tokens"] == 24 for name in names)
+    assert document["identical_to_transformers"] == document["identical_to"]["transformers"]
+
+
+@pytest.mark.parametrize("by", ["ngram", "skip", "mixed"])
+def test_several_at_once(run: Run, profile: Path, prompts: Path, by: str) -> None:
+    arguments = ("-p", profile, "--data", prompts, *FAST, "--batch-size", 2, "--draft", by)
+    result = run("bench", *arguments, "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert (document["batch_size"], document["queues"]) == (2, 1)
+    assert document["settings"]["batch_size"] == 2
+    assert document["identical_outputs"] == {"matching": 3, "total": 3, "divergences": []}
+    assert document["speedup"]["median"] > 0
+    assert document["categories"] == {}
+    for arm in document["arms"].values():
+        assert arm["tokens"] == 24
+        assert arm["tokens_per_second"]["min"] > 0
+    assert "3 prompts, 2 at once, up to 8" in run("bench", *arguments).out
+
+
+def test_a_batch_that_is_never_full_is_told(run: Run, profile: Path, prompts: Path) -> None:
+    result = run("bench", "-p", profile, "--data", prompts, *FAST, "--batch-size", 4, "--json")
+    assert result.err == "conflayers: note: 3 prompts never fill a batch of 4\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tree",),
+        ("--no-lookahead",),
+        ("--target-speedup", "2"),
+        ("--against", "transformers"),
+    ],
+)
+def test_what_is_for_one_prompt_at_a_time_is_refused_in_batches(
+    run: Run, profile: Path, flags: tuple[str, ...]
+) -> None:
+    result = run("bench", "-p", profile, "-m", "no-such-model", "--batch-size", 2, *flags)
+    assert (result.code, result.out) == (2, "")
+    assert f"{flags[0]} is for one prompt at a time: leave --batch-size out" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_peer_that_cannot_run_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, profile: Path, prompts: Path
+) -> None:
+    from transformers.generation import candidate_generator
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise ValueError("no lookup for you")
+
+    monkeypatch.setattr(candidate_generator.PromptLookupCandidateGenerator, "get_candidates", fail)
+    arguments = ("-p", profile, "--data", prompts, *FAST, "--against", "prompt-lookup")
+    result = run("bench", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "prompt-lookup: transformers can't decode this model so: no lookup for you" in result.err
+
+
 def test_sampling_is_not_compared(run: Run, profile: Path, prompts: Path) -> None:
     drawing = ("-t", "0.8", "--top-k", "9", "--repetition-penalty", "1.1")
     arguments = ("-p", profile, "--data", prompts, *FAST, *drawing, "--against", "transformers")
@@ -118,6 +191,15 @@ def test_without_a_profile_the_target_says_what_drafts(
     assert (settings["skip_only"], settings["skip"]) == (plan, plan)
     assert (settings["draft"]["max_tokens"], settings["draft"]["stop_probability"]) == (25, 0.8)
     assert document["arms"]["speculative"]["drafted"] > 0
+
+
+def test_a_target_that_keeps_every_layer_drafts_nothing(
+    run: Run, model: Path, prompts: Path
+) -> None:
+    arguments = ("-m", model, "--data", prompts, *FAST, "--target-speedup", "1")
+    result = run("bench", *arguments, "--json")
+    assert "both arms decode vanilla" in result.err
+    assert result.document["arms"]["speculative"]["drafted"] == 0
 
 
 def test_with_a_profile_the_target_is_the_lossy_arms_alone(
@@ -161,8 +243,9 @@ class TestGates:
         missed = run(*arguments, "1000", "-o", "bench.json")
         assert missed.code == 3
         assert missed.document == json.loads((tmp_path / "bench.json").read_text())
-        assert missed.err.startswith("conflayers: error: the speed-up is 0.")
-        assert missed.err.endswith("under 1000\n")
+        assert re.fullmatch(
+            r"conflayers: error: the speed-up is \d+\.\d+, under 1000\n", missed.err
+        )
         assert run(*arguments, "0").code == 0
 
     def test_fail_under_without_a_figure(self, run: Run, profile: Path, prompts: Path) -> None:

@@ -48,6 +48,8 @@ def test_writes_a_profile_that_generate_and_bench_take(
     assert profile.measured.conclusion in result.out
     assert profile.environment is not None and profile.environment.dtype == "float32"
     assert profile.tensors == "found.safetensors"
+    assert profile.draft.by == ("mixed" if profile.plan else "ngram")
+    assert profile.draft.lookahead is None
     assert "selected" in load_file(tmp_path / "found.safetensors")
     generated = run("generate", "Hello", "-p", "found.yaml", "-n", 5)
     assert generated.code == 0, generated.err
@@ -63,6 +65,7 @@ def test_unrefined_keeps_the_papers_own_plan_and_drafting(
     document = result.document
     profile = Profile.load(tmp_path / "p.yaml")
     assert (profile.draft.max_tokens, profile.draft.stop_probability) == (25, 0.8)
+    assert (profile.draft.by, profile.draft.lookahead) == ("skip", False)
     assert profile.plan
     decoded = [trial for trial in document["trials"] if trial["steps"]]
     best = max(decoded, key=lambda trial: trial["accepted"] / trial["steps"])

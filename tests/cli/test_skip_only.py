@@ -96,7 +96,7 @@ def test_resume_does_not_mix_lossy_and_lossless(
     [
         (("--skip-only",), "--skip-only needs --target-speedup"),
         (("--target-speedup", "2"), "--target-speedup goes with --skip-only"),
-        (("--batch-size", "2"), "--batch-size goes with --skip-only"),
+        (("--batch-size", "2"), "--batch-size goes with --data"),
         ((*LOSSY, "--batch-size", "2"), "--batch-size goes with --data"),
         ((*LOSSY, "--batch-size", "0"), "--batch-size"),
         (("--skip-only", "--target-speedup", "0.9"), "--target-speedup 0.9"),

@@ -14,6 +14,7 @@ from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.errors import InputError
 from tests import tiny
+from tests.engine.rows import SkipRows
 
 GREEDY = Sampling()
 
@@ -23,9 +24,9 @@ def request(length: int, tokens: int, sampling: Sampling = GREEDY, seed: int = 0
 
 
 def outputs(
-    family: str, requests: list[BatchRequest], plan: SkipPlan, ends: frozenset[int] = frozenset()
+    family: str, requests: list[BatchRequest], plan: SkipPlan, size: int | None = None
 ) -> list[list[int]]:
-    batch = Batch(tiny.decoder(family), requests, plan=plan, end_tokens=ends)
+    batch = Batch(tiny.decoder(family), requests, size=size, plan=plan)
     batch.run()
     return batch.outputs
 
@@ -33,19 +34,20 @@ def outputs(
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "opt", "mixtral"])
 @settings(max_examples=8, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(1, 25), st.integers(1, 20)), min_size=1, max_size=4),
+    rows=st.lists(st.tuples(st.integers(1, 25), st.integers(1, 20)), min_size=1, max_size=6),
+    size=st.integers(1, 4),
     layers=st.sets(st.integers(1, 3)),
     temperature=st.sampled_from([0.0, 0.9]),
 )
 def test_a_row_is_what_it_is_alone(
-    family: str, rows: list[tuple[int, int]], layers: set[int], temperature: float
+    family: str, rows: list[tuple[int, int]], size: int, layers: set[int], temperature: float
 ) -> None:
     plan = SkipPlan.of_layers(layers)
     requests = [
         request(length, tokens, Sampling(temperature=temperature, seed=i), i)
         for i, (length, tokens) in enumerate(rows)
     ]
-    together = outputs(family, requests, plan)
+    together = outputs(family, requests, plan, size)
     assert [len(row) for row in together] == [tokens for _, tokens in rows]
     assert together == [outputs(family, [each], plan)[0] for each in requests]
 
@@ -109,10 +111,10 @@ def test_in_bfloat16_too_a_row_is_what_it_is_alone(temperature: float) -> None:
 def test_where_all_rows_have_ended_there_is_no_further_step() -> None:
     batch = Batch(tiny.decoder("llama"), [request(5, 3), request(2, 1)])
     batch.run()
-    assert (batch.finishes, batch.steps) == (["length", "length"], 2)
+    assert (batch.finishes, list(map(len, batch.steps))) == (["length", "length"], [3, 1])
     outputs = batch.outputs
-    batch.step()
-    assert (batch.outputs, batch.steps) == (outputs, 2)
+    assert batch.step() == list(batch) == []
+    assert batch.outputs == outputs
 
 
 def test_every_row_ends_for_itself() -> None:
@@ -154,3 +156,8 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         Batch(decoder, [BatchRequest([1], 0, GREEDY)])
     with pytest.raises(InputError, match="never"):
         Batch(decoder, [request(3, 5)], plan=SkipPlan.of_layers([0]))
+    with pytest.raises(ValueError, match="0 rows"):
+        Batch(decoder, [request(3, 5)], size=0)
+    plan = SkipPlan.of_layers([2])
+    with pytest.raises(ValueError, match="left out for good"):
+        Batch(decoder, [request(3, 5)], drafter=SkipRows(decoder, plan, 2), plan=plan)

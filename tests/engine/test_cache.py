@@ -82,3 +82,55 @@ def test_rows_of_a_batch_have_their_own_lengths() -> None:
         whole = torch.tensor([text[: length + width]])
         logits = decoder.forward(whole, torch.arange(length + width)[None], alone)
         torch.testing.assert_close(together[row], logits[0, length:], rtol=1e-4, atol=1e-5)
+
+
+def write(cache: KVCache, slots: list[list[int]], seed: int) -> torch.Tensor:
+    """Write keys to layer 1 at these slots; returns the keys."""
+    keys, values = states(len(slots), len(slots[0]), seed)
+    cache.announce(torch.tensor(slots), EXTENT)
+    cache.update(keys, values, 1)
+    return keys
+
+
+@pytest.mark.parametrize("first", ["whole", "view"])
+def test_a_view_is_some_rows_in_the_same_memory(first: str) -> None:
+    """Whoever writes first allocates for all rows."""
+    cache = KVCache(2, 4, EXTENT)
+    early = cache.view(1, 3)  # made before there is any memory
+    if first == "whole":
+        write(cache, [[0], [0], [0], [0]], 1)
+    seen = write(early, [[5, 6], [7, 9]], 2)
+    alone = write(cache.view(3, 4), [[2]], 3)
+    deeper = write(early.view(1, 2), [[8]], 4)
+    keys = cache.layers[1].keys
+    assert keys.shape == (4, HEADS, EXTENT, DIM)
+    assert torch.equal(keys[1][:, 5:7], seen[0])
+    assert torch.equal(keys[2][:, 7], seen[1][:, 0])
+    assert torch.equal(keys[2][:, 9], seen[1][:, 1])
+    assert torch.equal(keys[3][:, 2], alone[0][:, 0])
+    assert torch.equal(keys[2][:, 8], deeper[0][:, 0])
+    used = {0: 0, 1: 2, 2: 3, 3: 1} if first == "view" else {0: 1, 1: 3, 2: 4, 3: 2}
+    for row, count in used.items():
+        assert int((keys[row] != 0).all(dim=-1).all(dim=0).sum()) == count
+    assert torch.equal(early.layers[1].keys, keys[1:3])
+    assert (cache.bytes, early.bytes) == (keys.nbytes * 2, keys.nbytes)
+    assert early.capacity == cache.capacity
+
+
+def test_a_view_of_rows_that_are_not_there_is_refused() -> None:
+    cache = KVCache(2, 4, EXTENT)
+    for begin, end in ((-1, 2), (2, 2), (3, 2), (2, 5)):
+        with pytest.raises(ValueError, match=f"rows {begin} to {end} of a cache of 4"):
+            cache.view(begin, end)
+
+
+def test_a_row_is_copied_as_far_as_it_is_filled() -> None:
+    cache = KVCache(2, 3, EXTENT)
+    write(cache, [[0, 1, 2, 3]] * 3, 1)
+    before = cache.layers[1].keys.clone()
+    values = cache.layers[1].values.clone()
+    cache.copy_row(2, 0, 3)  # layer 0 holds nothing yet
+    for now, then in ((cache.layers[1].keys, before), (cache.layers[1].values, values)):
+        assert torch.equal(now[0, :, :3], then[2, :, :3])
+        assert torch.equal(now[0, :, 3:], then[0, :, 3:])
+        assert torch.equal(now[1:], then[1:])

@@ -115,9 +115,39 @@ def test_prefill_in_chunks(family: str, chunk: int, monkeypatch: pytest.MonkeyPa
     decoder = tiny.decoder(family)
     expected = forward(decoder)[:, -1:]
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decoder_module, "LEAST_CHUNK", 1)
+    assert decoder.chunk_for(24) == chunk
     logits = decoder.prefill(TOKENS, decoder.new_cache(24))
     assert logits.shape == (1, 1, tiny.VOCABULARY)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_long_prompts_go_in_smaller_chunks() -> None:
+    decoder = tiny.decoder("llama")  # two query heads per key head
+    assert decoder.chunk_for(1) == decoder.chunk_for(4096) == decoder_module.PREFILL_CHUNK
+    assert decoder.chunk_for(16_384) == 128
+    assert decoder.chunk_for(1_000_000) == decoder_module.LEAST_CHUNK
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_cache_is_allocated_at_once(family: str) -> None:
+    """As large as the passes would have made it, layer by layer."""
+    decoder = tiny.decoder(family)
+    cache = decoder.new_cache(700, batch=2)
+    held = cache.bytes
+    decoder.prefill(TOKENS.expand(2, -1), cache)
+    assert (
+        cache.bytes
+        == held
+        == 2
+        * sum(
+            layer.keys.shape[1] * layer.keys.shape[3]
+            + layer.values.shape[1] * layer.values.shape[3]
+            for layer in cache.layers
+        )
+        * 1024
+        * 4
+    )
 
 
 def test_prefill_on_top_of_what_is_there() -> None:

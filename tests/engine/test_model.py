@@ -112,25 +112,21 @@ def test_dtype_as_asked(folder: Path, name: str) -> None:
     assert name in loaded.dtype_reason
 
 
-@pytest.mark.parametrize(
-    ("abilities", "expected"),
-    [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "avx2": True}, torch.float32),
-        ({}, torch.float32),
-    ],
-)
-def test_dtype_by_processor(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    abilities: dict[str, bool],
-    expected: torch.dtype,
+def test_dtype_is_chosen_for_the_models_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    seen: list[int] = []
+
+    def measure(config: Any) -> float:
+        seen.append(config.hidden_size)
+        return 0.5
+
+    monkeypatch.setattr("conflayers_cli.engine.dtype.time_products", measure)
     loaded = load_model(str(folder), device="cpu")
-    assert loaded.dtype == loaded.model.dtype == expected
-    assert loaded.dtype_reason.startswith(str(expected).removeprefix("torch."))
+    assert loaded.dtype == loaded.model.dtype == torch.bfloat16
+    assert loaded.dtype_reason.startswith("bfloat16: the processor has amx_bf16")
+    assert seen == [16]
 
 
 def test_wrong_dtype_and_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

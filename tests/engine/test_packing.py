@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -109,6 +110,17 @@ def test_a_second_decoder_of_a_model_unpacks_it_too() -> None:
     Decoder(model)
     with Decoder(model).plain():
         assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+
+
+def test_a_packed_model_can_be_copied() -> None:
+    model = tiny.build(tiny.CONFIGS["qwen2"]())
+    before = weights(model)
+    decoder = Decoder(model)
+    other = Decoder(copy.deepcopy(model))
+    with other.plain():
+        assert all(torch.equal(before[name], w) for name, w in weights(other.model).items())
+        assert isinstance(decoder.model.model.layers[0].mlp.up_proj, PackedLinear)
+    assert tiny.generated(other, [1, 2, 3], 6) == tiny.generated(decoder, [1, 2, 3], 6)
 
 
 def test_a_model_that_is_slower_packed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def checks_by_size(
     asked: list[list[tuple[SkipPlan, Setting]]] = []
 
     def check(
-        task: Task, candidates: list[tuple[SkipPlan, Setting]], held_out: object
+        task: Task, candidates: list[tuple[SkipPlan, Setting]], held_out: object, *, lookahead: bool
     ) -> list[Check]:
         asked.append(candidates)
         return [Check(worth.get(len(plan), 1.1), 0.9, 3.0, 1, True) for plan, _ in candidates]
@@ -112,7 +112,7 @@ def test_an_interrupt_keeps_the_best_found(refine: int) -> None:
 
 
 def test_an_interrupt_of_the_check_keeps_the_best_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **how: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "check_by_decoding", interrupted)

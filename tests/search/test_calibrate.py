@@ -5,10 +5,12 @@ from itertools import pairwise
 import pytest
 
 from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.draft import SkipDrafter
+from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.calibrate import Calibration, calibrate, split_prompts
-from conflayers_cli.search.check import Check, check_by_decoding
+from conflayers_cli.search.check import Check, check_by_decoding, drafter_of
 from conflayers_cli.search.conflayers import ConfLayers
 from conflayers_cli.search.objective import PAPER, VANILLA, Setting
 from conflayers_cli.search.task import RangePlan, SearchResult, Task
@@ -41,7 +43,7 @@ def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibra
 def checked(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
     """Real decoding of a tiny model is all overhead: set what it would measure."""
     monkeypatch.setattr(
-        module, "check_by_decoding", lambda *args: [Check(speedup, 0.9, 3.0, 1, True)]
+        module, "check_by_decoding", lambda *args, **how: [Check(speedup, 0.9, 3.0, 1, True)]
     )
 
 
@@ -111,6 +113,19 @@ def test_the_check_decodes_every_arm() -> None:
     assert one.acceptance_rate is not None and 0 < one.acceptance_rate < 1
     assert one.tokens_per_step is not None and 1 < one.tokens_per_step <= 4
     assert bad.acceptance_rate is not None and bad.acceptance_rate < one.acceptance_rate
+
+
+def test_with_lookahead_the_check_drafts_as_far_as_it_pays() -> None:
+    task, setting = small_task(), Setting(3, 0.0)
+    plan = SkipPlan.of_layers([2])
+    fixed, ahead = (drafter_of(task, plan, setting, lookahead=way) for way in (False, True))
+    assert isinstance(fixed, SkipDrafter)
+    assert isinstance(ahead, MixedDrafter) and ahead.name == "skip"
+    assert drafter_of(task, SkipPlan(), setting, lookahead=True) is None
+    (check,) = check_by_decoding(task, [(plan, setting)], (), lookahead=True)
+    assert check is not None and check.speedup > 0
+    # drafts are as good as free by these costs, so lookahead drafts more than three at once
+    assert check.tokens_per_step is not None and check.tokens_per_step > 1
 
 
 class WithRanges:

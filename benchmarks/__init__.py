@@ -1,0 +1,1 @@
+"""Benchmarks, one command each, from the repository's folder: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,313 @@
+"""What the benchmarks share: prompts by category, drafters, runs by turns, tables, result files."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, cycle, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from conflayers_cli.arms import BatchArm, Case, EngineArm
+from conflayers_cli.bench import BenchResult, Spread, measure, run_ratios
+from conflayers_cli.bench_batches import measure_batches
+from conflayers_cli.cli.common import encode_prompts, fingerprint_of, open_model
+from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import Drafter
+from conflayers_cli.engine.model import LoadedModel
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.environment import describe
+from conflayers_cli.outputs import write_json
+from conflayers_cli.profile import DraftSettings, Profile, SkipSection
+from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
+
+PROFILES = Path("profiles")
+LEAST_TOKENS = 5
+"""Outputs with fewer tokens behind the first say nothing about speed."""
+MODELS = ("smollm2", "smollm2-deep")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured.
+
+    Attributes:
+        profile: its calibrated profile; None: there is none, or it leaves out nothing.
+    """
+
+    loaded: LoadedModel
+    decoder: Decoder
+    profile: Profile | None
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def dtype(self) -> str:
+        return str(self.loaded.dtype).removeprefix("torch.")
+
+
+def parser_for(document: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Options of every benchmark.
+
+    Args:
+        document: the script's docstring.
+        defaults: of ``per_category``, ``max_new_tokens`` and ``runs``, where they differ.
+    """
+    parser = argparse.ArgumentParser(
+        description=document,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names or folders")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        default=PROFILES,
+        help="folder with MODEL.yaml, the calibrated profile, for models that have one",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="prompts with categories, as Spec-Bench's; else the package's own"
+    )
+    parser.add_argument("--categories", nargs="+", help="else the large ones")
+    parser.add_argument("--per-category", type=int, default=2, help="prompts of each")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--runs", type=int, default=3, help="of every prompt in every arm")
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+QUICK: Mapping[str, Any] = {
+    "models": ["smollm2"],
+    "per_category": 1,
+    "max_new_tokens": 8,
+    "runs": 1,
+}
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **quick: Any
+) -> argparse.Namespace:
+    """The options; with ``--quick`` those that are not given are small, as ``quick`` says."""
+    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
+        parser.set_defaults(**{**QUICK, **quick})
+    return parser.parse_args(arguments)
+
+
+def open_subject(name: str, options: argparse.Namespace) -> Subject:
+    """Load a model, and its profile where the folder has one that leaves out anything."""
+    say(f"loading {name}")
+    loaded, decoder = open_model(name, dtype=options.dtype)
+    file = options.profiles / f"{Path(name).name}.yaml"
+    profile = Profile.load(file) if file.is_file() else None
+    return Subject(loaded, decoder, profile if profile and profile.plan else None)
+
+
+def chosen(
+    data: Path | None, categories: Sequence[str] | None, per_category: int
+) -> dict[str, list[Prompt]]:
+    """The first prompts of each category: those named, else those with half as many prompts as the
+    largest at the least (Spec-Bench has some of 40 prompts and some of 5).
+
+    Raises:
+        SystemExit: a category that is named has no prompts.
+    """
+    prompts = read_prompts(data) if data else builtin_prompts()
+    sizes = Counter(prompt.category for prompt in prompts if prompt.category)
+    largest = max(sizes.values(), default=0)
+    names = categories or [name for name, size in sizes.items() if 2 * size >= largest]
+    found = {
+        name: [prompt for prompt in prompts if prompt.category == name][:per_category]
+        for name in names
+    }
+    if empty := [name for name, own in found.items() if not own]:
+        raise SystemExit(f"no prompts of category {', '.join(empty)}")
+    return found
+
+
+def prompts_of(options: argparse.Namespace, per_category: int | None = None) -> dict[str, Any]:
+    """`chosen` by the options; two categories are enough to see that something runs."""
+    count = per_category or options.per_category
+    found = chosen(options.data, options.categories, count)
+    return dict(islice(found.items(), 2 if options.quick else None))
+
+
+def mixed_up(by_category: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+    """The prompts of all categories in turns."""
+    turns = zip_longest(*by_category.values())
+    return [prompt for prompt in chain.from_iterable(turns) if prompt is not None]
+
+
+def cases_of(subject: Subject, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Case]:
+    """The prompts as the tool gives them to the model."""
+    encoded = encode_prompts(
+        subject.loaded, prompts, system=None, raw=False, max_new_tokens=max_new_tokens
+    )
+    return [
+        Case(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed)
+        for seed, prompt in enumerate(encoded)
+    ]
+
+
+def as_many(cases: Sequence[Case], count: int) -> list[Case]:
+    """So many cases, each with a seed of its own; where there are fewer, they come again."""
+    many = islice(cycle(cases), count)
+    return [replace(case, seed=seed) for seed, case in enumerate(many)]
+
+
+def bad_plan(depth: int, seed: int = 0) -> SkipPlan:
+    """A random half of the layers, which nobody would leave out."""
+    layers = random.Random(seed).sample(range(1, depth - 1), min(depth // 2, depth - 2))
+    return SkipPlan.of_layers(sorted(layers))
+
+
+def bad_profile(subject: Subject, seed: int = 0) -> Profile:
+    """A profile with :func:`bad_plan`, as one written by hand: without anything measured."""
+    return Profile(
+        model=fingerprint_of(subject.loaded),
+        skip=SkipSection.of(bad_plan(subject.decoder.depth, seed)),
+        draft=DraftSettings(max_tokens=8, stop_probability=0.3),
+    )
+
+
+def drafter_of(
+    subject: Subject, profile: Profile | None, by: By | None = None, *, rows: int = 1
+) -> Drafter | None:
+    """A new drafter, made as the tool makes it, with costs that are measured or known.
+
+    Args:
+        subject: the model.
+        profile: None: n-grams draft.
+        by: who drafts; None: as the profile says.
+        rows: prompts decoded at once.
+    """
+    way = Way(by=By.NGRAM if profile is None else by, rows=rows)
+    return drafter_for(subject.loaded, subject.decoder, profile, None, False, way)
+
+
+def compare(
+    subject: Subject,
+    drafter: Drafter | None,
+    cases: Sequence[Case],
+    *,
+    rows: int = 1,
+    temperature: float = 0.0,
+    runs: int = 3,
+    warmup: int = 0,
+) -> BenchResult:
+    """Vanilla against one drafter, prompt by prompt or several prompts at once, by turns."""
+    sampling, decoder = Sampling(temperature=temperature), subject.decoder
+    ends = subject.loaded.end_tokens
+    if rows == 1:
+        alone = [
+            EngineArm(name, decoder, drafts, sampling, ends)
+            for name, drafts in (("vanilla", None), ("speculative", drafter))
+        ]
+        return measure(alone, cases, decoder, sampling, runs=runs, warmup=warmup)
+    together = [
+        BatchArm(name, decoder, rows_drafter(drafts), rows, sampling, ends)
+        for name, drafts in (("vanilla", None), ("speculative", drafter))
+    ]
+    return measure_batches(together, cases, decoder, sampling, runs=runs, warmup=warmup)
+
+
+def ratios(
+    result: BenchResult,
+    arm: str = "speculative",
+    over: str = "vanilla",
+    category: str | None = None,
+) -> list[float]:
+    """Speeds of one arm over another, run by run; outputs of next to no tokens are left out."""
+    cases = result.queues or result.cases
+    if category is not None:
+        cases = result.of_category(category)
+    lasting = [
+        case
+        for case in cases
+        if all(run.stats.decode_tokens >= LEAST_TOKENS for n in (arm, over) for run in case.runs[n])
+    ]
+    return run_ratios(lasting, arm, over)
+
+
+def figures(result: BenchResult, arm: str, category: str | None = None) -> dict[str, Any]:
+    """What an arm came to, for the result file: speed, ratio to vanilla, and what it drafted."""
+    cases = result.queues or result.cases
+    if category is not None:
+        cases = result.of_category(category)
+    runs = [run for case in cases for run in case.runs[arm]]
+    speeds = [speed for run in runs if (speed := run.stats.tokens_per_second)]
+    drafted = sum(run.stats.drafted for run in runs)
+    steps = sum(run.stats.steps for run in runs)
+    return {
+        "tokens_per_second": asdict(Spread.of(speeds)),
+        "over_vanilla": asdict(Spread.of(ratios(result, arm, category=category))),
+        "tokens": sum(run.stats.tokens for run in runs),
+        "tokens_per_step": sum(run.stats.decode_tokens for run in runs) / steps if steps else None,
+        "drafted": drafted,
+        "accepted": sum(run.stats.accepted for run in runs),
+    }
+
+
+def times(value: float | None) -> str:
+    """A ratio for people."""
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def spread(values: Sequence[float] | Spread) -> str:
+    """Median and range of ratios, for people."""
+    found = values if isinstance(values, Spread) else Spread.of(values)
+    if found.median is None:
+        return "–"
+    return f"{found.median:.2f}× ({found.min:.2f}–{found.max:.2f})"
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on standard output, its first column to the left."""
+    lines = [list(map(str, head)), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+    print(flush=True)
+
+
+def say(message: str) -> None:
+    """How far it is, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark was run with; of files their names, wherever they lie."""
+    values = {name: value for name, value in vars(options).items() if name != "output"}
+    return {name: v.name if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def save(
+    options: argparse.Namespace, name: str, subject: Subject, results: Mapping[str, Any]
+) -> None:
+    """Write the results so far, where a file is asked for.
+
+    Args:
+        options: the settings.
+        name: the benchmark's.
+        subject: the last model, for the environment.
+        results: everything there is.
+    """
+    if options.output:
+        head = {
+            "benchmark": name,
+            "settings": settings_of(options),
+            "environment": describe(subject.loaded.device),
+        }
+        write_json(options.output, {**head, **results})

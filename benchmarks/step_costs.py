@@ -1,0 +1,170 @@
+"""What passes cost: by width, under a plan, and against the model's own modules.
+
+Passes run over a filled cache, in turns; lower quartiles over all rounds, since what else the
+machine does only adds time. transformers' modules have plain weights and their own dynamic cache.
+
+Prefix reuse: the draft has run the sub-layers before the first skipped one for all drafted tokens
+but the last, and verification could take their results. The last one still has to go through them,
+so what that could save at the most is what those sub-layers cost for the further tokens.
+
+    python -m benchmarks.step_costs --output step-costs.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks import common
+from conflayers_cli.engine.cache import KVCache
+from conflayers_cli.engine.costs import Costs, clock
+from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.latencies import costs_of
+from conflayers_cli.engine.plan import SkipPlan
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17, 20, 23, 26)
+BLOCK = 4
+"""Passes of the plain modules behind each other: packing the weights again takes a while."""
+
+Times = dict[str, list[float]]
+
+
+def tokens_for(decoder: Decoder, width: int) -> torch.Tensor:
+    """Random tokens ``[1, T]``."""
+    generator = torch.Generator().manual_seed(width)
+    tokens = torch.randint(decoder.vocabulary, (1, width), generator=generator)
+    return tokens.to(decoder.device)
+
+
+def run_engine(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
+    """Seconds of one pass, greedy choice included."""
+    tokens = tokens_for(decoder, width)
+    positions = torch.arange(context, context + width, device=decoder.device)[None]
+    begin = clock(decoder.device)
+    decoder.forward(tokens, positions, cache, plan).argmax(dim=-1).tolist()
+    return clock(decoder.device) - begin
+
+
+@torch.inference_mode()
+def run_modules(decoder: Decoder, text: torch.Tensor, passes: int) -> list[float]:
+    """Seconds of passes of one token by the model's modules, behind a text ``[1, T]``."""
+    times = []
+    with decoder.plain() as model:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = tokens_for(decoder, 1)
+        for number in range(passes + 1):
+            begin = clock(decoder.device)
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output.logits.argmax(dim=-1).tolist()
+            if number:  # the first one warms up
+                times.append(clock(decoder.device) - begin)
+    return times
+
+
+def passes_of(
+    subject: common.Subject, plan: SkipPlan, cache: KVCache, context: int
+) -> dict[str, Callable[[], float]]:
+    """The engine's passes by name."""
+    decoder = subject.decoder
+    run = partial(run_engine, decoder, cache)
+    nothing = SkipPlan.of_layers(range(1, decoder.depth - 1))
+    return {
+        **{f"verify {width}": partial(run, FULL, context, width) for width in WIDTHS},
+        "draft 1": partial(run, plan, context, 1),
+        "first and last layer": partial(run, nothing, context, 1),
+    }
+
+
+def measure(subject: common.Subject, plan: SkipPlan, context: int, rounds: int) -> dict[str, float]:
+    """Seconds of every pass, the modules' among them."""
+    decoder = subject.decoder
+    text = tokens_for(decoder, context)
+    cache = decoder.new_cache(context + max(WIDTHS))
+    decoder.prefill(text, cache)
+    passes = passes_of(subject, plan, cache, context)
+    times: Times = {name: [] for name in (*passes, "modules 1")}
+    for round_ in range(rounds + 1):
+        for name, run in passes.items():
+            taken = run()
+            if round_:  # the first round warms up
+                times[name].append(taken)
+        if round_ % BLOCK == 0:
+            times["modules 1"] += run_modules(decoder, text, BLOCK)
+    return {name: sorted(found)[len(found) // 4] for name, found in times.items()}
+
+
+def prefix_reuse(costs: Costs, plan: SkipPlan, drafted: int) -> dict[str, float]:
+    """What taking the sub-layers before the first skipped one from the draft could save at most.
+
+    Args:
+        costs: of one row.
+        plan: what the draft leaves out, not empty.
+        drafted: tokens drafted, γ.
+    """
+    attention = min(plan.attention, default=None)
+    mlp = min(plan.mlp, default=None)
+    # Everything before the first sub-layer that is left out, an attention before its layer's MLP.
+    first = min(layer for layer in (attention, mlp) if layer is not None)
+    prefix = first * (costs.attention + costs.mlp)
+    if attention != first:
+        prefix += costs.attention
+    one, wide = costs.verify_cost(1), costs.verify_cost(drafted + 1)
+    saved = prefix / one * (wide - one)
+    return {"drafted": drafted, "layers": first, "seconds": saved, "of_verification": saved / wide}
+
+
+def report(
+    subject: common.Subject, plan: SkipPlan, seconds: Mapping[str, float], costs: Costs
+) -> dict[str, Any]:
+    """The figures, printed."""
+    one = seconds["verify 1"]
+    print(f"{subject.name}, {subject.dtype}: seconds of a pass")
+    common.print_table(
+        ["pass", "ms", "of a step"],
+        [(name, f"{s * 1000:.2f}", f"{s / one:.2f}") for name, s in seconds.items()],
+    )
+    reuse = [prefix_reuse(costs, plan, drafted) for drafted in (1, 2, 4, 8, 16)]
+    print(f"prefix reuse, at most ({reuse[0]['layers']} layers before the first skipped one)")
+    common.print_table(
+        ["drafted", "ms", "of the verification"],
+        [
+            (row["drafted"], f"{row['seconds'] * 1000:.3f}", f"{row['of_verification']:.2%}")
+            for row in reuse
+        ],
+    )
+    return {
+        "dtype": subject.dtype,
+        "plan": {"attention": plan.attention, "mlp": plan.mlp},
+        "seconds": dict(seconds),
+        "modules_over_engine": seconds["modules 1"] / one,
+        "draft_of_step": seconds["draft 1"] / one,
+        "prefix_reuse": reuse,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = common.parser_for(__doc__)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=40)
+    options: argparse.Namespace = common.parsed(parser, arguments, rounds=BLOCK, context=64)
+    results: dict[str, Any] = {}
+    for name in options.models:
+        subject = common.open_subject(name, options)
+        # A model without a plan of its own: what half its layers would cost.
+        half = SkipPlan.unified(subject.decoder.depth, 2.0)
+        plan = subject.profile.plan if subject.profile else half
+        seconds = measure(subject, plan, options.context, options.rounds)
+        costs = costs_of(subject.loaded, subject.decoder).table.at(1, options.context)
+        results[name] = report(subject, plan, seconds, costs)
+        common.save(options, "step-costs", subject, {"models": results})
+
+
+if __name__ == "__main__":
+    main()

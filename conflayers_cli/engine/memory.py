@@ -1,0 +1,75 @@
+"""How much memory work takes at its peak, over what is held before it begins."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): resets the peak resident set size (VmHWM) to the current one
+
+
+class PeakMemory:
+    """The most memory in use since `begin`, over what was in use when this object was made.
+
+    Make it when the model is loaded, and the peaks are over the model's weights. On CUDA these are
+    figures of PyTorch's allocator, on Linux the process's resident memory: there they include what
+    libraries set up at their first use, and what the C library's allocator loses between the blocks
+    in use. Elsewhere there are none.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        _trim()
+        self._base = self._now()
+
+    def begin(self) -> None:
+        """Forget earlier peaks, and give back what was freed, which would count for the next."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._base is not None:
+            _trim()
+            try:
+                _CLEAR_REFS.write_text(_RESET_PEAK)
+            except OSError:  # a kernel without it, or a sandbox: the peak would be another's
+                self._base = None
+
+    def peak(self) -> int | None:
+        """Bytes; None where nothing tells."""
+        if self._device.type == "cuda":
+            most: int | None = torch.cuda.max_memory_allocated(self._device)
+        else:
+            most = _status("VmHWM")
+        if most is None or self._base is None:
+            return None
+        return max(most - self._base, 0)
+
+    def _now(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return _status("VmRSS") if self._device.type == "cpu" else None
+
+
+def _status(name: str) -> int | None:
+    """A figure of this process as Linux gives it, in bytes."""
+    try:
+        found = re.search(rf"^{name}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, or a later peak would hide in it. glibc only."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return
+    trim(0)

@@ -1,0 +1,277 @@
+"""Drafts by n-gram matches and by the skipped model, each where it pays, for one row or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .chain import Chain
+from .chances import NOTHING, Mark, agreeing, confidence_bin, disagreeing
+from .choices import Asked, Choice, choices
+from .costs import CostTable
+from .decoder import Decoder
+from .draft import Context, Draft
+from .lookahead import Figures, Lookahead
+from .ngram import NO_MATCH, Match
+from .plan import SkipPlan
+from .remembered import Text, Texts
+from .tree import TreeShape, leaves_beside
+
+SHADOW = 8
+"""Tokens of a match that are compared with the text whether they are drafted or not."""
+
+
+@dataclass
+class _Row:
+    """One row of a draft at work.
+
+    Attributes:
+        context: what the drafter was given.
+        text: what it remembers of the row's text.
+        chain: what is being drafted.
+        rows: the draft's probabilities ``[V]`` of each token, where they are asked for; None where
+            an n-gram drafted it and the skipped model had no say.
+    """
+
+    context: Context
+    text: Text
+    chain: Chain
+    rows: list[torch.Tensor | None] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[int]:
+        """What the skipped model has not run yet: the last settled token, the pending ones."""
+        chain = self.chain
+        settled = chain.settled
+        last = chain.tokens[settled - 1] if settled else self.context.tokens[-1]
+        return [last, *chain.tokens[settled:]]
+
+
+class MixedDrafter:
+    """Drafts for one row, or for rows that share a cache, as far as it pays.
+
+    n-gram matches cost nothing but the verification; the skipped model drafts behind them, and on
+    its first pass there decides about them, too. How far, and whether at all, is
+    :class:`.lookahead.Lookahead`'s matter.
+
+    Args:
+        decoder: the model.
+        plan: what drafting leaves out; None or the empty plan: only n-grams draft.
+        costs: what passes cost on this device.
+        ngram: whether n-grams draft.
+        prior: the share of drafted tokens that stand under the plan, where it was measured.
+        max_tokens: the most tokens drafted at once.
+        tree: how many leaves are wanted beside each drafted token; only for a single row. None
+            drafts chains.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: SkipPlan | None,
+        costs: CostTable,
+        *,
+        ngram: bool = True,
+        prior: float | None = None,
+        max_tokens: int = 25,
+        tree: TreeShape | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._plan = plan or None
+        self._ngram = ngram
+        self._tree = tree
+        self._costs = costs
+        self._lookahead = Lookahead(costs, self._plan, max_tokens, prior)
+        self._texts = Texts(index=ngram)
+
+    @property
+    def name(self) -> str:
+        if self._plan is None:
+            return "ngram"
+        return "mixed" if self._ngram else "skip"
+
+    def figures(self) -> Figures:
+        """What the estimates have come to."""
+        return self._lookahead.figures()
+
+    def draft(self, context: Context, limit: int) -> Draft:
+        return self.draft_rows([context], [limit])[0]
+
+    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+        look = self._lookahead
+        texts = self._texts.at_hand([context.tokens for context in contexts])
+        outcomes = [text.outcome() for text in texts]
+        longest = max(len(context.tokens) for context in contexts)
+        look.begin(len(contexts), longest, [stood for _, stood in outcomes])
+        rows = [
+            _Row(context, text, self._chain(context, text, limit, state))
+            for context, text, limit, (state, _) in zip(
+                contexts, texts, limits, outcomes, strict=True
+            )
+        ]
+        chains = [row.chain for row in rows]
+        while True:
+            if self._ngram:
+                self._match(rows)
+            taking = look.skip(chains)
+            if not any(taking):
+                break
+            self._skip(rows, taking)
+        look.end(chains)
+        return [self._finished(row, alone=len(rows) == 1) for row in rows]
+
+    def _chain(self, context: Context, text: Text, limit: int, state: int) -> Chain:
+        text.last = None
+        limit = max(0, min(limit, self._lookahead.max_tokens))
+        return Chain(limit, text.bias, state, not context.sampler.settings.greedy)
+
+    def _match(self, rows: Sequence[_Row]) -> None:
+        """Let n-grams draft behind every chain, as far as that pays."""
+        look = self._lookahead
+        matches = [self._lookup(row) for row in rows]
+        before = [len(row.chain.tokens) for row in rows]
+        look.ngrams([row.chain for row in rows], matches)
+        for row, match, length in zip(rows, matches, before, strict=True):
+            chain = row.chain
+            taken = len(chain.tokens) - length
+            row.rows += [None] * taken
+            if taken and chain.tokens[-1] in row.context.end_tokens:
+                chain.closed = True
+            if match.tokens and (taken or not length):
+                shown = match.tokens[: max(taken, SHADOW)]
+                marks = look.chances.ngram_marks(match)[: len(shown)]
+                row.text.propose([*chain.tokens[:length], *shown], [NOTHING] * length + marks)
+
+    def _lookup(self, row: _Row) -> Match:
+        if not row.chain.open:
+            return NO_MATCH
+        tokens, chain, ends = row.text.tokens, row.chain, row.context.end_tokens
+        match = row.text.index.lookup(tokens, chain.tokens, chain.limit - len(chain.tokens))
+        for i, token in enumerate(match.tokens):
+            if token in ends:
+                return replace(match, tokens=match.tokens[: i + 1])
+        return match
+
+    def _skip(self, rows: Sequence[_Row], taking: Sequence[bool]) -> None:
+        """One pass of the skipped model: it decides about what n-grams proposed, and adds a token.
+
+        Rows that take no part run a token that they have run before, in its own place.
+        """
+        plan = self._plan or SkipPlan()
+        inputs = [
+            row.inputs if takes else row.inputs[:1] for row, takes in zip(rows, taking, strict=True)
+        ]
+        width = max(map(len, inputs))
+        starts = [len(row.text.tokens) - 1 + row.chain.settled for row in rows]
+        padded = [own + own[-1:] * (width - len(own)) for own in inputs]
+        positions = [
+            [start + min(i, len(own) - 1) for i in range(width)]
+            for start, own in zip(starts, inputs, strict=True)
+        ]
+        device = self._decoder.device
+        logits = self._decoder.forward(
+            torch.tensor(padded, device=device),
+            torch.tensor(positions, device=device),
+            rows[0].context.cache,
+            plan,
+        )
+        takers = [i for i, takes in enumerate(taking) if takes]
+        asked = [
+            Asked(i, rows[i].context.sampler, tuple(rows[i].chain.tokens), len(inputs[i]))
+            for i in takers
+        ]
+        chosen = choices(logits, asked, rows=self._tree is not None)
+        for i, own in zip(takers, chosen, strict=True):
+            self._settle(rows[i], own)
+
+    def _settle(self, row: _Row, chosen: Iterator[Choice]) -> None:
+        """Go along the pending tokens as long as the skipped model would choose them itself.
+
+        What it is asked to choose where tokens are sampled is *drawn* from its probabilities, and
+        stands, so that q stays the law of every drafted token whatever n-grams proposed.
+        """
+        chain, chances = row.chain, self._lookahead.chances
+        greedy, standing = not chain.sampled, chain.standing
+        for choice in chosen:
+            at = chain.settled
+            chance = chances.drafted(choice.confidence, chain.bias)
+            mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
+            if chain.pending:
+                ngrams = chain.reach[at + 1] / chain.reach[at]
+                if chain.tokens[at] == choice.token:
+                    row.rows[at] = choice.row
+                    self._settled(row, choice, agreeing(chance, ngrams), mark)
+                    continue
+                if greedy and ngrams > chance:
+                    own = [*chain.tokens[:at], choice.token]
+                    row.text.propose(own, [NOTHING] * at + [mark])
+                    row.rows[at] = choice.row
+                    self._settled(row, choice, disagreeing(ngrams, chance), NOTHING)
+                    continue
+                chance = disagreeing(chance, ngrams)
+                chain.cut(at)
+                del row.rows[at:]
+            mark = chances.skip_mark(standing, choice.confidence, at == 0, chain.bias)
+            row.rows.append(choice.row)
+            chain.add(choice.token, chance, "skip")
+            self._settled(row, choice, chance, mark)
+            chain.closed = choice.token in row.context.end_tokens
+            break
+
+    def _settled(self, row: _Row, choice: Choice, chance: float, mark: Mark) -> None:
+        """The skipped model has judged the first pending token."""
+        chain = row.chain
+        chain.settle(chance, mark)
+        chain.state = confidence_bin(choice.confidence)
+        if chain.sampled:
+            chain.fixed = chain.settled
+
+    def _finished(self, row: _Row, alone: bool) -> Draft:
+        """The draft, and what is to be learnt from it."""
+        chain, text = row.chain, row.text
+        if not chain.tokens:
+            return Draft()
+        tokens = tuple(chain.tokens)
+        text.propose(tokens, chain.marks)
+        text.drafted(tokens, chain.sources)
+        q: torch.Tensor | None = None
+        leaves: tuple[tuple[int, ...], ...] = ()
+        known = [each for each in row.rows[: len(tokens)] if each is not None]
+        if known:
+            probabilities = torch.stack(
+                [
+                    _certain(token, known[0]) if each is None else each
+                    for token, each in zip(tokens, row.rows, strict=False)
+                ]
+            )
+            if not row.context.sampler.settings.greedy:
+                q = probabilities
+            if alone:
+                leaves = self._leaves(row, probabilities)
+        return Draft(tokens, q, leaves, tuple(chain.sources) if self.name == "mixed" else ())
+
+    def _leaves(self, row: _Row, probabilities: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+        """What stands beside the chain. Each leaf needs a slot in the cache behind it."""
+        if self._tree is None:
+            return ()
+        context, drafted = row.context, row.chain.tokens
+        costs = self._costs.at(1, len(context.tokens))
+        return leaves_beside(
+            drafted,
+            probabilities,
+            context.sampler,
+            self._tree,
+            costs.verify_cost,
+            costs.draft_cost(self._plan or SkipPlan(), self._decoder.depth),
+            context.cache.capacity - len(context.tokens) - len(drafted),
+            only_draft=context.sampler.settings.greedy and self._decoder.rows.bitwise,
+        )
+
+
+def _certain(token: int, like: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``[V]`` of a token that was certain."""
+    row = torch.zeros_like(like)
+    row[token] = 1.0
+    return row

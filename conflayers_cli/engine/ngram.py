@@ -1,0 +1,111 @@
+"""Where a text repeats itself: what followed the last time may follow again.
+
+Prompt lookup, as in transformers' ``prompt_lookup_num_tokens``, but by the longest match, and kept
+up token by token instead of searched for anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SIZES = (4, 2, 1)
+"""Tokens of the n-grams indexed, falling. The longest match is found among the places of the first
+size that has any, so the sizes between would rarely find another one."""
+KEPT = 8
+"""Places remembered per n-gram, the latest ones."""
+LONGEST = 32
+"""Tokens compared at the most: a longer match is no better."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """An earlier place whose last tokens are the text's, and what followed there.
+
+    Attributes:
+        length: how many tokens agree, up to ``LONGEST``; 0: there is no such place.
+        tokens: what followed.
+        agreed: whether the same token followed wherever as many agree.
+    """
+
+    length: int = 0
+    tokens: tuple[int, ...] = ()
+    agreed: bool = True
+
+
+NO_MATCH = Match()
+
+
+class NgramIndex:
+    """The n-grams of one text that only ever grows, but for its last token.
+
+    That one may still be taken back (what is expected to come next stands there while it is drafted
+    behind), so n-grams that end with it are indexed once another token follows.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._indexed = 0
+
+    def update(self, text: Sequence[int]) -> None:
+        """Index what the text has gained."""
+        for end in range(self._indexed, len(text) - 1):
+            for size in SIZES:
+                if size <= end + 1:
+                    places = self._places.setdefault(tuple(text[end + 1 - size : end + 1]), [])
+                    places.append(end)
+                    if len(places) > KEPT:
+                        del places[0]
+        self._indexed = max(self._indexed, len(text) - 1)
+
+    def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
+        """The longest match of the end of text and draft, and up to ``count`` tokens behind it.
+
+        Of equally long ones one whose next token followed most often, of these the latest. A
+        continuation that comes to the end of the draft goes on into itself: a text that has begun
+        to repeat a period repeats it on.
+
+        Args:
+            text: as last given to :meth:`update`.
+            drafted: tokens assumed behind it.
+            count: the most tokens wanted.
+        """
+        if count < 1:
+            return NO_MATCH
+        tail = [*text[-LONGEST:], *drafted][-LONGEST:]
+        for size in SIZES:
+            places = self._places.get(tuple(tail[-size:])) if size <= len(tail) else None
+            if places:
+                return self._longest(text, drafted, tail, places, count)
+        return NO_MATCH
+
+    def _longest(
+        self,
+        text: Sequence[int],
+        drafted: Sequence[int],
+        tail: list[int],
+        places: list[int],
+        count: int,
+    ) -> Match:
+        longest = 0
+        best: list[int] = []  # the places that match longest, the latest first
+        for place in reversed(places):
+            bound, length = min(len(tail), place + 1), 1
+            while length < bound and text[place - length] == tail[-1 - length]:
+                length += 1
+            if length > longest:
+                longest, best = length, [place]
+            elif length == longest:
+                best.append(place)
+        place, agreed = best[0], True
+        if len(best) > 1:
+            nexts = [text[at + 1] for at in best]
+            counts = [nexts.count(token) for token in nexts]
+            place, agreed = best[counts.index(max(counts))], counts[0] == len(counts)
+        if place + 1 + count <= len(text):
+            return Match(longest, tuple(text[place + 1 : place + 1 + count]), agreed)
+        behind = [*text[place + 1 :], *drafted]
+        known = len(behind)
+        while len(behind) < known + count:
+            behind.append(behind[len(behind) - known])
+        return Match(longest, tuple(behind[:count]), agreed)

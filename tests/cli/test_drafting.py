@@ -1,0 +1,220 @@
+"""``--draft`` and ``--lookahead``: who drafts, by command line and profile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import SkipDrafter
+from conflayers_cli.engine.mixed import MixedDrafter
+from conflayers_cli.engine.model import LoadedModel, load_model
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.ranges import RangedDrafter
+from conflayers_cli.errors import InputError
+from conflayers_cli.profile import DraftSettings, Profile
+from tests.cli.conftest import Run, save_profile, write_prompts
+
+REPEATING = "one two three four five six, one two three four five six, one two three"
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> LoadedModel:
+    return load_model(str(model), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def decoder(loaded: LoadedModel) -> Decoder:
+    return Decoder(loaded.model)
+
+
+def profile_with(path: Path, model: Path, plan: SkipPlan, **draft: Any) -> Profile:
+    saved = Profile.load(save_profile(path, model, plan))
+    settings = {"max_tokens": 4, "stop_probability": 0.5, **draft}
+    return saved.model_copy(update={"draft": DraftSettings(**settings)})
+
+
+SKIPS, SKIPS_NOTHING = SkipPlan.of_layers([2]), SkipPlan()
+
+
+@pytest.mark.parametrize(
+    ("plan", "draft", "way", "name"),
+    [
+        (SKIPS, {}, Way(), "mixed"),
+        (SKIPS, {"by": "skip"}, Way(), "skip"),
+        (SKIPS, {"by": "mixed"}, Way(by=By.SKIP), "skip"),
+        (SKIPS, {"by": "skip"}, Way(by=By.MIXED), "mixed"),
+        (SKIPS, {"by": "none"}, Way(), None),
+        (SKIPS, {}, Way(by=By.NONE), None),
+        (SKIPS, {"max_tokens": 0}, Way(), None),
+        (SKIPS, {"max_tokens": 0}, Way(by=By.SKIP), None),
+        (SKIPS, {}, Way(by=By.NGRAM), "ngram"),
+        (SKIPS_NOTHING, {"by": "ngram"}, Way(), "ngram"),
+        (SKIPS_NOTHING, {"by": "mixed"}, Way(), "ngram"),
+        (SKIPS_NOTHING, {}, Way(), None),
+        (SKIPS_NOTHING, {}, Way(by=By.MIXED), "ngram"),
+        (SKIPS_NOTHING, {}, Way(by=By.NGRAM), "ngram"),
+    ],
+)
+def test_who_drafts(
+    loaded: LoadedModel,
+    decoder: Decoder,
+    model: Path,
+    tmp_path: Path,
+    plan: SkipPlan,
+    draft: dict[str, Any],
+    way: Way,
+    name: str | None,
+) -> None:
+    profile = profile_with(tmp_path / "p.yaml", model, plan, **draft)
+    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert (drafter.name if drafter else None) == name
+    assert drafter is None or isinstance(drafter, MixedDrafter)
+
+
+@pytest.mark.parametrize(
+    ("draft", "way", "fixed"),
+    [
+        ({"by": "skip", "lookahead": False}, Way(), True),
+        ({"by": "skip", "lookahead": False}, Way(lookahead=True), False),
+        ({"by": "skip", "lookahead": False}, Way(by=By.MIXED), False),
+        ({"by": "skip", "lookahead": False}, Way(rows=4), False),
+        ({"by": "skip"}, Way(lookahead=False), True),
+        ({"by": "skip"}, Way(), False),
+    ],
+)
+def test_how_far(
+    loaded: LoadedModel,
+    decoder: Decoder,
+    model: Path,
+    tmp_path: Path,
+    draft: dict[str, Any],
+    way: Way,
+    fixed: bool,
+) -> None:
+    profile = profile_with(tmp_path / "p.yaml", model, SKIPS, **draft)
+    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert isinstance(drafter, SkipDrafter if fixed else MixedDrafter)
+    if isinstance(drafter, SkipDrafter):
+        assert (drafter.max_tokens, drafter.stop_probability) == (4, 0.5)
+        with pytest.raises(InputError, match="one prompt at a time"):
+            rows_drafter(drafter)
+    else:
+        assert rows_drafter(drafter) is drafter
+
+
+def test_no_lookahead_means_skipping_alone(
+    loaded: LoadedModel, decoder: Decoder, model: Path, tmp_path: Path
+) -> None:
+    """Where the profile says mixed, --no-lookahead still drafts as long as the profile says."""
+    profile = profile_with(tmp_path / "p.yaml", model, SKIPS, by="mixed")
+    way = Way(lookahead=False)
+    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert isinstance(drafter, SkipDrafter)
+
+
+def test_each_range_has_its_drafter(
+    loaded: LoadedModel, decoder: Decoder, model: Path, tmp_path: Path
+) -> None:
+    path = save_profile(tmp_path / "ranges.yaml", model, SKIPS, lookahead=None)
+    with path.open("a") as file:
+        file.write(
+            "ranges:\n- from_context: 60\n  skip: {attention: [1], mlp: []}\n"
+            "  draft: {max_tokens: 2, stop_probability: 0.0, by: skip, lookahead: false}\n"
+        )
+    profile = Profile.load(path)
+    drafter = drafter_for(loaded, decoder, profile, path, False, Way())
+    assert isinstance(drafter, RangedDrafter)
+    kinds = [type(each) for _, each in drafter.drafters]
+    assert kinds == [MixedDrafter, SkipDrafter]
+    together = drafter_for(loaded, decoder, profile, path, False, Way(rows=2))
+    assert isinstance(together, RangedDrafter)
+    assert [type(each) for _, each in together.drafters] == [MixedDrafter, MixedDrafter]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--draft", "skip"), "--profile FILE, or --draft ngram"),
+        (("--draft", "mixed"), "--profile FILE, or --draft ngram"),
+        (("--no-lookahead",), "there are none"),
+        (("--tree",), "there are none"),
+        (("--draft", "ngram", "--no-lookahead"), "not with --draft ngram"),
+        (("--draft", "everything"), "'everything' is not one of"),
+        (("--adapt", "conflayers", "--draft", "ngram"), "leave --draft out"),
+        (("--adapt", "conflayers", "--no-lookahead"), "leave --lookahead out"),
+        (("--skip-only", "--target-speedup", "2", "--draft", "ngram"), "--draft is about drafting"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    run: Run, model: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    result = run("generate", "Hello", "-m", model, *arguments)
+    assert result.code == 2
+    assert told in result.err
+    assert result.out == ""
+
+
+def test_none_with_what_is_about_drafts(run: Run, profile: Path) -> None:
+    result = run("generate", "Hello", "-p", profile, "--draft", "none", "--tree")
+    assert result.code == 2
+    assert "--tree is about a profile's drafts" in result.err
+
+
+@pytest.mark.parametrize("flag", ["--tree", "--no-lookahead"])
+def test_what_does_not_go_with_batches(run: Run, profile: Path, tmp_path: Path, flag: str) -> None:
+    data = write_prompts(tmp_path / "prompts.jsonl", "Hello", "world")
+    result = run("generate", "--data", data, "-p", profile, "--batch-size", 2, flag)
+    assert result.code == 2
+    assert flag in result.err and "leave --batch-size out" in result.err
+
+
+def test_every_drafter_gives_the_same_text(
+    run: Run, model: Path, profile: Path, tmp_path: Path
+) -> None:
+    arguments = ("generate", REPEATING, "-n", 60, "--dtype", "float32", "--json")
+    plain = run(*arguments, "-m", model).document
+    assert plain["stats"]["drafted"] == 0
+    ngram = run(*arguments, "-m", model, "--draft", "ngram").document
+    assert set(ngram["stats"]["by_drafter"]) <= {"ngram"}
+    ways = [("--draft", by.value) for by in By] + [("--no-lookahead",)]
+    for way in ways:
+        result = run(*arguments, "-p", profile, *way)
+        assert result.document["token_ids"] == plain["token_ids"], way
+    assert ngram["token_ids"] == plain["token_ids"]
+
+
+def test_costs_are_measured_once(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("CONFLAYERS_CACHE", str(cache))
+    arguments = ("generate", REPEATING, "-n", 8, "-m", model, "--draft", "ngram")
+    assert run(*arguments).code == 0
+    (file,) = cache.glob("latencies/*.json")
+    before = file.stat().st_mtime_ns
+    assert json.loads(file.read_text())["by_batch"].keys() == {"1"}
+    assert run(*arguments).code == 0
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "file"))
+    result = run("generate", "Hello", "-n", 4, "-m", model, "--draft", "ngram")
+    assert result.code == 0
+    assert "what passes cost is measured anew every time" in result.err
+
+
+def test_ranges_of_single_row_drafters_refuse_rows() -> None:
+    drafter = RangedDrafter(((0, SimpleNamespace(name="skip")),))
+    context = SimpleNamespace(tokens=[1, 2])
+    with pytest.raises(TypeError, match="one row at a time"):
+        drafter.draft_rows([context], [1])  # type: ignore[list-item]

@@ -1,0 +1,78 @@
+"""Sampled texts of a batch, drafted and verified together, have the target's law."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from conflayers_cli.engine import decode
+from conflayers_cli.engine.batch import Batch, BatchRequest
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
+from tests.engine.law import LENGTH, PLAN, PROMPT, SETTINGS, law, model
+from tests.engine.rows import SkipRows
+from tests.tiny import chi_square
+
+RUNS = 3000
+ROWS = 24
+OTHER = (5, 1, 7, 7, 2, 4, 0, 3)
+
+
+@functools.cache
+def decoder() -> Decoder:
+    return Decoder(model.__wrapped__())  # one of its own, where the law's is cached
+
+
+def sample(setting: Sampling) -> tuple[Counter[tuple[int, ...]], float]:
+    """(counts of the starts behind the prompt, share of drafts kept).
+
+    Every fourth row has another, longer prompt, and texts end at different lengths: so rows of all
+    lengths stand side by side.
+    """
+    requests = [
+        BatchRequest(
+            OTHER[: 4 + seed % 5] if seed % 4 == 3 else PROMPT,
+            LENGTH + seed % 3,
+            Sampling(**{**vars(setting), "seed": seed}),
+        )
+        for seed in range(RUNS)
+    ]
+    batch = Batch(decoder(), requests, size=ROWS, drafter=SkipRows(decoder(), PLAN, 1))
+    batch.run()
+    counts = Counter(
+        tuple(output[:LENGTH])
+        for output, request in zip(batch.outputs, requests, strict=True)
+        if request.prompt is PROMPT
+    )
+    steps = [step for steps in batch.steps for step in steps]
+    return counts, sum(s.accepted for s in steps) / sum(s.drafted for s in steps)
+
+
+@pytest.mark.parametrize("name", ["temperature 0.7", "top-p 0.8", "repetition penalty 1.3"])
+def test_the_law_is_the_targets(name: str) -> None:
+    counts, share = sample(SETTINGS[name])
+    assert 0.2 < share < 0.95
+    assert chi_square(counts, law(SETTINGS[name])) > 1e-4
+
+
+def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sample with the residual replaced by p itself."""
+    right = accept_sampled
+
+    def wrong(
+        drafted: Sequence[int],
+        p: torch.Tensor,
+        q: torch.Tensor | None,
+        sampler: Sampler,
+        leaves: Sequence[Sequence[int]],
+    ) -> tuple[int, int]:
+        kept, token = right(drafted, p, q, sampler)
+        return kept, token if kept == len(drafted) else sampler.draw(p[kept])
+
+    monkeypatch.setattr(decode, "accept_sampled", wrong)
+    counts, _ = sample(SETTINGS["temperature 0.7"])
+    assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8

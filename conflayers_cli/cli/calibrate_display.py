@@ -114,13 +114,9 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     )
     if plan:
         lines.append(f"skips {skipped(plan, depth)}: {_names(plan)}")
-        lines.append(
-            f"drafts up to {profile.draft.max_tokens} tokens, "
-            f"stops under probability {profile.draft.stop_probability:g}"
-            + (", with side candidates where they pay" if profile.draft.tree else "")
-        )
+        lines.append(_how_it_drafts(profile))
     else:
-        lines.append("the profile skips nothing: generate with it decodes plainly")
+        lines.append("the profile skips nothing: n-grams found in the text draft, where they pay")
     for each in done.ranges:
         lines.append(
             f"from {each.from_context} tokens of context on skips "
@@ -128,13 +124,23 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
         )
     if done.check is not None and plan:
         lines.append(
-            f"measured: {done.check.speedup:.2f}× vanilla, acceptance "
+            f"measured without n-grams: {done.check.speedup:.2f}× vanilla, acceptance "
             f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens "
             f"per step; expected {_times(expected.speedup if expected else None)}"
         )
     if target:
         lines.append(f"wrote {target}")
     return lines
+
+
+def _how_it_drafts(profile: Profile) -> str:
+    """One line about a profile that leaves something out."""
+    draft = profile.draft
+    leaves = ", with side candidates where they pay" if draft.tree else ""
+    fixed = f"up to {draft.max_tokens} tokens, stops under probability {draft.stop_probability:g}"
+    if draft.lookahead is False:
+        return f"drafts {fixed}{leaves}"
+    return f"drafts as far as it pays{leaves}, n-grams too (--no-lookahead: {fixed})"
 
 
 def strategy_table(done: Calibration, depth: int) -> Table:

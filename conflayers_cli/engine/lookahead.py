@@ -213,20 +213,18 @@ class Lookahead:
         verify, draft = self.prices.verify, self.prices.draft
         now = max(len(chain.tokens) for chain in chains)
         live = [
-            (chain, chance) for chain, chance in zip(chains, chances, strict=True) if chance > 0
+            (chance, self.chances.later(chain.bias), len(chain.tokens), chain)
+            for chain, chance in zip(chains, chances, strict=True)
+            if chance > 0
         ]
-        pending = max(chain.pending for chain, _ in live)
-        longest = max(len(chain.tokens) for chain, _ in live)
-        ahead = min(AHEAD, max(chain.limit - len(chain.tokens) for chain, _ in live))
-        seconds, gain, loss = draft[1 + pending], 0.0, float("inf")
-        further = [
-            (chance, self.chances.later(chain.bias), chain.limit - len(chain.tokens))
-            for chain, chance in live
-        ]
+        longest = max(length for _, _, length, _ in live)
+        ahead = min(AHEAD, max(chain.limit - length for _, _, length, chain in live))
+        seconds, gain = draft[1 + max(chain.pending for *_, chain in live)], 0.0
+        loss = float("inf")
         for count in range(1, ahead + 1):
-            gain += sum(
-                chance * later ** (count - 1) for chance, later, room in further if count <= room
-            )
+            for chance, later, length, chain in live:
+                if length + count <= chain.limit:
+                    gain += chance * later ** (count - 1)
             width = max(longest + count, now)
             cost = seconds + verify[width + 1] - verify[now + 1]
             loss = min(loss, self.new_rate * cost - gain)

@@ -197,8 +197,8 @@ class MixedDrafter:
         for choice in chosen:
             at = chain.settled
             chance = chances.drafted(choice.confidence, chain.bias)
-            mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
             if chain.pending:
+                mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
                 ngrams = chain.reach[at + 1] / chain.reach[at]
                 if chain.tokens[at] == choice.token:
                     row.rows[at] = choice.row

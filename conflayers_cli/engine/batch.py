@@ -24,7 +24,7 @@ from .decode import NOTHING, Finish, Row, Step, check_request
 from .decoder import FULL, Decoder
 from .draft import Context, Draft, RowsDrafter
 from .plan import SkipPlan
-from .sampling import Sampling
+from .sampling import Sampling, best_tokens
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Batch:
         drafted = clock(device) if any(draft.tokens for draft in drafts) else begin
         logits = self._verify(drafts)
         greedy = any(row.sampler.settings.greedy for _, row in self._rows)
-        best = logits.argmax(dim=-1).tolist() if greedy else [None] * rows
+        best = best_tokens(logits).tolist() if greedy else [None] * rows
         kept, accepted = [], []
         for i, ((_, row), draft) in enumerate(zip(self._rows, drafts, strict=True)):
             stands, token = row.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])

@@ -15,6 +15,7 @@ import torch
 from .cache import EXTENT_MULTIPLE, KVCache
 from .decoder import FULL, Decoder
 from .plan import SkipPlan
+from .sampling import best_tokens
 
 WIDTHS = (1, 2, 3, 5, 9, 17, 26)
 """Verification widths measured; costs between them are interpolated."""
@@ -300,7 +301,7 @@ def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width:
     last_only = tokens.numel() > MOST_LOGITS
     begin = clock(decoder.device)
     logits = decoder.forward(tokens, positions, cache, plan, last_only=last_only)
-    logits.argmax(dim=-1).tolist()
+    best_tokens(logits).tolist()
     return clock(decoder.device) - begin
 
 

@@ -14,7 +14,7 @@ from .cache import KVCache
 from .costs import clock
 from .decoder import Decoder
 from .draft import Context, Draft, Drafter
-from .sampling import Sampler, Sampling, accept_greedy, accept_sampled
+from .sampling import Sampler, Sampling, accept_greedy, accept_sampled, best_tokens
 
 Finish = Literal["stop", "length"]
 NOTHING = Draft()
@@ -158,7 +158,7 @@ class Row:
                 draft.tokens, target, draft.distribution, self.sampler, draft.leaves
             )
         if best is None or self.sampler.penalises:
-            best = self.sampler.scores(logits, nodes, parents).argmax(dim=-1).tolist()
+            best = best_tokens(self.sampler.scores(logits, nodes, parents)).tolist()
         return accept_greedy(draft.tokens, best, draft.leaves)
 
     def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

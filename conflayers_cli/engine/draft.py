@@ -11,7 +11,7 @@ import torch
 from .cache import KVCache
 from .decoder import Decoder
 from .plan import SkipPlan
-from .sampling import Sampler
+from .sampling import Sampler, best_tokens
 from .tree import TreeShape, VerifyCost, leaves_beside
 
 
@@ -184,7 +184,7 @@ class SkipDrafter:
         """
         if sampler.settings.greedy:
             scores = _last_row(sampler, logits, drafted)
-            token = int(scores.argmax())
+            token = int(best_tokens(scores))
             if self.tree is not None:
                 row = torch.softmax(scores.float(), dim=-1)
                 return token, float(row[token]), row

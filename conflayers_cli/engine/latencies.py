@@ -27,7 +27,7 @@ from .costs import Costs, CostTable, measure_costs
 from .decoder import Decoder
 from .model import LoadedModel, fingerprint
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 FOLDER = "latencies"
 STRIDE = 4

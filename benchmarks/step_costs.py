@@ -26,6 +26,7 @@ from conflayers_cli.engine.costs import Costs, clock
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.latencies import costs_of
 from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.sampling import best_tokens
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17, 20, 23, 26)
 BLOCK = 4
@@ -46,7 +47,7 @@ def run_engine(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, w
     tokens = tokens_for(decoder, width)
     positions = torch.arange(context, context + width, device=decoder.device)[None]
     begin = clock(decoder.device)
-    decoder.forward(tokens, positions, cache, plan).argmax(dim=-1).tolist()
+    best_tokens(decoder.forward(tokens, positions, cache, plan)).tolist()
     return clock(decoder.device) - begin
 
 

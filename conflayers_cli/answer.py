@@ -99,6 +99,17 @@ class Summary:
         return self.accepted / self.drafted if self.drafted else None
 
     @property
+    def drafted_by(self) -> str | None:
+        """Who drafted how much, for people; None unless several did."""
+        if len(self.by_drafter) < 2:
+            return None
+        parts = (
+            f"{name} {count.drafted} ({count.accepted / count.drafted:.1%} accepted)"
+            for name, count in self.by_drafter.items()
+        )
+        return f"drafted by: {', '.join(parts)}"
+
+    @property
     def tokens_per_step(self) -> float | None:
         """Tokens per full pass behind the prefill; None where there was none."""
         return self.decode_tokens / self.steps if self.steps else None

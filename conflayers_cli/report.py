@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.agreement import Agreement
-from conflayers_cli.answer import DraftCount
 from conflayers_cli.arms import SKIP_ONLY
 from conflayers_cli.bench import ArmResult, BenchResult, Interval
 from conflayers_cli.identity import Identity
@@ -195,7 +194,8 @@ def _category_table(result: BenchResult) -> Table:
 
 
 def _closing(result: BenchResult) -> Iterable[str]:
-    yield from _drafted_by(result)
+    if told := result.arms["speculative"].stats.drafted_by:
+        yield told
     for name in (name for name in result.arms if name not in OWN):
         yield f"speed-up over {PEERS.get(name, name)}: {_interval(result.speedup(name))}"
     for name, identity in (result.identical or {}).items():
@@ -217,21 +217,6 @@ def _closing(result: BenchResult) -> Iterable[str]:
             f"peak memory over the model's weights: {memory / 2**20:,.0f} MiB{compared}; "
             f"keys and values: {result.cache_bytes / 2**20:.0f} MiB"
         )
-
-
-def _drafted_by(result: BenchResult) -> Iterable[str]:
-    """Who drafted how much, where several did."""
-    drafters = result.arms["speculative"].stats.by_drafter
-    if len(drafters) > 1:
-        parts = (
-            f"{_label(name)} {count.drafted} ({_number(_share(count), '.1%')} accepted)"
-            for name, count in drafters.items()
-        )
-        yield f"drafted by: {', '.join(parts)}"
-
-
-def _share(count: DraftCount) -> float | None:
-    return count.accepted / count.drafted if count.drafted else None
 
 
 def _lossy(agreement: Agreement | None) -> Iterable[str]:

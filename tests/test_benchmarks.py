@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, context, never_slower, step_costs
+from benchmarks import common, context, never_slower, step_costs, vocabulary
 from conflayers_cli.answer import Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
@@ -107,6 +107,29 @@ def test_context(result: dict[str, Any]) -> None:
         assert row["kv_used_bytes"] == (row["context"] + 8) * 5 * 2 * 2 * 8 * 4
         assert row["kv_cache_bytes"] >= row["kv_used_bytes"]
         assert row["prefill_seconds"]["mixed"] > 0
+
+
+def test_vocabulary(
+    model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "SIZES", (64, 128, 4096))
+    (found,) = go("vocabulary", model, profiles, tmp_path, monkeypatch)["models"].values()
+    assert len(found["sizes"]) == 2  # the others are larger than the model's
+    assert found["sizes"][0]["outside"] >= found["sizes"][1]["outside"]
+    assert 0 < found["head_of_draft"] < 1
+
+
+def test_what_lies_outside_a_part_of_the_vocabulary() -> None:
+    texts = [([1, 2], [1, 7, 8, 9]), ([7], [7, 7, 1, 1])]
+    assert vocabulary.outside(texts, {1, 9}) == (4 / 8, 2 / 8)
+
+
+def test_fewer_logits_pay_if_nothing_is_lost_by_them() -> None:
+    costs = Costs({1: 10.0, 26: 12.0}, floor=2.0, attention=0.5, mlp=0.5, context=256, head=1.5)
+    plan = SkipPlan.of_layers([1, 2])
+    whole = vocabulary.speed(costs, plan, 6, 0.9, 1.0)
+    assert vocabulary.speed(costs, plan, 6, 0.9, 0.2) > whole
+    assert vocabulary.speed(costs, plan, 6, 0.6, 0.2) < whole
 
 
 @pytest.mark.parametrize("result", ["step_costs"], indirect=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from conflayers_cli.answer import Answer, Summary
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.draft import Drafter, RowsDrafter
+    from conflayers_cli.engine.memory import PeakMemory
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.plan import SkipPlan
     from conflayers_cli.engine.sampling import Sampling
@@ -38,6 +39,7 @@ class Machine:
         stops: texts that end an answer.
         skipped: layers left out for good, which is lossy; None: none are.
         batch_size: prompts decoded at once.
+        memory: watches the memory in use; None: nobody asked.
     """
 
     loaded: LoadedModel
@@ -47,6 +49,7 @@ class Machine:
     stops: tuple[str, ...]
     skipped: SkipPlan | None = None
     batch_size: int = 1
+    memory: PeakMemory | None = None
 
     @property
     def kept_layers(self) -> list[int]:
@@ -267,4 +270,9 @@ def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: i
             f"drafted {stats.drafted}, accepted {stats.accepted} ({stats.acceptance_rate:.1%}), "
             f"{stats.tokens_per_step or 0:.2f} tokens per step"
         )
+        if stats.drafted_by:
+            note(stats.drafted_by)
+    peak = machine.memory.peak() if machine.memory else None
+    if peak is not None:
+        note(f"peak memory over the model's weights: {peak / 2**20:,.0f} MiB")
     note(f"{machine.loaded.name} on {machine.loaded.device}; {machine.loaded.dtype_reason}")

@@ -141,8 +141,15 @@ def generate(
             note(skip_only.warning(skipped, decoder.depth))
         if learned:
             drafter = learned.begin(loaded, decoder, chosen)
+        memory = None
+        if stats:
+            from conflayers_cli.engine.memory import PeakMemory
+
+            memory = PeakMemory(loaded.device)
+            memory.begin()
         machine = Machine(
-            *(loaded, decoder, drafter, sampling, tuple(stop or ())), skipped, batch_size or 1
+            *(loaded, decoder, drafter, sampling, tuple(stop or ())),
+            *(skipped, batch_size or 1, memory),
         )
         return machine, encode_prompts(
             loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens

@@ -103,10 +103,12 @@ class Way:
                 f"--no-lookahead drafts as the profile says, by skipping alone: not with "
                 f"--draft {self.by.value}"
             )
-        idle = self.by is By.NONE or profile is None
+        idle = self.by in (By.NONE, By.NGRAM) or profile is None
+        if self.lookahead and (self.by is By.NONE or (profile is None and self.by is None)):
+            raise InputError("--lookahead is about drafts, and nobody drafts: see --draft")
         for flag, wanted in (("--tree", self.tree), ("--no-lookahead", self.lookahead is False)):
             if wanted and idle:
-                raise InputError(f"{flag} is about a profile's drafts, and there are none")
+                raise InputError(f"{flag} is about drafts by skipped layers, and there are none")
         if self.rows > 1 and (self.tree or self.lookahead is False):
             flag = "--tree" if self.tree else "--no-lookahead"
             raise InputError(f"{flag} is for one prompt at a time: leave --batch-size out")
@@ -223,6 +225,8 @@ class _Builder:
         from conflayers_cli.engine.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
 
         if self.way.tree is False or (self.way.tree is None and draft.tree is None):
+            return None
+        if self.way.rows > 1:  # batches verify chains
             return None
         if draft.tree is not None:
             return TreeShape(draft.tree)

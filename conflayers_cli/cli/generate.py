@@ -157,7 +157,7 @@ def generate(
 
     try:
         if data:
-            settings = [source, max_new_tokens, repr(sampling), system, raw, stop]
+            settings = [source, device, dtype, max_new_tokens, repr(sampling), system, raw, stop]
             if skip_only_:
                 settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
             elif not sampling.greedy and (chosen is not None or draft or adapt):

@@ -95,7 +95,7 @@ class Batch:
         self._size = min(size or len(requests), len(requests))
         self._queue = deque(enumerate(requests))
         self._rows: list[tuple[int, Row]] = []  # at work, in the order of the cache's rows
-        self._texts: dict[int, Row] = {}  # all that were begun
+        self._ended: dict[int, tuple[list[int], Finish]] = {}
         self._views: dict[int, KVCache] = {}
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         self.cache: KVCache = decoder.new_cache(longest, batch=self._size)
@@ -104,14 +104,16 @@ class Batch:
     @property
     def outputs(self) -> list[list[int]]:
         """The tokens produced so far, by request."""
-        texts = map(self._texts.get, range(len(self.steps)))
-        return [text.output if text else [] for text in texts]
+        at_work = {number: row.output for number, row in self._rows}
+        ended = {number: output for number, (output, _) in self._ended.items()}
+        known = at_work | ended
+        return [known.get(number, []) for number in range(len(self.steps))]
 
     @property
     def finishes(self) -> list[Finish | None]:
         """Why each request's text ended, None while it goes on or has not begun."""
-        texts = map(self._texts.get, range(len(self.steps)))
-        return [text.finish if text else None for text in texts]
+        known = {number: finish for number, (_, finish) in self._ended.items()}
+        return [known.get(number) for number in range(len(self.steps))]
 
     @property
     def decode_seconds(self) -> float:
@@ -155,7 +157,6 @@ class Batch:
         )
         place = len(self._rows)
         self._rows.append((number, row))
-        self._texts[number] = row
         return number, row.read_prompt(self.cache.view(place, place + 1))
 
     def _advance(self) -> list[tuple[int, Step]]:
@@ -235,8 +236,10 @@ class Batch:
     def _drop_ended(self) -> None:
         """The last row takes the place of one that has ended."""
         for place in reversed(range(len(self._rows))):
-            if self._rows[place][1].finish is None:
+            number, row = self._rows[place]
+            if row.finish is None:
                 continue
+            self._ended[number] = row.output, row.finish
             last = self._rows.pop()
             if place < len(self._rows):
                 self.cache.copy_row(len(self._rows), place, len(last[1].tokens) - 1)

@@ -12,7 +12,8 @@ over the rows that are still at work, or over one whose prompt is only now being
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -209,6 +210,24 @@ class KVCache(Cache):
         """
         for layer, (keys, values) in zip(self.layers, sizes, strict=True):
             layer.allocate(keys, values, like)
+
+    @contextmanager
+    def unchanged(self, begin: int, end: int) -> Iterator[None]:
+        """Within: slots from ``begin`` up to ``end`` may be written; they are restored behind it.
+
+        What a pass writes anew of the same tokens may be rounded otherwise.
+        """
+        kept = [
+            (layer, layer.keys[:, :, begin:end].clone(), layer.values[:, :, begin:end].clone())
+            for layer in self.layers
+            if layer.is_initialized
+        ]
+        try:
+            yield
+        finally:
+            for layer, keys, values in kept:
+                layer.keys[:, :, begin:end] = keys
+                layer.values[:, :, begin:end] = values
 
     @property
     def sizes(self) -> list[LayerSizes] | None:

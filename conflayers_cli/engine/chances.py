@@ -188,7 +188,7 @@ class Chances:
     """
 
     def __init__(self, prior: float | None = None) -> None:
-        mean, weight = (0.6, 3.0) if prior is None else (min(max(prior, 0.0), 0.99), 5.0)
+        mean, weight = (0.6, 3.0) if prior is None else (min(max(prior, 0.05), 0.99), 5.0)
         edges = (0.1, *CONFIDENCES, 1.0)
         middles = [(low + high) / 2 for low, high in pairwise(edges)]
         self._drafted = [Share(middle, 4.0) for middle in middles]

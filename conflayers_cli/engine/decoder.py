@@ -84,12 +84,14 @@ class Decoder:
         self._plain_attention = _own_attention(model)
         self.exact_positions = _exact_positions(self.config)
         self.full_passes = self.draft_passes = 0
-        self._packing = Packing.of(model, self.stack.layers)
+        self._packing = Packing.earlier(model)
         self._fused: FusedForward | None = None
         self._cache_sizes: list[LayerSizes] | None = None
-        model.set_attn_implementation(attention.NAME)
+        # First of all, while the model's own weights are there: packed ones replace them.
+        expected = self._plain_logits()
+        self._packing = Packing.of(model, self.stack.layers)
         try:
-            self.sub_layers: frozenset[SubLayer] = self._checked()
+            self.sub_layers: frozenset[SubLayer] = self._checked(expected)
         except InputError:
             model.set_attn_implementation(self._plain_attention)
             raise
@@ -264,19 +266,26 @@ class Decoder:
             masks[kind] = attention.fold_mask(mask, self._groups)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _checked(self) -> frozenset[SubLayer]:
+    def _plain_logits(self) -> torch.Tensor:
+        """Logits ``[1, T, V]`` of the sample by the model as transformers runs it."""
+        tokens, _ = self._sample()
+        with torch.inference_mode(), self.plain() as model, self.stack.learning_shapes():
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def _checked(self, expected: torch.Tensor) -> frozenset[SubLayer]:
         """:meth:`_self_check`; a model that fails it with packed weights is given its own back."""
         try:
-            return self._self_check()
+            return self._self_check(expected)
         except InputError:
             if self._packing is None:
                 raise
             self._packing.undo()
             self._packing = None
-            return self._self_check()
+            return self._self_check(expected)
 
-    def _self_check(self) -> frozenset[SubLayer]:
-        """Compare with the model as transformers runs it; find out what may be left out.
+    def _self_check(self, expected: torch.Tensor) -> frozenset[SubLayer]:
+        """Compare with the logits that transformers gives; find out what may be left out.
 
         Returns:
             Both sub-layer kinds where stubs of the two equal the skipped layer, else an empty set:
@@ -287,8 +296,6 @@ class Decoder:
         """
         tokens, positions = self._sample()
         count = tokens.shape[1]
-        with torch.inference_mode(), self.plain() as model, self.stack.learning_shapes():
-            expected = model(input_ids=tokens, use_cache=False).logits
         cache = self.new_cache(count)
         name = type(self.model).__name__
         try:

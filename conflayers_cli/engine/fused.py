@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from .attention import folded_attention
 from .cache import KVCache
-from .packing import PackedLinear
+from .packing import PackedLinear, is_plain
 from .plan import SkipPlan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
@@ -241,12 +241,14 @@ def _joined(linears: Sequence[Any]) -> Product:
             raise ValueError("packed apart")
         product: Product = packed.pop()
         return product
+    if not all(map(is_plain, linears)):
+        raise ValueError("layers that compute more than their weights say")
+    if len({linear.bias is None for linear in linears}) > 1:
+        raise ValueError("some of the layers have a bias, some have none")
     weight = torch.cat([linear.weight.detach() for linear in linears])
     sizes = [linear.out_features for linear in linears]
     for linear, view in zip(linears, weight.split(sizes), strict=True):
         linear.weight = nn.Parameter(view, requires_grad=False)
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    if biases and len(biases) < len(linears):
-        raise ValueError("some of the layers have a bias, some have none")
     bias = torch.cat(biases) if biases else None
     return lambda rows: F.linear(rows, weight, bias)

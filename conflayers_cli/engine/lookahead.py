@@ -136,7 +136,10 @@ class Lookahead:
         self._proven = max(self._proven, *stood)
         if self._hoped is not None:  # an attempt that gained more than was hoped for was for free
             more = sum(map(bool, stood)) - self._hoped
-            self._allowance, self._hoped = min(self._allowance + more, MOST_ALLOWANCE), None
+            self._allowance, self._hoped = (
+                min(self._allowance + more, MOST_ALLOWANCE * self.prices.rows),
+                None,
+            )
         self.prices = self.prices_for(rows, context)
         rates = (
             self.prices.vanilla * max(gained / spent if spent else 1.0, 1.0)
@@ -202,7 +205,7 @@ class Lookahead:
                 return [False] * len(chains)
             self._allowance -= loss
             self._hoped = sum(chances)
-        taking = self._taking(chains, chances)
+        taking = [chance > 0 for chance in chances]
         width = max(chain.pending for chain, takes in zip(chains, taking, strict=True) if takes)
         self._drafting += self.prices.draft[1 + width]
         self._passes += 1
@@ -263,21 +266,6 @@ class Lookahead:
             value += share * worth
         return self.new_rate * draft[1 + chain.pending] - value
 
-    def _taking(self, chains: Sequence[Chain], chances: Sequence[float]) -> list[bool]:
-        """The chains that take part in a pass: not those that would only widen verification."""
-        verify = self.prices.verify
-        now = max(len(chain.tokens) for chain in chains)
-        best = max(chances)
-        return [
-            chance > 0
-            and (
-                chance == best
-                or chance
-                > self.new_rate * (verify[max(len(chain.tokens) + 1, now) + 1] - verify[now + 1])
-            )
-            for chain, chance in zip(chains, chances, strict=True)
-        ]
-
     def end(self, chains: Sequence[Chain]) -> None:
         """Drop what is not worth verifying, all things known; account for the step."""
         verify = self.prices.verify
@@ -302,7 +290,7 @@ class Lookahead:
             self._spent[kind] = self._spent[kind] * self._keep + seconds * self.prices.vanilla
         if not self._passes:
             more = ALLOWANCE * seconds * self.rate
-            self._allowance = min(self._allowance + more, MOST_ALLOWANCE)
+            self._allowance = min(self._allowance + more, MOST_ALLOWANCE * self.prices.rows)
 
     def figures(self) -> Figures:
         """What the estimates have come to."""

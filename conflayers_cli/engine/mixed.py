@@ -250,7 +250,7 @@ class MixedDrafter:
                 q = probabilities
             if alone:
                 leaves = self._leaves(row, probabilities)
-        return Draft(tokens, q, leaves, tuple(chain.sources) if self.name == "mixed" else ())
+        return Draft(tokens, q, leaves, tuple(chain.sources))
 
     def _leaves(self, row: _Row, probabilities: torch.Tensor) -> tuple[tuple[int, ...], ...]:
         """What stands beside the chain. Each leaf needs a slot in the cache behind it."""

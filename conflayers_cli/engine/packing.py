@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -124,36 +125,40 @@ class Packing:
     def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
         self._model = model
         self._places: list[tuple[nn.Module, str, nn.Linear, PackedLinear]] = []
-        for layer in layers:
-            for parent in list(layer.modules()):
-                self._pack_children(parent)
-        head = model.get_output_embeddings()
-        if type(head) is nn.Linear:
-            owner, name = _owner_of(model, head)
-            embedding = model.get_input_embeddings()
-            tied = head.weight is getattr(embedding, "weight", None)
-            self._put(owner, [name], Packed([head], keep=tied))
+        self._once = _used_once(model)
+        try:
+            for layer in layers:
+                for parent in list(layer.modules()):
+                    self._pack_children(parent)
+            self._pack_head(model)
+        except BaseException:
+            self.undo()
+            raise
         setattr(model, _ATTRIBUTE, self)
 
     @staticmethod
     def of(model: Any, layers: Sequence[nn.Module]) -> Packing | None:
         """Pack a model where that is possible and not slower; None: it stays as it is."""
-        earlier: Packing | None = getattr(model, _ATTRIBUTE, None)
+        earlier = Packing.earlier(model)
         if earlier is not None or not _possible(model):
             return earlier
-        found = [m for layer in layers for m in layer.modules() if type(m) is nn.Linear]
-        if not found or not _faster(found):
+        found = [m for layer in layers for m in layer.modules() if is_plain(m)]
+        try:
+            return Packing(model, layers) if found and _faster(found) else None
+        except (RuntimeError, TypeError, ValueError):  # a kind of weight that can't be packed
             return None
-        return Packing(model, layers)
+
+    @staticmethod
+    def earlier(model: Any) -> Packing | None:
+        """What was done to the model before; None: nothing."""
+        earlier: Packing | None = getattr(model, _ATTRIBUTE, None)
+        return earlier
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Within: the model has its plain layers, which takes their memory a second time."""
-        for packed in self._weights():
-            packed.restore_plain()
-        for parent, name, linear, _ in self._places:
-            parent._modules[name] = linear
         try:
+            self._restore()
             yield
         finally:
             self._install()
@@ -162,12 +167,16 @@ class Packing:
 
     def undo(self) -> None:
         """The model has its plain layers from now on."""
+        self._restore()
+        self._places.clear()
+        if hasattr(self._model, _ATTRIBUTE):
+            delattr(self._model, _ATTRIBUTE)
+
+    def _restore(self) -> None:
         for packed in self._weights():
             packed.restore_plain()
         for parent, name, linear, _ in self._places:
             parent._modules[name] = linear
-        self._places.clear()
-        delattr(self._model, _ATTRIBUTE)
 
     def _weights(self) -> list[Packed]:
         return list(dict.fromkeys(stand_in.packed for *_, stand_in in self._places))
@@ -177,7 +186,8 @@ class Packing:
             parent._modules[name] = stand_in
 
     def _pack_children(self, parent: nn.Module) -> None:
-        linears = [name for name, child in parent.named_children() if type(child) is nn.Linear]
+        children = parent.named_children()
+        linears = [name for name, child in children if is_plain(child) and child in self._once]
         for names in _MERGED:
             if all(name in linears for name in names) and _alike(parent, names):
                 self._put(parent, names, Packed([parent._modules[name] for name in names]))  # type: ignore[misc]
@@ -185,12 +195,32 @@ class Packing:
         for name in linears:
             self._put(parent, [name], Packed([parent._modules[name]]))  # type: ignore[list-item]
 
+    def _pack_head(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        if not is_plain(head) or head not in self._once:
+            return
+        owner, name = _owner_of(model, head)
+        embedding = model.get_input_embeddings()
+        tied = head.weight is getattr(embedding, "weight", None)
+        self._put(owner, [name], Packed([head], keep=tied))
+
     def _put(self, parent: nn.Module, names: Sequence[str], packed: Packed) -> None:
         for index, name in enumerate(names):
             stand_in = PackedLinear(packed, index)
             stand_in.eval()
             self._places.append((parent, name, packed.linears[index], stand_in))
             parent._modules[name] = stand_in
+
+
+def is_plain(module: object) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and no more: its weight says all that it computes."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
+def _used_once(model: nn.Module) -> set[nn.Module]:
+    """The modules that stand in one place only."""
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    return {module for module, count in places.items() if module is not None and count == 1}
 
 
 def _alike(parent: nn.Module, names: Sequence[str]) -> bool:

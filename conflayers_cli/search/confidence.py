@@ -62,8 +62,8 @@ def measure_confidence(
 ) -> Confidence:
     """Feed the last ``window`` tokens through the full model on the cache of what precedes them.
 
-    They go to their own positions, where the same keys and values are written again: the cache is
-    left as it was. (The authors' release feeds them behind the prompt, at shifted positions.)
+    They go to their own positions; the cache is left as it was. (The authors' release feeds them
+    behind the prompt, at shifted positions.)
 
     Args:
         decoder: the model.
@@ -80,7 +80,11 @@ def measure_confidence(
     device = decoder.device
     fed = torch.tensor([tokens[start:]], device=device)
     positions = torch.arange(start, len(tokens), device=device)[None]
-    with decoder.observing(observe):
+    with (
+        torch.inference_mode(),
+        cache.unchanged(start, len(tokens)),
+        decoder.observing(observe),
+    ):
         decoder.forward(fed, positions, cache, last_only=True)
     return Confidence(values["attention"][1:-1], values["mlp"][1:-1])
 

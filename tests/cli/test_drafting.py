@@ -145,6 +145,9 @@ def test_each_range_has_its_drafter(
         (("--no-lookahead",), "there are none"),
         (("--tree",), "there are none"),
         (("--draft", "ngram", "--no-lookahead"), "not with --draft ngram"),
+        (("--draft", "ngram", "--tree"), "there are none"),
+        (("--lookahead",), "nobody drafts"),
+        (("--draft", "none", "--lookahead"), "nobody drafts"),
         (("--draft", "everything"), "'everything' is not one of"),
         (("--adapt", "conflayers", "--draft", "ngram"), "leave --draft out"),
         (("--adapt", "conflayers", "--no-lookahead"), "leave --lookahead out"),
@@ -163,7 +166,21 @@ def test_flags_that_do_not_go_together(
 def test_none_with_what_is_about_drafts(run: Run, profile: Path) -> None:
     result = run("generate", "Hello", "-p", profile, "--draft", "none", "--tree")
     assert result.code == 2
-    assert "--tree is about a profile's drafts" in result.err
+    assert "--tree is about drafts by skipped layers" in result.err
+
+
+def test_batches_draft_chains_whatever_the_profile_says(
+    loaded: LoadedModel, decoder: Decoder, model: Path, tmp_path: Path
+) -> None:
+    profile = profile_with(tmp_path / "p.yaml", model, SKIPS, tree=((0.0, 3),))
+    drafters = [
+        drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, Way(rows=rows))
+        for rows in (1, 2)
+    ]
+    assert [each._tree is not None for each in drafters if isinstance(each, MixedDrafter)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--tree", "--no-lookahead"])

@@ -117,6 +117,21 @@ def test_a_view_is_some_rows_in_the_same_memory(first: str) -> None:
     assert early.capacity == cache.capacity
 
 
+def test_what_is_written_within_unchanged_is_undone() -> None:
+    cache = KVCache(2, 1, 10)
+    cache.announce(torch.arange(6)[None], EXTENT)
+    for layer in range(2):
+        cache.update(torch.randn(1, HEADS, 6, DIM), torch.randn(1, HEADS, 6, DIM), layer)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    with pytest.raises(ZeroDivisionError), cache.unchanged(2, 6):
+        cache.announce(torch.arange(2, 6)[None], EXTENT)
+        cache.update(torch.randn(1, HEADS, 4, DIM), torch.randn(1, HEADS, 4, DIM), 1)
+        assert not torch.equal(cache.layers[1].keys, before[1][0])
+        raise ZeroDivisionError
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
 def test_a_view_of_rows_that_are_not_there_is_refused() -> None:
     cache = KVCache(2, 4, EXTENT)
     for begin, end in ((-1, 2), (2, 2), (3, 2), (2, 5)):

@@ -166,6 +166,48 @@ def test_batches_draft_while_that_pays() -> None:
     assert of_rows(of_batches(linear=True), 16, 0.9) >= 0.985
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("slope", [0.1, 0.2])
+def test_rows_of_a_batch_draft_together(rows: int, slope: float) -> None:
+    """A pass costs the same whoever takes part; rows that sat one out would need another."""
+    many = Costs({w: 1 + slope * (w - 1) for w in range(1, 64)}, 0.35, 0.0, 0.0, 64)
+    chance, table = 0.95, CostTable({rows: many}, depth=3)
+    reached = [sum(chance**i for i in range(length + 1)) for length in range(8)]
+    best = max(
+        tokens / (length * 0.35 + many.verify_cost(length + 1))
+        for length, tokens in enumerate(reached)
+    )
+    assert best > 1.2
+    # progress counts by the row that is last
+    assert of_rows(table, rows, chance) >= 0.88 * best
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_batches_find_back_to_drafting(rows: int) -> None:
+    """An attempt risks a pass of all rows, so more is saved up for it."""
+
+    def bad_then_good(generator: torch.Generator) -> Iterable[tuple[bool, float]]:
+        for chance in (0.1, 0.97, 0.97, 0.97, 0.97):
+            for _ in range(400):
+                yield float(torch.rand((), generator=generator)) < chance, 0.9
+
+    many = Costs({w: 1 + 0.02 * (w - 1) for w in range(1, 64)}, 0.4, 0.0, 0.0, 64)
+    texts = [random_text(2000, bad_then_good, seed=i) for i in range(rows)]
+    model = Model(texts)
+    table = CostTable({rows: many}, depth=3)
+    drafter = MixedDrafter(model, PLAN, table, ngram=False, prior=0.9)  # type: ignore[arg-type]
+    decoded = decode_rows(table, texts, drafter, model)
+    assert decoded.rate(0, 380) >= 0.95
+    assert decoded.rate(1200, 1900) >= 1.3
+
+
+def test_a_prior_of_nothing_is_no_verdict() -> None:
+    table, text = costs(0.3, 0.02), random_text(3000, independent(0.95), seed=12)
+    model = Model([text])
+    drafter = MixedDrafter(model, PLAN, table, ngram=False, prior=0.0)  # type: ignore[arg-type]
+    assert decode(table, text, drafter, model).rate(1000) >= 1.3
+
+
 def test_figures_say_what_was_learnt() -> None:
     table, text = costs(0.3, 0.02), random_text(2000, independent(0.8, 0.93), seed=11)
     model = Model([text])

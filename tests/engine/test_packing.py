@@ -112,6 +112,59 @@ def test_a_second_decoder_of_a_model_unpacks_it_too() -> None:
         assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
 
 
+class Scaled(nn.Linear):
+    """Computes more than its weight says."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(rows)
+
+
+def test_layers_that_are_more_than_their_weights_are_left_alone() -> None:
+    model = tiny.build(tiny.CONFIGS["llama"]())
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        plain = getattr(attention, name)
+        own = Scaled(plain.in_features, plain.out_features, bias=False)
+        own.weight = plain.weight
+        setattr(attention, name, own)
+    with torch.inference_mode():
+        expected = model(torch.arange(9)[None]).logits
+    decoder = Decoder(model)
+    assert isinstance(attention.q_proj, Scaled) and isinstance(attention.o_proj, PackedLinear)
+    assert decoder._fused is None
+    positions = torch.arange(9)[None]
+    logits = decoder.forward(positions, positions, decoder.new_cache(9))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_stands_in_two_places_is_left_alone() -> None:
+    model = tiny.build(tiny.CONFIGS["llama"]())
+    layers = model.model.layers
+    layers[2].mlp.down_proj = layers[1].mlp.down_proj
+    decoder = Decoder(model)
+    assert type(layers[1].mlp.down_proj) is type(layers[2].mlp.down_proj) is nn.Linear
+    assert len(tiny.generated(decoder, [1, 2, 3], 4)) == 4
+
+
+def test_what_cannot_be_packed_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, packed = packing._reorder, 0
+
+    def reorder(weight: torch.Tensor) -> torch.Tensor:
+        nonlocal packed
+        packed += 1
+        if packed > 5:
+            raise NotImplementedError("no such kernel")
+        return right(weight)
+
+    monkeypatch.setattr(packing, "_reorder", reorder)
+    model = tiny.build(tiny.CONFIGS["llama"]())
+    before = weights(model)
+    decoder = Decoder(model)
+    assert packed == 6
+    assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+    assert len(tiny.generated(decoder, [1, 2, 3], 4)) == 4
+
+
 def test_a_packed_model_can_be_copied() -> None:
     model = tiny.build(tiny.CONFIGS["qwen2"]())
     before = weights(model)

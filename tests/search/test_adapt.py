@@ -14,6 +14,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.search import adapt as module
 from conflayers_cli.search.adapt import METHODS, AdaptiveDrafter, Method, Outcome
 from tests import tiny
+from tests.engine.test_bfloat16 import decoder as bfloat16
 
 from . import planted
 
@@ -68,6 +69,21 @@ def test_the_text_is_the_models_own(method: Method) -> None:
         list(plain)
         assert adapted.tokens == plain.tokens
     assert drafter.tried > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_text_is_the_models_own_to_the_bit(method: Method) -> None:
+    """In bfloat16 the keys of the text must stay those that decoding wrote."""
+    decoder = bfloat16()
+    for seed in range(4):
+        prompt = tiny.prompt(20 + 3 * seed, seed, 500)
+        drafter = AdaptiveDrafter(decoder, method, budget=1.0, seed=seed)
+        adapted = Generation(decoder, prompt, max_new_tokens=160, drafter=drafter)
+        plain = Generation(decoder, prompt, max_new_tokens=160)
+        list(adapted)
+        list(plain)
+        assert drafter.tried
+        assert adapted.tokens == plain.tokens
 
 
 def test_conflayers_finds_the_planted_layers_and_settles(clock: Clock) -> None:

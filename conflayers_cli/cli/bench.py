@@ -96,6 +96,7 @@ def bench(
     force: options.Force = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    exact: options.Exact = True,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     if profile is None and (model is None or (target_speedup is None and draft is None)):
@@ -112,7 +113,8 @@ def bench(
     prompts = read_prompt_file(data, max_prompts)
     if output:
         check_target(output)
-    loaded, decoder = open_model(model_source(model, chosen), device, dtype, trust_remote_code)
+    source = model_source(model, chosen)
+    loaded, decoder = open_model(source, device, dtype, trust_remote_code, exact=exact)
     drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
     skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
     papers = chosen is None and skipped is not None and draft is None
@@ -139,6 +141,7 @@ def bench(
         "target_speedup": target_speedup,
         "system": system,
         "raw": raw,
+        "exact": exact,
         "max_new_tokens": max_new_tokens,
         "runs": runs,
         "warmup": warmup,

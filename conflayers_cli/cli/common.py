@@ -35,7 +35,12 @@ class EncodedPrompt:
 
 
 def open_model(
-    source: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    source: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    exact: bool = True,
 ) -> tuple[LoadedModel, Decoder]:
     """Load a model and make it ready to be decoded with; a bar on stderr shows how far it is.
 
@@ -54,7 +59,7 @@ def open_model(
             trust_remote_code=trust_remote_code,
             progress=tell,
         )
-        decoder = Decoder(loaded.model)
+        decoder = Decoder(loaded.model, exact=exact)
     lengths = [n for n in (loaded.context_length, decoder.exact_positions) if n is not None]
     return replace(loaded, context_length=min(lengths, default=None)), decoder
 

@@ -102,6 +102,7 @@ def generate(
     force: options.Force = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    exact: options.Exact = True,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
@@ -128,7 +129,7 @@ def generate(
     learned = adapting.Learned(adapt, adapt_budget, save_profile, seed) if adapt else None
 
     def prepare() -> tuple[Machine, list[EncodedPrompt]]:
-        loaded, decoder = open_model(source, device, dtype, trust_remote_code)
+        loaded, decoder = open_model(source, device, dtype, trust_remote_code, exact=exact)
         drafter = None
         if skip_only_ or learned:
             if chosen:
@@ -157,7 +158,17 @@ def generate(
 
     try:
         if data:
-            settings = [source, device, dtype, max_new_tokens, repr(sampling), system, raw, stop]
+            settings = [
+                source,
+                device,
+                dtype,
+                exact,
+                max_new_tokens,
+                repr(sampling),
+                system,
+                raw,
+                stop,
+            ]
             if skip_only_:
                 settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
             elif not sampling.greedy and (chosen is not None or draft or adapt):

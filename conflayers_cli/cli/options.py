@@ -40,6 +40,15 @@ Dtype = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact/--no-exact",
+        help="In half precision, the very text of decoding without drafts. Without, steps are a "
+        "few per cent quicker, and texts may part where two tokens are as good as equal.",
+        rich_help_panel=_MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -25,9 +25,9 @@ EXTENT_MULTIPLE = 512
 at once: a last block of another size may round otherwise (see :mod:`.attention`)."""
 
 
-def extent_for(length: int) -> int:
+def extent_for(length: int, multiple: int = EXTENT_MULTIPLE) -> int:
     """The extent, in slots, that holds ``length`` of them."""
-    return max(1, -(-length // EXTENT_MULTIPLE)) * EXTENT_MULTIPLE
+    return max(1, -(-length // multiple)) * multiple
 
 
 HeadSizes = tuple[int, int]

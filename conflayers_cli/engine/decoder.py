@@ -13,7 +13,7 @@ from torch import nn
 from conflayers_cli.errors import InputError
 
 from . import attention
-from .cache import KVCache, LayerSizes, extent_for
+from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
 from .fused import FAMILIES, FusedForward, Masks
 from .layers import LayerStack, SubLayer
 from .packing import Packing
@@ -23,6 +23,8 @@ FULL = SkipPlan()
 PREFILL_CHUNK = 256
 """Prompt tokens per forward at the most: bounds the activations of a long prompt."""
 LEAST_CHUNK = 64
+LOOSE_EXTENT = 64
+"""Keys are read in extents of a multiple of this where bits don't matter."""
 MASK_ENTRIES = 1 << 22
 """Tokens times heads per key head times positions of one forward: bounds its mask, as far as chunks
 of `LEAST_CHUNK` tokens allow."""
@@ -63,12 +65,14 @@ class Decoder:
 
     Args:
         model: a transformers causal language model in eval mode, on its device and in its dtype.
+        exact: arrange half-precision passes so that a token's logits have the same bits in every
+            one of them; without, drafts may part from vanilla at near-ties, and steps are quicker.
 
     Raises:
         InputError: the model can't be decoded exactly this way; the message names the reason.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, exact: bool = True) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         _refuse_unsupported(model, self.config)
@@ -77,7 +81,8 @@ class Decoder:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(self.config.vocab_size)
-        self.rows = RowRule.for_dtype(self.dtype)
+        self.rows = RowRule.for_dtype(self.dtype) if exact else RowRule(1)
+        self._extent_multiple = EXTENT_MULTIPLE if exact else LOOSE_EXTENT
         heads = int(self.config.num_attention_heads)
         self._groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
         self._windows = _windows(self.config, self.depth)
@@ -168,7 +173,7 @@ class Decoder:
                 slots = None if slots is None else _repeated(slots, least)
             keep = 0
         written = positions if slots is None else slots
-        extent = extent_for(int(written.max()) + 1)
+        extent = extent_for(int(written.max()) + 1, self._extent_multiple)
         cache.announce(written, extent)
         masks = self._masks(positions, slots, extent)
         run = self._by_modules if fused is None else fused

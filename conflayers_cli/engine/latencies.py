@@ -27,7 +27,7 @@ from .costs import Costs, CostTable, measure_costs
 from .decoder import Decoder
 from .model import LoadedModel, fingerprint
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 FOLDER = "latencies"
 STRIDE = 4
@@ -140,6 +140,7 @@ def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "rows": decoder.rows.least,
         "environment": {name: versions[name] for name in ("conflayers", "torch", "transformers")},
     }
 

@@ -206,6 +206,34 @@ def test_every_drafter_gives_the_same_text(
     assert ngram["token_ids"] == plain["token_ids"]
 
 
+def test_exactness_can_be_given_up(run: Run, model: Path, tmp_path: Path) -> None:
+    data = write_prompts(tmp_path / "prompts.jsonl", "Hello", REPEATING)
+    arguments = ("generate", "--data", data, "-m", model, "-n", 20, "--dtype", "bfloat16")
+    first = run(*arguments, "--max-prompts", 1, "--no-exact", "-o", "out.jsonl")
+    assert first.code == 0, first.err
+    assert run(*arguments, "--no-exact", "-o", "out.jsonl", "--resume").code == 0
+    refused = run(*arguments, "-o", "out.jsonl", "--resume")
+    assert refused.code == 2  # another arithmetic: these may be other texts
+    benched = run(
+        "bench",
+        "-m",
+        model,
+        "--draft",
+        "ngram",
+        "--no-exact",
+        "--max-prompts",
+        1,
+        "-n",
+        8,
+        "--runs",
+        1,
+        "--dtype",
+        "bfloat16",
+        "--json",
+    )
+    assert benched.document["settings"]["exact"] is False
+
+
 def test_costs_are_measured_once(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from conflayers_cli.engine.attention import attention_forward
-from conflayers_cli.engine.cache import extent_for
+from conflayers_cli.engine.cache import KVCache, extent_for
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
@@ -168,6 +168,28 @@ def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:
     )
     steps = tiny.steps_of(generation)
     assert 0 < sum(step.accepted for step in steps) < sum(step.drafted for step in steps)
+
+
+def test_without_exactness_passes_are_as_small_as_they_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts may part then, but not in float32, and each is still what the model says."""
+    model = tiny.build(tiny.CONFIGS["llama"](), dtype=torch.bfloat16, gain=0.7)
+    loose, prompt = Decoder(model, exact=False), tiny.prompt(30)
+    assert (loose.rows.least, loose.rows.bitwise) == (1, False)
+    asked: list[tuple[int, int]] = []
+    right = KVCache.announce
+
+    def announce(cache: KVCache, slots: torch.Tensor, extent: int) -> None:
+        asked.append((slots.shape[1], extent))
+        right(cache, slots, extent)
+
+    monkeypatch.setattr(KVCache, "announce", announce)
+    drafter = SkipDrafter(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
+    generation = Generation(loose, prompt, max_new_tokens=40, drafter=drafter)
+    tiny.steps_of(generation)
+    assert len(generation.output) == 40
+    assert {extent for _, extent in asked} == {64, 128}
 
 
 @functools.cache

@@ -207,7 +207,8 @@ def compare(
 ) -> BenchResult:
     """Vanilla against one drafter, prompt by prompt or several prompts at once, by turns."""
     sampling, decoder = Sampling(temperature=temperature), subject.decoder
-    ends = subject.loaded.end_tokens
+    # Sampled texts differ: were they to end, the arms would have batches of other sizes.
+    ends = subject.loaded.end_tokens if sampling.greedy else frozenset()
     if rows == 1:
         alone = [
             EngineArm(name, decoder, drafts, sampling, ends)

@@ -57,11 +57,6 @@ class Summary:
         return cls.total(map(_of_step, steps))
 
     @classmethod
-    def of_row(cls, batch: Batch, row: int) -> Summary:
-        """The summary of one request of a batch."""
-        return cls.of(batch.steps[row])
-
-    @classmethod
     def total(cls, summaries: Iterable[Summary]) -> Summary:
         """One summary of several generations."""
         parts = list(summaries)

@@ -120,7 +120,7 @@ class SkipOnlyArm:
         batch = Batch(self.decoder, [request], plan=self.plan, end_tokens=self.end_tokens)
         batch.run()
         (tokens,) = batch.outputs
-        return Run(tuple(tokens), Summary.of_row(batch, 0), batch.cache.bytes)
+        return Run(tuple(tokens), Summary.of(batch.steps[0]), batch.cache.bytes)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,6 @@ class BatchArm:
         )
         batch.run()
         return [
-            Run(tuple(tokens), Summary.of_row(batch, row), batch.cache.bytes)
-            for row, tokens in enumerate(batch.outputs)
+            Run(tuple(tokens), Summary.of(steps), batch.cache.bytes)
+            for tokens, steps in zip(batch.outputs, batch.steps, strict=True)
         ]

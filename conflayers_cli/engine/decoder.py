@@ -101,7 +101,6 @@ class Decoder:
             model.set_attn_implementation(self._plain_attention)
             raise
         self._fused = self._fuse()
-        self._cache_sizes = self._sizes_in_cache()
         self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
@@ -164,14 +163,13 @@ class Decoder:
         batch, wanted = tokens.shape
         # Drafts are guesses: only what decides has to have the same bits in every pass.
         least = 1 if plan or batch > 1 else self.rows.least
-        keep = min(wanted, least) if last_only else 0
+        keep = least if last_only and wanted >= least else 0
         fused = None if self.stack.watched else self._fused
         if wanted < least:
             tokens = _repeated(tokens, least)
             if fused is None:
                 positions = _repeated(positions, least)
                 slots = None if slots is None else _repeated(slots, least)
-            keep = 0
         written = positions if slots is None else slots
         extent = extent_for(int(written.max()) + 1, self._extent_multiple)
         cache.announce(written, extent)
@@ -316,6 +314,7 @@ class Decoder:
                 f"{name} is refused: run step by step with explicit masks and positions it does "
                 "not give its own logits, so output could not be guaranteed to be the model's own"
             )
+        self._cache_sizes = cache.sizes
         return self._check_stubs(tokens, positions)
 
     def _fuse(self) -> FusedForward | None:
@@ -331,12 +330,6 @@ class Decoder:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         return self._fused if self._close(logits, expected) else None
-
-    def _sizes_in_cache(self) -> list[LayerSizes] | None:
-        tokens, positions = self._sample()
-        cache = self.new_cache(tokens.shape[1])
-        self.forward(tokens, positions, cache, last_only=True)
-        return cache.sizes
 
     def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions ``[1, T]`` to compare ways of running the model by.

@@ -155,25 +155,11 @@ class SkipDrafter:
             return Draft(tuple(drafted))
         probabilities = torch.stack(rows)
         q = None if sampler.settings.greedy else probabilities
-        return Draft(tuple(drafted), q, self._leaves(context, drafted, probabilities))
-
-    def _leaves(
-        self, context: Context, drafted: list[int], probabilities: torch.Tensor
-    ) -> tuple[tuple[int, ...], ...]:
-        """What stands beside the chain. Each leaf needs a slot in the cache behind it."""
-        if self.tree is None:
-            return ()
-        room = context.cache.capacity - len(context.tokens) - len(drafted)
-        return leaves_beside(
-            drafted,
-            probabilities,
-            context.sampler,
-            self.tree,
-            self.verify_cost,
-            self.draft_seconds,
-            room,
-            only_draft=context.sampler.settings.greedy and self.decoder.rows.bitwise,
-        )
+        leaves: tuple[tuple[int, ...], ...] = ()
+        if self.tree is not None:
+            costs = self.verify_cost, self.draft_seconds
+            leaves = leaves_of(self.decoder, context, drafted, probabilities, self.tree, *costs)
+        return Draft(tuple(drafted), q, leaves)
 
     def _choose(
         self, logits: torch.Tensor, drafted: list[int], sampler: Sampler
@@ -196,6 +182,31 @@ class SkipDrafter:
         q = sampler.distribution(many, drafted)[-1]
         token = sampler.draw(q)
         return token, float(q[token]), q
+
+
+def leaves_of(
+    decoder: Decoder,
+    context: Context,
+    drafted: Sequence[int],
+    probabilities: torch.Tensor,
+    tree: TreeShape,
+    verify_cost: VerifyCost | None,
+    draft_seconds: float,
+) -> tuple[tuple[int, ...], ...]:
+    """What stands beside a chain (see `.tree.leaves_beside`), as far as the cache has room.
+
+    Each leaf needs a slot behind the chain.
+    """
+    return leaves_beside(
+        drafted,
+        probabilities,
+        context.sampler,
+        tree,
+        verify_cost,
+        draft_seconds,
+        context.cache.capacity - len(context.tokens) - len(drafted),
+        only_draft=context.sampler.settings.greedy and decoder.rows.bitwise,
+    )
 
 
 def _last_row(sampler: Sampler, logits: torch.Tensor, drafted: list[int]) -> torch.Tensor:

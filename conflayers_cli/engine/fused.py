@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from .attention import folded_attention
 from .cache import KVCache
-from .packing import PackedLinear, is_plain
+from .packing import PackedLinear, alike, is_plain
 from .plan import SkipPlan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
@@ -243,8 +243,8 @@ def _joined(linears: Sequence[Any]) -> Product:
         return product
     if not all(map(is_plain, linears)):
         raise ValueError("layers that compute more than their weights say")
-    if len({linear.bias is None for linear in linears}) > 1:
-        raise ValueError("some of the layers have a bias, some have none")
+    if not alike(linears):
+        raise ValueError("layers that can't be one product")
     weight = torch.cat([linear.weight.detach() for linear in linears])
     sizes = [linear.out_features for linear in linears]
     for linear, view in zip(linears, weight.split(sizes), strict=True):

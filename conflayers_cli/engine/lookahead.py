@@ -30,7 +30,7 @@ RATE_HALF_LIFE = 64
 ALLOWANCE = 0.004
 """Share of the time given to finding out whether drafting, which did not pay, does now."""
 MOST_ALLOWANCE = 2.0
-"""What is saved up of it at the most, in tokens."""
+"""What is saved up of it at the most, in tokens a row."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,8 @@ class Lookahead:
         """
         self._proven = max(self._proven, *stood)
         if self._hoped is not None:  # an attempt that gained more than was hoped for was for free
-            more = sum(map(bool, stood)) - self._hoped
-            self._allowance, self._hoped = (
-                min(self._allowance + more, MOST_ALLOWANCE * self.prices.rows),
-                None,
-            )
+            self._save(sum(map(bool, stood)) - self._hoped)
+            self._hoped = None
         self.prices = self.prices_for(rows, context)
         rates = (
             self.prices.vanilla * max(gained / spent if spent else 1.0, 1.0)
@@ -289,8 +286,11 @@ class Lookahead:
             self._gained[kind] = self._gained[kind] * self._keep + len(chains) + gains[width]
             self._spent[kind] = self._spent[kind] * self._keep + seconds * self.prices.vanilla
         if not self._passes:
-            more = ALLOWANCE * seconds * self.rate
-            self._allowance = min(self._allowance + more, MOST_ALLOWANCE * self.prices.rows)
+            self._save(ALLOWANCE * seconds * self.rate)
+
+    def _save(self, tokens: float) -> None:
+        """Put so much more by for attempts; each risks a pass of all rows."""
+        self._allowance = min(self._allowance + tokens, MOST_ALLOWANCE * self.prices.rows)
 
     def figures(self) -> Figures:
         """What the estimates have come to."""

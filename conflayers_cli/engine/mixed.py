@@ -12,12 +12,12 @@ from .chances import NOTHING, Mark, agreeing, confidence_bin, disagreeing
 from .choices import Asked, Choice, choices
 from .costs import CostTable
 from .decoder import Decoder
-from .draft import Context, Draft
+from .draft import Context, Draft, leaves_of
 from .lookahead import Figures, Lookahead
 from .ngram import NO_MATCH, Match
 from .plan import SkipPlan
 from .remembered import Text, Texts
-from .tree import TreeShape, leaves_beside
+from .tree import TreeShape
 
 SHADOW = 8
 """Tokens of a match that are compared with the text whether they are drafted or not."""
@@ -79,16 +79,16 @@ class MixedDrafter:
         tree: TreeShape | None = None,
     ) -> None:
         self._decoder = decoder
-        self._plan = plan or None
+        self._plan = plan or SkipPlan()
         self._ngram = ngram
         self._tree = tree
         self._costs = costs
-        self._lookahead = Lookahead(costs, self._plan, max_tokens, prior)
+        self._lookahead = Lookahead(costs, self._plan or None, max_tokens, prior)
         self._texts = Texts(index=ngram)
 
     @property
     def name(self) -> str:
-        if self._plan is None:
+        if not self._plan:
             return "ngram"
         return "mixed" if self._ngram else "skip"
 
@@ -159,7 +159,6 @@ class MixedDrafter:
 
         Rows that take no part run a token that they have run before, in its own place.
         """
-        plan = self._plan or SkipPlan()
         inputs = [
             row.inputs if takes else row.inputs[:1] for row, takes in zip(rows, taking, strict=True)
         ]
@@ -175,7 +174,7 @@ class MixedDrafter:
             torch.tensor(padded, device=device),
             torch.tensor(positions, device=device),
             rows[0].context.cache,
-            plan,
+            self._plan,
         )
         takers = [i for i, takes in enumerate(taking) if takes]
         asked = [
@@ -253,20 +252,15 @@ class MixedDrafter:
         return Draft(tokens, q, leaves, tuple(chain.sources))
 
     def _leaves(self, row: _Row, probabilities: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-        """What stands beside the chain. Each leaf needs a slot in the cache behind it."""
+        """What stands beside the chain."""
         if self._tree is None:
             return ()
-        context, drafted = row.context, row.chain.tokens
+        context = row.context
         costs = self._costs.at(1, len(context.tokens))
-        return leaves_beside(
-            drafted,
-            probabilities,
-            context.sampler,
-            self._tree,
-            costs.verify_cost,
-            costs.draft_cost(self._plan or SkipPlan(), self._decoder.depth),
-            context.cache.capacity - len(context.tokens) - len(drafted),
-            only_draft=context.sampler.settings.greedy and self._decoder.rows.bitwise,
+        draft_seconds = costs.draft_cost(self._plan, self._decoder.depth)
+        return leaves_of(
+            *(self._decoder, context, row.chain.tokens, probabilities, self._tree),
+            *(costs.verify_cost, draft_seconds),
         )
 
 

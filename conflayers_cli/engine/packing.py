@@ -189,8 +189,11 @@ class Packing:
         children = parent.named_children()
         linears = [name for name, child in children if is_plain(child) and child in self._once]
         for names in _MERGED:
-            if all(name in linears for name in names) and _alike(parent, names):
-                self._put(parent, names, Packed([parent._modules[name] for name in names]))  # type: ignore[misc]
+            if not all(name in linears for name in names):
+                continue
+            parts = [child for name in names if is_plain(child := parent._modules[name])]
+            if alike(parts):
+                self._put(parent, names, Packed(parts))
                 linears = [name for name in linears if name not in names]
         for name in linears:
             self._put(parent, [name], Packed([parent._modules[name]]))  # type: ignore[list-item]
@@ -223,9 +226,8 @@ def _used_once(model: nn.Module) -> set[nn.Module]:
     return {module for module, count in places.items() if module is not None and count == 1}
 
 
-def _alike(parent: nn.Module, names: Sequence[str]) -> bool:
-    """Whether layers have inputs of one size, and all have a bias or none has."""
-    linears = [parent.get_submodule(name) for name in names]
+def alike(linears: Sequence[nn.Linear]) -> bool:
+    """Whether layers can be one product: inputs of one size, and all have a bias or none has."""
     inputs = {linear.in_features for linear in linears}
     return len(inputs) == 1 and len({linear.bias is None for linear in linears}) == 1
 

@@ -29,7 +29,7 @@ from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.draft import Drafter
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
 from tests import tiny
 
 VOCABULARY = 8
@@ -177,3 +177,15 @@ def sample(
         counts[tokens] += 1
         drafted, accepted = drafted + more_drafted, accepted + more_accepted
     return counts, accepted / drafted if drafted else None
+
+
+def accept_without_residual(
+    drafted: Sequence[int],
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    sampler: Sampler,
+    leaves: Sequence[Sequence[int]],
+) -> tuple[int, int]:
+    """The acceptance rule with a fault that the law must show: p itself in the residual's place."""
+    kept, token = accept_sampled(drafted, p, q, sampler)
+    return kept, token if kept == len(drafted) else sampler.draw(p[kept])

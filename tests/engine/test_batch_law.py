@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
 
 import pytest
-import torch
 
 from conflayers_cli.engine import decode
 from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
-from tests.engine.law import LENGTH, PLAN, PROMPT, SETTINGS, law, model
+from conflayers_cli.engine.sampling import Sampling
+from tests.engine.law import (
+    LENGTH,
+    PLAN,
+    PROMPT,
+    SETTINGS,
+    accept_without_residual,
+    law,
+    model,
+)
 from tests.engine.rows import SkipRows
 from tests.tiny import chi_square
 
@@ -61,18 +67,6 @@ def test_the_law_is_the_targets(name: str) -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sample with the residual replaced by p itself."""
-    right = accept_sampled
-
-    def wrong(
-        drafted: Sequence[int],
-        p: torch.Tensor,
-        q: torch.Tensor | None,
-        sampler: Sampler,
-        leaves: Sequence[Sequence[int]],
-    ) -> tuple[int, int]:
-        kept, token = right(drafted, p, q, sampler)
-        return kept, token if kept == len(drafted) else sampler.draw(p[kept])
-
-    monkeypatch.setattr(decode, "accept_sampled", wrong)
+    monkeypatch.setattr(decode, "accept_sampled", accept_without_residual)
     counts, _ = sample(SETTINGS["temperature 0.7"])
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8

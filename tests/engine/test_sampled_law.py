@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pytest
-import torch
 
 from conflayers_cli.engine import decode
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
+from conflayers_cli.engine.sampling import Sampling
 from tests import tiny
 from tests.engine.law import (
     PLAN,
     PROMPT,
     SETTINGS,
     TRUNCATED,
+    accept_without_residual,
     law,
     model,
     next_token,
@@ -80,19 +79,7 @@ def test_without_drafts() -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sample with the residual replaced by p itself."""
-    right = accept_sampled
-
-    def wrong(
-        drafted: Sequence[int],
-        p: torch.Tensor,
-        q: torch.Tensor | None,
-        sampler: Sampler,
-        leaves: Sequence[Sequence[int]],
-    ) -> tuple[int, int]:
-        kept, token = right(drafted, p, q, sampler)
-        return kept, token if kept == len(drafted) else sampler.draw(p[kept])
-
-    monkeypatch.setattr(decode, "accept_sampled", wrong)
+    monkeypatch.setattr(decode, "accept_sampled", accept_without_residual)
     counts, _ = sample(SETTINGS["temperature 0.7"], skip(PLAN))
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8
 

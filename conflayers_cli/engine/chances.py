@@ -21,6 +21,11 @@ CONFIDENCES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.997)
 """Borders of the bins that a draft's own confidence falls into."""
 LENGTHS = (2, 3, 4, 6, 9, 17)
 """First match length of each bin but the lowest (1)."""
+NGRAM_PRIORS = (0.25, 0.5, 0.6, 0.65, 0.75, 0.85, 0.95)
+"""The chance of the first token behind a match, by its bin, from the outputs of 30 prompts by
+SmolLM2: a token or two that agree are mostly chance."""
+SAMPLED_NGRAM_PRIORS = (0.2, 0.35, 0.4, 0.5, 0.55, 0.85, 0.9)
+"""The same of texts sampled at temperature 1, which repeat themselves less."""
 PLACES = 3
 """Kinds of places in a continuation: the first, the two behind it, the others."""
 HALF_LIFE = 300
@@ -198,13 +203,12 @@ class Chances:
         self._later = Share(self._skip, 4.0)
         anything = Spread([1.0 / len(middles)] * len(middles), 4.0)
         self._spread, self._spreads = anything, {state: Spread(anything, 4.0) for state in states}
-        # From 30 prompts' outputs by SmolLM2: a token or two that agree are mostly chance.
         self._ngram = {
-            agreed: [
-                [Share(chance * factor, 4.0) for _ in range(PLACES)]
-                for chance in (0.25, 0.5, 0.6, 0.65, 0.75, 0.85, 0.95)
+            (sampled, agreed): [
+                [Share(chance * factor, 4.0) for _ in range(PLACES)] for chance in priors
             ]
-            for agreed, factor in ((True, 1.0), (False, 0.7))
+            for sampled, priors in ((False, NGRAM_PRIORS), (True, SAMPLED_NGRAM_PRIORS))
+            for agreed, factor in ((True, 1.0), (False, 0.65))
         }
 
     def next(self, state: int, bias: Bias) -> float:
@@ -229,9 +233,11 @@ class Chances:
             )
         ]
 
-    def ngram(self, match: Match) -> list[float]:
-        """The chance of each token behind a match, those before it standing."""
-        return _by_place([share.mean for share in self._places(match)], len(match.tokens))
+    def ngram(self, match: Match, sampled: bool) -> list[float]:
+        """The chance of each token behind a match in a text that is sampled or not, those before
+        it standing."""
+        means = [share.mean for share in self._places(match, sampled)]
+        return _by_place(means, len(match.tokens))
 
     def skip_mark(self, state: int, confidence: float, first: bool, bias: Bias) -> Mark:
         """What a token drafted by skipping teaches; ``first``: no other stood before it."""
@@ -242,19 +248,22 @@ class Chances:
         number = confidence_bin(confidence)
         return Mark(tuple(shares), bias, self._next[state].mean, spreads, number)
 
-    def ngram_marks(self, match: Match) -> list[Mark]:
+    def ngram_marks(self, match: Match, sampled: bool) -> list[Mark]:
         """What the tokens behind a match teach."""
-        return _by_place([Mark((share,)) for share in self._places(match)], len(match.tokens))
+        marks = [Mark((share,)) for share in self._places(match, sampled)]
+        return _by_place(marks, len(match.tokens))
 
-    def _places(self, match: Match) -> list[Share]:
-        return self._ngram[match.agreed][bisect_right(LENGTHS, match.length)]
+    def _places(self, match: Match, sampled: bool) -> list[Share]:
+        return self._ngram[sampled, match.agreed][bisect_right(LENGTHS, match.length)]
 
     def table(
         self,
     ) -> tuple[float, tuple[tuple[float, float], ...], tuple[tuple[int, float], ...]]:
         """(chance behind a skip token that stood, chances by confidence, by match length)."""
         drafted = zip((0.0, *CONFIDENCES), (share.mean for share in self._drafted), strict=True)
-        agreed = self._ngram[True]
+        greedy, sampled = (self._ngram[sampled, True] for sampled in (False, True))
+        seen = [sum(places[0].seen for places in kind) for kind in (greedy, sampled)]
+        agreed = greedy if seen[0] >= seen[1] else sampled
         ngram = zip((1, *LENGTHS), (places[0].mean for places in agreed), strict=True)
         return self._later.mean, tuple(drafted), tuple(ngram)
 

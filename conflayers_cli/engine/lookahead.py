@@ -158,7 +158,7 @@ class Lookahead:
         gains = [0.0] * (most + 1)  # by width: what all rows gain up to it
         chances = []
         for chain, match in zip(chains, matches, strict=True):
-            own = self.chances.ngram(match)
+            own = self.chances.ngram(match, chain.sampled)
             chances.append(own)
             reach, total, length = chain.reach[-1], 0.0, len(chain.tokens)
             for width in range(length + 1, most + 1):

@@ -141,7 +141,7 @@ class MixedDrafter:
                 chain.closed = True
             if match.tokens and (taken or not length):
                 shown = match.tokens[: max(taken, SHADOW)]
-                marks = look.chances.ngram_marks(match)[: len(shown)]
+                marks = look.chances.ngram_marks(match, chain.sampled)[: len(shown)]
                 row.text.propose([*chain.tokens[:length], *shown], [NOTHING] * length + marks)
 
     def _lookup(self, row: _Row) -> Match:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
+from conflayers_cli.engine.chances import Chances
 from conflayers_cli.engine.costs import Costs, CostTable
 from conflayers_cli.engine.mixed import MixedDrafter
+from conflayers_cli.engine.ngram import Match
 from tests.engine.simulated import (
     PLAN,
     Model,
@@ -217,3 +219,16 @@ def test_figures_say_what_was_learnt() -> None:
     assert figures.skip == pytest.approx(0.8, abs=0.08)
     assert dict(figures.by_confidence)[0.9] == pytest.approx(0.8, abs=0.08)
     assert figures.speedup > 1.2
+
+
+def test_sampled_texts_are_judged_by_themselves() -> None:
+    """What greedy texts repeat says nothing about those that are sampled, which repeat less."""
+    chances, match = Chances(), Match(4, (1, 2, 3), agreed=True)
+    before = chances.ngram(match, sampled=True)
+    assert before < chances.ngram(match, sampled=False)
+    for _ in range(50):
+        for mark in chances.ngram_marks(match, sampled=False):
+            for share in mark.shares:
+                share.saw(True)
+    assert min(chances.ngram(match, sampled=False)) > 0.9
+    assert chances.ngram(match, sampled=True) == before

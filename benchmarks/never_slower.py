@@ -70,7 +70,7 @@ def measure(
         "model": subject.name,
         **asdict(cell),
         "ratio": asdict(Spread.of(found)),
-        "pairs": len(found),
+        "ratios": found,
         "drafted": speculative["drafted"],
         "accepted": speculative["accepted"],
         "tokens": speculative["tokens"],
@@ -90,6 +90,18 @@ def least(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The cell with the least median; None where nothing was measured."""
     known = [row for row in rows if row["ratio"]["median"] is not None]
     return min(known, key=lambda row: float(row["ratio"]["median"]), default=None)
+
+
+def pooled(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """All categories of a corner together: single cells are a few runs on a noisy machine."""
+    corners: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        corner = row["model"], row["rows"], row["profile"], row["temperature"]
+        corners.setdefault(corner, []).extend(row["ratios"])
+    return [
+        [model, str(count), profile, f"{temperature:g}", common.spread(Spread.of(found))]
+        for (model, count, profile, temperature), found in corners.items()
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             common.say("  ".join(line(rows[-1])))
             common.save(options, "never-slower", subject, {"cells": rows})
     common.print_table(head, map(line, rows))
+    common.print_table(["model", "batch", "profile", "T", "all categories"], pooled(rows))
     if worst := least(rows):
         print(f"least of the medians: {'  '.join(line(worst))}")
 

@@ -68,6 +68,14 @@ class Share:
         old = KEEP ** (prior.seen - self._at)
         return (self._hits * old + prior.mean * weight) / (self._trials * old + weight)
 
+    @property
+    def least(self) -> float:
+        """The mean less its standard deviation, for who would pay dearly for too much hope."""
+        mean, prior = self.mean, self._prior
+        old = 1.0 if isinstance(prior, float) else KEEP ** (prior.seen - self._at)
+        trials = self._trials * old + self._weight
+        return max(mean - (mean * (1.0 - mean) / (trials + 1.0)) ** 0.5, 0.1 * mean)
+
     def saw(self, hit: bool) -> None:
         self.seen += 1
         clock = self.seen if isinstance(self._prior, float) else self._prior.seen
@@ -233,11 +241,12 @@ class Chances:
             )
         ]
 
-    def ngram(self, match: Match, sampled: bool) -> list[float]:
+    def ngram(self, match: Match, sampled: bool, careful: bool = False) -> list[float]:
         """The chance of each token behind a match in a text that is sampled or not, those before
-        it standing."""
-        means = [share.mean for share in self._places(match, sampled)]
-        return _by_place(means, len(match.tokens))
+        it standing; ``careful``: rather too little than too much."""
+        shares = self._places(match, sampled)
+        chances = [share.least if careful else share.mean for share in shares]
+        return _by_place(chances, len(match.tokens))
 
     def skip_mark(self, state: int, confidence: float, first: bool, bias: Bias) -> Mark:
         """What a token drafted by skipping teaches; ``first``: no other stood before it."""

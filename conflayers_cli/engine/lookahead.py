@@ -158,7 +158,8 @@ class Lookahead:
         gains = [0.0] * (most + 1)  # by width: what all rows gain up to it
         chances = []
         for chain, match in zip(chains, matches, strict=True):
-            own = self.chances.ngram(match, chain.sampled)
+            # Of many rows one number is estimated, and an error counts as often.
+            own = self.chances.ngram(match, chain.sampled, careful=len(chains) > 1)
             chances.append(own)
             reach, total, length = chain.reach[-1], 0.0, len(chain.tokens)
             for width in range(length + 1, most + 1):

@@ -232,3 +232,25 @@ def test_sampled_texts_are_judged_by_themselves() -> None:
                 share.saw(True)
     assert min(chances.ngram(match, sampled=False)) > 0.9
     assert chances.ngram(match, sampled=True) == before
+
+
+def test_careful_chances_come_to_be_the_plain_ones() -> None:
+    chances, match = Chances(), Match(4, (1,), agreed=True)
+    (share,) = chances.ngram_marks(match, sampled=False)[0].shares
+    apart = []
+    for number in range(400):
+        if number in (0, 20, 399):
+            (careful,), (plain,) = (chances.ngram(match, False, each) for each in (True, False))
+            apart.append(plain - careful)
+        share.saw(number % 2 == 0)
+    assert apart[0] > 0.15
+    assert apart[0] > 2 * apart[1] > 3 * apart[2] > 0
+
+
+def test_careful_chances_stay_chances() -> None:
+    """However bad: what is drafted by the way must have one."""
+    chances, match = Chances(), Match(1, (1,), agreed=False)
+    (share,) = chances.ngram_marks(match, sampled=True)[0].shares
+    for _ in range(300):
+        share.saw(False)
+        assert 0 < chances.ngram(match, True, careful=True)[0] < 1

@@ -15,7 +15,7 @@ from typing import Any
 from conflayers_cli.arms import BatchArm, Case, EngineArm
 from conflayers_cli.bench import BenchResult, Spread, measure, run_ratios
 from conflayers_cli.bench_batches import measure_batches
-from conflayers_cli.cli.common import encode_prompts, fingerprint_of, open_model
+from conflayers_cli.cli.common import Loading, encode_prompts, fingerprint_of, open_model
 from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter
@@ -107,7 +107,7 @@ def parsed(
 def open_subject(name: str, options: argparse.Namespace) -> Subject:
     """Load a model, and its profile where the folder has one that leaves out anything."""
     say(f"loading {name}")
-    loaded, decoder = open_model(name, dtype=options.dtype)
+    loaded, decoder = open_model(name, Loading(dtype=options.dtype))
     file = options.profiles / f"{Path(name).name}.yaml"
     profile = Profile.load(file) if file.is_file() else None
     return Subject(loaded, decoder, profile if profile and profile.plan else None)

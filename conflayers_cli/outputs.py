@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from conflayers_cli.engine.parallel import is_first, on_first
 from conflayers_cli.errors import ConfLayersError, InputError
 
 
@@ -52,12 +53,14 @@ def write_json(path: Path, document: Any) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace ``path`` by a file with ``content``, so that no reader ever sees half of it.
 
-    Text is written as UTF-8.
+    Text is written as UTF-8. Of several processes of one torchrun the first writes.
 
     Raises:
         InputError: as `check_target`.
         ConfLayersError: the file can't be written.
     """
+    if not is_first():
+        return
     check_target(path)
     target = Path(os.path.realpath(path))  # write through a link, don't replace it
     temporary = target.parent / f".conflayers-{secrets.token_hex(6)}.tmp"
@@ -78,10 +81,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 class JsonLines:
     """A file of one JSON object per prompt, in order, each appended whole.
 
-    Use `open`; ``done`` lines were there already.
+    Use `open`; ``done`` lines were there already. Of several processes of one torchrun the
+    first has the file.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, done: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None, done: int) -> None:
         self._path = path
         self._file = file
         self.done = done
@@ -97,6 +101,17 @@ class JsonLines:
                 a line of it is not the answer to the prompt in its place.
             ConfLayersError: the file can't be read or written.
         """
+        opened: list[JsonLines] = []
+
+        def begin() -> int:
+            opened.append(cls._open(path, keys, resume))
+            return opened[0].done
+
+        done = on_first(begin)
+        return opened[0] if opened else cls(path, None, done)
+
+    @classmethod
+    def _open(cls, path: Path, keys: Sequence[LineKey], resume: bool) -> JsonLines:
         check_target(path)
         try:
             file = path.open("a+b", buffering=0)  # an append is then one write of the system
@@ -128,6 +143,8 @@ class JsonLines:
         Raises:
             ConfLayersError: it can't be written; the lines before it stay whole.
         """
+        if self._file is None:
+            return
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         data = f"{text}\n".encode()
         try:
@@ -151,7 +168,8 @@ class JsonLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _check_lines(path: Path, lines: Sequence[bytes], keys: Sequence[LineKey]) -> None:

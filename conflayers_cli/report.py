@@ -38,6 +38,7 @@ class BenchContext:
     dtype: str
     environment: Mapping[str, str | int | None]
     settings: Mapping[str, Any]
+    engine: Mapping[str, Any]
 
 
 def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
         "dtype": context.dtype,
         "environment": dict(context.environment),
         "settings": dict(context.settings),
+        "engine": dict(context.engine),
         "arms": {name: _arm_json(result, name) for name in result.arms},
         "speedup": asdict(result.speedup()),
         "speedup_over": {name: asdict(result.speedup(name)) for name in others},

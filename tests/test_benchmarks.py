@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, context, never_slower, step_costs, vocabulary
+from benchmarks import common, context, gpu, never_slower, step_costs, vocabulary
 from conflayers_cli.answer import Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
@@ -150,6 +150,36 @@ def test_exactness(result: dict[str, Any]) -> None:
     for which in own:
         assert (rows[which]["matching"], rows[which]["total"]) == (2, 2)
         assert (rows[which]["drafted"] > 0) == (which[0] != "vanilla")
+
+
+def test_gpu(model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "cache"))
+    output, names = tmp_path / "result.json", [part.name for part in gpu.PARTS]
+    arguments = ["--quick", "--device", "cpu", "--seconds", "600", "--output", str(output)]
+    real = ["--smollm2", str(model), "--profiles", str(profiles), "--dtype", "float32"]
+    gpu.main([*arguments, *real, "--parts", *names])
+    document = json.loads(output.read_text())
+    parts = document["parts"]
+    assert list(parts) == names
+    assert "failed" not in json.dumps(document)
+    drafted = "chain", "tree", "mixed", "chain, bad plan", "chain, batch 3", "mixed, batch 3"
+    for kind in (*drafted, "vanilla, batch 3", "generate"):
+        found = parts["float32"]["eager"][kind]
+        assert (found["matching"], found["total"]) == (2, 2)
+        assert (found.get("drafted", 0) > 0) == (kind in drafted)
+    refused = parts["float32"]["eager"]["chain, bad plan"]
+    assert refused["accepted"] < refused["drafted"]
+    assert parts["vanilla"]["eager"]["share_of_ceiling"] > 0
+    assert parts["vanilla"]["eager"]["over_generate"] > 0
+    arms = parts["speculative"]["eager"]["arms"]
+    assert list(arms) == ["vanilla", "planted plan", "with n-grams", "bad plan"]
+    assert arms["vanilla"]["over_vanilla_in_all"] == 1
+    assert parts["speculative"]["eager"]["efficiency"]["of_time"] > 0
+    assert parts["idle"]["drafted"]["profile"]["work"] > 0
+    assert set(parts["contexts"]) > {"48", "64"} and set(parts["batches"]) > {"1", "2"}
+    assert parts["compile"]["identical"]
+    (real_model,) = (found for key, found in parts["smollm2"].items() if "tiny" in key)
+    assert real_model["identical"]["speculative"] == {"matching": 2, "total": 2}
 
 
 def test_quick_is_small_where_nothing_else_is_said() -> None:

@@ -13,7 +13,9 @@ from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
 from conflayers_cli.identity import Divergence, Identity
 from conflayers_cli.report import BenchContext, bench_json, bench_tables
 
-CONTEXT = BenchContext("smollm2", "cpu", "bfloat16", {"threads": 2}, {"max_new_tokens": 9})
+CONTEXT = BenchContext(
+    *("smollm2", "cpu", "bfloat16", {"threads": 2}, {"max_new_tokens": 9}), {"replayed": False}
+)
 
 
 def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa",)) -> BenchResult:

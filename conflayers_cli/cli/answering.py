@@ -241,6 +241,8 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[s
 
 
 def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+    from conflayers_cli.engine.remarks import remarks
+
     seconds = stats.prefill_seconds + stats.decode_seconds
     speed = stats.tokens_per_second
     decoding = (
@@ -275,4 +277,6 @@ def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: i
     peak = machine.memory.peak() if machine.memory else None
     if peak is not None:
         note(f"peak memory over the model's weights: {peak / 2**20:,.0f} MiB")
-    note(f"{machine.loaded.name} on {machine.loaded.device}; {machine.loaded.dtype_reason}")
+    note(f"{machine.loaded.name} on {machine.loaded.place}; {machine.loaded.dtype_reason}")
+    for remark in remarks(machine.decoder):
+        note(remark)

@@ -101,6 +101,9 @@ def calibrate(
     seed: search_options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    compile_: options.Compile = False,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -125,7 +128,17 @@ def calibrate(
     # Unified's rule needs no text; with --data its plan is measured.
     prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
     strategies = make_strategies(strategy, search)
-    loaded, decoder = common.open_model(model, device, dtype, trust_remote_code)
+    loaded, decoder = common.open_model(
+        model,
+        common.Loading(
+            device,
+            dtype,
+            trust_remote_code,
+            device_map=device_map,
+            compiled=compile_,
+            quantize=quantize,
+        ),
+    )
     work = _Work(
         loaded=loaded,
         decoder=decoder,

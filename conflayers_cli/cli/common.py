@@ -6,8 +6,9 @@ inside the functions, so that ``--help`` stays quick.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,34 +35,59 @@ class EncodedPrompt:
     max_new_tokens: int
 
 
-def open_model(
-    source: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    *,
-    exact: bool = True,
-) -> tuple[LoadedModel, Decoder]:
+@dataclass(frozen=True)
+class Loading:
+    """How a model is to be loaded and run; the fields are the options of these names."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    exact: bool = True
+    device_map: str | None = None
+    compiled: bool = False
+    quantize: str | None = None
+
+
+def open_model(source: str, how: Loading | None = None) -> tuple[LoadedModel, Decoder]:
     """Load a model and make it ready to be decoded with; a bar on stderr shows how far it is.
 
     Raises:
-        InputError: no such model, device or dtype; or the model can't be decoded exactly.
+        InputError: no such model, device or dtype; one that can't be spread as wanted; or the model
+            can't be decoded exactly.
         ConfLayersError: it does not fit into the memory, or can't be converted.
     """
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import load_model
 
+    how = how or Loading()
     with progress_bar() as tell:
         loaded = load_model(
             source,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            device=how.device,
+            dtype=how.dtype,
+            trust_remote_code=how.trust_remote_code,
+            device_map=how.device_map,
+            quantize=how.quantize,
             progress=tell,
         )
-        decoder = Decoder(loaded.model, exact=exact)
+        decoder = Decoder(loaded.model, exact=how.exact)
+        if how.compiled:
+            _compile(decoder, tell)
     lengths = [n for n in (loaded.context_length, decoder.exact_positions) if n is not None]
     return replace(loaded, context_length=min(lengths, default=None)), decoder
+
+
+def _compile(decoder: Decoder, tell: Callable[[str, float], None]) -> None:
+    """Have the decoder's forward compiled; what the compiler makes is kept with our own files."""
+    from conflayers_cli.engine.builtin import cache_folder
+    from conflayers_cli.engine.compiling import compile_forward
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    tell("compiling", 0.0)
+    compilation = compile_forward(decoder)
+    tell("compiling", 1.0)
+    if not compilation.used:
+        note(f"note: {compilation.reason}")
 
 
 def load_profile(path: Path) -> Profile:
@@ -101,8 +127,9 @@ def environment_of(loaded: LoadedModel) -> Environment:
     from conflayers_cli.environment import device_name, versions
     from conflayers_cli.profile import Environment
 
+    device = device_name(loaded.device)
     return Environment(
-        device=device_name(loaded.device),
+        device=f"{device}, {loaded.spread}" if loaded.spread else device,
         dtype=str(loaded.dtype).removeprefix("torch."),
         threads=torch.get_num_threads() if loaded.device.type == "cpu" else None,
         **versions(),

@@ -14,6 +14,7 @@ from conflayers_cli.cli import options, skip_only
 from conflayers_cli.cli.answering import Machine, answer_file, answer_one, line_keys
 from conflayers_cli.cli.common import (
     EncodedPrompt,
+    Loading,
     encode_prompts,
     load_profile,
     model_source,
@@ -23,6 +24,7 @@ from conflayers_cli.cli.common import (
 )
 from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, check_fit, drafter_for
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
+from conflayers_cli.engine.parallel import on_first
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,6 +105,9 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     exact: options.Exact = True,
+    compile_: options.Compile = False,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
@@ -121,15 +126,19 @@ def generate(
         raise InputError("--stop: an empty text would end every answer at once")
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
+    how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     way = Way(draft, lookahead, tree, sampling.greedy, batch_size or 1)
     if not (skip_only_ or adapt):
         way.check(profile)
-    prompts = read_prompt_file(data, max_prompts) if data else [_prompt(prompt or [])]
+    if data:
+        prompts = read_prompt_file(data, max_prompts)
+    else:  # standard input is there once, however many processes there are
+        prompts = [on_first(lambda: _prompt(prompt or []))]
     learned = adapting.Learned(adapt, adapt_budget, save_profile, seed) if adapt else None
 
     def prepare() -> tuple[Machine, list[EncodedPrompt]]:
-        loaded, decoder = open_model(source, device, dtype, trust_remote_code, exact=exact)
+        loaded, decoder = open_model(source, how)
         drafter = None
         if skip_only_ or learned:
             if chosen:
@@ -160,15 +169,17 @@ def generate(
         if data:
             settings = [
                 source,
-                device,
-                dtype,
-                exact,
+                how.device,
+                how.dtype,
+                how.exact,
                 max_new_tokens,
                 repr(sampling),
                 system,
                 raw,
                 stop,
             ]
+            if quantize:
+                settings += ["quantize", quantize]
             if skip_only_:
                 settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
             elif not sampling.greedy and (chosen is not None or draft or adapt):

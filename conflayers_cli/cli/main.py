@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note
+from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
 FAILURE = 1
@@ -78,8 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; those of the process by default.
     """
+    # transformers imports torchao where it is installed, and what that logs is no matter of ours:
+    # kernels for other machines that can't be loaded here, advice on its use of PyTorch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
-    return _flushed(_run(arguments, debug))
+    voice = Voice()
+    return voice.ended(_flushed(_run(arguments, debug, voice)))
 
 
 def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
@@ -89,7 +96,7 @@ def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
     return [*kept, *argv[end:]], len(kept) < end
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool, voice: Voice) -> int:
     try:
         result = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except SystemExit as end:  # Typer's and Rich's own ways out
@@ -97,7 +104,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         result = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line tells it
-        return _report(error, arguments, debug)
+        with voice.failing():
+            return _report(error, arguments, debug)
     if result == INTERRUPTED:
         note("interrupted")
     return result if isinstance(result, int) else 0

@@ -31,6 +31,17 @@ Device = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="auto",
+        help="For a model larger than one device: spread its layers over all devices, and over "
+        "the host's memory where those are too small. Slower than one device, or than torchrun.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -47,6 +58,26 @@ Exact = Annotated[
         help="In half precision, the very text of decoding without drafts. Without, steps are a "
         "few per cent quicker, and texts may part where two tokens are as good as equal.",
         rich_help_panel=_MODEL,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the model's layers (torch.compile): takes a minute or so the first time, and "
+        "is used if a step then measures quicker.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="BITS",
+        help="Load a plain model's weights in fewer bits, int8 or int4 (needs torchao). That is "
+        "another model, in less memory, and its text another one.",
+        rich_help_panel=_MODEL,
+        show_default=False,
     ),
 ]
 TrustRemoteCode = Annotated[

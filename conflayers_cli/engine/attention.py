@@ -107,6 +107,24 @@ def folded_attention(
     return out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
 
 
+def added_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers to add, which attention would else make of it in every layer."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(mask.logical_not(), float("-inf"))
+
+
+def added_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """:func:`folded_attention` under a mask from :func:`added_mask`: ``[B, T, Hq, Dv]``."""
+    return folded_attention(query, keys, values, mask, scaling).transpose(1, 2)
+
+
 def _explicit(
     query: torch.Tensor,
     key: torch.Tensor,

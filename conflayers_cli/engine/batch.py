@@ -10,6 +10,7 @@ which the layers left out have no entries for decoded positions. It is lossy: no
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ import torch
 from conflayers_cli.errors import InputError
 
 from .cache import KVCache
-from .costs import clock
 from .decode import NOTHING, Finish, Row, Step, check_request
 from .decoder import FULL, Decoder
 from .draft import Context, Draft, RowsDrafter
@@ -161,10 +161,10 @@ class Batch:
 
     def _advance(self) -> list[tuple[int, Step]]:
         """Draft, verify, keep: one pass over all rows."""
-        device, rows = self._decoder.device, len(self._rows)
-        begin = clock(device)
+        rows = len(self._rows)
+        begin = time.perf_counter()  # whatever a step decides was read from the device within it
         drafts = self._draft()
-        drafted = clock(device) if any(draft.tokens for draft in drafts) else begin
+        drafted = time.perf_counter() if any(draft.tokens for draft in drafts) else begin
         logits = self._verify(drafts)
         greedy = any(row.sampler.settings.greedy for _, row in self._rows)
         best = best_tokens(logits).tolist() if greedy else [None] * rows
@@ -174,7 +174,7 @@ class Batch:
             kept.append(row.keep((*draft.tokens[:stands], token)))
             accepted.append(min(stands, len(kept[-1])))
         draft_seconds = (drafted - begin) / rows
-        verify_seconds = (clock(device) - drafted) / rows
+        verify_seconds = (time.perf_counter() - drafted) / rows
         return [
             (
                 number,
@@ -211,7 +211,7 @@ class Batch:
         Shorter rows repeat their last token at its own position: the same key is written to the
         same slot once more, and no slot behind the row's own is touched.
         """
-        width, device = 1 + max(len(draft.tokens) for draft in drafts), self._decoder.device
+        width = 1 + max(len(draft.tokens) for draft in drafts)
         tokens, positions = [], []
         for (_, row), draft in zip(self._rows, drafts, strict=True):
             own = (row.tokens[-1], *draft.tokens)
@@ -220,8 +220,8 @@ class Batch:
             tokens.append([own[column] for column in columns])
             positions.append([begin + column for column in columns])
         return self._decoder.forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
+            torch.tensor(tokens),
+            torch.tensor(positions),
             self._view(),
             self._plan,
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
@@ -34,6 +34,17 @@ HeadSizes = tuple[int, int]
 """Heads, and the size of each."""
 LayerSizes = tuple[HeadSizes, HeadSizes]
 """Those of a layer's keys and of its values."""
+
+
+class Place(NamedTuple):
+    """Which memory a cache has: its number, and the rows of it that the cache shows.
+
+    The memory of most caches is their own, and nobody's else later on: number 0.
+    """
+
+    number: int
+    begin: int
+    end: int
 
 
 class _Writes:
@@ -84,9 +95,7 @@ class SlotLayer(CacheLayerMixin):
 
     def _show(self, whole: SlotLayer) -> None:
         rows = slice(self._begin, self._begin + self.batch)
-        self.keys, self.values = whole.keys[rows], whole.values[rows]
-        self.dtype, self.device = whole.dtype, whole.device
-        self.is_initialized = True
+        self.adopt(whole.keys[rows], whole.values[rows])
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate. Zeros, not empty memory: a masked NaN would still poison the weighted sum."""
@@ -105,8 +114,12 @@ class SlotLayer(CacheLayerMixin):
         def buffer(sizes: HeadSizes) -> torch.Tensor:
             return like.new_zeros((self.batch, sizes[0], self.capacity, sizes[1]))
 
-        self.keys, self.values = buffer(keys), buffer(values)
-        self.dtype, self.device = like.dtype, like.device
+        self.adopt(buffer(keys), buffer(values))
+
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have these as memory."""
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     @property
@@ -121,12 +134,13 @@ class SlotLayer(CacheLayerMixin):
         """Write ``[B, H, T, D]`` at the announced slots; return the extent to attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots, extent = self.writes.slots, self.writes.extent
+        # Layers may be on other devices than what the model is given.
+        slots, extent = self.writes.slots.to(self.device), self.writes.extent
         if self.batch == 1:
             self.keys.index_copy_(2, slots[0], key_states)
             self.values.index_copy_(2, slots[0], value_states)
         else:
-            rows = self.writes.rows
+            rows = self.writes.rows.to(self.device)
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys[:, :, :extent], self.values[:, :, :extent]
@@ -148,11 +162,16 @@ class KVCache(Cache):
         depth: number of decoder layers.
         batch: rows.
         capacity: positions per row; rounded up to a full extent.
+
+    Attributes:
+        place: which memory it has.
     """
 
     def __init__(self, depth: int, batch: int, capacity: int) -> None:
         self.capacity = extent_for(capacity)
         self.batch = batch
+        self.place = Place(0, 0, batch)
+        self._whole: KVCache | None = None  # held, so that nobody else gets its memory
         self._writes = _Writes()
         super().__init__(
             layers=[SlotLayer(batch, self.capacity, self._writes) for _ in range(depth)]
@@ -168,6 +187,9 @@ class KVCache(Cache):
             raise ValueError(f"rows {begin} to {end} of a cache of {self.batch}")
         part = KVCache(0, end - begin, self.capacity)
         part.layers = [layer.view(begin, end - begin, part._writes) for layer in self.layers]
+        number, first, _ = self.place
+        part.place = Place(number, first + begin, first + end)
+        part._whole = self
         return part
 
     def announce(self, slots: torch.Tensor, extent: int) -> None:
@@ -210,6 +232,12 @@ class KVCache(Cache):
         """
         for layer, (keys, values) in zip(self.layers, sizes, strict=True):
             layer.allocate(keys, values, like)
+
+    def adopt(self, number: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take memory that is there already: keys and values ``[B, H, capacity, D]`` by layer."""
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            layer.adopt(keys, values)
+        self.place = Place(number, 0, self.batch)
 
     @contextmanager
     def unchanged(self, begin: int, end: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .sampling import Sampler
+from .sampling import Sampler, best_with_probability
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ def choices(
     """
     plain = [each for each in asked if each.sampler.settings.greedy and not each.sampler.penalises]
     if len(plain) == len(asked) and not rows:
-        scores = logits.float()
-        best, tokens = scores.max(dim=-1)
-        confidences = torch.exp(best - torch.logsumexp(scores, dim=-1))
-        read = torch.stack([tokens.float(), confidences]).tolist()  # ids are exact up to 2^24
+        read = best_with_probability(logits).tolist()
         return [
             iter(
                 [

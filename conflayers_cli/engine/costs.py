@@ -14,6 +14,7 @@ import torch
 
 from .cache import EXTENT_MULTIPLE, KVCache
 from .decoder import FULL, Decoder
+from .parallel import agreed
 from .plan import SkipPlan
 from .sampling import best_tokens
 
@@ -37,6 +38,9 @@ LEAST_ROUNDS = 4
 LEAST_SHARE = 0.1
 """Of a layer's cost, for either of its sub-layers: that one of them is free is noise."""
 
+FED = 8
+"""Passes launched ahead, or one by one, to see what waiting for the host takes."""
+
 Key = tuple[str, int]
 
 
@@ -56,6 +60,8 @@ class Costs:
         head: the logits of one token, which are part of ``floor``.
         attention_per_position_and_token: what one attention sub-layer takes more for every further
             position, for each token of the width behind the first: it compares each with all.
+        turnaround: between two draft passes, for the first one's token to be read and the second
+            to be launched; 0 where passes can't be launched ahead.
     """
 
     verify: Mapping[int, float]
@@ -66,6 +72,7 @@ class Costs:
     attention_per_position: float = 0.0
     head: float = 0.0
     attention_per_position_and_token: float = 0.0
+    turnaround: float = 0.0
 
     def at(self, context: int, depth: int) -> Costs:
         """The costs with ``context`` positions in the cache of a model with ``depth`` layers."""
@@ -139,6 +146,7 @@ def _between(one: Costs, other: Costs, share: float) -> Costs:
         attention_per_position_and_token=mix(
             one.attention_per_position_and_token, other.attention_per_position_and_token
         ),
+        turnaround=mix(one.turnaround, other.turnaround),
     )
 
 
@@ -175,8 +183,9 @@ def measure_costs(
     # Keys are read in whole extents: at the same place in its extent, growth shows as it is.
     long = context + longer if growth and context + longer <= room else context
     cache = _filled_cache(decoder, long + max(widths), batch)
-    typical = _quartiles(_passes(decoder, cache, widths, context, long), rounds, seconds)
-    return _costs(typical, widths, decoder.depth, context, long)
+    passes = _passes(decoder, cache, widths, context, long)
+    typical = _quartiles(passes, rounds, seconds, decoder.runner.warm_ups)
+    return agreed(_costs(typical, widths, decoder.depth, context, long))
 
 
 def widths_for(batch: int) -> tuple[int, ...]:
@@ -199,6 +208,9 @@ def _passes(
     if long > context:
         for width in (1, min(LONG_WIDTH, widths[-1])):
             passes["long", width] = partial(run, FULL, long, width)
+    if cache.batch == 1 and decoder.feed(0, context, cache, SkipPlan.of_layers(middle)):
+        for ahead in (1, FED):
+            passes["fed", ahead] = partial(_time_fed, decoder, cache, context, ahead)
     head = decoder.model.get_output_embeddings()
     if isinstance(features := getattr(head, "in_features", None), int):
         shape = (cache.batch, decoder.rows.least, features)
@@ -208,21 +220,24 @@ def _passes(
 
 
 def _quartiles(
-    passes: Mapping[Key, Callable[[], float]], rounds: int, seconds: float
+    passes: Mapping[Key, Callable[[], float]], rounds: int, seconds: float, warm_ups: int
 ) -> dict[Key, float]:
     """Lower quartile of each pass over the rounds: what else the machine does only adds time."""
     times: dict[Key, list[float]] = {key: [] for key in passes}
+    for _ in range(warm_ups - 1):
+        for run in passes.values():
+            run()
     begin = time.perf_counter()
     for round_ in range(rounds + 1):
         for key, run in passes.items():
             taken = run()
-            if round_:  # the first round warms up
+            if round_:  # the first round warms up, too
                 times[key].append(taken)
         if round_ < 2:
             continue
         change = max(map(_last_change, times.values()))
         late = (time.perf_counter() - begin) / seconds if seconds else math.inf
-        if (
+        if agreed(
             (round_ > LEAST_ROUNDS and change <= STABLE)
             or (late > 1 and change <= NEARLY_STABLE)
             or late > 3
@@ -249,7 +264,7 @@ def _filled_cache(decoder: Decoder, length: int, batch: int) -> KVCache:
     """A cache that holds a short random text, over and over: what it says takes no time to read."""
     cache = decoder.new_cache(length, batch)
     count = min(length, max(WIDTHS))
-    positions = torch.arange(count, device=decoder.device).expand(batch, -1)
+    positions = torch.arange(count).expand(batch, -1)
     decoder.forward(_text(decoder, batch, count), positions, cache, last_only=True)
     for layer in cache.layers:
         for states in (layer.keys, layer.values):
@@ -262,8 +277,7 @@ def _filled_cache(decoder: Decoder, length: int, batch: int) -> KVCache:
 def _text(decoder: Decoder, batch: int, count: int) -> torch.Tensor:
     """Random tokens ``[B, T]``: with one token over and over all rows would meet one expert."""
     generator = torch.Generator().manual_seed(count)
-    tokens = torch.randint(decoder.vocabulary, (batch, count), generator=generator)
-    return tokens.to(decoder.device)
+    return torch.randint(decoder.vocabulary, (batch, count), generator=generator)
 
 
 def _costs(
@@ -289,19 +303,34 @@ def _costs(
         narrow, wider = (max(typical["long", w] - verify[w], 0.0) for w in (1, wide))
         slope = narrow / places
         slope_by_token = max(wider - narrow, 0.0) / places / (wide - 1)
+    turnaround = 0.0
+    if ("fed", FED) in typical:
+        turnaround = max(typical["fed", 1] - typical["fed", FED], 0.0) / FED
     floor = max(none - 2 * layer, 0.0)
     head = min(typical.get(("head", 1), 0.0), floor)
     verify = dict(sorted(verify.items()))
-    return Costs(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token)
+    return Costs(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token, turnaround)
 
 
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
     tokens = _text(decoder, cache.batch, width)
-    positions = torch.arange(context, context + width, device=decoder.device).expand_as(tokens)
+    positions = torch.arange(context, context + width).expand_as(tokens)
     last_only = tokens.numel() > MOST_LOGITS
     begin = clock(decoder.device)
     logits = decoder.forward(tokens, positions, cache, plan, last_only=last_only)
     best_tokens(logits).tolist()
+    return clock(decoder.device) - begin
+
+
+def _time_fed(decoder: Decoder, cache: KVCache, context: int, ahead: int) -> float:
+    """Seconds of `FED` draft passes, of which so many are launched before one is read."""
+    begin = clock(decoder.device)
+    feed = decoder.feed(0, context, cache, SkipPlan.of_layers(range(1, decoder.depth - 1)))
+    if feed is None:
+        raise ValueError("passes can't be launched ahead any more")
+    for launched in range(FED):
+        feed.launch(min(ahead, FED - launched) - feed.ahead)
+        feed.read()
     return clock(decoder.device) - begin
 
 

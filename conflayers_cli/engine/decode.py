@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +12,15 @@ import torch
 from conflayers_cli.errors import InputError
 
 from .cache import KVCache
-from .costs import clock
 from .decoder import Decoder
 from .draft import Context, Draft, Drafter
+from .feed import Feed
 from .sampling import Sampler, Sampling, accept_greedy, accept_sampled, best_tokens
 
 Finish = Literal["stop", "length"]
 NOTHING = Draft()
+LAUNCHED_AHEAD = 2
+"""Vanilla passes launched and not read: while one is read and told, the other keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,12 @@ class Row:
         Args:
             cache: of this row alone, empty.
         """
-        begin = clock(self.decoder.device)
+        begin = time.perf_counter()  # whatever a step decides was read from the device within it
         self.sampler.saw(self.tokens)
-        prompt = torch.tensor([self.tokens], device=self.decoder.device)
+        prompt = torch.tensor([self.tokens])
         logits = self.decoder.prefill(prompt, cache)
         kept = self.keep((self.sampler.choose(logits[0]),))
-        return Step(kept, 0, 0, "prefill", 0.0, clock(self.decoder.device) - begin, self.finish)
+        return Step(kept, 0, 0, "prefill", 0.0, time.perf_counter() - begin, self.finish)
 
     def decide(
         self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None = None
@@ -226,6 +229,7 @@ class Generation(Row):
         self.drafter = drafter
         self.cache: KVCache = decoder.new_cache(len(prompt) + max_new_tokens)
         self._ahead: tuple[int, str] | None = None
+        self._feed: Feed | None = None
 
     def __iter__(self) -> Iterator[Step]:
         while self.finish is None:
@@ -235,10 +239,10 @@ class Generation(Row):
         """Decide at least one more token. Not to be called once ``finish`` is set."""
         if len(self.tokens) == self.prompt_length:
             return self.read_prompt(self.cache)
-        begin = clock(self.decoder.device)
+        begin = time.perf_counter()
         draft = self._draft(self.room)
-        drafted = clock(self.decoder.device) if draft.tokens else begin
-        decided = self._verify(draft)
+        drafted = time.perf_counter() if draft.tokens else begin
+        decided = self._fed() or self._verify(draft)
         kept = self.keep(decided)
         return Step(
             tokens=kept,
@@ -246,7 +250,7 @@ class Generation(Row):
             accepted=min(len(decided) - 1, len(kept)),
             drafter=self._drafter_name if draft.tokens else "none",
             draft_seconds=drafted - begin,
-            verify_seconds=clock(self.decoder.device) - drafted,
+            verify_seconds=time.perf_counter() - drafted,
             finish=self.finish,
             leaves=draft.width - len(draft.tokens),
             sources=draft.sources,
@@ -255,6 +259,24 @@ class Generation(Row):
     @property
     def _drafter_name(self) -> str:
         return self.drafter.name if self.drafter else "none"
+
+    def _fed(self) -> tuple[int, ...]:
+        """The next token by passes launched ahead, none where that can't be.
+
+        Without a drafter nothing has to be known of a token for the next pass to begin.
+        """
+        sampler = self.sampler
+        if self.drafter is not None or not sampler.settings.greedy or sampler.penalises:
+            self._feed = None  # the text goes on without it
+            return ()
+        token, position = self.tokens[-1], len(self.tokens) - 1
+        feed = self._feed
+        if feed is None or self.decoder.stack.watched or not feed.goes_on_from(token, position):
+            self._feed = self.decoder.feed(token, position, self.cache)
+        if self._feed is None:
+            return ()
+        self._feed.launch(min(LAUNCHED_AHEAD, self.room + 1) - self._feed.ahead)
+        return (self._feed.read().token,)
 
     def _draft(self, room: int) -> Draft:
         """A draft of up to ``room`` tokens, behind what is already expected to come next."""
@@ -284,14 +306,14 @@ class Generation(Row):
         Every node's slot is its row's, counted from the pending token. The chain's are those of its
         positions; a leaf lies behind them, at the position of the token it would replace.
         """
-        filled, device = len(self.tokens) - 1, self.decoder.device
+        filled = len(self.tokens) - 1
         nodes, parents = draft.nodes, draft.parents
-        tokens = torch.tensor([[self.tokens[-1], *nodes]], device=device)
-        slots = torch.arange(filled, filled + tokens.shape[1], device=device)[None]
+        tokens = torch.tensor([[self.tokens[-1], *nodes]])
+        slots = torch.arange(filled, filled + tokens.shape[1])[None]
         if draft.width == len(draft.tokens):
             logits = self.decoder.forward(tokens, slots, self.cache)[0]
         else:
-            depths = torch.tensor([[0, *(parent + 1 for parent in parents)]], device=device)
+            depths = torch.tensor([[0, *(parent + 1 for parent in parents)]])
             logits = self.decoder.forward(tokens, filled + depths, self.cache, slots=slots)[0]
         row, token = self.decide(draft, logits)
         if row <= len(draft.tokens):

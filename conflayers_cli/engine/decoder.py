@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from subprocess import SubprocessError
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,14 +15,26 @@ from conflayers_cli.errors import InputError
 
 from . import attention
 from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
-from .fused import FAMILIES, FusedForward, Masks
+from .device import device_of, spread_of
+from .feed import Feed
+from .fused import FAMILIES, FusedForward
+from .kernel_forward import KernelForward
 from .layers import LayerStack, SubLayer
 from .packing import Packing
+from .parallel import agreed, world
+from .passes import Inputs, Passes
 from .plan import SkipPlan
+from .pool import CachePool
+from .quantised import method_of, promise
+from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
+from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
+from .support import exact_positions, own_attention, refuse_unsupported, triton_errors
 
 FULL = SkipPlan()
 PREFILL_CHUNK = 256
 """Prompt tokens per forward at the most: bounds the activations of a long prompt."""
+DEVICE_PREFILL_CHUNK = 1024
+"""The same on a GPU, which is not busy with fewer."""
 LEAST_CHUNK = 64
 LOOSE_EXTENT = 64
 """Keys are read in extents of a multiple of this where bits don't matter."""
@@ -29,27 +42,19 @@ MASK_ENTRIES = 1 << 22
 """Tokens times heads per key head times positions of one forward: bounds its mask, as far as chunks
 of `LEAST_CHUNK` tokens allow."""
 
+DEVICE_MASK_ENTRIES = 1 << 26
+"""The same on a GPU: 128 MiB."""
+
+if TYPE_CHECKING:
+    from .compiling import Compilation
+
+# Of our own code, PyTorch and triton, which builds with a C compiler that may not be there.
+_NOT_FUSED = (
+    *(AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError),
+    *(OSError, SubprocessError),
+)
+
 Observer = Callable[[SubLayer, int, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class RowRule:
-    """How many rows, tokens of all sequences together, a pass runs at the least.
-
-    A linear layer gives a single half-precision row other bits than the same row among several;
-    with two or more they agree. A pass of one token therefore runs it twice, which costs the same.
-    """
-
-    least: int
-
-    @classmethod
-    def for_dtype(cls, dtype: torch.dtype) -> RowRule:
-        return cls(1 if dtype == torch.float32 else 2)
-
-    @property
-    def bitwise(self) -> bool:
-        """Whether a token's logits are to have the same bits in every pass."""
-        return self.least > 1
 
 
 class Decoder:
@@ -63,34 +68,50 @@ class Decoder:
         sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
         full_passes, draft_passes: forwards so far, of the whole model and under a plan.
 
+        rows: how many rows passes run.
+        inexact: passes could not be arranged as ``exact`` asks.
+        caveat: why, where it lies with quantised weights.
+        passes, runner: what runs them, and how they reach the device.
+        compilation: what came of having the forward compiled; None: nobody has asked.
+
     Args:
         model: a transformers causal language model in eval mode, on its device and in its dtype.
         exact: arrange half-precision passes so that a token's logits have the same bits in every
             one of them; without, drafts may part from vanilla at near-ties, and steps are quicker.
+        recorder: records passes, to be replayed; None: CUDA graphs where the model is on a GPU.
+        eager: why passes are not to be recorded; None: they may be.
 
     Raises:
         InputError: the model can't be decoded exactly this way; the message names the reason.
     """
 
-    def __init__(self, model: Any, *, exact: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        exact: bool = True,
+        recorder: Recorder | None = None,
+        eager: str | None = None,
+    ) -> None:
         self.model = model
         self.config = model.config.get_text_config()
-        _refuse_unsupported(model, self.config)
+        refuse_unsupported(model, self.config)
         self.stack = LayerStack(model)
         self.depth = self.stack.depth
-        self.device: torch.device = model.device
+        self.device = device_of(model)
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(self.config.vocab_size)
-        self.rows = RowRule.for_dtype(self.dtype) if exact else RowRule(1)
-        self._extent_multiple = EXTENT_MULTIPLE if exact else LOOSE_EXTENT
-        heads = int(self.config.num_attention_heads)
-        self._groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
-        self._windows = _windows(self.config, self.depth)
-        self._plain_attention = _own_attention(model)
-        self.exact_positions = _exact_positions(self.config)
+        self.rows = RowRule.for_cpu(self.dtype) if exact else LOOSE
+        self.passes = Passes(model, self.config, self.stack)
+        multiple = EXTENT_MULTIPLE if exact else LOOSE_EXTENT
+        self.runner = Runner(self.passes, multiple)
+        self.compilation: Compilation | None = None
+        self._spread = spread_of(model)
+        self._pool: CachePool | None = None
+        self._plain_attention = own_attention(model)
+        self.exact_positions = exact_positions(self.config)
         self.full_passes = self.draft_passes = 0
         self._packing = Packing.earlier(model)
-        self._fused: FusedForward | None = None
         self._cache_sizes: list[LayerSizes] | None = None
         # First of all, while the model's own weights are there: packed ones replace them.
         expected = self._plain_logits()
@@ -100,11 +121,24 @@ class Decoder:
         except InputError:
             model.set_attn_implementation(self._plain_attention)
             raise
-        self._fused = self._fuse()
+        self.passes.fused = self._fuse()
+        wanted = self.rows.bitwise
+        self.caveat: str | None = None
+        if exact and method_of(model.config) is not None:
+            promised = agreed(promise(model, self._sample_logits()))
+            self.rows, self.caveat = promised.rows, promised.caveat
+        elif wanted and self.device.type == "cuda":
+            self.rows = find_rule(self._sample_logits())
+        # Of three parts or more it depends on a sum's size which two are added first.
+        reordered = wanted and world().size > 2
+        self.inexact = (wanted and not self.rows.bitwise) or self.caveat is not None or reordered
+        self._record(multiple, recorder, eager)
         self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
+        if self._pool is not None:
+            return self._pool.take(capacity, batch)
         cache = KVCache(self.depth, batch, capacity)
         if self._cache_sizes is not None:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -113,8 +147,10 @@ class Decoder:
 
     def chunk_for(self, length: int) -> int:
         """Tokens per forward of a prompt of ``length`` tokens."""
-        fitting = MASK_ENTRIES // (self._groups * extent_for(length))
-        return max(LEAST_CHUNK, min(PREFILL_CHUNK, fitting))
+        on_cpu = self.device.type == "cpu"
+        entries = MASK_ENTRIES if on_cpu else DEVICE_MASK_ENTRIES
+        fitting = entries // (self.passes.groups * extent_for(length))
+        return max(LEAST_CHUNK, min(PREFILL_CHUNK if on_cpu else DEVICE_PREFILL_CHUNK, fitting))
 
     def check_plan(self, plan: SkipPlan) -> None:
         """Raise InputError unless this model can run under the plan."""
@@ -146,7 +182,7 @@ class Decoder:
         them in the slot of their position, the others in slots behind all that anyone sees.
 
         Args:
-            tokens: int64 ``[B, T]``.
+            tokens: int64 ``[B, T]``; these and the others are best still in the host's memory.
             positions: int64 ``[B, T]``.
             cache: filled below the first position of every row.
             plan: the sub-layers left out.
@@ -156,48 +192,48 @@ class Decoder:
         Returns:
             Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
         """
+        self._count(plan)
+        batch, wanted = tokens.shape
+        inputs = Inputs(tokens, positions, slots)
+        least = self._least(batch, plan)
+        keep = least if last_only and wanted >= least else 0
+        if (width := self.runner.width_for(wanted, batch)) > wanted:
+            inputs = inputs.repeated(width, positions=True)
+        if width < least:
+            inputs = inputs.repeated(least, positions=self.passes.by_modules)
+        end = int(inputs.written.max()) + 1
+        logits = self.runner.run(inputs, cache, Pass(plan, keep), end)
+        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+
+    def _least(self, batch: int, plan: SkipPlan) -> int:
+        """Rows of a pass at the least. Drafts are guesses: only what decides has to have the same
+        bits in every pass.
+        """
+        return 1 if plan else -(-self.rows.least // batch)
+
+    def feed(self, token: int, position: int, cache: KVCache, plan: SkipPlan = FULL) -> Feed | None:
+        """Greedy passes over one row that the host need not wait for one by one.
+
+        Args:
+            token, position: what the first of them runs, and where.
+            cache: of this row alone, filled below the position.
+            plan: the sub-layers left out.
+
+        Returns:
+            None where passes are not recorded: then there is nothing to gain.
+        """
+        runner = self.runner
+        if not (isinstance(runner, GraphRunner) and runner.records and cache.place.number):
+            return None
+        rows, places = self._least(1, plan), self.passes.by_modules
+        count = partial(self._count, plan)
+        return Feed(runner, cache, Pass(plan), rows, places, token, position, count)
+
+    def _count(self, plan: SkipPlan) -> None:
         if plan:
             self.draft_passes += 1
         else:
             self.full_passes += 1
-        batch, wanted = tokens.shape
-        # Drafts are guesses: only what decides has to have the same bits in every pass.
-        least = 1 if plan or batch > 1 else self.rows.least
-        keep = least if last_only and wanted >= least else 0
-        fused = None if self.stack.watched else self._fused
-        if wanted < least:
-            tokens = _repeated(tokens, least)
-            if fused is None:
-                positions = _repeated(positions, least)
-                slots = None if slots is None else _repeated(slots, least)
-        written = positions if slots is None else slots
-        extent = extent_for(int(written.max()) + 1, self._extent_multiple)
-        cache.announce(written, extent)
-        masks = self._masks(positions, slots, extent)
-        run = self._by_modules if fused is None else fused
-        logits = run(tokens, positions, masks, cache, plan, keep)
-        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
-
-    def _by_modules(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        masks: Masks,
-        cache: KVCache,
-        plan: SkipPlan,
-        keep: int,
-    ) -> torch.Tensor:
-        with self.stack.without(plan):
-            output = self.model(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=masks,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        logits: torch.Tensor = output.logits
-        return logits
 
     def prefill(
         self, tokens: torch.Tensor, cache: KVCache, *, start: int = 0, plan: SkipPlan = FULL
@@ -214,9 +250,8 @@ class Decoder:
         size = self.chunk_for(start + tokens.shape[1])
         for begin in range(0, tokens.shape[1], size):
             chunk = tokens[:, begin : begin + size]
-            positions = torch.arange(
-                start + begin, start + begin + chunk.shape[1], device=self.device
-            ).expand(chunk.shape)
+            positions = torch.arange(start + begin, start + begin + chunk.shape[1])
+            positions = positions.expand(chunk.shape)
             logits = self.forward(chunk, positions, cache, plan, last_only=True)
         return logits
 
@@ -229,7 +264,8 @@ class Decoder:
 
         def hook(kind: SubLayer, layer: int) -> Callable[..., None]:
             def show(module: nn.Module, args: Any, output: Any) -> None:
-                observer(kind, layer, output[0] if isinstance(output, tuple) else output)
+                states = output[0] if isinstance(output, tuple) else output
+                observer(kind, layer, agreed(states.to(self.device)))
 
             return show
 
@@ -256,18 +292,6 @@ class Decoder:
                 yield self.model
         finally:
             self.model.set_attn_implementation(attention.NAME)
-
-    def _masks(self, positions: torch.Tensor, slots: torch.Tensor | None, extent: int) -> Masks:
-        every = torch.arange(extent, device=positions.device)
-        at = positions[:, None, :, None]
-        seen = every <= at if slots is None else every < at
-        own = None if slots is None else every == slots[:, None, :, None]
-        masks = {}
-        for kind, window in self._windows.items():
-            mask = seen if window is None else seen & (every > at - window)
-            mask = mask if own is None else mask | own
-            masks[kind] = attention.fold_mask(mask, self._groups)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _plain_logits(self) -> torch.Tensor:
         """Logits ``[1, T, V]`` of the sample by the model as transformers runs it."""
@@ -314,22 +338,84 @@ class Decoder:
                 f"{name} is refused: run step by step with explicit masks and positions it does "
                 "not give its own logits, so output could not be guaranteed to be the model's own"
             )
-        self._cache_sizes = cache.sizes
+        if not self._spread:  # else every layer allocates where it is
+            self._cache_sizes = cache.sizes
         return self._check_stubs(tokens, positions)
 
     def _fuse(self) -> FusedForward | None:
-        """The fused forward where the model has one that gives its modules' logits."""
-        if getattr(self.config, "model_type", None) not in FAMILIES:
+        """The first way of running passes fused that gives the modules' logits; None: none does."""
+        if getattr(self.config, "model_type", None) not in FAMILIES or self._spread:
             return None
+        ways: list[tuple[type[FusedForward], bool]] = [(FusedForward, False)]
+        if self.passes.flash:
+            ways.insert(0, (FusedForward, True))
+        if KernelForward.why_not(self.device, self.dtype, self.config) is None:
+            ways.insert(0, (KernelForward, self.passes.flash))
+        errors: tuple[type[Exception], ...] = (*_NOT_FUSED, *triton_errors())
+        for kind, self.passes.flash in ways:
+            try:
+                forward = kind(self.model, self.stack.layers, self.config)
+                if self.agrees(forward):
+                    return forward
+            except errors:
+                continue
+        return None
+
+    def agrees(self, forward: FusedForward) -> bool:
+        """Whether a fused forward gives the logits that the modules give, but for rounding.
+
+        Raises:
+            whatever the forward raises.
+        """
         tokens, positions = self._sample()
         cache = self.new_cache(tokens.shape[1])
-        expected = self.forward(tokens, positions, cache)
+        with self.stack.watching():
+            expected = self.forward(tokens, positions, cache)
+        before, self.passes.fused = self.passes.fused, forward
+        self.runner.forget()
         try:
-            self._fused = FusedForward(self.model, self.stack.layers, self.config)
-            logits = self.forward(tokens, positions, cache)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            return None
-        return self._fused if self._close(logits, expected) else None
+            return self._close(self.forward(tokens, positions, cache), expected)
+        finally:
+            self.passes.fused = before
+            self.runner.forget()
+
+    def _record(self, multiple: int, recorder: Recorder | None, eager: str | None) -> None:
+        """Have passes recorded from now on where that is possible."""
+        if recorder is None and self.device.type == "cuda":
+            recorder = CudaRecorder(self.device)
+        if recorder is None:
+            eager = f"there are no graphs on {self.device.type}"
+        elif self._spread:
+            eager = f"the model is spread ({self._spread})"
+        if recorder is None or eager is not None or self._cache_sizes is None:
+            self.runner.reason = eager or "what keys and values are like is not known"
+            return
+        self.runner = GraphRunner(self.passes, multiple, recorder)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._pool = CachePool(self.depth, self._cache_sizes, like, self.runner.forget)
+
+    def _sample_logits(self) -> Logits:
+        """Runs the tokens of one random text, for `find_rule`.
+
+        On a GPU across the end of the first extent: how far keys are read may count, too.
+        """
+        length = max(PROBED_WIDTHS) + PROBED_TOKENS
+        room = self.exact_positions or getattr(self.config, "max_position_embeddings", None) or 0
+        start = EXTENT_MULTIPLE - PROBED_TOKENS // 2 if self.device.type == "cuda" else 0
+        start = start if start + length <= room else 0
+        generator = torch.Generator().manual_seed(1)
+        text = torch.randint(self.vocabulary, (1, start + length), generator=generator)
+        tokens, positions = text[:, start:], torch.arange(start, start + length)[None]
+        cache = self.new_cache(start + length)
+        if start:
+            self.prefill(text[:, :start], cache)
+
+        def logits(least: int, place: int, width: int) -> torch.Tensor:
+            self.rows = RowRule(least, bitwise=True)
+            here = slice(place, place + width)
+            return self.forward(tokens[:, here], positions[:, here], cache)[0]
+
+        return logits
 
     def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions ``[1, T]`` to compare ways of running the model by.
@@ -364,61 +450,3 @@ class Decoder:
         difference = (one.float() - other.float()).pow(2).mean(-1).sqrt()
         spread = other.float().std(-1).clamp(min=1e-6)
         return bool((difference / spread).median() <= share)
-
-
-def _repeated(row: torch.Tensor, width: int) -> torch.Tensor:
-    """``[B, T]`` with the last column repeated up to ``[B, width]``."""
-    return torch.cat([row, row[:, -1:].expand(-1, width - row.shape[1])], dim=1)
-
-
-def _refuse_unsupported(model: Any, config: Any) -> None:
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"{name} is an encoder-decoder model; only decoders can be decoded here")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        raise InputError(
-            f"{name} has layers of the kind {', '.join(sorted(kinds))}, whose state can't be "
-            "rolled back token by token; only full and sliding-window attention can be exact"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{name} does not use transformers' attention interface; not supported")
-
-
-def _own_attention(model: Any) -> str:
-    """The attention that transformers would use, also where an earlier Decoder set the engine's."""
-    current: str = model.config._attn_implementation
-    if current != attention.NAME:
-        return current
-    return "sdpa" if model._supports_sdpa else "eager"
-
-
-def _exact_positions(config: Any) -> int | None:
-    """Length up to which a token's keys don't depend on the pass that made them; None: unbounded.
-
-    "dynamic" and "longrope" rotations turn all tokens of a pass by angles that depend on its last
-    position once that lies beyond the trained length: drafts checked together, or a prompt read in
-    chunks, would not get the angles that transformers gives them.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_kind = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
-    lengths = [
-        entry.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
-        for entry in by_kind
-        if entry.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(map(int, lengths), default=None)
-
-
-def _windows(config: Any, depth: int) -> dict[str, int | None]:
-    """Window by kind of layer (None: sees everything), one entry per kind the model has."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * depth
-    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}

@@ -135,10 +135,10 @@ class SkipDrafter:
         return "skip"
 
     def draft(self, context: Context, limit: int) -> Draft:
-        device, sampler = self.decoder.device, context.sampler
+        sampler = context.sampler
         filled = len(context.tokens) - 1
-        token = torch.tensor([[context.tokens[-1]]], device=device)
-        position = torch.tensor([[filled]], device=device)
+        token = torch.tensor([[context.tokens[-1]]])
+        position = torch.tensor([[filled]])
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
         for _ in range(min(limit, self.max_tokens)):
@@ -149,7 +149,7 @@ class SkipDrafter:
                 rows.append(row)
             if probability < self.stop_probability or chosen in context.end_tokens:
                 break
-            token = torch.tensor([[chosen]], device=device)
+            token = torch.tensor([[chosen]])
             position = position + 1
         if not rows:
             return Draft(tuple(drafted))

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .attention import folded_attention
 from .cache import KVCache
 from .packing import PackedLinear, alike, is_plain
 from .plan import SkipPlan
@@ -29,10 +28,20 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
 """Model types whose layers this knows: RMSNorm, rotary positions, gated MLP."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-Masks = torch.Tensor | Mapping[str, torch.Tensor]
 
 
-class _Norm:
+class Attend(Protocol):
+    """Attention of a pass: it knows what each token may see.
+
+    Of queries ``[B, Hq, T, D]`` over keys and values ``[B, Hkv, S, D]`` it gives ``[B, T, Hq, D]``.
+    """
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor: ...
+
+
+class Norm:
     """RMSNorm, rounded where transformers rounds."""
 
     def __init__(self, module: Any) -> None:
@@ -47,22 +56,46 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Plain:
+    """A product with plain weights ``[out, in]``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
     """What one layer computes with. Norms stand before a sub-layer or behind it."""
 
     kind: str
-    before_attention: _Norm | None
+    before_attention: Norm | None
     qkv: Product
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     scaling: float
     output: Product
-    after_attention: _Norm | None
-    before_mlp: _Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
     gate_up: Product
     activation: Callable[[torch.Tensor], torch.Tensor]
     down: Product
-    after_mlp: _Norm | None
+    after_mlp: Norm | None
+
+
+class Turns(NamedTuple):
+    """The rotation of a pass.
+
+    Attributes:
+        cos, sin: ``[B, 1, T, D]``, the latter with the sign that half the features need.
+        own: how many of a sequence's tokens have places of their own; the others repeat the last.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    own: int
 
 
 class FusedForward:
@@ -81,7 +114,7 @@ class FusedForward:
         decoder = model.get_decoder()
         self.embedding = model.get_input_embeddings()
         self.rotary = decoder.rotary_emb
-        self.norm = _Norm(decoder.norm)
+        self.norm = Norm(decoder.norm)
         self.head = _product(model.get_output_embeddings())
         self.heads = int(config.num_attention_heads)
         self.shared = int(config.num_key_value_heads)
@@ -101,7 +134,7 @@ class FusedForward:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        masks: Masks,
+        attend: Mapping[str, Attend],
         cache: KVCache,
         plan: SkipPlan,
         keep: int,
@@ -110,67 +143,75 @@ class FusedForward:
 
         Args:
             tokens: ``[B, T]``. There may be more of them than positions: they repeat the last one,
-                and are there so that products have enough rows (see `.decoder.RowRule`). Attention
+                and are there so that products have enough rows (see `.rows.RowRule`). Attention
                 needs no more rows than there are positions.
             positions: ``[B, P]``, P ≤ T.
-            masks: for the positions, as the modules get them.
+            attend: attention of the positions' tokens by kind of layer; one entry serves all kinds.
             cache: has been told where the positions are written.
             plan: what is left out.
             keep: see above.
         """
         x = self.embedding(tokens)
-        cos, sin = self._rotation(x, positions)
-        by_kind = {"": masks} if isinstance(masks, torch.Tensor) else masks
-        added = {kind: _added(mask, x.dtype) for kind, mask in by_kind.items()}
-        only = next(iter(added.values())) if len(added) == 1 else None
+        turns = self._turns(x, positions)
+        only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
         for i, layer in enumerate(self.layers):
-            if i not in attention_out:
-                mask = added[layer.kind] if only is None else only
-                x = self._attention(layer, x, cos, sin, mask, cache.layers[i]).add_(x)
-            if i not in mlp_out:
-                x = self._mlp(layer, x).add_(x)
+            own = attend[layer.kind] if only is None else only
+            kept = i not in attention_out, i not in mlp_out
+            x = self._through(layer, x, turns, own, cache.layers[i], kept)
         return self.head(self.norm(x[:, -keep:] if keep else x))
 
-    def _rotation(
-        self, x: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin ``[B, 1, T, D]``, the latter with the sign that half the features need."""
+    def _through(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        turns: Turns,
+        attend: Attend,
+        cached: Any,
+        kept: tuple[bool, bool],
+    ) -> torch.Tensor:
+        """A layer with its attention and its MLP, as far as they are kept."""
+        attention, mlp = kept
+        if attention:
+            x = self._attention(layer, x, turns, attend, cached).add_(x)
+        return self._mlp(layer, x).add_(x) if mlp else x
+
+    def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> Turns:
+        """The rotation of tokens ``x`` of which those at the positions have places."""
         cos, sin = self.rotary(x, positions)
         if cos.shape[-1] != self.size:
             raise ValueError("only part of each head is rotated")
         sin[..., : self.size // 2].neg_()
-        return cos[:, None], sin[:, None]
+        return Turns(cos[:, None], sin[:, None], positions.shape[1])
 
     def _attention(
         self,
-        layer: _Layer,
+        layer: Layer,
         x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
+        turns: Turns,
+        attend: Attend,
         cached: Any,
     ) -> torch.Tensor:
         batch, tokens, _ = x.shape
         product = layer.qkv(layer.before_attention(x) if layer.before_attention else x)
-        own = cos.shape[2]
-        if own < tokens:
-            product = product[:, :own]
+        cos, sin, own = turns
+        # Norms before the repeated rows go: on a GPU a sum's order depends on how many there are.
         if layer.query_norm is not None and layer.key_norm is not None:
             product = self._normed(layer.query_norm, layer.key_norm, product)
+        if own < tokens:
+            product = product[:, :own]
         states = product.view(batch, own, -1, self.size).transpose(1, 2)
         turning, value = states.split((self.heads + self.shared, self.shared), dim=1)
         turned = torch.addcmul(turning * cos, turning.roll(self.size // 2, -1), sin)
         query, key = turned.split((self.heads, self.shared), dim=1)
         keys, values = cached.update(key, value)
-        out = folded_attention(query, keys, values, mask, layer.scaling)
-        rows = out.transpose(1, 2).reshape(batch, own, -1)
+        rows = attend(query, keys, values, scaling=layer.scaling).reshape(batch, own, -1)
         if own < tokens:
             rows = torch.cat([rows, rows[:, -1:].expand(-1, tokens - own, -1)], dim=1)
         product = layer.output(rows)
         return layer.after_attention(product) if layer.after_attention else product
 
-    def _normed(self, query_norm: _Norm, key_norm: _Norm, product: torch.Tensor) -> torch.Tensor:
+    def _normed(self, query_norm: Norm, key_norm: Norm, product: torch.Tensor) -> torch.Tensor:
         """The product ``[B, T, ·]`` with its queries and keys normed."""
         sizes = [n * self.size for n in (self.heads, self.shared, self.shared)]
         parts = product.split(sizes, dim=-1)
@@ -181,47 +222,39 @@ class FusedForward:
             normed = query_norm(parts[0]), key_norm(parts[1])
         return torch.cat((*normed, parts[2]), dim=-1)
 
-    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         product = layer.gate_up(layer.before_mlp(x) if layer.before_mlp else x)
         gate, up = product.chunk(2, dim=-1)
         product = layer.down(layer.activation(gate).mul_(up))
         return layer.after_mlp(product) if layer.after_mlp else product
 
 
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers to add, which attention would else make of it in every layer."""
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return added.masked_fill_(mask.logical_not(), float("-inf"))
-
-
-def _read_layer(
-    layer: Any, kind: str, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> _Layer:
+def _read_layer(layer: Any, kind: str, activation: Callable[[torch.Tensor], torch.Tensor]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     post_norms = hasattr(layer, "post_feedforward_layernorm")
 
-    def norm(owner: Any, name: str) -> _Norm | None:
-        return _Norm(getattr(owner, name)) if hasattr(owner, name) else None
+    def norm(owner: Any, name: str) -> Norm | None:
+        return Norm(getattr(owner, name)) if hasattr(owner, name) else None
 
     def joined(owner: Any, whole: str, parts: Sequence[str]) -> Product:
         if hasattr(owner, whole):  # Phi 3 has them in one
             return _product(getattr(owner, whole))
         return _joined([getattr(owner, part) for part in parts])
 
-    return _Layer(
+    return Layer(
         kind=kind,
-        before_attention=None if post_norms else _Norm(layer.input_layernorm),
+        before_attention=None if post_norms else Norm(layer.input_layernorm),
         qkv=joined(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
         query_norm=norm(attention, "q_norm"),
         key_norm=norm(attention, "k_norm"),
         scaling=float(attention.scaling),
         output=_product(attention.o_proj),
-        after_attention=_Norm(layer.post_attention_layernorm) if post_norms else None,
-        before_mlp=None if post_norms else _Norm(layer.post_attention_layernorm),
+        after_attention=Norm(layer.post_attention_layernorm) if post_norms else None,
+        before_mlp=None if post_norms else Norm(layer.post_attention_layernorm),
         gate_up=joined(mlp, "gate_up_proj", ("gate_proj", "up_proj")),
         activation=activation,
         down=_product(mlp.down_proj),
-        after_mlp=_Norm(layer.post_feedforward_layernorm) if post_norms else None,
+        after_mlp=Norm(layer.post_feedforward_layernorm) if post_norms else None,
     )
 
 
@@ -241,14 +274,36 @@ def _joined(linears: Sequence[Any]) -> Product:
             raise ValueError("packed apart")
         product: Product = packed.pop()
         return product
-    if not all(map(is_plain, linears)):
-        raise ValueError("layers that compute more than their weights say")
+    if not all(map(is_plain, linears)):  # quantised: a kernel takes one of them
+        return lambda rows: torch.cat([linear(rows) for linear in linears], dim=-1)
     if not alike(linears):
         raise ValueError("layers that can't be one product")
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    for linear, view in zip(linears, weight.split(sizes), strict=True):
-        linear.weight = nn.Parameter(view, requires_grad=False)
+    weight = _joined_before(linears)
+    if weight is None:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        sizes = [linear.out_features for linear in linears]
+        for linear, view in zip(linears, weight.split(sizes), strict=True):
+            linear.weight = nn.Parameter(view, requires_grad=False)
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    return lambda rows: F.linear(rows, weight, bias)
+    return Plain(weight, bias)
+
+
+def _joined_before(linears: Sequence[Any]) -> torch.Tensor | None:
+    """The tensor that the layers' weights are views of, one behind the other; None: there is none.
+
+    A second forward of the same model must not take its memory again.
+    """
+    first, end = linears[0].weight.detach(), 0
+    for linear in linears:
+        own = linear.weight
+        if (
+            not own.is_contiguous()
+            or own.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or own.storage_offset() != first.storage_offset() + end
+        ):
+            return None
+        end += own.numel()
+    rows = sum(linear.out_features for linear in linears)
+    whole: torch.Tensor = first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    return whole

@@ -25,9 +25,12 @@ from conflayers_cli.outputs import write_json
 from . import builtin
 from .costs import Costs, CostTable, measure_costs
 from .decoder import Decoder
+from .device import spread_of
 from .model import LoadedModel, fingerprint
+from .parallel import agreed
+from .quantised import signature
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 FOLDER = "latencies"
 STRIDE = 4
@@ -78,11 +81,13 @@ def costs_of(
 def key_of(model: Any) -> str:
     """What tells a model from those whose passes cost something else.
 
-    Its shape, and the kinds of modules that it is made of: they say whether weights are packed or
-    quantised, which the dtype doesn't.
+    Its shape, the kinds of modules that it is made of, which say whether weights are packed, and
+    how its weights are quantised.
     """
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
-    return json.dumps({**fingerprint(model.config), "modules": kinds}, sort_keys=True)
+    known = {**fingerprint(model.config), "modules": kinds}
+    quantised = signature(model.config)
+    return json.dumps({**known, "quantised": quantised} if quantised else known, sort_keys=True)
 
 
 def cost_table(
@@ -107,7 +112,8 @@ def cost_table(
     """
     subject = _subject(decoder, model_key)
     path = None if cache_folder is None else _path(cache_folder, subject)
-    known = {} if path is None else _read(path, subject)
+    # All ranks measure together, and go by the same figures.
+    known = agreed({} if path is None else _read(path, subject))
     missing = tuple(sorted({1, *batches} - known.keys()))
     for number, rows in enumerate(missing):
         if progress:
@@ -132,7 +138,9 @@ def _grown(costs: Costs, one: Costs, rows: int) -> Costs:
 def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
     """What the figures are of, and what they depend on."""
     versions = environment.versions()
+    spread = spread_of(decoder.model)
     return {
+        **({"spread": spread} if spread else {}),
         "model": model_key,
         "depth": decoder.depth,
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -141,6 +149,9 @@ def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "rows": decoder.rows.least,
+        "recorded": decoder.runner.reason is None,
+        "forward": type(decoder.passes.fused).__name__,
+        "flash": decoder.passes.flash,
         "environment": {name: versions[name] for name in ("conflayers", "torch", "transformers")},
     }
 

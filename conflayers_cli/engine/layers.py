@@ -16,6 +16,7 @@ from torch import nn
 
 from conflayers_cli.errors import InputError
 
+from .parallel import agreed
 from .plan import SkipPlan
 
 SubLayer = Literal["attention", "mlp"]
@@ -66,7 +67,8 @@ class _InPlace(_PassThrough):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         def call(hidden: torch.Tensor) -> torch.Tensor:
             output = self._original[0](hidden, *args, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple) else output
+            return agreed(states.to(hidden.device))
 
         return super().forward(self.run(self.index, hidden_states, call))
 
@@ -90,12 +92,15 @@ class _Once(nn.Module):
 class _Zero(nn.Module):
     """Stands where a sub-layer is left out: adds nothing to the residual stream."""
 
-    def __init__(self, arity: int, like: torch.Tensor) -> None:
+    def __init__(self, arity: int, zero: torch.Tensor) -> None:
         super().__init__()
         self.arity = arity
-        self.zero = torch.zeros((1, 1, 1), dtype=like.dtype, device=like.device)
+        self.zero = zero
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if given is not None and given.device != self.zero.device:  # of a model on several
+            self.zero = torch.zeros_like(self.zero, device=given.device)
         return self.zero if self.arity == 0 else (self.zero, *(None,) * (self.arity - 1))
 
 
@@ -135,7 +140,9 @@ class LayerStack:
         self.depth = len(self.layers)
         self.attention_name = _common_child(self.layers, _ATTENTION_NAMES)
         self.mlp_name = _common_child(self.layers, _MLP_NAMES)
-        self._like = next(p for p in model.parameters() if p.is_floating_point())
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        # Made once: in the middle of a recorded pass it would be the recording's.
+        self._zero = torch.zeros((1, 1, 1), dtype=like.dtype, device=like.device)
         self._arity: dict[nn.Module, int] = {}
         self._swaps: dict[SkipPlan, tuple[_Swap, ...]] = {}
         self.watched = 0
@@ -220,7 +227,7 @@ class LayerStack:
             InputError: the model keeps no such sub-layer as a module of its own.
         """
         table, key, module = self._place(kind, i)
-        return _Swap(table, key, _Zero(self._arity.get(module, 0), self._like), module)
+        return _Swap(table, key, _Zero(self._arity.get(module, 0), self._zero), module)
 
     def _place(self, kind: SubLayer, i: int) -> tuple[MutableMapping[str, Any], str, nn.Module]:
         """(table of modules, key in it, module) of one sub-layer; raises as `stub_swap`."""

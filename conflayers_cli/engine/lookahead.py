@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .chain import Chain
-from .chances import Chances
+from .chances import Chances, Share
 from .costs import CostTable
 from .ngram import Match
 from .plan import SkipPlan
@@ -32,6 +32,9 @@ ALLOWANCE = 0.004
 MOST_ALLOWANCE = 2.0
 """What is saved up of it at the most, in tokens a row."""
 
+DROPS = 8
+"""Drafts dropped one behind the other, none of it verified, after which one must be saved for."""
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -41,11 +44,13 @@ class Prices:
         verify: of a full pass by width, from 0, which stands for 1.
         draft: of a draft pass by width, likewise.
         rows: rows per pass.
+        turnaround: between two draft passes of which the second waits for the host.
     """
 
     verify: tuple[float, ...]
     draft: tuple[float, ...]
     rows: int
+    turnaround: float = 0.0
 
     @classmethod
     def of(
@@ -55,7 +60,8 @@ class Prices:
         costs = table.at(rows, context)
         verify = tuple(costs.verify_cost(max(width, 1)) for width in range(widest + AHEAD + 2))
         one = costs.draft_cost(plan, table.depth) if plan else 0.0
-        return cls(verify, tuple(one * seconds / verify[1] for seconds in verify), rows)
+        draft = tuple(one * seconds / verify[1] for seconds in verify)
+        return cls(verify, draft, rows, costs.turnaround)
 
     @property
     def vanilla(self) -> float:
@@ -112,8 +118,10 @@ class Lookahead:
         self._allowance = 0.0
         self._hoped: float | None = None
         self._proven = 0
+        self._dropped = 0
         self._drafting = 0.0
         self._passes = 0
+        self._going_on = [Share(0.5, 4.0) for _ in range(max_tokens + 1)]
         self.prices = self.prices_for(1, 0)
         self.rate = self.new_rate = self.prices.vanilla
 
@@ -178,6 +186,17 @@ class Lookahead:
                 for token, chance in zip(match.tokens[:count], own, strict=False):
                     chain.add(token, chance, "ngram")
 
+    def blind(self, chain: Chain) -> bool:
+        """Whether to begin the pass behind the next one before that one's token is read.
+
+        It saves what the host takes to read and to decide, and is for nothing where drafting ends
+        with that token.
+        """
+        if chain.settled + 1 >= chain.limit:
+            return False
+        ends = 1.0 - self._going_on[chain.settled + 1].mean
+        return ends * self.prices.draft[2] < self.prices.turnaround
+
     def skip(self, chains: Sequence[Chain]) -> list[bool]:
         """Which chains the next draft pass is to extend; none: it does not pay.
 
@@ -185,9 +204,17 @@ class Lookahead:
         skipped model would not choose, so one token of its own is gained wherever that is: what it
         gains depends on the reach of the last token it has decided on, not on that of the n-grams'.
         """
+        taking = self._skip(chains)
+        if len(chains) == 1 and chains[0].settled:
+            self._going_on[chains[0].settled].saw(taking[0])
+        return taking
+
+    def _skip(self, chains: Sequence[Chain]) -> list[bool]:
         if self._plan is None:
             return [False] * len(chains)
         bound = min(1 + 2 * self._proven, self.max_tokens)
+        if self._short(chains):
+            bound = self.max_tokens
         chances = []
         for chain in chains:
             can = chain.open and chain.settled < bound
@@ -198,6 +225,8 @@ class Lookahead:
         loss = self._loss(chains, chances)
         if loss > 0 and len(chains) == 1:
             loss = min(loss, self._loss_seeing(chains[0], chances[0]))
+        if self._dropped >= DROPS and not self._passes:
+            loss = max(loss, self.new_rate * self.prices.draft[1])
         if loss > 0:
             if self._passes or self._allowance < loss:
                 return [False] * len(chains)
@@ -208,6 +237,17 @@ class Lookahead:
         self._drafting += self.prices.draft[1 + width]
         self._passes += 1
         return taking
+
+    def _short(self, chains: Sequence[Chain]) -> bool:
+        """Whether what is drafted is not worth verifying yet.
+
+        Where a second row costs a leap, as with kernels made for one, a draft that caution keeps
+        short would be dropped over and over, and nothing learnt.
+        """
+        verify = self.prices.verify
+        width = max(len(chain.tokens) for chain in chains)
+        gain = sum(sum(chain.reach[1:]) for chain in chains)
+        return gain < self.rate * (verify[width + 1] - verify[1])
 
     def _loss(self, chains: Sequence[Chain], chances: Sequence[float]) -> float:
         """What drafting on loses, in tokens, however far it looks ahead; under 0: it gains."""
@@ -281,6 +321,10 @@ class Lookahead:
         for chain in chains:
             if len(chain.tokens) > width:
                 chain.cut(width)
+        if self._passes:
+            # Nothing is learnt of what is not verified: it looks as good the next time.
+            kept = any("skip" in chain.sources for chain in chains)
+            self._dropped = 0 if kept else self._dropped + 1
         seconds = self._drafting + verify[width + 1]
         new = not any("ngram" in chain.sources for chain in chains)
         for kind in (0, 1) if new else (0,):

@@ -13,6 +13,7 @@ from .choices import Asked, Choice, choices
 from .costs import CostTable
 from .decoder import Decoder
 from .draft import Context, Draft, leaves_of
+from .feed import Feed
 from .lookahead import Figures, Lookahead
 from .ngram import NO_MATCH, Match
 from .plan import SkipPlan
@@ -85,6 +86,7 @@ class MixedDrafter:
         self._costs = costs
         self._lookahead = Lookahead(costs, self._plan or None, max_tokens, prior)
         self._texts = Texts(index=ngram)
+        self._feed: Feed | None = None
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ class MixedDrafter:
                 break
             self._skip(rows, taking)
         look.end(chains)
+        self._feed = None  # it holds the text's cache
         return [self._finished(row, alone=len(rows) == 1) for row in rows]
 
     def _chain(self, context: Context, text: Text, limit: int, state: int) -> Chain:
@@ -159,6 +162,8 @@ class MixedDrafter:
 
         Rows that take no part run a token that they have run before, in its own place.
         """
+        if len(rows) == 1 and self._fed(rows[0]):
+            return
         inputs = [
             row.inputs if takes else row.inputs[:1] for row, takes in zip(rows, taking, strict=True)
         ]
@@ -169,10 +174,9 @@ class MixedDrafter:
             [start + min(i, len(own) - 1) for i in range(width)]
             for start, own in zip(starts, inputs, strict=True)
         ]
-        device = self._decoder.device
         logits = self._decoder.forward(
-            torch.tensor(padded, device=device),
-            torch.tensor(positions, device=device),
+            torch.tensor(padded),
+            torch.tensor(positions),
             rows[0].context.cache,
             self._plan,
         )
@@ -184,6 +188,23 @@ class MixedDrafter:
         chosen = choices(logits, asked, rows=self._tree is not None)
         for i, own in zip(takers, chosen, strict=True):
             self._settle(rows[i], own)
+
+    def _fed(self, row: _Row) -> bool:
+        """One more token by a pass that feeds the next, perhaps launched before; False where that
+        can't be: tokens that are not the skipped model's own, or chosen otherwise than greedily.
+        """
+        context, chain = row.context, row.chain
+        sampler = context.sampler
+        if chain.pending or self._tree or not sampler.settings.greedy or sampler.penalises:
+            return False
+        (token,), position = row.inputs, len(row.text.tokens) - 1 + chain.settled
+        if self._feed is None or not self._feed.goes_on_from(token, position):
+            self._feed = self._decoder.feed(token, position, context.cache, self._plan)
+        if self._feed is None:
+            return False
+        self._feed.launch(1 + self._lookahead.blind(chain) - self._feed.ahead)
+        self._settle(row, iter([self._feed.read()]))
+        return True
 
     def _settle(self, row: _Row, chosen: Iterator[Choice]) -> None:
         """Go along the pending tokens as long as the skipped model would choose them itself.
@@ -198,7 +219,7 @@ class MixedDrafter:
             chance = chances.drafted(choice.confidence, chain.bias)
             if chain.pending:
                 mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
-                ngrams = chain.reach[at + 1] / chain.reach[at]
+                ngrams = chain.reach[at + 1] / chain.reach[at] if chain.reach[at] else 0.0
                 if chain.tokens[at] == choice.token:
                     row.rows[at] = choice.row
                     self._settled(row, choice, agreeing(chance, ngrams), mark)

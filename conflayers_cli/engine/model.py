@@ -34,8 +34,10 @@ from conflayers_cli.engine.builtin import (
     ensure,
     quiet_transformers,
 )
-from conflayers_cli.engine.device import find_device
+from conflayers_cli.engine.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
+from conflayers_cli.engine.parallel import begin, on_first, sharding
+from conflayers_cli.engine.quantised import check_bits, loading, told
 from conflayers_cli.errors import ConfLayersError, InputError
 
 # What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
@@ -62,7 +64,7 @@ _VOLATILE = re.compile(
     r"_.*|conflayers_.*|.*_token_id|.*_dropout|.*dropout|.*_pdrop|.*attn_implementation"
     r"|architectures|auto_map|transformers_version|dtype|torch_dtype|use_cache|name_or_path"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
-    r"|quantization_config|pretraining_tp|initializer_range|gradient_checkpointing"
+    r"|quantization_config|distributed_config|pretraining_tp|initializer_range|gradient_checkpointing"
     r"|output_attentions|output_hidden_states|return_dict|chunk_size_feed_forward|prefix|tokenizer_class"
     r"|max_length|min_length|do_sample|temperature|top_k|top_p|typical_p|num_beams|early_stopping"
     r"|repetition_penalty|length_penalty|no_repeat_ngram_size|bad_words_ids|generation_config"
@@ -77,7 +79,8 @@ class LoadedModel:
 
     ``name`` is what a profile stores: the built-in name, the Hub id, or the path as it was given.
     ``model`` is in evaluation mode and needs no gradients. ``end_tokens`` are all ids that end a
-    text. ``context_length`` is None where the model names none.
+    text. ``context_length`` is None where the model names none. ``spread`` says how the model is
+    spread over several devices, None where it is on one: then ``device`` is where tokens go.
     """
 
     model: PreTrainedModel
@@ -89,6 +92,12 @@ class LoadedModel:
     end_tokens: frozenset[int]
     context_length: int | None
     has_chat_template: bool
+    spread: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the model is, in words."""
+        return f"{self.device}, {self.spread}" if self.spread else str(self.device)
 
 
 @dataclass(frozen=True)
@@ -113,28 +122,41 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    device_map: str | None = None,
+    quantize: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
     A built-in name wins over a folder of that name, a local path over a Hub id. Weights come from
-    safetensors or GGUF only, never from pickles.
+    safetensors or GGUF only, never from pickles. Under torchrun each process gets its part of every
+    layer (see :mod:`.parallel`).
 
     Args:
         device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or
             ``mps``.
         dtype: ``auto`` (what is fast on the device), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run Python code that comes with the model.
+        device_map: ``auto`` spreads the layers over all devices there are, and over the host's
+            memory where those are too small; None: one device.
+        quantize: load a plain checkpoint's weights in fewer bits, ``int8`` or ``int4``.
         progress: told about conversion and loading.
 
     Raises:
         InputError: no such model, device or dtype; broken or refused files; not a causal language
-            model.
+            model, or one that can't be spread so.
         ConfLayersError: it does not fit into the memory, or a conversion failed.
     """
+    check_device_map(device_map, device)
+    begin()  # before files are looked for: what fails on one rank alone is told there
     on = find_device(device)
     check_dtype(dtype)
+    check_bits(quantize)
+    if source in BUILTIN:  # converted by one process, for all of this machine
+        on_first(lambda: ensure(source, progress))
     origin = _find(source, progress)
+    if quantize and origin.gguf:
+        raise InputError(f"--quantize takes safetensors, and {source} is a GGUF file")
 
     def step(done: float) -> None:
         if progress:
@@ -143,20 +165,29 @@ def load_model(
     step(0.0)
     with quiet_transformers(step):
         config = _read_config(origin, trust_remote_code)
-        kind, reason = choose_dtype(dtype, on, config)
-        model = _read_model(origin, config, kind, trust_remote_code)
+        kind, reason = on_first(lambda: choose_dtype(dtype, on, config))
+        spreading = {"device_map": device_map} if device_map else sharding(config, source)
+        quantising = loading(config, source, quantize, on, kind, trust_remote_code)
+        if quantising is not None:
+            spreading = {**(spreading or {"device_map": {"": str(on)}}), **quantising}
+        model = _read_model(origin, config, kind, trust_remote_code, spreading)
         tokenizer = _read_tokenizer(origin, trust_remote_code)
     step(1.0)
+    if quantising is not None and model.dtype != kind:
+        reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"
+    if weights := told(model.config, quantize):
+        reason = f"{reason}; {weights}"
     return LoadedModel(
-        model=_to_device(model, on, source),
+        model=model if spreading else _to_device(model, on, source),
         tokenizer=tokenizer,
         name=source,
-        device=on,
-        dtype=kind,
+        device=device_of(model),
+        dtype=model.dtype,
         dtype_reason=reason,
         end_tokens=_end_tokens(model, tokenizer),
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
+        spread=spread_of(model),
     )
 
 
@@ -328,9 +359,13 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _read_model(
-    origin: _Origin, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    origin: _Origin,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    spreading: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """The model on the CPU, complete, without gradients."""
+    """The model, complete, without gradients: on the CPU, or as ``spreading`` has it spread."""
     safetensors = {} if origin.gguf else {"use_safetensors": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -342,8 +377,11 @@ def _read_model(
             # Reported below instead of by an exception that names no weight.
             ignore_mismatched_sizes=True,
             **safetensors,
+            **spreading,
             **origin.arguments,
         )
+    except torch.OutOfMemoryError as error:
+        raise ConfLayersError(f"{origin.source} does not fit into the devices' memory") from error
     except _READ_ERRORS as error:
         raise _refusal(origin, "weights", error) from error
     for fault, keys in (("missing", "missing_keys"), ("of another shape", "mismatched_keys")):
@@ -374,7 +412,12 @@ def _to_device(model: PreTrainedModel, device: torch.device, source: str) -> Pre
     try:
         return model.to(device)
     except torch.OutOfMemoryError as error:
-        raise ConfLayersError(f"{source} does not fit into the memory of {device}") from error
+        advice = ""
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            advice = ": --device-map auto, or torchrun, spreads it over several devices"
+        raise ConfLayersError(
+            f"{source} does not fit into the memory of {device}{advice}"
+        ) from error
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -21,6 +21,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from .device import spread_of
+
 _MEASURED = 8
 """Weights by which packed and plain products are compared."""
 _WORTH_MEASURING = 1 << 20
@@ -216,8 +218,16 @@ class Packing:
 
 
 def is_plain(module: object) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer and no more: its weight says all that it computes."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    """Whether a module is a linear layer and no more: its weight says all that it computes.
+
+    Quantised layers are of other kinds, or have weights of other kinds (torchao); with
+    compressed-tensors, and where accelerate moves a model's layers between devices, they are
+    ordinary ones with a forward of their own.
+    """
+    if type(module) is not nn.Linear or type(module._parameters.get("weight")) is not nn.Parameter:
+        return False
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return not hooks and "forward" not in vars(module)
 
 
 def _used_once(model: nn.Module) -> set[nn.Module]:
@@ -244,6 +254,8 @@ def _reorder(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _possible(model: Any) -> bool:
+    if spread_of(model):  # what is measured here might differ from process to process
+        return False
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):

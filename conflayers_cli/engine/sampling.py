@@ -15,6 +15,8 @@ import torch
 
 from conflayers_cli.errors import InputError
 
+from .parallel import agreed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -133,7 +135,8 @@ class Sampler:
             before = ordered.cumsum(dim=-1) - ordered
             outside = torch.zeros_like(before, dtype=torch.bool)
             outside.scatter_(-1, order, before >= settings.top_p)
-            probabilities = _renormalised(probabilities.masked_fill(outside, 0.0))
+            # On a GPU sums in order differ in their last bits from one time to the next.
+            probabilities = agreed(_renormalised(probabilities.masked_fill(outside, 0.0)))
         if settings.min_p:
             least = probabilities.amax(dim=-1, keepdim=True) * settings.min_p
             probabilities = _renormalised(probabilities.masked_fill(probabilities < least, 0.0))
@@ -158,7 +161,7 @@ class Sampler:
         place = torch.searchsorted(sums, uniform * sums[-1:], right=True)
         # Rounding up to the whole sum is as good as impossible, and would be no token at all.
         last = torch.searchsorted(sums, sums[-1:])
-        return int(torch.minimum(place, last))
+        return int(agreed(torch.minimum(place, last)))
 
     def draw_distinct(self, probabilities: torch.Tensor, count: int) -> list[int]:
         """``count`` tokens drawn one after another from ``[V]`` probabilities, none twice.
@@ -170,10 +173,9 @@ class Sampler:
         ).tolist()
         return drawn
 
-    def uniform(self, count: int) -> list[float]:
-        """``count`` random numbers from [0, 1)."""
-        device = self.generator.device
-        return torch.rand(count, generator=self.generator, device=device).tolist()
+    def uniform(self, count: int) -> torch.Tensor:
+        """``count`` random numbers from [0, 1), float32."""
+        return torch.rand(count, generator=self.generator, device=self.generator.device)
 
 
 def best_tokens(scores: torch.Tensor) -> torch.Tensor:
@@ -249,14 +251,17 @@ def accept_sampled(
         there, or from what is left of it after the refusal of all candidates.
     """
     leaf_rows = itertools.count(len(drafted) + 1)
-    chances = sampler.uniform(len(drafted) + sum(map(len, leaves)))
+    first, chances = _first_chances(drafted, target, draft, sampler, sum(map(len, leaves)))
     for i, token in enumerate(drafted):
         p, q = target[i], None if draft is None else draft[i]
+        p_candidate, q_candidate = first[i]
         # Numbered before any is tried: rows of leaves that go untried count all the same.
         side = list(zip(leaves[i], leaf_rows, strict=False)) if leaves else []
         for candidate, row in ((token, i + 1), *side):
-            q_candidate = 1.0 if q is None else float(q[candidate])
-            if chances[row - 1] * q_candidate < float(p[candidate]):
+            if row > len(drafted):
+                p_candidate = float(p[candidate])
+                q_candidate = 1.0 if q is None else float(q[candidate])
+            if chances[row - 1] * q_candidate < p_candidate:
                 break
             p, q = _after_refusal(p, q, candidate)
         else:
@@ -264,6 +269,27 @@ def accept_sampled(
         if row > len(drafted):
             return row, sampler.draw(target[row])
     return len(drafted), sampler.draw(target[len(drafted)])
+
+
+def _first_chances(
+    drafted: Sequence[int],
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    sampler: Sampler,
+    leaves: int,
+) -> tuple[list[tuple[float, float]], list[float]]:
+    """((p, q) of each drafted token, a random number for each of them and of the leaves).
+
+    Read from the device all at once: every read waits for it.
+    """
+    if not drafted:
+        return [], []
+    tokens = torch.tensor(drafted).to(target.device, non_blocking=True)[:, None]
+    p = target[: len(drafted)].gather(1, tokens)[:, 0]
+    q = torch.ones_like(p) if draft is None else draft.gather(1, tokens)[:, 0]
+    read: list[float] = torch.cat([p, q, sampler.uniform(len(drafted) + leaves)]).tolist()
+    count = len(drafted)
+    return list(zip(read[:count], read[count : 2 * count], strict=True)), read[2 * count :]
 
 
 def _after_refusal(
@@ -276,7 +302,7 @@ def _after_refusal(
         residual = (p - q).clamp_(min=0.0)
         q = _renormalised(_without(q, token))
     # p = q up to rounding leaves nothing to sample from; the rule's limit there is p itself.
-    return (_renormalised(residual) if float(residual.sum()) > 0 else p), q
+    return torch.where(residual.sum() > 0, _renormalised(residual), p), q
 
 
 def _without(probabilities: torch.Tensor, token: int) -> torch.Tensor:

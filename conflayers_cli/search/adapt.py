@@ -22,6 +22,7 @@ from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.costs import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
+from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.plan import SkipPlan
 
 from .conflayers import ConfLayers, ConfLayersLoop
@@ -201,17 +202,21 @@ class AdaptiveDrafter:
 
     def draft(self, context: Context, limit: int) -> Draft:
         """Draft with whatever is being tried; between drafts the search goes on."""
-        now = clock(self._decoder.device)
+        now = self._now()
         if self._prompt is None or self._prompt[0] is not context.tokens:
             self._prompt, self._pending = (context.tokens, len(context.tokens) - 1), None
         self._note_step(context, now)
         self._work(_Seen(context.tokens, context.cache, self._prompt[1]))
-        begin = clock(self._decoder.device)
+        begin = self._now()
         drafter = self._drafter()
         draft = drafter.draft(context, limit) if drafter else Draft()
-        spent = clock(self._decoder.device) - begin
+        spent = self._now() - begin
         self._pending = (len(context.tokens), len(draft.tokens), begin, spent)
         return draft
+
+    def _now(self) -> float:
+        """Seconds; what is tried next depends on them, so all ranks go by one clock."""
+        return agreed(clock(self._decoder.device))
 
     def _drafter(self) -> SkipDrafter | None:
         """What decodes the next step; None: it is decoded plainly."""
@@ -244,9 +249,9 @@ class AdaptiveDrafter:
         while isinstance(self._request, _Work):
             if not window_of(passage, WINDOW) or not self._affordable():
                 return
-            begin = clock(self._decoder.device)
+            begin = self._now()
             self._request.run(passage)
-            spent = clock(self._decoder.device) - begin
+            spent = self._now() - begin
             self.search_seconds += spent
             self._longest_work = max(0.7 * self._longest_work, spent)
             self._request = self._run.send(Outcome())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.tree import TreeShape
 from conflayers_cli.errors import InputError
 
@@ -60,7 +61,7 @@ def auto(
     found: list[Candidate] = []
     refused: InputError | None = None
     for i, strategy in enumerate(strategies):
-        left = begin + SEARCHING * budget - time.perf_counter()
+        left = agreed(begin + SEARCHING * budget - time.perf_counter())
         if left <= 0 and found:
             on_stage(f"no time left for {', '.join(s.name for s in strategies[i:])}")
             break

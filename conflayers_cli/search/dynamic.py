@@ -21,6 +21,7 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.layers import LayerCall
+from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.plan import SkipPlan
 
 from .window import Window
@@ -153,7 +154,7 @@ class Programme:
         The state that saves nothing is the full model itself.
         """
         begin = time.perf_counter()
-        if self._deadline is not None and begin >= self._deadline:
+        if self._deadline is not None and agreed(begin >= self._deadline):
             raise _OutOfTimeError
         if i == 0:
             self._states = hidden.new_empty((self._most_saved + 1, *hidden.shape[1:]))
@@ -202,7 +203,7 @@ class Programme:
             return
         ahead = range(i + 1, self._decoder.depth - 1)
         states = sum(min(self._most_saved, k * self._layer) + 1 for k in ahead)
-        if pace * states > SPARE * (self._deadline - time.perf_counter()):
+        if agreed(pace * states > SPARE * (self._deadline - time.perf_counter())):
             self._grid = self._layer
             self._alive = [j for j in self._alive if j % self._grid == 0]
 

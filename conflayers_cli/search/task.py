@@ -11,6 +11,7 @@ import torch
 
 from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.plan import SkipPlan
 
 from .objective import Objective, Setting
@@ -99,7 +100,7 @@ class Task:
     @property
     def out_of_time(self) -> bool:
         """Whether a search should end with what it has."""
-        return self.deadline is not None and time.perf_counter() >= self.deadline
+        return self.deadline is not None and agreed(time.perf_counter() >= self.deadline)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Window:
         at = self.positions[0, :, None]
         before = (slot_text == text) & (slots < at)
         masks = {}
-        for kind, window in self._decoder._windows.items():
+        for kind, window in self._decoder.passes.windows.items():
             seen = before if window is None else before & (slots > at - window)
             masks[kind] = torch.cat([seen, own], dim=1)[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))

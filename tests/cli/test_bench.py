@@ -15,8 +15,8 @@ from tests.cli.conftest import Run, save_profile, write_prompts
 
 FAST = ("--dtype", "float32", "--device", "cpu", "-n", "8", "--runs", "2")
 KEYS = (
-    "schema_version model device dtype environment settings arms speedup speedup_over "
-    "identical_outputs categories peak_memory_bytes kv_cache_bytes"
+    "schema_version model device dtype environment settings engine arms speedup "
+    "speedup_over identical_outputs categories peak_memory_bytes kv_cache_bytes"
 )
 
 

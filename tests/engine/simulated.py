@@ -78,6 +78,9 @@ class Model:
     device: torch.device = CPU
     widths: list[int] = field(default_factory=list)
 
+    def feed(self, token: int, position: int, cache: object, plan: SkipPlan) -> None:
+        """Passes are run one by one here."""
+
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, cache: object, plan: SkipPlan
     ) -> torch.Tensor:

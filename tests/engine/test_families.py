@@ -47,7 +47,7 @@ def test_what_may_be_left_out(family: str) -> None:
     both = frozenset(("attention", "mlp"))
     decoder = tiny.decoder(family)
     assert decoder.sub_layers == (frozenset() if family in WHOLE_ONLY else both)
-    assert decoder._windows == WINDOWS.get(family, {"full_attention": None})
+    assert decoder.passes.windows == WINDOWS.get(family, {"full_attention": None})
 
 
 @each_family

@@ -21,7 +21,7 @@ MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 def test_the_families_are_those_meant() -> None:
     assert set(FUSED) == {"llama", "mistral", "qwen2", "qwen2-mixed", "qwen3", "phi3", "olmo2"}
     for family in tiny.FAMILIES:
-        assert (tiny.decoder(family)._fused is not None) == (family in FUSED), family
+        assert (tiny.decoder(family).passes.fused is not None) == (family in FUSED), family
 
 
 def both(
@@ -90,7 +90,7 @@ def test_a_fused_forward_that_errs_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     right = FusedForward._mlp
     monkeypatch.setattr(FusedForward, "_mlp", lambda self, layer, x: right(self, layer, x).neg())
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
-    assert decoder._fused is None
+    assert decoder.passes.fused is None
     tokens = torch.arange(6)[None]
     logits = decoder.forward(tokens, tokens, decoder.new_cache(8))
     with decoder.plain() as model, torch.inference_mode():
@@ -102,4 +102,4 @@ def test_a_model_put_together_otherwise_is_run_by_its_modules(
 ) -> None:
     monkeypatch.setattr(decoder_module, "FAMILIES", FAMILIES | {"gpt2", "gemma3_text", "mixtral"})
     for family in ("gpt2", "gemma3", "mixtral"):
-        assert Decoder(tiny.build(tiny.CONFIGS[family]()))._fused is None
+        assert Decoder(tiny.build(tiny.CONFIGS[family]())).passes.fused is None

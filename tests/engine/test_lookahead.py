@@ -90,6 +90,28 @@ def test_confidence_is_made_use_of(draft: float) -> None:
     assert rate >= 1.02 * fixed_rate(table, text, 25, 0.8)
 
 
+@pytest.mark.parametrize("leap", [0.96, 1.5])
+@pytest.mark.parametrize("draft", [0.1, 0.4])
+def test_a_second_row_that_costs_a_leap_is_worth_it_for_long_drafts(
+    draft: float, leap: float
+) -> None:
+    """As with kernels made for one row: a first draft kept short for caution would never pay."""
+    table = costs(draft, 0.0, [(2, leap)])
+    text = random_text(3000, independent(0.95), seed=3)
+    best = max(fixed_rate(table, text, most) for most in range(0, 26))
+    assert best > 1.01
+    assert run(table, text, prior=0.95).rate(300) >= 0.97 * best
+    text = random_text(3000, independent(0.2), seed=3)
+    assert run(table, text, prior=0.95).rate(300) >= 0.995
+
+
+def test_drafts_that_are_never_worth_verifying_are_saved_for() -> None:
+    """Promised to be right, but unsure of every token, so that each is dropped again."""
+    table = costs(0.4, 0.0, [(2, 0.5)])
+    text = random_text(1500, independent(0.95, 0.05), seed=4)
+    assert run(table, text, prior=0.95).rate(0) >= 0.98
+
+
 def test_overconfident_drafts_are_seen_through() -> None:
     """Sure of everything, and right half of the time."""
     table = costs(0.4, 0.02)

@@ -25,7 +25,7 @@ demo: $(BIN)/conflayers
 		--against transformers --output $(DEMO)/bench.json
 
 test: $(BIN)/conflayers
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(BIN)/conflayers
 	$(BIN)/ruff check .

@@ -10,10 +10,10 @@ which the layers left out have no entries for decoded positions. It is lossy: no
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 
@@ -162,9 +162,9 @@ class Batch:
     def _advance(self) -> list[tuple[int, Step]]:
         """Draft, verify, keep: one pass over all rows."""
         rows = len(self._rows)
-        begin = time.perf_counter()  # whatever a step decides was read from the device within it
+        begin = perf_counter()  # whatever a step decides was read from the device within it
         drafts = self._draft()
-        drafted = time.perf_counter() if any(draft.tokens for draft in drafts) else begin
+        drafted = perf_counter() if any(draft.tokens for draft in drafts) else begin
         logits = self._verify(drafts)
         greedy = any(row.sampler.settings.greedy for _, row in self._rows)
         best = best_tokens(logits).tolist() if greedy else [None] * rows
@@ -174,7 +174,7 @@ class Batch:
             kept.append(row.keep((*draft.tokens[:stands], token)))
             accepted.append(min(stands, len(kept[-1])))
         draft_seconds = (drafted - begin) / rows
-        verify_seconds = (time.perf_counter() - drafted) / rows
+        verify_seconds = (perf_counter() - drafted) / rows
         return [
             (
                 number,

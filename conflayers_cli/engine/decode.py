@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -133,12 +133,12 @@ class Row:
         Args:
             cache: of this row alone, empty.
         """
-        begin = time.perf_counter()  # whatever a step decides was read from the device within it
+        begin = perf_counter()  # whatever a step decides was read from the device within it
         self.sampler.saw(self.tokens)
         prompt = torch.tensor([self.tokens])
         logits = self.decoder.prefill(prompt, cache)
         kept = self.keep((self.sampler.choose(logits[0]),))
-        return Step(kept, 0, 0, "prefill", 0.0, time.perf_counter() - begin, self.finish)
+        return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
 
     def decide(
         self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None = None
@@ -239,9 +239,9 @@ class Generation(Row):
         """Decide at least one more token. Not to be called once ``finish`` is set."""
         if len(self.tokens) == self.prompt_length:
             return self.read_prompt(self.cache)
-        begin = time.perf_counter()
+        begin = perf_counter()
         draft = self._draft(self.room)
-        drafted = time.perf_counter() if draft.tokens else begin
+        drafted = perf_counter() if draft.tokens else begin
         decided = self._fed() or self._verify(draft)
         kept = self.keep(decided)
         return Step(
@@ -250,7 +250,7 @@ class Generation(Row):
             accepted=min(len(decided) - 1, len(kept)),
             drafter=self._drafter_name if draft.tokens else "none",
             draft_seconds=drafted - begin,
-            verify_seconds=time.perf_counter() - drafted,
+            verify_seconds=perf_counter() - drafted,
             finish=self.finish,
             leaves=draft.width - len(draft.tokens),
             sources=draft.sources,

@@ -72,6 +72,7 @@ class Decoder:
         inexact: passes could not be arranged as ``exact`` asks.
         caveat: why, where it lies with quantised weights.
         passes, runner: what runs them, and how they reach the device.
+        setbacks: ways of running passes that failed here, and why.
         compilation: what came of having the forward compiled; None: nobody has asked.
 
     Args:
@@ -106,6 +107,7 @@ class Decoder:
         multiple = EXTENT_MULTIPLE if exact else LOOSE_EXTENT
         self.runner = Runner(self.passes, multiple)
         self.compilation: Compilation | None = None
+        self.setbacks: list[str] = []
         self._spread = spread_of(model)
         self._pool: CachePool | None = None
         self._plain_attention = own_attention(model)
@@ -357,8 +359,9 @@ class Decoder:
                 forward = kind(self.model, self.stack.layers, self.config)
                 if self.agrees(forward):
                     return forward
-            except errors:
-                continue
+            except errors as error:
+                lines = str(error).strip().splitlines()
+                self.setbacks.append(f"{kind.__name__}: {lines[0] if lines else type(error)}")
         return None
 
     def agrees(self, forward: FusedForward) -> bool:

@@ -202,7 +202,7 @@ class FusedForward:
             product = product[:, :own]
         states = product.view(batch, own, -1, self.size).transpose(1, 2)
         turning, value = states.split((self.heads + self.shared, self.shared), dim=1)
-        turned = torch.addcmul(turning * cos, turning.roll(self.size // 2, -1), sin)
+        turned = torch.addcmul(turning * cos, turning.roll(self.size // 2, -1), sin).to(x.dtype)
         query, key = turned.split((self.heads, self.shared), dim=1)
         keys, values = cached.update(key, value)
         rows = attend(query, keys, values, scaling=layer.scaling).reshape(batch, own, -1)

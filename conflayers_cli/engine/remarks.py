@@ -18,6 +18,8 @@ def remarks(decoder: Decoder) -> tuple[str, ...]:
         told.append(f"passes of up to {MOST_WIDTH} tokens replayed ({runner.graphs} recorded)")
     elif decoder.device.type != "cpu":
         told.append(f"passes launched one by one: {runner.reason}")
+    if decoder.device.type != "cpu":
+        told += [f"could not be used: {setback}" for setback in decoder.setbacks]
     if decoder.inexact:
         told.append(
             decoder.caveat
@@ -36,9 +38,17 @@ def run_facts(decoder: Decoder) -> dict[str, Any]:
         "replayed": decoder.runner.reason is None,
         "graphs": decoder.runner.graphs,
         "one_by_one_because": decoder.runner.reason,
+        "forward": _forward(decoder),
+        "attention_kernel": decoder.passes.flash and decoder.passes.fused is not None,
+        "setbacks": decoder.setbacks,
         "rows_at_least": decoder.rows.least,
         "exact_to_the_bit": not decoder.inexact
         and (decoder.rows.bitwise or decoder.dtype == torch.float32),
         "compiled": compilation is not None and compilation.used,
         "compile_seconds": compilation.seconds if compilation else None,
     }
+
+
+def _forward(decoder: Decoder) -> str:
+    forward = decoder.passes.fused
+    return "modules" if forward is None else type(forward).__name__

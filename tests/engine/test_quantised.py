@@ -392,7 +392,8 @@ def test_where_wider_passes_cost_more_less_is_drafted(monkeypatch: pytest.Monkey
 class Kernels:
     """Logits of kernels that round otherwise for fewer rows than ``least``, and their clock.
 
-    A pass of one row takes a second, one of more rows ``seconds``.
+    With ``least`` 0 they round otherwise every time. A pass of one row takes a second, one of more
+    rows ``seconds``.
     """
 
     dtype = torch.bfloat16
@@ -408,6 +409,8 @@ class Kernels:
     def logits(self, rows: int, place: int, width: int) -> torch.Tensor:
         count = max(rows, width)
         self._now += 1.0 if count == 1 else next(self._seconds)
+        if not self._least:
+            return self._right[place : place + width] + 1e-3 * self._now
         return self._right[place : place + width] + (0.0 if count >= self._least else 1e-3)
 
     def clock(self) -> float:
@@ -423,7 +426,7 @@ class Kernels:
         (2, 9.0, None, "2 rows a pass, 9.0 times"),
         (8, 1.0, 8, None),
         (8, 2.0, None, "8 rows a pass, 2.0 times"),
-        (70, 1.0, None, "round otherwise"),
+        (0, 1.0, None, "round otherwise"),
     ],
 )
 def test_bits_are_promised_where_they_hold_and_are_not_too_dear(

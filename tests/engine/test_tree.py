@@ -370,7 +370,7 @@ def test_the_cache_after_every_step(family: str, sampling: Sampling) -> None:
         assert_cache_is_fresh(generation)
         assert 0 <= step.accepted <= step.drafted
         assert len(step.tokens) == min(step.accepted + 1, 40)
-    assert len(moves) > 3
+    assert len(moves) >= 3  # leaves took the place of drafts
 
 
 def counted_moves(generation: Generation) -> list[tuple[int, int]]:

@@ -47,6 +47,8 @@ def _compiled(decoder: Decoder, backend: str) -> Compilation:
     plain = decoder.passes.fused
     if plain is None:
         return Compilation(False, "not compiled: this model's layers are not known here")
+    if decoder.packed:
+        return Compilation(False, "not compiled: on the CPU packed weights are used instead")
     before = _step_seconds(decoder)
     begin = time.perf_counter()
     try:

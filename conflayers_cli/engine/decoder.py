@@ -285,6 +285,11 @@ class Decoder:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def packed(self) -> bool:
+        """Whether packed weights stand in for the model's own (see :mod:`.packing`)."""
+        return self._packing is not None
+
     @contextmanager
     def plain(self) -> Iterator[Any]:
         """Within: the transformers model with its own attention, as ``generate`` would find it."""

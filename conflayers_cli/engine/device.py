@@ -63,7 +63,7 @@ def check_device_map(spec: str | None, device: str) -> None:
     if spec is None:
         return
     if spec != "auto":
-        raise InputError(f"--device-map {spec}: there is auto")
+        raise InputError(f"--device-map {spec}: the only map is auto")
     if device != "auto":
         raise InputError(
             f"--device-map auto and --device {device}: both say where the model goes; give one"

@@ -166,3 +166,11 @@ def test_a_compiler_that_fails_is_told_of() -> None:
     assert compilation.reason.startswith("not compiled: ")
     assert decoder.passes.fused is before
     assert output(decoder, tiny.prompt(9)) == output(tiny.decoder("llama"), tiny.prompt(9))
+
+
+def test_packed_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of("llama")
+    monkeypatch.setattr(Decoder, "packed", True)
+    compilation = compile_forward(decoder, BACKEND)
+    assert compilation.reason == "not compiled: on the CPU packed weights are used instead"
+    assert type(decoder.passes.fused) is not CompiledForward

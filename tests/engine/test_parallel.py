@@ -150,7 +150,7 @@ def test_device_maps_that_cant_be(torchrun: pytest.MonkeyPatch) -> None:
     check_device_map("auto", "auto")
     with pytest.raises(InputError, match="give one"):
         check_device_map("auto", "cuda")
-    with pytest.raises(InputError, match="there is auto"):
+    with pytest.raises(InputError, match="the only map is auto"):
         check_device_map("balanced", "auto")
 
 

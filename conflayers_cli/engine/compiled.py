@@ -19,6 +19,7 @@ from torch import nn
 
 from .fused import Attend, FusedForward, Layer, Norm, Plain, Turns
 from .packing import is_plain
+from .passes import repeated
 
 MOST_SHAPES = 6
 """Shapes that are compiled; passes of others run as they are."""
@@ -68,8 +69,7 @@ class CompiledForward(FusedForward):
         """Of all tokens: so that no shape that is compiled depends on how many have places."""
         own = positions.shape[1]
         if own < x.shape[1]:
-            last = positions[:, -1:].expand(-1, x.shape[1] - own)
-            positions = torch.cat([positions, last], dim=1)
+            positions = repeated(positions, x.shape[1])
         return super()._turns(x, positions)._replace(own=own)
 
     def _through(

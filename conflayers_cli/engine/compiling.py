@@ -11,6 +11,7 @@ from .compiled import CompiledForward
 from .decoder import Decoder
 from .fused import FusedForward
 from .rows import LOOSE
+from .support import first_line
 
 STEPS = 12
 CONTEXT = 64
@@ -59,8 +60,7 @@ def _compiled(decoder: Decoder, backend: str) -> Compilation:
         after = _step_seconds(decoder)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         use_forward(decoder, plain)
-        lines = str(error).strip().splitlines()
-        return Compilation(False, f"not compiled: {lines[0] if lines else type(error).__name__}")
+        return Compilation(False, f"not compiled: {first_line(error)}")
     took = time.perf_counter() - begin
     told = f"a compiled step takes {after / before:.2f} of the other's time (measured)"
     if after >= before:

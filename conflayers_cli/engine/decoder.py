@@ -28,7 +28,13 @@ from .pool import CachePool
 from .quantised import method_of, promise
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
 from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
-from .support import exact_positions, own_attention, refuse_unsupported, triton_errors
+from .support import (
+    exact_positions,
+    first_line,
+    own_attention,
+    refuse_unsupported,
+    triton_errors,
+)
 
 FULL = SkipPlan()
 PREFILL_CHUNK = 256
@@ -67,7 +73,6 @@ class Decoder:
         exact_positions: longest text that can be decoded exactly, None where there is no bound.
         sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
         full_passes, draft_passes: forwards so far, of the whole model and under a plan.
-
         rows: how many rows passes run.
         inexact: passes could not be arranged as ``exact`` asks.
         caveat: why, where it lies with quantised weights.
@@ -365,8 +370,7 @@ class Decoder:
                 if self.agrees(forward):
                     return forward
             except errors as error:
-                lines = str(error).strip().splitlines()
-                self.setbacks.append(f"{kind.__name__}: {lines[0] if lines else type(error)}")
+                self.setbacks.append(f"{kind.__name__}: {first_line(error)}")
         return None
 
     def agrees(self, forward: FusedForward) -> bool:

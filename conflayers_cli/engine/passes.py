@@ -50,11 +50,11 @@ class Inputs:
 
     def repeated(self, width: int, positions: bool) -> Inputs:
         """With the last token repeated up to ``width``, in its own place or without one."""
-        tokens = _repeated(self.tokens, width)
+        tokens = repeated(self.tokens, width)
         if not positions:
             return Inputs(tokens, self.positions, self.slots)
-        slots = None if self.slots is None else _repeated(self.slots, width)
-        return Inputs(tokens, _repeated(self.positions, width), slots)
+        slots = None if self.slots is None else repeated(self.slots, width)
+        return Inputs(tokens, repeated(self.positions, width), slots)
 
 
 class Passes:
@@ -164,7 +164,7 @@ class Passes:
         return masks
 
 
-def _repeated(row: torch.Tensor, width: int) -> torch.Tensor:
+def repeated(row: torch.Tensor, width: int) -> torch.Tensor:
     """``[B, T]`` with the last column repeated up to ``[B, width]``."""
     return torch.cat([row, row[:, -1:].expand(-1, width - row.shape[1])], dim=1)
 

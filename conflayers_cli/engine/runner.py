@@ -22,7 +22,7 @@ from .cache import EXTENT_MULTIPLE, KVCache, Place, extent_for
 from .passes import Inputs, Passes
 from .plan import SkipPlan
 from .sampling import best_with_probability
-from .support import triton_errors
+from .support import first_line, triton_errors
 
 MOST_TOKENS = 256
 """Tokens of all rows of a pass up to which it is recorded: longer ones keep the GPU busy."""
@@ -335,8 +335,7 @@ class GraphRunner(Runner):
         return output
 
     def _give_up(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines()
-        self.reason = f"recording a pass failed: {lines[0] if lines else type(error).__name__}"
+        self.reason = f"recording a pass failed: {first_line(error)}"
         self._graphs.clear()
 
     def _buffers_for(self, use: str, like: Inputs) -> _Buffers:

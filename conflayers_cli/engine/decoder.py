@@ -156,7 +156,7 @@ class Decoder:
         """Tokens per forward of a prompt of ``length`` tokens."""
         on_cpu = self.device.type == "cpu"
         entries = MASK_ENTRIES if on_cpu else DEVICE_MASK_ENTRIES
-        fitting = entries // (self.passes.groups * extent_for(length))
+        fitting = entries // (self.passes.most_groups * extent_for(length))
         return max(LEAST_CHUNK, min(PREFILL_CHUNK if on_cpu else DEVICE_PREFILL_CHUNK, fitting))
 
     def check_plan(self, plan: SkipPlan) -> None:

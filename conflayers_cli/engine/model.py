@@ -38,6 +38,7 @@ from conflayers_cli.engine.device import check_device_map, device_of, find_devic
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.engine.parallel import begin, on_first, sharding
 from conflayers_cli.engine.quantised import check_bits, loading, told
+from conflayers_cli.engine.support import sizes_by_layer
 from conflayers_cli.errors import ConfLayersError, InputError
 
 # What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
@@ -229,7 +230,7 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
     setting. For a multimodal model all but ``architecture`` is about its text part.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    heads = _first(text, "num_attention_heads")
     architectures = getattr(config, "architectures", None)
     return {
         "architecture": architectures[0] if architectures else type(config).__name__,
@@ -244,8 +245,11 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
 
 
 def _first(config: PreTrainedConfig, *names: str) -> int | None:
-    """The first of the attributes that is set. Families differ in their names for one thing."""
-    return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+    """The first of the sizes that is set. Families differ in their names for one thing.
+
+    Where layers differ in it, the first layer's: how they differ is the hash's matter.
+    """
+    return next((sizes[0] for n in names if (sizes := sizes_by_layer(config, n))), None)
 
 
 def _config_hash(config: PreTrainedConfig) -> str:

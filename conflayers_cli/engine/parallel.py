@@ -181,6 +181,8 @@ def sharding(config: Any, source: str) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
+    from .support import sizes_by_layer  # imports torch, which the command line's own help must not
+
     begin()
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)
@@ -190,9 +192,9 @@ def sharding(config: Any, source: str) -> dict[str, Any]:
             "--device-map auto, without torchrun, needs none"
         )
     if any(k.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and v == "colwise" for k, v in plan.items()):
-        heads = int(text.num_attention_heads)
-        shared = int(getattr(text, "num_key_value_heads", None) or heads)
-        _check_heads(source, heads, shared, size)
+        heads = sizes_by_layer(text, "num_attention_heads")
+        for shared in sizes_by_layer(text, "num_key_value_heads") or heads:
+            _check_heads(source, heads[0], shared, size)
     return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 

@@ -16,6 +16,7 @@ from .fused import Attend, FusedForward
 from .layers import LayerStack
 from .parallel import agreed
 from .plan import SkipPlan
+from .support import sizes_by_layer
 
 MOST_FLASHED = 64
 """Tokens a row up to which attention goes through the kernel for few queries over a long cache."""
@@ -68,7 +69,8 @@ class Passes:
 
     Attributes:
         fused: the forward to use in place of the model's own, unless modules are watched.
-        groups: query heads per key/value head.
+        groups: query heads per key/value head, as many in every layer; None: layers differ.
+        most_groups: the most that a layer has of them.
         windows: of each kind of layer, None where it sees everything.
         device: where passes run.
         flash: whether fused passes use the attention kernel for few queries.
@@ -78,8 +80,11 @@ class Passes:
         self.fused: FusedForward | None = None
         self._model = model
         self._stack = stack
-        heads = int(config.num_attention_heads)
-        self.groups = heads // int(getattr(config, "num_key_value_heads", None) or heads)
+        heads = sizes_by_layer(config, "num_attention_heads")
+        shared = sizes_by_layer(config, "num_key_value_heads") or heads
+        same = len(heads) == len(shared) == 1
+        self.groups: int | None = heads[0] // shared[0] if same else None
+        self.most_groups = max(heads) // min(shared)
         self.windows = _windows(config, stack.depth)
         self.device = device_of(model)
         self.flash = flash.why_not(self.device, model.dtype, _head_size(config)) is None
@@ -160,7 +165,8 @@ class Passes:
         for kind, window in self.windows.items():
             mask = seen if window is None else seen & (every > at - window)
             mask = mask if own is None else mask | own
-            masks[kind] = attention.fold_mask(mask, self.groups)
+            # where layers differ, each folds it for itself
+            masks[kind] = attention.fold_mask(mask, self.groups) if self.groups else mask
         return masks
 
 
@@ -170,8 +176,9 @@ def repeated(row: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _head_size(config: Any) -> int:
-    heads = int(config.num_attention_heads)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    """The largest, where layers differ."""
+    sizes = sizes_by_layer(config, "head_dim")
+    return max(sizes) if sizes else config.hidden_size // int(config.num_attention_heads)
 
 
 def _windows(config: Any, depth: int) -> dict[str, int | None]:

@@ -14,6 +14,11 @@ def refuse_unsupported(model: Any, config: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder model; only decoders can be decoded here")
+    if sharing := getattr(config, "num_kv_shared_layers", None):
+        raise InputError(
+            f"{name}'s last {sharing} layers use the keys and values of layers before them, which "
+            "would be lost with the layer where one is left out; not supported"
+        )
     kinds = set(getattr(config, "layer_types", None) or ()) - {
         "full_attention",
         "sliding_attention",
@@ -25,6 +30,17 @@ def refuse_unsupported(model: Any, config: Any) -> None:
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{name} does not use transformers' attention interface; not supported")
+
+
+def sizes_by_layer(config: Any, name: str) -> tuple[int, ...]:
+    """The values that a size of a configuration has over the layers, each once; none: it has none.
+
+    Asked for a size in which layers differ (Gemma 4's ``head_dim``), a configuration of
+    transformers raises an error unless the layer is named.
+    """
+    layers = getattr(config, "per_layer_config", None) or (config,)
+    values = dict.fromkeys(getattr(layer, name, None) for layer in layers)
+    return tuple(int(value) for value in values if value is not None)
 
 
 def own_attention(model: Any) -> str:

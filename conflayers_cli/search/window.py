@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.layers import InPlace
+from conflayers_cli.engine.support import sizes_by_layer
 
 from .texts import Sample
 
@@ -69,7 +70,7 @@ class Window:
         slots = self._cache.slots + self.size
         keys = slots * self._cache.bytes_per_slot
         # Attention in plain steps keeps scores, weights and a copy in float32.
-        scores = 3 * 4 * int(config.num_attention_heads) * self.size * slots
+        scores = 3 * 4 * max(sizes_by_layer(config, "num_attention_heads")) * self.size * slots
         inner = INNER_WIDTHS * self.size * int(config.hidden_size) * element
         return max(1, MOST_BYTES // (keys + scores + inner))
 

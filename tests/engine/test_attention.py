@@ -139,3 +139,12 @@ def test_one_query_without_a_mask_sees_all_keys(softcap: float | None) -> None:
     expected = reference(query, key, value, everything, DIM**-0.5, softcap=softcap)
     got, _ = attention_forward(torch.nn.Module(), query, key, value, None, softcap=softcap)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_folded_for_other_groups_is_refused() -> None:
+    """It would be read as one of other tokens."""
+    query, keys = torch.randn(1, 8, 3, 8), torch.randn(1, 2, 5, 8)
+    mask = fold_mask(torch.ones(1, 1, 3, 5, dtype=torch.bool), 1)
+
+    with pytest.raises(ValueError, match="rows for 3 tokens of 4 heads"):
+        attention_forward(torch.nn.Module(), query, keys, keys, mask)

@@ -18,14 +18,19 @@ DEPTH = 5
 WINDOW = 7
 MOST_PARAMETERS = 6_000_000
 
-# Not decoders of text by themselves, though transformers lists a class of theirs: encoders, decoders
-# that attend to an encoder, models of other media.
+# Not decoders of text by themselves, though transformers lists a class of theirs: encoders,
+# decoders that attend to an encoder, models of other media.
+# fmt: off
 NOT_DECODERS = frozenset(
-    "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert "
-    "data2vec-text electra ernie git marian mbart megatron-bert mvp pegasus plbart prophetnet "
-    "reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta "
-    "xlm-roberta-xl xlnet xmod".split()
+    (
+        "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot",
+        "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "git", "marian",
+        "mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer",
+        "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
+        "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+    )
 )
+# fmt: on
 
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),

@@ -142,6 +142,7 @@ class Slots(RuleBasedStateMachine):
         """In the same memory, or in other memory as long as somebody holds a part of the old."""
         view = self.cache.view(0, 1) if keep else None
         before = [layer.values.clone() for layer in view.layers] if view else []
+        del self.cache  # in its memory nothing is anybody's from here on, but for the view
         self.take()
         assert all(not layer.values.any() for layer in self.cache.layers)
         self.write(range(self.batch), range(4), range(LAYERS))
@@ -149,35 +150,35 @@ class Slots(RuleBasedStateMachine):
             for layer, values in zip(view.layers, before, strict=True):
                 assert torch.equal(layer.values, values)
 
-    @rule(
-        row=st.integers(0, 2),
-        layer=st.integers(0, LAYERS - 1),
-        slot=SLOTS,
-        below=SLOTS,
-        window=st.none() | st.integers(1, 5),
-    )
-    def attention_reads(
-        self, row: int, layer: int, slot: int, below: int, window: int | None
-    ) -> None:
-        """A query in its own slot sees those below a position, as far as its window goes."""
-        row %= self.batch
-        self.write(range(row, row + 1), [slot], [layer])
-        held = self.held[layer][row]
+    @rule(slot=SLOTS, below=SLOTS, window=st.none() | st.integers(1, 5))
+    def attention_reads(self, slot: int, below: int, window: int | None) -> None:
+        """Queries in their own slots see those below a position, as far as their window goes."""
+        self.write(range(self.batch), [slot], range(LAYERS))
         first = 0 if window is None else max(0, below - window)
-        seen = sorted({slot, *(at for at in held if first <= at < below)})
-        view = self.cache.view(row, row + 1)
+        for layer, held in enumerate(self.held):
+            for row, own in enumerate(held):
+                seen = {slot + row, *(at for at in own if first <= at < below)}
+                self.check_read(row, layer, slot + row, sorted(seen))
+
+    def check_read(self, row: int, layer: int, slot: int, seen: list[int]) -> None:
+        """Attention of one query against the softmax over a list of what it sees."""
+        held, view = self.held[layer][row], self.cache.view(row, row + 1)
         extent = extent_for(max(seen) + 1)
         view.announce(torch.tensor([[slot]]), extent)
-        number = held[slot]
-        own = [vector(number, layer, kind)[None, :, None] for kind in (0, 1, 2)]
-        keys, values = view.update(own[0], own[1], layer)
+        key, value, query = (vector(held[slot], layer, kind)[None, :, None] for kind in range(3))
+        keys, values = view.update(key, value, layer)
         mask = torch.zeros(1, 1, 1, extent, dtype=torch.bool)
         mask[..., seen] = True
-        got, _ = attention.attention_forward(torch.nn.Module(), own[2], keys, values, mask)
+        got, _ = attention.attention_forward(torch.nn.Module(), query, keys, values, mask)
         many = [torch.stack([vector(held[at], layer, kind) for at in seen], 1) for kind in (0, 1)]
-        weights = torch.softmax(own[2][0].double() @ many[0].double().mT / DIM**0.5, dim=-1)
+        weights = torch.softmax(query[0].double() @ many[0].double().mT / DIM**0.5, dim=-1)
         expected = (weights @ many[1].double())[:, 0]
         torch.testing.assert_close(got[0, 0].double(), expected, rtol=1e-5, atol=1e-5)
+
+    def teardown(self) -> None:
+        """All there is is read once more."""
+        if hasattr(self, "held"):
+            self.attention_reads(CAPACITY - self.batch, CAPACITY, None)
 
 
 Slots.TestCase.settings = settings(max_examples=60, stateful_step_count=25)

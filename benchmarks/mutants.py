@@ -223,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfLayersError as error:
         say(f"mutants: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Examples are drawn from a fixed seed, so that what fails on one machine fails on every other; no
 # deadline, since how long an example takes says nothing about whether it is right.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+# For those who only ask whether anything fails (benchmarks/mutants.py): the example stays as found.
+settings.register_profile(
+    "unshrunk",
+    settings.get_profile("default"),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
 
 # Nothing here may ask a hub: what is tested is built in memory.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -332,6 +332,17 @@ def test_a_lossy_batch_gives_whole_texts_and_shares_out_its_seconds(
     assert seconds == [[(1.0, 19.0)] * 3, [(1.0, 6.333333)] * 3]
 
 
+def test_every_prompt_of_a_file_has_a_seed_of_its_own(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    """So the same prompt again is answered anew, and by itself as where its turn comes."""
+    same = write_prompts(tmp_path / "same.jsonl", "Hello", "Hello")
+    drawing = ("-m", model, *FAST, "-t", "1.5")
+    lines = run("generate", "--data", same, *drawing, "--seed", 7).lines
+    alone = run("generate", "Hello", *drawing, "--seed", 8, "--json").document
+    assert lines[0]["token_ids"] != lines[1]["token_ids"] == alone["token_ids"]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, profile: Path, prompts: Path) -> Path:
     """The output of an uninterrupted, sampled run."""

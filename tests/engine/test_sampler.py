@@ -120,6 +120,13 @@ def test_top_p_among_ties_keeps_as_few_as_needed() -> None:
     assert int((got > 0).sum()) == 3
 
 
+def test_top_p_ends_where_the_sum_is_reached_exactly() -> None:
+    """As in transformers: a half is reached by two tokens of a quarter each, no third is needed."""
+    setting, logits = Sampling(1.0, top_p=0.5), torch.zeros(1, 4)
+    got = Sampler(setting, 4, CPU).distribution(logits)
+    assert int((got > 0).sum()) == int((theirs(setting, logits, [0]) > 0).sum()) == 2
+
+
 @pytest.mark.parametrize("setting", [Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6)])
 def test_one_choice_left_is_the_best_token(setting: Sampling) -> None:
     logits = random_logits(3, rows=1)

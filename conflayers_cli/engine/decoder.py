@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from conflayers_cli.errors import InputError
+from conflayers_cli.errors import ConfLayersError, InputError
 
 from . import attention
+from .best import NO_TOKEN, best_tokens
 from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
 from .device import device_of, spread_of
 from .feed import Feed
@@ -89,6 +90,7 @@ class Decoder:
 
     Raises:
         InputError: the model can't be decoded exactly this way; the message names the reason.
+        ConfLayersError: what it gives is no numbers.
     """
 
     def __init__(
@@ -122,6 +124,12 @@ class Decoder:
         self._cache_sizes: list[LayerSizes] | None = None
         # First of all, while the model's own weights are there: packed ones replace them.
         expected = self._plain_logits()
+        if bool((best_tokens(expected) == NO_TOKEN).any()):
+            raise ConfLayersError(
+                f"{type(model).__name__} gives logits that are NaN or infinite in "
+                f"{str(self.dtype).removeprefix('torch.')}, by transformers' own forward: its "
+                "weights are damaged, or reach too far for the dtype (try --dtype float32)"
+            )
         self._packing = Packing.of(model, self.stack.layers)
         try:
             self.sub_layers: frozenset[SubLayer] = self._checked(expected)
@@ -459,6 +467,9 @@ class Decoder:
         few per cent of that, and more at a token here and there, hence the median.
         """
         share = 1e-2 if self.dtype == torch.float32 else 0.3
+        # Minus infinity is how models rule tokens out.
+        out = one.isneginf() & other.isneginf()
+        one, other = one.masked_fill(out, 0.0), other.masked_fill(out, 0.0)
         difference = (one.float() - other.float()).pow(2).mean(-1).sqrt()
         spread = other.float().std(-1).clamp(min=1e-6)
         return bool((difference / spread).median() <= share)

@@ -68,7 +68,8 @@ class Decoder:
     """A causal language model, ready to be decoded with.
 
     The model stays the transformers class it is; its attention goes through
-    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back).
+    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back). Several
+    threads may decode with one decoder, each with drafters of its own (see :mod:`.pass_lock`).
 
     Attributes:
         exact_positions: longest text that can be decoded exactly, None where there is no bound.
@@ -153,7 +154,8 @@ class Decoder:
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
         if self._pool is not None:
-            return self._pool.take(capacity, batch)
+            with self.stack.lock:
+                return self._pool.take(capacity, batch)
         cache = KVCache(self.depth, batch, capacity)
         if self._cache_sizes is not None:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -207,9 +209,16 @@ class Decoder:
         Returns:
             Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
         """
-        self._count(plan)
-        batch, wanted = tokens.shape
+        wanted = tokens.shape[1]
         inputs = Inputs(tokens, positions, slots)
+        with self.stack.lock:
+            logits = self._run(inputs, cache, plan, last_only)
+        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+
+    def _run(self, inputs: Inputs, cache: KVCache, plan: SkipPlan, last_only: bool) -> torch.Tensor:
+        """Logits of the tokens, and of those repeated behind them."""
+        self._count(plan)
+        batch, wanted = inputs.tokens.shape
         least = self._least(batch, plan)
         keep = least if last_only and wanted >= least else 0
         if (width := self.runner.width_for(wanted, batch)) > wanted:
@@ -217,8 +226,7 @@ class Decoder:
         if width < least:
             inputs = inputs.repeated(least, positions=self.passes.by_modules)
         end = int(inputs.written.max()) + 1
-        logits = self.runner.run(inputs, cache, Pass(plan, keep), end)
-        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+        return self.runner.run(inputs, cache, Pass(plan, keep), end)
 
     def _least(self, batch: int, plan: SkipPlan) -> int:
         """Rows of a pass at the least. Drafts are guesses: only what decides has to have the same
@@ -285,18 +293,18 @@ class Decoder:
             return show
 
         kinds: tuple[SubLayer, ...] = ("attention", "mlp")
-        handles = [
-            module.register_forward_hook(hook(kind, i))
-            for i in range(self.depth)
-            for kind in kinds
-            if (module := self.stack.output_of(kind, i)) is not None
-        ]
-        try:
-            with self.stack.watching():
+        with self.stack.watching():
+            handles = [
+                module.register_forward_hook(hook(kind, i))
+                for i in range(self.depth)
+                for kind in kinds
+                if (module := self.stack.output_of(kind, i)) is not None
+            ]
+            try:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @property
     def packed(self) -> bool:
@@ -306,12 +314,13 @@ class Decoder:
     @contextmanager
     def plain(self) -> Iterator[Any]:
         """Within: the transformers model with its own attention, as ``generate`` would find it."""
-        self.model.set_attn_implementation(self._plain_attention)
-        try:
-            with self._packing.unpacked() if self._packing else nullcontext():
-                yield self.model
-        finally:
-            self.model.set_attn_implementation(attention.NAME)
+        with self.stack.lock:
+            self.model.set_attn_implementation(self._plain_attention)
+            try:
+                with self._packing.unpacked() if self._packing else nullcontext():
+                    yield self.model
+            finally:
+                self.model.set_attn_implementation(attention.NAME)
 
     def _plain_logits(self) -> torch.Tensor:
         """Logits ``[1, T, V]`` of the sample by the model as transformers runs it."""
@@ -412,7 +421,8 @@ class Decoder:
             return
         self.runner = GraphRunner(self.passes, multiple, recorder)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._pool = CachePool(self.depth, self._cache_sizes, like, self.runner.forget)
+        forget, lock = self.runner.forget, self.stack.lock
+        self._pool = CachePool(self.depth, self._cache_sizes, like, forget, lock)
 
     def _sample_logits(self) -> Logits:
         """Runs the tokens of one random text, for `find_rule`.

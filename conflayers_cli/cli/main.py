@@ -23,6 +23,10 @@ from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
 FAILURE = 1
+LESS_MEMORY = (
+    "a smaller --batch-size, shorter prompts and answers (--max-new-tokens), --dtype bfloat16 or "
+    "--quantize take less"
+)
 USAGE = 2
 
 HELP = """Decode faster with the model's own layers, losslessly.
@@ -140,7 +144,8 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     if hasattr(error, "format_message"):
         return _report_usage(error, arguments)
     if _out_of_memory(error):
-        note(f"error: out of memory: {_first_line(error)}")
+        told = f"out of memory: {_first_line(error)}".removesuffix(": ")
+        note(f"error: {told}; {LESS_MEMORY}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
     told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
@@ -161,13 +166,11 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # not imported for this
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    # the CPU's allocator raises a RuntimeError without a class of its own
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if "torch" not in sys.modules:  # not imported for this
+        return isinstance(error, MemoryError)
+    from conflayers_cli.engine.shortage import is_shortage
+
+    return is_shortage(error)
 
 
 def _first_line(error: BaseException) -> str:

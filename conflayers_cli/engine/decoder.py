@@ -29,6 +29,7 @@ from .pool import CachePool
 from .quantised import method_of, promise
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
 from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
+from .shortage import check_room, explained, is_shortage
 from .support import (
     exact_positions,
     first_line,
@@ -43,6 +44,8 @@ PREFILL_CHUNK = 256
 DEVICE_PREFILL_CHUNK = 1024
 """The same on a GPU, which is not busy with fewer."""
 LEAST_CHUNK = 64
+LARGE_CACHE = 64 * 2**20
+"""Bytes from which on it is worth asking first whether there is as much memory."""
 LOOSE_EXTENT = 64
 """Keys are read in extents of a multiple of this where bits don't matter."""
 MASK_ENTRIES = 1 << 22
@@ -152,15 +155,34 @@ class Decoder:
         self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """A cache for ``batch`` rows of up to ``capacity`` positions."""
-        if self._pool is not None:
-            with self.stack.lock:
-                return self._pool.take(capacity, batch)
-        cache = KVCache(self.depth, batch, capacity)
-        if self._cache_sizes is not None:
-            like = torch.empty(0, dtype=self.dtype, device=self.device)
-            cache.allocate(self._cache_sizes, like)
-        return cache
+        """A cache for ``batch`` rows of up to ``capacity`` positions.
+
+        Raises:
+            ShortageError: there is not enough memory.
+        """
+        needed = self._cache_bytes(capacity, batch)
+        texts = f"{batch} texts" if batch > 1 else "a text"
+        what = f"keys and values of {texts} of up to {capacity:,} tokens"
+        rows = ", --batch-size" if batch > 1 else ""
+        advice = f"lower --max-new-tokens{rows}, or give shorter prompts"
+        if needed is not None and needed >= LARGE_CACHE and self._pool is None:
+            check_room(needed, self.device, what, advice)
+        with explained(what, advice, needed):
+            if self._pool is not None:
+                with self.stack.lock:
+                    return self._pool.take(capacity, batch)
+            cache = KVCache(self.depth, batch, capacity)
+            if self._cache_sizes is not None:
+                like = torch.empty(0, dtype=self.dtype, device=self.device)
+                cache.allocate(self._cache_sizes, like)
+            return cache
+
+    def _cache_bytes(self, capacity: int, batch: int) -> int | None:
+        """What a cache takes at the least; None before that is known."""
+        if self._cache_sizes is None:
+            return None
+        slot = sum(heads * size for layer in self._cache_sizes for heads, size in layer)
+        return slot * extent_for(capacity) * batch * self.dtype.itemsize
 
     def chunk_for(self, length: int) -> int:
         """Tokens per forward of a prompt of ``length`` tokens."""
@@ -263,19 +285,29 @@ class Decoder:
     ) -> torch.Tensor:
         """Run a prompt, in chunks, on top of ``start`` filled positions.
 
+        Where the memory does not suffice for a chunk, smaller ones are tried.
+
         Args:
             tokens: int64 ``[B, T]``, T ≥ 1, all rows of one length.
 
         Returns:
             Logits of the last token, ``[B, 1, V]``.
         """
-        logits = torch.empty(0)
+        logits, begin = torch.empty(0), 0
         size = self.chunk_for(start + tokens.shape[1])
-        for begin in range(0, tokens.shape[1], size):
+        while begin < tokens.shape[1]:
             chunk = tokens[:, begin : begin + size]
             positions = torch.arange(start + begin, start + begin + chunk.shape[1])
             positions = positions.expand(chunk.shape)
-            logits = self.forward(chunk, positions, cache, plan, last_only=True)
+            try:
+                logits = self.forward(chunk, positions, cache, plan, last_only=True)
+            except (RuntimeError, MemoryError) as error:
+                # Several processes would have to do so together.
+                if size <= LEAST_CHUNK or world().size > 1 or not is_shortage(error):
+                    raise
+                size //= 2
+            else:
+                begin += size
         return logits
 
     @contextmanager

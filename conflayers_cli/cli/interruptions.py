@@ -15,6 +15,7 @@ from conflayers_cli.errors import InputError
 
 INTERRUPTED = 130
 TERMINATED = 143
+ONCE_MORE_S = 0.02
 
 
 class Interruptions:
@@ -76,7 +77,11 @@ class Interruptions:
         """What is raised where Python can't pass it on, in a finaliser, say, it tells and forgets:
         an interruption comes once more."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            _thread.interrupt_main(signal.Signals(self.number or signal.SIGINT))
+            # Not from here: it would be lost again.
+            number = signal.Signals(self.number or signal.SIGINT)
+            later = threading.Timer(ONCE_MORE_S, _thread.interrupt_main, (number,))
+            later.daemon = True
+            later.start()
         else:
             self._hook(unraisable)
 

@@ -58,7 +58,7 @@ class PeakMemory:
 
 
 def resident() -> int | None:
-    """This process's resident memory in bytes, freed blocks given back first; None: nobody tells."""
+    """This process's memory in bytes, freed blocks given back first; None: nobody tells."""
     _trim()
     return _status("VmRSS")
 

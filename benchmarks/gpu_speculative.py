@@ -20,13 +20,14 @@ from benchmarks.gpu_speed import Run, by_turns
 from benchmarks.gpu_timing import back_to_back, profiled
 from conflayers_cli.arms import Arm, EngineArm
 from conflayers_cli.bench import Spread, measure
+from conflayers_cli.engine.best import best_tokens
 from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.costs import clock
 from conflayers_cli.engine.decode import Generation, Step
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.draft import Drafter
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling, best_tokens
+from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.peers import TransformersArm
 
 PROMPT = 128

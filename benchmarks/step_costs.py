@@ -21,12 +21,12 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import common
+from conflayers_cli.engine.best import best_tokens
 from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.costs import Costs, clock
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.latencies import costs_of
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import best_tokens
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17, 20, 23, 26)
 BLOCK = 4

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from conflayers_cli.engine.locks import try_lock
 from conflayers_cli.engine.parallel import is_first, on_first
 from conflayers_cli.errors import ConfLayersError, InputError
 
@@ -82,12 +83,13 @@ class JsonLines:
     """A file of one JSON object per prompt, in order, each appended whole.
 
     Use `open`; ``done`` lines were there already. Of several processes of one torchrun the
-    first has the file.
+    first has the file. No other may write to it meanwhile (see `engine.locks`).
     """
 
     def __init__(self, path: Path, file: BinaryIO | None, done: int) -> None:
         self._path = path
         self._file = file
+        self._size = 0 if file is None else os.fstat(file.fileno()).st_size
         self.done = done
 
     @classmethod
@@ -97,8 +99,9 @@ class JsonLines:
         A last line without its line end was cut off in the writing and is dropped.
 
         Raises:
-            InputError: the file can't be made there; it has content and ``resume`` is not set; or
-                a line of it is not the answer to the prompt in its place.
+            InputError: the file can't be made there; another process is writing to it; it has
+                content and ``resume`` is not set; or a line of it is not the answer to the prompt
+                in its place.
             ConfLayersError: the file can't be read or written.
         """
         opened: list[JsonLines] = []
@@ -118,6 +121,8 @@ class JsonLines:
         except OSError as error:
             raise _unwritable(path, error) from error
         try:
+            if try_lock(file) is False:
+                raise InputError(f"{path}: another process is writing to it")
             file.seek(0)
             content = file.read()
             if content and not resume:
@@ -141,23 +146,44 @@ class JsonLines:
         """Add one line, and return once it is on the disk.
 
         Raises:
-            ConfLayersError: it can't be written; the lines before it stay whole.
+            ConfLayersError: it can't be written, or the file is not what it was any more; the
+                lines before it stay whole.
         """
         if self._file is None:
             return
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         data = f"{text}\n".encode()
         try:
-            before = os.fstat(self._file.fileno()).st_size
+            self._check_unchanged(self._file)
             try:
-                if self._file.write(data) != len(data):
-                    raise OSError("the disk is full")
+                rest = memoryview(data)
+                while rest:  # where a part is written the next call says why
+                    rest = rest[self._file.write(rest) :]
             except OSError:
-                self._file.truncate(before)
+                self._file.truncate(self._size)
                 raise
+            self._size += len(data)
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _unwritable(self._path, error) from error
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        """Raise ConfLayersError where lines would go to a file that nobody finds, or into somebody
+        else's.
+        """
+        ours = os.fstat(file.fileno())
+        try:
+            same = os.path.samestat(ours, self._path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ConfLayersError(
+                f"{self._path}: was removed or replaced while it was being written"
+            )
+        if ours.st_size != self._size:
+            raise ConfLayersError(
+                f"{self._path}: was changed by somebody else while it was being written"
+            )
 
     def __enter__(self) -> JsonLines:
         return self

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli import outputs
+from conflayers_cli.engine import locks
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.outputs import JsonLines, LineKey
 
@@ -94,6 +96,106 @@ def test_a_disk_that_is_full_keeps_the_lines_whole(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("written", [0, 1, 7])
+def test_a_write_that_fails_half_way_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    path = tmp_path / "out.jsonl"
+    with JsonLines.open(path, KEYS, resume=False) as lines:
+        lines.append(record(KEYS[0]))
+        whole = path.read_bytes()
+        file = Failing(lines._file, written)
+        lines._file = file  # type: ignore[assignment]
+        with pytest.raises(ConfLayersError, match=r"out\.jsonl: can't be written: Input/output"):
+            lines.append(record(KEYS[1]))
+        assert path.read_bytes() == whole
+        file.broken = False
+        lines.append(record(KEYS[1]))  # whoever tries again goes on
+    assert write(path, resume=True) == 2
+
+
+class Failing:
+    """A file whose writes fail after some bytes."""
+
+    def __init__(self, file: Any, written: int) -> None:
+        self._file, self._written, self.broken = file, written, True
+
+    def write(self, data: memoryview) -> int:
+        if not self.broken:
+            return int(self._file.write(data))
+        if not self._written:
+            raise OSError(errno.EIO, "Input/output error")
+        done = int(self._file.write(data[: self._written]))
+        self._written = 0
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_write_that_comes_in_parts_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with JsonLines.open(path, KEYS, resume=False) as lines:
+        file = lines._file
+        assert file is not None
+
+        class Slow(Failing):
+            def write(self, data: memoryview) -> int:
+                return int(self._file.write(data[:5]))
+
+        lines._file = Slow(file, 0)  # type: ignore[assignment]
+        lines.append(record(KEYS[0]))
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [record(KEYS[0])]
+
+
+def test_a_file_that_another_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with JsonLines.open(path, KEYS, resume=False) as lines:
+        lines.append(record(KEYS[0]))
+        for resume in (True, False):
+            with pytest.raises(InputError, match="another process is writing to it"):
+                JsonLines.open(path, KEYS, resume=resume)
+        lines.append(record(KEYS[1]))
+    assert write(path, resume=True) == 2
+
+
+def test_where_there_are_no_locks_nobody_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(file: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(locks, "_lock", unsupported)
+    assert write(tmp_path / "out.jsonl", resume=False) == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_lines_don_t_go_to_a_file_that_nobody_finds(tmp_path: Path, how: str) -> None:
+    path, other = tmp_path / "out.jsonl", tmp_path / "other"
+    with JsonLines.open(path, KEYS, resume=False) as lines:
+        lines.append(record(KEYS[0]))
+        if how == "removed":
+            path.unlink()
+        else:
+            other.write_text("mine\n")
+            other.replace(path)
+        with pytest.raises(ConfLayersError, match="was removed or replaced while"):
+            lines.append(record(KEYS[1]))
+    assert how == "removed" or path.read_text() == "mine\n"
+
+
+def test_a_file_that_somebody_else_changes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with JsonLines.open(path, KEYS, resume=False) as lines:
+        lines.append(record(KEYS[0]))
+        with path.open("a") as other:
+            other.write("theirs\n")
+        content = path.read_bytes()
+        with pytest.raises(ConfLayersError, match="was changed by somebody else"):
+            lines.append(record(KEYS[1]))
+    assert path.read_bytes() == content
 
 
 def test_write_json_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -71,9 +71,28 @@ class Machine:
         """Answer prompts from number ``begin`` on: (number, answer), each as soon as it is done.
 
         The text of the first one goes to ``on_text`` piece by piece.
+
+        Raises:
+            LogitsError: an answer can't go on; it names the prompt where there are several.
         """
+        from conflayers_cli.engine.best import LogitsError
+
+        try:
+            yield from self._answers(prompts, begin, on_text)
+        except LogitsError as error:
+            if len(prompts) == 1:
+                raise
+            raise error.of(f"prompt {prompts[begin + (error.number or 0)].id}") from error
+
+    def _answers(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        begin: int,
+        on_text: Callable[[str], None] | None,
+    ) -> Iterator[tuple[int, Answer]]:
         from conflayers_cli.answer import answer, answer_batch
         from conflayers_cli.engine.batch import BatchRequest
+        from conflayers_cli.engine.best import LogitsError
         from conflayers_cli.engine.decoder import FULL
 
         requests = [
@@ -98,10 +117,9 @@ class Machine:
             for number, done in together:
                 yield begin + number, done
             return
-        for number, request in enumerate(requests, begin):
-            yield (
-                number,
-                answer(
+        for number, request in enumerate(requests):
+            try:
+                done = answer(
                     *(self.decoder, tokenizer, request.prompt),
                     max_new_tokens=request.max_new_tokens,
                     sampling=request.sampling,
@@ -109,8 +127,11 @@ class Machine:
                     end_tokens=ends,
                     stops=stops,
                     on_text=on_text,
-                ),
-            )
+                )
+            except LogitsError as error:
+                error.number = number
+                raise
+            yield begin + number, done
 
     def as_json(self, answer: Answer) -> dict[str, Any]:
         """An answer as JSON takes it; one that is not the model's own says so."""

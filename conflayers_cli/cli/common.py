@@ -58,9 +58,11 @@ def open_model(source: str, how: Loading | None = None) -> tuple[LoadedModel, De
     """
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import load_model
+    from conflayers_cli.engine.shortage import explained
 
     how = how or Loading()
-    with progress_bar() as tell:
+    advice = "--dtype bfloat16, --quantize int8 or int4, or --device-map auto takes less"
+    with progress_bar() as tell, explained(f"the weights of {source}", advice):
         loaded = load_model(
             source,
             device=how.device,

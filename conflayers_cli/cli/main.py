@@ -17,13 +17,17 @@ from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
+from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
 from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
 FAILURE = 1
+LESS_MEMORY = (
+    "a smaller --batch-size, shorter prompts and answers (--max-new-tokens), --dtype bfloat16 or "
+    "--quantize take less"
+)
 USAGE = 2
-INTERRUPTED = 130
 
 HELP = """Decode faster with the model's own layers, losslessly.
 
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
     0 is success; 1 a failure while working; 2 wrong usage or bad input; 3 a gate that did not
-    hold; 130 an interruption. A failure is one line on stderr.
+    hold; 130 an interruption, 143 termination (SIGTERM). A failure is one line on stderr.
 
     Args:
         argv: the arguments without the program's name; those of the process by default.
@@ -86,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     voice = Voice()
-    return voice.ended(_flushed(_run(arguments, debug, voice)))
+    with Interruptions() as interruptions:
+        code = _run(arguments, debug, voice, interruptions)
+        return voice.ended(_flushed(code))
 
 
 def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
@@ -96,19 +102,34 @@ def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
     return [*kept, *argv[end:]], len(kept) < end
 
 
-def _run(arguments: list[str], debug: bool, voice: Voice) -> int:
+def _run(arguments: list[str], debug: bool, voice: Voice, interruptions: Interruptions) -> int:
     try:
         result = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        interruptions.over()
     except SystemExit as end:  # Typer's and Rich's own ways out
+        interruptions.over()
         return end.code if isinstance(end.code, int) else FAILURE
     except KeyboardInterrupt:
+        interruptions.over()
         result = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line tells it
-        with voice.failing():
-            return _report(error, arguments, debug)
+        interruptions.over()
+        # A library may have made something else of the interruption of its import.
+        if interruptions.number is None and not _aborted(error):
+            with voice.failing():
+                return _report(error, arguments, debug)
+        if debug and sys.stderr is not None:
+            traceback.print_exception(error)
+        result = INTERRUPTED
     if result == INTERRUPTED:
-        note("interrupted")
+        note("interrupted" if interruptions.code == INTERRUPTED else "terminated")
+        return interruptions.code
     return result if isinstance(result, int) else 0
+
+
+def _aborted(error: Exception) -> bool:
+    """Whether it is what Typer makes of an interruption."""
+    return isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError)
 
 
 def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
@@ -118,15 +139,13 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     if isinstance(error, ConfLayersError):
         note(f"error: {error}")
         return error.exit_code
-    if isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError):
-        note("interrupted")
-        return INTERRUPTED
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.
     if hasattr(error, "format_message"):
         return _report_usage(error, arguments)
     if _out_of_memory(error):
-        note(f"error: out of memory: {_first_line(error)}")
+        told = f"out of memory: {_first_line(error)}".removesuffix(": ")
+        note(f"error: {told}; {LESS_MEMORY}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
     told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
@@ -147,13 +166,11 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # not imported for this
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    # the CPU's allocator raises a RuntimeError without a class of its own
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if "torch" not in sys.modules:  # not imported for this
+        return isinstance(error, MemoryError)
+    from conflayers_cli.engine.shortage import is_shortage
+
+    return is_shortage(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,12 +19,13 @@ import torch
 
 from conflayers_cli.errors import InputError
 
+from .best import NO_TOKEN, LogitsError, best_tokens
 from .cache import KVCache
 from .decode import NOTHING, Finish, Row, Step, check_request
 from .decoder import FULL, Decoder
 from .draft import Context, Draft, RowsDrafter
 from .plan import SkipPlan
-from .sampling import Sampling, best_tokens
+from .sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Batch:
     Raises:
         InputError: no requests, or one that can't be decoded; as for `Generation`.
         ValueError: a drafter where layers are left out for good, or a size under 1.
+        LogitsError: while decoding, as for `Generation`; it knows the request's number.
     """
 
     def __init__(
@@ -157,7 +159,11 @@ class Batch:
         )
         place = len(self._rows)
         self._rows.append((number, row))
-        return number, row.read_prompt(self.cache.view(place, place + 1))
+        try:
+            return number, row.read_prompt(self.cache.view(place, place + 1))
+        except LogitsError as error:
+            error.number = number
+            raise
 
     def _advance(self) -> list[tuple[int, Step]]:
         """Draft, verify, keep: one pass over all rows."""
@@ -165,14 +171,11 @@ class Batch:
         begin = perf_counter()  # whatever a step decides was read from the device within it
         drafts = self._draft()
         drafted = perf_counter() if any(draft.tokens for draft in drafts) else begin
-        logits = self._verify(drafts)
-        greedy = any(row.sampler.settings.greedy for _, row in self._rows)
-        best = best_tokens(logits).tolist() if greedy else [None] * rows
+        decided = self._decide(drafts)
         kept, accepted = [], []
-        for i, ((_, row), draft) in enumerate(zip(self._rows, drafts, strict=True)):
-            stands, token = row.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
-            kept.append(row.keep((*draft.tokens[:stands], token)))
-            accepted.append(min(stands, len(kept[-1])))
+        for number_and_row, tokens in zip(self._rows, decided, strict=True):
+            kept.append(_keep(*number_and_row, tokens))
+            accepted.append(min(len(tokens) - 1, len(kept[-1])))
         draft_seconds = (drafted - begin) / rows
         verify_seconds = (perf_counter() - drafted) / rows
         return [
@@ -203,6 +206,27 @@ class Batch:
         ]
         drafts = self._drafter.draft_rows(contexts, limits)
         return [replace(draft, leaves=()) for draft in drafts]
+
+    def _decide(self, drafts: Sequence[Draft]) -> list[tuple[int, ...]]:
+        """By one pass for every row: the drafts that stand, and a next token."""
+        logits = self._verify(drafts)
+        greedy = any(row.sampler.settings.greedy for _, row in self._rows)
+        best = best_tokens(logits).tolist() if greedy else [None] * len(drafts)
+        decided: list[tuple[int, ...]] = []
+        for i, ((_, row), draft) in enumerate(zip(self._rows, drafts, strict=True)):
+            stands, token = row.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
+            if token == NO_TOKEN and draft.tokens:
+                # As for a single text: what comes next is decided without drafts.
+                filled = len(row.tokens) - 1
+                self.cache.view(i, i + 1).clear(filled + stands, filled + logits.shape[1])
+                decided.append(draft.tokens[:stands])
+            else:
+                decided.append((*draft.tokens[:stands], token))
+        if not all(decided):
+            again = self._verify([NOTHING] * len(drafts))
+            for i, (_, row) in enumerate(self._rows):
+                decided[i] = decided[i] or row.decide(NOTHING, again[i])[1:]
+        return decided
 
     def _verify(self, drafts: Sequence[Draft]) -> torch.Tensor:
         """Logits ``[B, W, V]`` behind each row's pending token and its drafts; W is one more than
@@ -244,3 +268,12 @@ class Batch:
             if place < len(self._rows):
                 self.cache.copy_row(len(self._rows), place, len(last[1].tokens) - 1)
                 self._rows[place] = last
+
+
+def _keep(number: int, row: Row, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """`Row.keep` of the request of that number, which an error is told."""
+    try:
+        return row.keep(tokens)
+    except LogitsError as error:
+        error.number = number
+        raise

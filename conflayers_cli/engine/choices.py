@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .sampling import Sampler, best_with_probability
+from .best import best_with_probability
+from .sampling import Sampler
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, its draft probability, and the probabilities ``[V]`` where they are asked for."""
+    """A token, its draft probability, and the probabilities ``[V]`` where they are asked for.
+
+    The draft probability is NaN where the logits are not numbers: then the token means nothing.
+    """
 
     token: int
     confidence: float
     row: torch.Tensor | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the logits are numbers."""
+        return not math.isnan(self.confidence)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import torch
 
+from .best import best_tokens
 from .cache import EXTENT_MULTIPLE, KVCache
 from .decoder import FULL, Decoder
 from .parallel import agreed
 from .plan import SkipPlan
-from .sampling import best_tokens
 
 WIDTHS = (1, 2, 3, 5, 9, 17, 26)
 """Verification widths measured; costs between them are interpolated."""

@@ -11,11 +11,12 @@ import torch
 
 from conflayers_cli.errors import InputError
 
+from .best import NO_TOKEN, LogitsError, best_tokens
 from .cache import KVCache
 from .decoder import Decoder
 from .draft import Context, Draft, Drafter
 from .feed import Feed
-from .sampling import Sampler, Sampling, accept_greedy, accept_sampled, best_tokens
+from .sampling import Sampler, Sampling, accept_greedy, accept_sampled
 
 Finish = Literal["stop", "length"]
 NOTHING = Draft()
@@ -152,7 +153,7 @@ class Row:
                 decide.
 
         Returns:
-            (row, token) as :func:`accept_greedy`.
+            (row, token) as :func:`accept_greedy`; the token may be `NO_TOKEN`.
         """
         nodes, parents = draft.nodes, draft.parents
         if not self.sampler.settings.greedy:
@@ -165,9 +166,16 @@ class Row:
         return accept_greedy(draft.tokens, best, draft.leaves)
 
     def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Append tokens up to the first that ends the output; returns those kept."""
+        """Append tokens up to the first that ends the output; returns those kept.
+
+        Raises:
+            LogitsError: one of them is `NO_TOKEN`.
+        """
         kept = 0
         for token in tokens:
+            if token == NO_TOKEN:
+                step = len(self.tokens) - self.prompt_length + 1
+                raise LogitsError.at(step, len(self.tokens) - 1, self.decoder.dtype)
             self.tokens.append(token)
             kept += 1
             watched = self._watch is not None and self._watch(token)
@@ -205,6 +213,7 @@ class Generation(Row):
     Raises:
         InputError: empty prompt, no budget, a token the model does not have, or a length at which
             it can't be decoded exactly.
+        LogitsError: while decoding: the model's logits are not numbers where the text goes on.
     """
 
     def __init__(
@@ -276,7 +285,8 @@ class Generation(Row):
         if self._feed is None:
             return ()
         self._feed.launch(min(LAUNCHED_AHEAD, self.room + 1) - self._feed.ahead)
-        return (self._feed.read().token,)
+        choice = self._feed.read()
+        return (choice.token if choice.known else NO_TOKEN,)
 
     def _draft(self, room: int) -> Draft:
         """A draft of up to ``room`` tokens, behind what is already expected to come next."""
@@ -316,12 +326,17 @@ class Generation(Row):
             depths = torch.tensor([[0, *(parent + 1 for parent in parents)]])
             logits = self.decoder.forward(tokens, filled + depths, self.cache, slots=slots)[0]
         row, token = self.decide(draft, logits)
-        if row <= len(draft.tokens):
-            return (*draft.tokens[:row], token)
-        parent = parents[row - 1]
-        self.cache.move(filled + row, filled + parent + 1)
-        decided = (*draft.tokens[:parent], nodes[row - 1])
-        if self.sampler.settings.greedy and self.decoder.rows.bitwise:
+        decided = draft.tokens[:row]
+        if row > len(draft.tokens):
+            parent = parents[row - 1]
+            self.cache.move(filled + row, filled + parent + 1)
+            decided = (*draft.tokens[:parent], nodes[row - 1])
+        if token == NO_TOKEN and nodes:
+            # A token that may never be text can spoil a pass for those before it: it is masked for
+            # them, but nought times NaN is NaN. So what comes next is decided without drafts.
+            self.cache.clear(filled + len(decided), filled + 1 + len(nodes))
+            return decided or self._verify(NOTHING)
+        if row > len(draft.tokens) and self.sampler.settings.greedy and self.decoder.rows.bitwise:
             # The leaf is the model's choice to the bit; what follows it is so but for the order in
             # which the leaf's pass summed its keys. It opens the next draft, and is verified there.
             self._ahead = token, draft.sources[parent] if draft.sources else self._drafter_name

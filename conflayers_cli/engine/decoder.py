@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from conflayers_cli.errors import InputError
+from conflayers_cli.errors import ConfLayersError, InputError
 
 from . import attention
+from .best import NO_TOKEN, best_tokens
 from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
 from .device import device_of, spread_of
 from .feed import Feed
@@ -28,6 +29,7 @@ from .pool import CachePool
 from .quantised import method_of, promise
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
 from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
+from .shortage import check_room, explained, is_shortage
 from .support import (
     exact_positions,
     first_line,
@@ -42,6 +44,8 @@ PREFILL_CHUNK = 256
 DEVICE_PREFILL_CHUNK = 1024
 """The same on a GPU, which is not busy with fewer."""
 LEAST_CHUNK = 64
+LARGE_CACHE = 64 * 2**20
+"""Bytes from which on it is worth asking first whether there is as much memory."""
 LOOSE_EXTENT = 64
 """Keys are read in extents of a multiple of this where bits don't matter."""
 MASK_ENTRIES = 1 << 22
@@ -67,7 +71,8 @@ class Decoder:
     """A causal language model, ready to be decoded with.
 
     The model stays the transformers class it is; its attention goes through
-    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back).
+    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back). Several
+    threads may decode with one decoder, each with drafters of its own (see :mod:`.pass_lock`).
 
     Attributes:
         exact_positions: longest text that can be decoded exactly, None where there is no bound.
@@ -89,6 +94,7 @@ class Decoder:
 
     Raises:
         InputError: the model can't be decoded exactly this way; the message names the reason.
+        ConfLayersError: what it gives is no numbers.
     """
 
     def __init__(
@@ -122,6 +128,12 @@ class Decoder:
         self._cache_sizes: list[LayerSizes] | None = None
         # First of all, while the model's own weights are there: packed ones replace them.
         expected = self._plain_logits()
+        if bool((best_tokens(expected) == NO_TOKEN).any()):
+            raise ConfLayersError(
+                f"{type(model).__name__} gives logits that are NaN or infinite in "
+                f"{str(self.dtype).removeprefix('torch.')}, by transformers' own forward: its "
+                "weights are damaged, or reach too far for the dtype (try --dtype float32)"
+            )
         self._packing = Packing.of(model, self.stack.layers)
         try:
             self.sub_layers: frozenset[SubLayer] = self._checked(expected)
@@ -143,14 +155,34 @@ class Decoder:
         self.full_passes = self.draft_passes = 0  # the checks' own don't count
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """A cache for ``batch`` rows of up to ``capacity`` positions."""
-        if self._pool is not None:
-            return self._pool.take(capacity, batch)
-        cache = KVCache(self.depth, batch, capacity)
-        if self._cache_sizes is not None:
-            like = torch.empty(0, dtype=self.dtype, device=self.device)
-            cache.allocate(self._cache_sizes, like)
-        return cache
+        """A cache for ``batch`` rows of up to ``capacity`` positions.
+
+        Raises:
+            ShortageError: there is not enough memory.
+        """
+        needed = self._cache_bytes(capacity, batch)
+        texts = f"{batch} texts" if batch > 1 else "a text"
+        what = f"keys and values of {texts} of up to {capacity:,} tokens"
+        rows = ", --batch-size" if batch > 1 else ""
+        advice = f"lower --max-new-tokens{rows}, or give shorter prompts"
+        if needed is not None and needed >= LARGE_CACHE and self._pool is None:
+            check_room(needed, self.device, what, advice)
+        with explained(what, advice, needed):
+            if self._pool is not None:
+                with self.stack.lock:
+                    return self._pool.take(capacity, batch)
+            cache = KVCache(self.depth, batch, capacity)
+            if self._cache_sizes is not None:
+                like = torch.empty(0, dtype=self.dtype, device=self.device)
+                cache.allocate(self._cache_sizes, like)
+            return cache
+
+    def _cache_bytes(self, capacity: int, batch: int) -> int | None:
+        """What a cache takes at the least; None before that is known."""
+        if self._cache_sizes is None:
+            return None
+        slot = sum(heads * size for layer in self._cache_sizes for heads, size in layer)
+        return slot * extent_for(capacity) * batch * self.dtype.itemsize
 
     def chunk_for(self, length: int) -> int:
         """Tokens per forward of a prompt of ``length`` tokens."""
@@ -199,9 +231,16 @@ class Decoder:
         Returns:
             Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
         """
-        self._count(plan)
-        batch, wanted = tokens.shape
+        wanted = tokens.shape[1]
         inputs = Inputs(tokens, positions, slots)
+        with self.stack.lock:
+            logits = self._run(inputs, cache, plan, last_only)
+        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+
+    def _run(self, inputs: Inputs, cache: KVCache, plan: SkipPlan, last_only: bool) -> torch.Tensor:
+        """Logits of the tokens, and of those repeated behind them."""
+        self._count(plan)
+        batch, wanted = inputs.tokens.shape
         least = self._least(batch, plan)
         keep = least if last_only and wanted >= least else 0
         if (width := self.runner.width_for(wanted, batch)) > wanted:
@@ -209,8 +248,7 @@ class Decoder:
         if width < least:
             inputs = inputs.repeated(least, positions=self.passes.by_modules)
         end = int(inputs.written.max()) + 1
-        logits = self.runner.run(inputs, cache, Pass(plan, keep), end)
-        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+        return self.runner.run(inputs, cache, Pass(plan, keep), end)
 
     def _least(self, batch: int, plan: SkipPlan) -> int:
         """Rows of a pass at the least. Drafts are guesses: only what decides has to have the same
@@ -247,19 +285,29 @@ class Decoder:
     ) -> torch.Tensor:
         """Run a prompt, in chunks, on top of ``start`` filled positions.
 
+        Where the memory does not suffice for a chunk, smaller ones are tried.
+
         Args:
             tokens: int64 ``[B, T]``, T ≥ 1, all rows of one length.
 
         Returns:
             Logits of the last token, ``[B, 1, V]``.
         """
-        logits = torch.empty(0)
+        logits, begin = torch.empty(0), 0
         size = self.chunk_for(start + tokens.shape[1])
-        for begin in range(0, tokens.shape[1], size):
+        while begin < tokens.shape[1]:
             chunk = tokens[:, begin : begin + size]
             positions = torch.arange(start + begin, start + begin + chunk.shape[1])
             positions = positions.expand(chunk.shape)
-            logits = self.forward(chunk, positions, cache, plan, last_only=True)
+            try:
+                logits = self.forward(chunk, positions, cache, plan, last_only=True)
+            except (RuntimeError, MemoryError) as error:
+                # Several processes would have to do so together.
+                if size <= LEAST_CHUNK or world().size > 1 or not is_shortage(error):
+                    raise
+                size //= 2
+            else:
+                begin += size
         return logits
 
     @contextmanager
@@ -277,18 +325,18 @@ class Decoder:
             return show
 
         kinds: tuple[SubLayer, ...] = ("attention", "mlp")
-        handles = [
-            module.register_forward_hook(hook(kind, i))
-            for i in range(self.depth)
-            for kind in kinds
-            if (module := self.stack.output_of(kind, i)) is not None
-        ]
-        try:
-            with self.stack.watching():
+        with self.stack.watching():
+            handles = [
+                module.register_forward_hook(hook(kind, i))
+                for i in range(self.depth)
+                for kind in kinds
+                if (module := self.stack.output_of(kind, i)) is not None
+            ]
+            try:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @property
     def packed(self) -> bool:
@@ -298,12 +346,13 @@ class Decoder:
     @contextmanager
     def plain(self) -> Iterator[Any]:
         """Within: the transformers model with its own attention, as ``generate`` would find it."""
-        self.model.set_attn_implementation(self._plain_attention)
-        try:
-            with self._packing.unpacked() if self._packing else nullcontext():
-                yield self.model
-        finally:
-            self.model.set_attn_implementation(attention.NAME)
+        with self.stack.lock:
+            self.model.set_attn_implementation(self._plain_attention)
+            try:
+                with self._packing.unpacked() if self._packing else nullcontext():
+                    yield self.model
+            finally:
+                self.model.set_attn_implementation(attention.NAME)
 
     def _plain_logits(self) -> torch.Tensor:
         """Logits ``[1, T, V]`` of the sample by the model as transformers runs it."""
@@ -404,7 +453,8 @@ class Decoder:
             return
         self.runner = GraphRunner(self.passes, multiple, recorder)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._pool = CachePool(self.depth, self._cache_sizes, like, self.runner.forget)
+        forget, lock = self.runner.forget, self.stack.lock
+        self._pool = CachePool(self.depth, self._cache_sizes, like, forget, lock)
 
     def _sample_logits(self) -> Logits:
         """Runs the tokens of one random text, for `find_rule`.
@@ -459,6 +509,9 @@ class Decoder:
         few per cent of that, and more at a token here and there, hence the median.
         """
         share = 1e-2 if self.dtype == torch.float32 else 0.3
+        # Minus infinity is how models rule tokens out.
+        out = one.isneginf() & other.isneginf()
+        one, other = one.masked_fill(out, 0.0), other.masked_fill(out, 0.0)
         difference = (one.float() - other.float()).pow(2).mean(-1).sqrt()
         spread = other.float().std(-1).clamp(min=1e-6)
         return bool((difference / spread).median() <= share)

@@ -8,10 +8,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from .best import NO_TOKEN, best_tokens
 from .cache import KVCache
 from .decoder import Decoder
 from .plan import SkipPlan
-from .sampling import Sampler, best_tokens
+from .sampling import Sampler
 from .tree import TreeShape, VerifyCost, leaves_beside
 
 
@@ -144,6 +145,10 @@ class SkipDrafter:
         for _ in range(min(limit, self.max_tokens)):
             logits = self.decoder.forward(token, position, context.cache, self.plan)[0]
             chosen, probability, row = self._choose(logits, drafted, sampler)
+            if chosen == NO_TOKEN:
+                at = filled + len(drafted)
+                context.cache.clear(at, at + 1)
+                break
             drafted.append(chosen)
             if row is not None:
                 rows.append(row)
@@ -166,11 +171,14 @@ class SkipDrafter:
     ) -> tuple[int, float, torch.Tensor | None]:
         """(token, its draft probability, the draft's probabilities) from the logits ``[1, V]``.
 
-        Those of all tokens only where somebody asks: for sampling, and for leaves.
+        Those of all tokens only where somebody asks: for sampling, and for leaves. The token is
+        `NO_TOKEN` where the logits are not numbers.
         """
         if sampler.settings.greedy:
             scores = _last_row(sampler, logits, drafted)
             token = int(best_tokens(scores))
+            if token == NO_TOKEN:
+                return token, 0.0, None
             if self.tree is not None:
                 row = torch.softmax(scores.float(), dim=-1)
                 return token, float(row[token]), row

@@ -70,7 +70,7 @@ class Feed:
 
     def launch(self, count: int = 1) -> None:
         """Launch passes, as far as the cache has room for what they write."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._runner.passes.lock:
             for _ in range(min(count, self.cache.capacity - self.position)):
                 self._under_way.append(self._runner.feed(self))
                 self.position += 1
@@ -78,7 +78,8 @@ class Feed:
 
     def read(self) -> Choice:
         """What the oldest pass not read yet has chosen, one at least was launched. Waits for it."""
-        choice = self._drained.popleft() if self._drained else self._arrived()
+        with self._runner.passes.lock:  # or another row might have it drained meanwhile
+            choice = self._drained.popleft() if self._drained else self._arrived()
         self._last = choice.token, self._last[1] + 1
         return choice
 

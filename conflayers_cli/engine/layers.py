@@ -17,6 +17,7 @@ from torch import nn
 from conflayers_cli.errors import InputError
 
 from .parallel import agreed
+from .pass_lock import lock_of
 from .plan import SkipPlan
 
 SubLayer = Literal["attention", "mlp"]
@@ -130,11 +131,15 @@ class LayerStack:
     Args:
         model: a transformers causal language model.
 
+    Attributes:
+        lock: held by whoever runs a pass, or is at work on the modules.
+
     Raises:
         InputError: no list of decoder layers can be found in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.lock = lock_of(model)
         self._list = find_layers(model)
         self.layers: tuple[nn.Module, ...] = tuple(self._list)
         self.depth = len(self.layers)
@@ -150,12 +155,13 @@ class LayerStack:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within: the modules themselves run."""
-        self.watched += 1
-        try:
-            yield
-        finally:
-            self.watched -= 1
+        """Within: the modules themselves run, and in this thread alone."""
+        with self.lock:
+            self.watched += 1
+            try:
+                yield
+            finally:
+                self.watched -= 1
 
     def sub_layer(self, kind: SubLayer, layer: int) -> nn.Module | None:
         """The attention or MLP module of a layer, None where the model has no such child."""

@@ -57,6 +57,12 @@ class PeakMemory:
         return _status("VmRSS") if self._device.type == "cpu" else None
 
 
+def resident() -> int | None:
+    """This process's memory in bytes, freed blocks given back first; None: nobody tells."""
+    _trim()
+    return _status("VmRSS")
+
+
 def _status(name: str) -> int | None:
     """A figure of this process as Linux gives it, in bytes."""
     try:

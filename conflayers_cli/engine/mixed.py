@@ -187,7 +187,8 @@ class MixedDrafter:
         ]
         chosen = choices(logits, asked, rows=self._tree is not None)
         for i, own in zip(takers, chosen, strict=True):
-            self._settle(rows[i], own)
+            if not self._settle(rows[i], own):
+                rows[i].context.cache.view(i, i + 1).clear(starts[i], starts[i] + width)
 
     def _fed(self, row: _Row) -> bool:
         """One more token by a pass that feeds the next, perhaps launched before; False where that
@@ -203,19 +204,29 @@ class MixedDrafter:
         if self._feed is None:
             return False
         self._feed.launch(1 + self._lookahead.blind(chain) - self._feed.ahead)
-        self._settle(row, iter([self._feed.read()]))
+        if not self._settle(row, iter([self._feed.read()])):
+            context.cache.clear(position, self._feed.position)
+            self._feed = None
         return True
 
-    def _settle(self, row: _Row, chosen: Iterator[Choice]) -> None:
+    def _settle(self, row: _Row, chosen: Iterator[Choice]) -> bool:
         """Go along the pending tokens as long as the skipped model would choose them itself.
 
         What it is asked to choose where tokens are sampled is *drawn* from its probabilities, and
         stands, so that q stays the law of every drafted token whatever n-grams proposed.
+
+        Returns:
+            False where the pass's logits turn out to be no numbers: the draft ends before them.
         """
         chain, chances = row.chain, self._lookahead.chances
         greedy, standing = not chain.sampled, chain.standing
         for choice in chosen:
             at = chain.settled
+            if not choice.known:
+                chain.cut(at)
+                del row.rows[at:]
+                chain.closed = True
+                return False
             chance = chances.drafted(choice.confidence, chain.bias)
             if chain.pending:
                 mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
@@ -239,6 +250,7 @@ class MixedDrafter:
             self._settled(row, choice, chance, mark)
             chain.closed = choice.token in row.context.end_tokens
             break
+        return True
 
     def _settled(self, row: _Row, choice: Choice, chance: float, mark: Mark) -> None:
         """The skipped model has judged the first pending token."""

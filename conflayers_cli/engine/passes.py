@@ -15,6 +15,7 @@ from .device import device_of
 from .fused import Attend, FusedForward
 from .layers import LayerStack
 from .parallel import agreed
+from .pass_lock import PassLock
 from .plan import SkipPlan
 from .support import sizes_by_layer
 
@@ -93,6 +94,11 @@ class Passes:
     def watched(self) -> bool:
         """Whether somebody is at work on the modules, so that these must run, one by one."""
         return self._stack.watched > 0
+
+    @property
+    def lock(self) -> PassLock:
+        """Held while a pass runs."""
+        return self._stack.lock
 
     @property
     def by_modules(self) -> bool:

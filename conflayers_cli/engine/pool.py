@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .cache import KVCache, LayerSizes, SlotLayer
+from .pass_lock import PassLock
 from .runner import bucket_for
 
 WASTE = 64
@@ -36,6 +38,7 @@ class CachePool:
         sizes: of their keys and values.
         like: gives dtype and device.
         forget: told the numbers of memory that is given up.
+        lock: held while memory is taken, and while it is forgotten.
     """
 
     def __init__(
@@ -44,7 +47,11 @@ class CachePool:
         sizes: Sequence[LayerSizes],
         like: torch.Tensor,
         forget: Callable[[int], None],
+        lock: PassLock,
     ) -> None:
+        self._lock = lock
+        self._returned: deque[_Memory] = deque()
+        self._sorting = False
         self._depth = depth
         self._sizes = sizes
         self._like = like
@@ -53,7 +60,11 @@ class CachePool:
         self._idle: dict[int, _Memory] = {}  # by rows
 
     def take(self, capacity: int, batch: int) -> KVCache:
-        """A cache for ``batch`` rows of ``capacity`` positions at the least, all zeros."""
+        """A cache for ``batch`` rows of ``capacity`` positions at the least, all zeros.
+
+        The lock must be held.
+        """
+        self._sort()
         wanted = bucket_for(capacity)
         memory = self._idle.pop(batch, None)
         if memory is not None and wanted <= memory.capacity <= WASTE * wanted:
@@ -80,6 +91,28 @@ class CachePool:
         return _Memory(next(self._numbers), batch, capacity, layers)
 
     def _give_back(self, memory: _Memory) -> None:
+        """Called whenever a cache is collected, in whatever thread, and in the middle of anything:
+        so it must neither wait nor come between.
+        """
+        self._returned.append(memory)
+        if self._lock.take():
+            try:
+                self._sort()
+            finally:
+                self._lock.give()
+
+    def _sort(self) -> None:
+        """Keep what was given back, or give it up."""
+        if self._sorting:
+            return
+        self._sorting = True
+        try:
+            while self._returned:
+                self._keep(self._returned.popleft())
+        finally:
+            self._sorting = False
+
+    def _keep(self, memory: _Memory) -> None:
         other = self._idle.get(memory.batch)
         if other is not None and other.capacity >= memory.capacity:
             self._forget(memory.number)

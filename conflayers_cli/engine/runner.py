@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .best import best_with_probability
 from .cache import EXTENT_MULTIPLE, KVCache, Place, extent_for
 from .passes import Inputs, Passes
 from .plan import SkipPlan
-from .sampling import best_with_probability
 from .support import first_line, triton_errors
 
 MOST_TOKENS = 256

@@ -15,7 +15,11 @@ import torch
 
 from conflayers_cli.errors import InputError
 
+from .best import NO_TOKEN, best_tokens
 from .parallel import agreed
+
+LEAST_SCALE = 1e-30
+"""What scores are divided by at the least: float32 has few smaller numbers."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class Sampler:
         """
         if self._seen is None:
             return logits
-        rows, penalty = logits.shape[0], self.settings.repetition_penalty
+        rows = logits.shape[0]
+        # Beyond these bounds numbers would overflow, and nothing else be any different.
+        penalty = min(max(self.settings.repetition_penalty, LEAST_SCALE), 1 / LEAST_SCALE)
         seen = self._seen[: logits.shape[1]].repeat(rows, 1)
         behind = range(len(drafted)) if parents is None else parents
         for row, (token, parent) in enumerate(zip(drafted, behind, strict=True), 1):
@@ -118,14 +124,16 @@ class Sampler:
         drafted: Sequence[int] = (),
         parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Probabilities really sampled from: float32 ``[T, V]`` of logits ``[T, V]``.
+        """Probabilities really sampled from: float32 ``[T, V]`` of logits ``[T, V]``; all of a
+        row's NaN where its logits are not numbers.
 
         Only for temperatures above 0. ``drafted`` and ``parents`` as in :meth:`scores`.
         """
         settings = self.settings
         scores = self.scores(logits, drafted, parents).float()
         # The maximum first: a tiny temperature must not divide logits to infinity.
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / settings.temperature
+        scores = scores - scores.amax(dim=-1, keepdim=True)
+        scores = scores / max(settings.temperature, LEAST_SCALE)
         if settings.top_k is not None and settings.top_k < scores.shape[-1]:
             least = scores.topk(settings.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < least, float("-inf"))
@@ -143,13 +151,13 @@ class Sampler:
         return probabilities
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token from the logits ``[1, V]`` of the last position."""
+        """The next token from the logits ``[1, V]`` of the last position, or `NO_TOKEN`."""
         if self.settings.greedy:
             return int(best_tokens(self.scores(logits)))
         return self.draw(self.distribution(logits)[0])
 
     def draw(self, probabilities: torch.Tensor) -> int:
-        """A token from ``[V]`` probabilities (need not be normalised).
+        """A token from ``[V]`` probabilities (need not be normalised); `NO_TOKEN` of NaN.
 
         By the inverse of their sums: an eighteenth of what ``multinomial`` takes on a CPU.
         Sums in float64 keep the tail; a token of probability 0 adds nothing and is never the first
@@ -161,7 +169,8 @@ class Sampler:
         place = torch.searchsorted(sums, uniform * sums[-1:], right=True)
         # Rounding up to the whole sum is as good as impossible, and would be no token at all.
         last = torch.searchsorted(sums, sums[-1:])
-        return int(agreed(torch.minimum(place, last)))
+        token = torch.minimum(place, last).masked_fill_(sums[-1:].isnan(), NO_TOKEN)
+        return int(agreed(token))
 
     def draw_distinct(self, probabilities: torch.Tensor, count: int) -> list[int]:
         """``count`` tokens drawn one after another from ``[V]`` probabilities, none twice.
@@ -178,29 +187,6 @@ class Sampler:
         return torch.rand(count, generator=self.generator, device=self.generator.device)
 
 
-def best_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """The first token of the highest score, ``[..., V] → [...]`` int64.
-
-    The same as ``argmax``, which takes five times as long on half-precision CPU tensors.
-    """
-    return scores.max(dim=-1).indices
-
-
-def best_with_probability(scores: torch.Tensor) -> torch.Tensor:
-    """The best tokens and their probabilities, one tensor to be read at once.
-
-    Args:
-        scores: ``[..., V]``.
-
-    Returns:
-        float64 ``[2, ...]``, in which token ids are exact.
-    """
-    scores = scores.float()
-    best, tokens = scores.max(dim=-1)
-    confidence = torch.exp(best - torch.logsumexp(scores, dim=-1))
-    return torch.stack([tokens.double(), confidence.double()])
-
-
 def accept_greedy(
     drafted: Sequence[int], best: Sequence[int], leaves: Sequence[Sequence[int]] = ()
 ) -> tuple[int, int]:
@@ -209,12 +195,13 @@ def accept_greedy(
     Args:
         drafted: γ drafted tokens, a chain.
         best: the full model's choice at each row: behind the text, behind each draft, and behind
-            each leaf, position by position.
+            each leaf, position by position; `NO_TOKEN` where it has none, and no draft stands.
         leaves: other candidates for each draft's place; empty: there are none anywhere.
 
     Returns:
-        (row, token): the last row that stands, and the model's choice there. Row k ≤ γ: the first
-        k drafts equal the model's choice. A row beyond: a leaf does, and the drafts before it.
+        (row, token): the last row that stands, and the model's choice there, which may be
+        `NO_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a leaf
+        does, and the drafts before it.
     """
     kept = 0
     while kept < len(drafted) and drafted[kept] == best[kept]:

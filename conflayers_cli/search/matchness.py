@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from conflayers_cli.engine.best import NO_TOKEN, best_tokens
 from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.plan import SkipPlan
@@ -63,4 +64,9 @@ def matchness(decoder: Decoder, plan: SkipPlan, passage: Passage, window: int) -
     positions = torch.arange(start, filled, device=device)[None]
     slots = torch.arange(filled, filled + window, device=device)[None]
     logits = decoder.forward(fed, positions, passage.cache, plan, slots=slots)[0]
-    return float((logits.argmax(dim=-1) == following).double().mean())
+    best = best_tokens(logits)
+    read = torch.stack([(best == following).double().mean(), (best == NO_TOKEN).any().double()])
+    share, spoilt = read.tolist()
+    if spoilt:  # what is no number must not stay behind the text: masks hide numbers alone
+        passage.cache.clear(filled, filled + window)
+    return float(share)

@@ -224,7 +224,7 @@ class _Text:
         return decoder.forward(self.fed, self.positions, self.cache, plan)[0].float()
 
     def side_trace(self, decoder: Decoder, plan: SkipPlan, most: int) -> SideTrace:
-        probability = torch.softmax(self._logits(decoder, plan), dim=-1)
+        probability = torch.softmax(self._logits(decoder, plan), dim=-1).nan_to_num(0.0)
         best = probability.topk(min(most + 1, probability.shape[-1]), dim=-1)
         found = best.indices[:, 1:] == self.following[:, None]
         rank = torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
@@ -234,7 +234,9 @@ class _Text:
         logits = self._logits(decoder, plan)
         top, choice = logits.max(dim=-1)
         probability = torch.exp(top - torch.logsumexp(logits, dim=-1))
-        agrees = choice == self.following
+        known = probability.isfinite()  # logits that are no numbers choose nothing
+        agrees = known & (choice == self.following)
+        probability = probability.where(known, 0.0)
         return Trace(agrees.cpu().numpy(), probability.double().cpu().numpy())
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from conflayers_cli.engine.best import best_tokens
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.layers import InPlace
 from conflayers_cli.engine.support import sizes_by_layer
@@ -94,7 +95,7 @@ class Window:
             ) -> torch.Tensor:
                 return chunk if i == last else hidden
 
-            chosen.append(self._model(give, len(chunk), 0).argmax(dim=-1))
+            chosen.append(best_tokens(self._model(give, len(chunk), 0)))
         return torch.cat(chosen)
 
     def _model(self, run: InPlace, rows: int, logits_to_keep: int) -> torch.Tensor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -88,6 +92,7 @@ def test_failure_leaves_no_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_only_stale_temporary_folders_are_removed(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(builtin, "try_lock", lambda file: None)  # there are no locks here
     stale, running = cache / ".making-toy-a", cache / ".making-toy-b"
     for folder in (stale, running):
         folder.mkdir(parents=True)
@@ -96,6 +101,84 @@ def test_only_stale_temporary_folders_are_removed(
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder)))
     builtin.ensure("toy")
     assert sorted(f.name for f in cache.iterdir()) == [".making-toy-b", "toy-v1"]
+
+
+def test_what_a_dead_process_left_of_the_same_model_is_removed_at_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, others = cache / ".making-toy-a", cache / ".making-toy-deep-b"
+    for folder in (ours, others):
+        folder.mkdir(parents=True)
+    toy = BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder))
+    known = {name: replace(toy, name=name) for name in ("toy", "toy-deep")}
+    monkeypatch.setattr(builtin, "BUILTIN", known)
+    builtin.ensure("toy")
+    assert sorted(f.name for f in cache.iterdir()) == [".making-toy-deep-b", "toy-v1"]
+
+
+CONVERTER = """
+import os, sys, time
+from pathlib import Path
+from conflayers_cli.engine import builtin
+
+def make(folder, progress):
+    (folder / "config.json").write_text(str(os.getpid()))
+    print("making", flush=True)
+    if sys.argv[1] == "slow":
+        time.sleep(600)
+    time.sleep(float(sys.argv[1]))
+    (folder / "model.safetensors").write_text("whole")
+
+builtin.BUILTIN = {"toy": builtin.BuiltinModel("toy", "", 1, 1, make)}
+print((builtin.ensure("toy") / "config.json").read_text(), flush=True)
+"""
+
+
+def _converter(how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CONVERTER, how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_one_process_converts_and_the_others_wait(cache: Path) -> None:
+    processes = [_converter("1.0") for _ in range(3)]
+    said = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [line for lines in said for line in lines].count("making") == 1
+    assert len({lines[-1] for lines in said}) == 1
+    assert [f.name for f in cache.iterdir()] == ["toy-v1"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="is killed otherwise")
+def test_a_converter_that_is_killed_is_waited_for_no_longer(cache: Path) -> None:
+    first = _converter("slow")
+    assert first.stdout is not None and first.stdout.readline() == "making\n"
+    second = _converter("0")
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits, and makes nothing meanwhile
+        second.communicate(timeout=8)
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    said, _ = second.communicate(timeout=300)
+    assert said.splitlines() == ["making", str(second.pid)]
+    assert [f.name for f in cache.iterdir()] == ["toy-v1"]
+    assert (cache / "toy-v1" / "model.safetensors").read_text() == "whole"
+
+
+def test_a_lock_that_was_removed_is_no_lock(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited for a conversion that failed must not hold what newcomers don't see."""
+    taken: list[int] = []
+
+    def take(file: IO[bytes]) -> bool:
+        taken.append(1)
+        if len(taken) == 1:  # whoever had it has just removed it
+            Path(file.name).unlink()
+        return True
+
+    monkeypatch.setattr(builtin, "try_lock", take)
+    _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder)))
+    builtin.ensure("toy")
+    assert len(taken) == 2
+    assert [f.name for f in cache.iterdir()] == ["toy-v1"]
 
 
 def test_unusable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""Memory that does not suffice: known before it is asked for where that can be, and told.
+
+The system may promise more memory than there is, and end a process that takes it at its word,
+without a message. So what is needed is compared with what there is first.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from conflayers_cli.errors import ConfLayersError
+
+_MEMINFO = Path("/proc/meminfo")
+_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
+
+# How allocators put it that have no exception of their own: PyTorch's on the CPU, for sizes that
+# are no numbers any more, oneDNN's, the system's through other libraries.
+_PHRASES = re.compile(
+    r"(can't|cannot|not enough|failed to|could not|unable to) (allocate )?memory"
+    r"|out of memory|std::bad_alloc|Storage size calculation overflowed|os error 12\b",
+    re.IGNORECASE,
+)
+
+
+class ShortageError(ConfLayersError):
+    """There is not enough memory, and the message says what for."""
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that memory does not suffice."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        ours = isinstance(error, ConfLayersError)  # it quotes, or names flags
+        if not ours and isinstance(error, Exception) and _PHRASES.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can be had at the most on a device, swap space included; None: nobody knows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + cached
+    if device.type != "cpu":
+        return None
+    try:
+        told = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE))
+        known = (int(told["MemAvailable"]) + int(told["SwapFree"])) * 1024
+    except (OSError, KeyError):  # not Linux
+        return None
+    try:
+        return min(known, int(_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return known
+
+
+def check_room(needed: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise the error that :func:`explained` raises where so many bytes can't be had."""
+    free = available(device)
+    if free is not None and needed > free:
+        there = f"and {sized(free)} are free on {device}"
+        raise ShortageError(f"out of memory: {what} need {sized(needed)}, {there}: {advice}")
+
+
+@contextmanager
+def explained(what: str, advice: str, needed: int | None = None) -> Iterator[None]:
+    """Within: an error that says that memory does not suffice says what for and what to do.
+
+    Args:
+        what: what takes the memory, in the plural.
+        advice: what takes less.
+        needed: bytes, where they are known.
+
+    Raises:
+        ShortageError: in the place of such an error.
+    """
+    try:
+        yield
+    except ShortageError:
+        raise  # it says so already
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        how_much = "" if needed is None else f" ({sized(needed)})"
+        raise ShortageError(f"out of memory: {what}{how_much} don't fit: {advice}") from error
+
+
+def sized(count: int) -> str:
+    """Bytes for people."""
+    if count >= 2**30:
+        return f"{count / 2**30:,.1f} GiB"
+    return f"{count / 2**20:,.0f} MiB"

@@ -134,6 +134,7 @@ class Objective:
         self.costs = costs
         self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
         self._traces: dict[tuple[SkipPlan, int], Trace] = {}
+        self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
         self._known: dict[tuple[SkipPlan, int], Score] = {}
 
     @property
@@ -170,12 +171,15 @@ class Objective:
         return all((plan, i) in self._traces for i in range(self._count(texts)))
 
     def side_traces(self, plan: SkipPlan, most: int) -> list[SideTrace]:
-        """All texts under a plan with the draft's ``most`` next-best candidates, a pass each."""
-        found = self._record.did(
-            f"{label_of(plan)}: {most} side candidates",
-            lambda: [dict(vars(text.side_trace(self.decoder, plan, most))) for text in self._texts],
-        )
-        return [SideTrace(**trace) for trace in found]
+        """All texts under a plan with the draft's ``most`` next-best candidates, a pass each where
+        they are not known yet."""
+        if (plan, most) not in self._sides:
+            found = self._record.did(
+                f"{label_of(plan)}: {most} side candidates",
+                lambda: [dict(vars(t.side_trace(self.decoder, plan, most))) for t in self._texts],
+            )
+            self._sides[plan, most] = [SideTrace(**trace) for trace in found]
+        return self._sides[plan, most]
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""

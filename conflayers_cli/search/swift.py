@@ -149,6 +149,7 @@ class SwiftLoop:
         self._count = max(1, int(settings.skip_ratio * self._size))
         self._points: list[Point] = []
         self._since_best = 0
+        self._looks = 0
         self.plan = start or self._start()
         self.best: Trial | None = None
         self.trials: list[Trial] = []
@@ -176,7 +177,10 @@ class SwiftLoop:
         """
         if self.stopped_because:
             return
-        window = self._did("window", lambda: window_of(source, self._settings.context_window))
+        self._looks += 1
+        window = self._did(
+            f"window {self._looks}", lambda: window_of(source, self._settings.context_window)
+        )
         if window:
             self._consider(source, window)
             self._record.commit()

@@ -51,10 +51,17 @@ def write_json(path: Path, document: Any) -> None:
     write_atomically(path, f"{text}\n")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, temporary: str | None = None) -> None:
     """Replace ``path`` by a file with ``content``, so that no reader ever sees half of it.
 
     Text is written as UTF-8. Of several processes of one torchrun the first writes.
+
+    Args:
+        path: the file.
+        content: of it.
+        temporary: what the content is written to first, in the file's folder, for who alone writes
+            there and may have been killed before: what is left is overwritten. By default a name
+            that nobody has.
 
     Raises:
         InputError: as `check_target`.
@@ -64,17 +71,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         return
     check_target(path)
     target = Path(os.path.realpath(path))  # write through a link, don't replace it
-    temporary = target.parent / f".conflayers-{secrets.token_hex(6)}.tmp"
+    beside = target.parent / (temporary or f".conflayers-{secrets.token_hex(6)}.tmp")
     try:
         try:
             # opened like any new file, so that the user's umask decides who may read it
-            with temporary.open("xb") as file:
+            with beside.open("wb" if temporary else "xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            beside.replace(target)
         finally:
-            temporary.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli import calibrate_options as search_options
 from conflayers_cli.cli import options
+from conflayers_cli.cli.calibrate_journal import header_of, open_journal, sigterm_interrupts
+from conflayers_cli.cli.calibrate_profile import profile_of, tensors_path
 from conflayers_cli.cli.strategies import (
     AUTO,
     UNIFIED,
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.tree import TreeShape
-    from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, RangeSection
+    from conflayers_cli.journal import Journal
+    from conflayers_cli.profile import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.search.calibrate import Calibration, Candidate
-    from conflayers_cli.search.objective import Setting
-    from conflayers_cli.search.task import RangePlan, Strategy
+    from conflayers_cli.search.calibrate import Calibration
+    from conflayers_cli.search.record import Record
+    from conflayers_cli.search.task import Strategy
 
 DEFAULT_MODEL = "smollm2-deep"
 DEFAULT_BUDGET = 600.0
@@ -46,12 +48,13 @@ no set beats plain decoding it says so, and the profile is empty.
   conflayers calibrate --model ./my-model --data prompts.jsonl --strategy auto
   conflayers calibrate --model ./my-model --strategy unified --target-speedup 1.5
 
-Ctrl-C ends the search with the best set so far and writes it.
+Ctrl-C ends the search with the best set so far and writes it. Whatever ended a
+search, kill -9 or a power cut, --resume goes on from the last set looked at.
 """
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a calibration runs on."""
 
     loaded: LoadedModel
@@ -65,6 +68,8 @@ class _Work:
     tree: bool
     refine: int
     seed: int
+    quantize: str | None
+    compiled: bool
 
     @property
     def max_new_tokens(self) -> int:
@@ -83,6 +88,7 @@ def calibrate(
     model: options.Model = None,
     data: options.Data = None,
     output: search_options.Output = None,
+    resume: search_options.Resume = None,
     strategy: search_options.StrategyName = "conflayers",
     target_speedup: search_options.TargetSpeedup = None,
     budget: search_options.Budget = None,
@@ -124,46 +130,78 @@ def calibrate(
         model = DEFAULT_MODEL
         note(f"no --model given: calibrating {model}")
     target = output or Path(f"{_short_name(model)}.yaml")
-    _check_targets(target)
-    # Unified's rule needs no text; with --data its plan is measured.
-    prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
-    strategies = make_strategies(strategy, search)
-    loaded, decoder = common.open_model(
-        model,
-        common.Loading(
-            device,
-            dtype,
-            trust_remote_code,
-            device_map=device_map,
-            compiled=compile_,
+    _check_profile(target)
+    with sigterm_interrupts(), open_journal(target, resume) as journal:
+        if journal.writes != tensors_path(target).name:
+            _check_tensors(target)
+        # Unified's rule needs no text; with --data its plan is measured.
+        prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
+        strategies = make_strategies(strategy, search)
+        loaded, decoder = common.open_model(
+            model,
+            common.Loading(
+                device,
+                dtype,
+                trust_remote_code,
+                device_map=device_map,
+                compiled=compile_,
+                quantize=quantize,
+            ),
+        )
+        work = Work(
+            loaded=loaded,
+            decoder=decoder,
+            fingerprint=common.fingerprint_of(loaded),
+            prompts=prompts,
+            encoded=common.encode_prompts(
+                loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
+            ),
+            name=strategy,
+            strategies=strategies,
+            budget=budget or DEFAULT_BUDGET,
+            tree=tree,
+            refine=refine_limit if (strategy != UNIFIED if refine is None else refine) else 0,
+            seed=seed,
             quantize=quantize,
-        ),
-    )
-    work = _Work(
-        loaded=loaded,
-        decoder=decoder,
-        fingerprint=common.fingerprint_of(loaded),
-        prompts=prompts,
-        encoded=common.encode_prompts(
-            loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
-        ),
-        name=strategy,
-        strategies=strategies,
-        budget=budget or DEFAULT_BUDGET,
-        tree=tree,
-        refine=refine_limit if (strategy != UNIFIED if refine is None else refine) else 0,
-        seed=seed,
-    )
-    done = _run(work)
-    profile = _profile_of(work, done, target)
+            compiled=compile_,
+        )
+        journal.begin(header_of(work))
+        _conclude(work, _searched(work, journal), target, journal, as_json)
+
+
+def _searched(work: Work, journal: Journal) -> Calibration:
+    """Search, and have everything measured kept in the journal."""
+    from conflayers_cli.search.record import Record
+
+    record = Record(work.decoder, journal.entries, journal)
     try:
-        _write(profile, done, target)
+        return _run(work, record)
+    except InputError:  # a model or prompts that can't be searched: that stays so
+        journal.remove()
+        raise
+    finally:
+        record.close()
+
+
+def _conclude(work: Work, done: Calibration, target: Path, journal: Journal, as_json: bool) -> None:
+    """Write what was found, and say it."""
+    from conflayers_cli.cli.terminal import note
+
+    profile = profile_of(work, done, target)
+    kept = f"--resume goes on with {journal.path}"
+    try:
+        _write(profile, done, target, journal)
     except ConfLayersError:
         _tell(profile, done, None, as_json)  # what took so long must not be lost with the file
+        if journal.goes_on:
+            note(f"note: the search is kept, too: {kept}")
         raise
     _tell(profile, done, target, as_json)
     if done.interrupted:
+        if journal.goes_on:
+            note(f"note: the search is not over: {kept}")
         raise KeyboardInterrupt
+    journal.remove()
 
 
 def _by_rule(strategy: str, data: Path | None) -> bool:
@@ -176,21 +214,23 @@ def _short_name(model: str) -> str:
     return name.lstrip(".") or "profile"
 
 
-def tensors_path(profile: Path) -> Path:
-    """Where the per-iteration tensors of a profile go: beside it."""
-    return profile.with_name(f"{profile.stem}.safetensors")
-
-
-def _check_targets(profile: Path) -> None:
-    """Refuse, before any work, names that the profile and its tensors can't be written to."""
+def _check_profile(profile: Path) -> None:
+    """Refuse, before any work, names that the profile can't be written to."""
     from conflayers_cli.profile import check_replaceable
 
     if profile.suffix == ".safetensors" or profile.name.startswith("."):
         raise InputError(f"--output {profile}: a name such as summ.yaml is needed")
+    check_replaceable(profile)
+
+
+def _check_tensors(profile: Path) -> None:
+    """The same of its tensors: only those that an older profile names are replaced."""
+    from conflayers_cli.profile import check_replaceable
+
     check_replaceable(profile, tensors_path(profile))
 
 
-def _run(work: _Work) -> Calibration:
+def _run(work: Work, record: Record) -> Calibration:
     from conflayers_cli.cli.calibrate_display import Display
     from conflayers_cli.search.auto import auto
     from conflayers_cli.search.calibrate import calibrate as run_calibration
@@ -202,11 +242,12 @@ def _run(work: _Work) -> Calibration:
         task = Task(
             decoder=work.decoder,
             prompts=used,
-            costs=_costs(work, display),
+            costs=_costs(work, display, record),
             max_new_tokens=work.max_new_tokens,
             end_tokens=work.loaded.end_tokens,
             on_trial=display.trial,
             seed=work.seed,
+            recorder=record,
         )
         if work.name == AUTO:
             return auto(
@@ -231,114 +272,37 @@ def _run(work: _Work) -> Calibration:
         )
 
 
-def _costs(work: _Work, display: Display) -> Costs:
+def _costs(work: Work, display: Display, record: Record) -> Costs:
     """What passes cost on this device; nothing is measured where no prompt asks for it."""
+    from dataclasses import asdict
+
     from conflayers_cli.engine.costs import Costs
     from conflayers_cli.engine.latencies import costs_of
 
     if not work.prompts:
         return Costs({1: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=0)
     display.stage("measuring what passes cost")
-    return costs_of(work.loaded, work.decoder).table.by_batch[1]
+
+    def measured() -> dict[str, Any]:
+        costs = asdict(costs_of(work.loaded, work.decoder).table.by_batch[1])
+        return {**costs, "verify": list(costs["verify"].items())}
+
+    found = record.did("costs", measured)
+    return Costs(**{**found, "verify": dict(map(tuple, found["verify"]))})
 
 
-def _profile_of(work: _Work, done: Calibration, target: Path) -> Profile:
-    from conflayers_cli.profile import Profile, SkipSection
-
-    return Profile(
-        model=work.fingerprint,
-        skip=SkipSection.of(done.plan),
-        draft=_draft_section(done.setting, done.candidate),
-        ranges=tuple(_range_section(each, done) for each in done.ranges) or None,
-        tensors=tensors_path(target).name if done.result.tensors else None,
-        **_provenance(work, done),
-    )
-
-
-def _range_section(each: RangePlan, done: Calibration) -> RangeSection:
-    """A plan for longer contexts, as the profile takes it."""
-    from conflayers_cli.profile import RangeSection, SkipSection
-    from conflayers_cli.search.objective import PAPER
-
-    return RangeSection(
-        from_context=each.from_context,
-        skip=SkipSection.of(each.plan),
-        draft=_draft_section(each.setting or PAPER, done.candidate),
-    )
-
-
-def _draft_section(setting: Setting, found: Candidate) -> DraftSettings:
-    """A way of drafting, as the profile takes it.
-
-    Where nothing pays to be left out, n-grams may still draft. A plan that was searched for but not
-    refined is kept with its method's own way of drafting.
-    """
-    from conflayers_cli.profile import DraftSettings
-
-    skips = setting.max_tokens > 0
-    own = skips and not (found.refined or found.by_rule)
-    return DraftSettings(
-        by="skip" if own else "mixed" if skips else "ngram",
-        lookahead=False if own else None,
-        max_tokens=setting.max_tokens,
-        stop_probability=setting.stop_probability,
-        tree=setting.tree.rungs if setting.tree else None,
-    )
-
-
-def _provenance(work: _Work, done: Calibration) -> dict[str, Any]:
-    """How it was found, what was measured, and on what."""
-    from dataclasses import asdict
-
-    from conflayers_cli.cli.common import environment_of
-    from conflayers_cli.profile import FoundBy, Measured, PromptsUsed
-    from conflayers_cli.prompts import fingerprint
-
-    check, pays, expected = done.check, bool(done.plan), done.candidate.expected
-    settings = {
-        **_plain_settings(asdict(done.candidate.method)),  # type: ignore[call-overload]
-        "refine_limit": work.refine,
-        "max_new_tokens": work.max_new_tokens,
-    }
-    if work.name == AUTO:
-        settings["budget"] = work.budget
-    return {
-        "found_by": FoundBy(
-            strategy=done.candidate.strategy,
-            refined=done.candidate.refined,
-            settings=settings,
-            seed=work.seed,
-            prompts=PromptsUsed(count=len(work.prompts), sha256=fingerprint(work.prompts)),
-        ),
-        "measured": Measured(
-            acceptance_rate=check.acceptance_rate if check and pays else None,
-            tokens_per_step=check.tokens_per_step if check and pays else None,
-            expected_speedup=expected.speedup if expected and pays else None,
-            measured_speedup=check.speedup if check and pays else None,
-            iterations=len(done.result.trials),
-            seconds=done.seconds,
-            conclusion=done.conclusion,
-        ),
-        "environment": environment_of(work.loaded),
-    }
-
-
-def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a profile takes them: single values."""
-    return {
-        key: " ".join(map(str, value)) if isinstance(value, tuple) else value
-        for key, value in settings.items()
-    }
-
-
-def _write(profile: Profile, done: Calibration, target: Path) -> None:
+def _write(profile: Profile, done: Calibration, target: Path, journal: Journal) -> None:
+    from conflayers_cli.cli.calibrate_journal import temporary_of
     from conflayers_cli.outputs import write_atomically
 
     if done.result.tensors:
         from safetensors.torch import save
 
-        write_atomically(tensors_path(target), save(dict(done.result.tensors)))
-    profile.save(target)
+        tensors = tensors_path(target)
+        journal.will_write(tensors.name)
+        content = save(dict(done.result.tensors))
+        write_atomically(tensors, content, temporary=temporary_of(tensors))
+    write_atomically(target, profile.to_yaml(), temporary=temporary_of(target))
 
 
 def _tell(profile: Profile, done: Calibration, target: Path | None, as_json: bool) -> None:

@@ -15,6 +15,15 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="The profile; MODEL.yaml here by default."),
 ]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Go on with a calibration that was cut short, given the same options again; or begin "
+        "anew in its place.",
+        show_default=False,
+    ),
+]
 StrategyName = Annotated[
     str,
     typer.Option(

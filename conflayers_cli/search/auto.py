@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.tree import TreeShape
 from conflayers_cli.errors import InputError
 
@@ -57,15 +55,16 @@ def auto(
     Raises:
         InputError: no strategy applies to the model and the prompts.
     """
-    begin = time.perf_counter()
+    begin = task.record.meter().seconds
     found: list[Candidate] = []
     refused: InputError | None = None
     for i, strategy in enumerate(strategies):
-        left = agreed(begin + SEARCHING * budget - time.perf_counter())
+        now = task.record.meter().seconds
+        left = begin + SEARCHING * budget - now
         if left <= 0 and found:
             on_stage(f"no time left for {', '.join(s.name for s in strategies[i:])}")
             break
-        task.deadline = time.perf_counter() + max(left, 0.0) / (len(strategies) - i)
+        task.deadline = now + max(left, 0.0) / (len(strategies) - i)
         on_stage(f"searching: {strategy.name}")
         try:
             candidate = find(
@@ -89,7 +88,7 @@ def auto(
         found[best],
         checks[best],
         always=not refine,
-        seconds=time.perf_counter() - begin,
+        seconds=task.record.meter().seconds - begin,
     )
     return replace(calibration, others=tuple(zip(found, checks, strict=True)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -134,7 +133,7 @@ def calibrate(
 
     A KeyboardInterrupt at any stage ends the work with the best plan so far.
     """
-    begin = time.perf_counter()
+    begin = task.record.meter()
     candidate = find(
         strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better
     )
@@ -151,7 +150,8 @@ def calibrate(
             )
     except KeyboardInterrupt:
         candidate = as_interrupted(candidate)
-    return decide(candidate, check, always=not refine, seconds=time.perf_counter() - begin)
+    seconds = task.record.meter().seconds - begin.seconds
+    return decide(candidate, check, always=not refine, seconds=seconds)
 
 
 def find(
@@ -164,8 +164,7 @@ def find(
     on_better: Better,
 ) -> Candidate:
     """Search and refine; arguments as for :func:`calibrate`."""
-    begin, decoder = time.perf_counter(), task.decoder
-    passes = decoder.full_passes, decoder.draft_passes
+    begin = task.record.meter()
     result = strategy.search(task)
     plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
     expected: Score | None = None
@@ -190,6 +189,7 @@ def find(
         interrupted = True
     if interrupted and expected is None and refine:
         plan = _fastest_decoded(result)
+    end = task.record.meter()
     return Candidate(
         method=strategy,
         plan=plan,
@@ -199,9 +199,9 @@ def find(
         result=replace(result, interrupted=interrupted),
         refined=bool(refine) and expected is not None,
         judged=judged,
-        seconds=time.perf_counter() - begin,
-        full_passes=decoder.full_passes - passes[0],
-        draft_passes=decoder.draft_passes - passes[1],
+        seconds=end.seconds - begin.seconds,
+        full_passes=end.full_passes - begin.full_passes,
+        draft_passes=end.draft_passes - begin.draft_passes,
         by_rule=not task.prompts,
     )
 

@@ -13,6 +13,7 @@ from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.plan import SkipPlan
 
 from .objective import Setting
+from .record import label_of
 from .task import Task
 
 MOST_CHECKED = 6
@@ -79,7 +80,28 @@ def check_by_decoding(
 
     Returns:
         One check per candidate; None for one that drafts nothing or where nothing was decoded.
+
+    It is measured in one go: drafters learn from prompt to prompt, so that of a check that was cut
+    short nothing is kept.
     """
+    names = "; ".join(label_of(plan) for plan, _ in candidates)
+    found = task.record.did(
+        f"check: {names}",
+        lambda: [
+            None if check is None else dict(vars(check))
+            for check in _checks(task, candidates, held_out, lookahead)
+        ],
+    )
+    return [None if check is None else Check(**check) for check in found]
+
+
+def _checks(
+    task: Task,
+    candidates: Sequence[tuple[SkipPlan, Setting]],
+    held_out: Sequence[tuple[int, ...]],
+    lookahead: bool,
+) -> list[Check | None]:
+    """What :func:`check_by_decoding` gives, by decoding."""
     prompts = tuple(held_out) or task.prompts[:MOST_CHECKED]
     drafters = [
         drafter_of(task, plan, setting, lookahead=lookahead) for plan, setting in candidates

@@ -22,6 +22,7 @@ from conflayers_cli.errors import InputError
 from .confidence import Confidence, Selection, measure_confidence, select_layers
 from .matchness import Passage
 from .objective import PAPER, Setting
+from .record import Record
 from .task import OnTrial, SearchResult, Task, Trial, nobody
 from .texts import Stream
 
@@ -63,8 +64,8 @@ class ConfLayers:
         Raises:
             InputError: the model is too shallow.
         """
-        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial)
-        stream = Stream(task.texts, task.prompts)
+        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial, record=task.record)
+        stream = Stream(task.texts, task.prompts, self.name)
         interrupted = False
         try:
             while not loop.stopped_because:
@@ -106,7 +107,7 @@ class _Tally:
 
 
 @dataclass
-class _Record:
+class _Proposals:
     """The tensors of all proposals, row by row."""
 
     lam: list[float] = field(default_factory=list)
@@ -146,6 +147,7 @@ class ConfLayersLoop:
         costs: measured passes, for the trials' predicted speed; None: it is not predicted.
         on_trial: told about every trial, with the best one so far.
         start: the set to start from; by default the balanced one.
+        record: the confidences go through it; None: they are not kept.
 
     Attributes:
         confidence: of the layers, as last measured; None before.
@@ -165,6 +167,7 @@ class ConfLayersLoop:
         costs: Costs | None = None,
         on_trial: OnTrial = nobody,
         start: SkipPlan | None = None,
+        record: Record | None = None,
     ) -> None:
         if decoder.depth < 4:
             raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
@@ -172,7 +175,8 @@ class ConfLayersLoop:
         self._decoder = decoder
         self._costs = costs
         self._on_trial = on_trial
-        self._record = _Record()
+        self._record = record or Record(decoder)
+        self._proposals = _Proposals()
         self._tally = _Tally()
         self._since_best = 0
         self._lam = 0.0
@@ -187,7 +191,7 @@ class ConfLayersLoop:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the proposals were made from, a row each."""
-        return self._record.tensors(self._decoder.depth)
+        return self._proposals.tensors(self._decoder.depth)
 
     def stop(self, reason: str) -> None:
         """End the search with what it has."""
@@ -231,12 +235,17 @@ class ConfLayersLoop:
             return
         decoder, settings = self._decoder, self._settings
         window = min(settings.context_window, len(source.output))
-        confidence = measure_confidence(decoder, source.cache, source.tokens, window)
-        self.confidence = confidence
+        measured = self._record.did(
+            f"conflayers: confidences after {len(self.trials)} sets",
+            lambda: dict(
+                vars(measure_confidence(decoder, source.cache, source.tokens, window)),
+            ),
+        )
+        self.confidence = confidence = Confidence(**measured)
         inner = decoder.depth - 2
         while not self._limit():
             selection = select_layers(confidence.total, self._lam, decoder.depth, qwen=self._qwen)
-            self._record.add(self._lam, confidence, selection)
+            self._proposals.add(self._lam, confidence, selection)
             share = len(selection.layers) / inner
             self._used_lam = self._lam
             too_few = len(selection.layers) < settings.skip_ratio * inner + 1

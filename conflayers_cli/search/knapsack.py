@@ -13,8 +13,10 @@ more is left out, which pools the evidence of neighbouring budgets, and never as
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from conflayers_cli.errors import InputError
 from .dynamic import Path, Programme, Weights
 from .objective import Setting
 from .task import RangePlan, SearchResult, Task, Trial
+from .texts import Sample
 from .window import Window
 
 LONGER = (4, 16)
@@ -140,6 +143,9 @@ class _Run:
         self.ranges: list[RangePlan] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self._whole = settings.whole_layers or len(task.decoder.sub_layers) < 2
+        self._samples: tuple[Sample, ...] = ()
+        self._window: Window | None = None
+        self._tokens = 0
         self._filled: dict[Weights, tuple[Path, ...]] = {}
         self._best_trial: Trial | None = None
 
@@ -147,42 +153,63 @@ class _Run:
         """The search; why it ended."""
         if self.task.out_of_time:
             return "out of time"
-        samples = self.task.texts.enough(self.settings.texts)
-        if not samples:
+        self._samples = self.task.texts.enough(self.settings.texts)
+        if not self._samples:
             return "no text to judge by"
-        window = Window(self.task.decoder, samples, self.settings.window)
-        choices = self._choices(window, self.task.costs)
+        choices = self._choices(self.task.costs)
         if not choices:
             return "out of time" if self.task.out_of_time else "nothing can be left out"
         self._note(choices)
         for context in self._longer():
             if self.task.out_of_time:
                 return "out of time"
-            self._look_at(window, context)
+            self._look_at(context)
         return f"compared {len(choices)} budgets"
 
-    def _choices(self, window: Window, costs: Costs) -> list[Choice]:
+    def _choices(self, costs: Costs) -> list[Choice]:
         """The best for every budget at these costs, over all programmes run so far."""
-        settings, decoder = self.settings, self.task.decoder
+        settings, depth = self.settings, self.task.decoder.depth
         weights = self._weights(costs)
         if weights not in self._filled:
-            units = int(settings.most_saved * (decoder.depth - 2) * weights.layer)
-            programme = Programme(
-                decoder,
-                window,
-                weights,
-                most_saved=min(max(units, 1), settings.most_units),
-                least_similarity=settings.least_similarity,
-                deadline=self.task.deadline,
+            found = self.task.record.did(
+                f"{settings.name}: attention weighs {weights.attention}, MLP {weights.mlp}",
+                lambda: self._programme(weights),
             )
-            self._filled[weights] = programme.run()
+            self._tokens = found["tokens"]
+            self._filled[weights] = tuple(
+                Path(SkipPlan.of(attention, mlp), *rest) for attention, mlp, *rest in found["paths"]
+            )
             if len(self._filled) == 1:
-                self.tensors["similarity"] = programme.similarity
+                self.tensors["similarity"] = torch.from_numpy(found["similarity"])
         return [
             choice
             for paths in self._filled.values()
-            for choice in choose(paths, costs, decoder.depth, window.size, settings.most_draft)
+            for choice in choose(paths, costs, depth, self._tokens, settings.most_draft)
         ]
+
+    def _programme(self, weights: Weights) -> dict[str, Any]:
+        """Run the programme with these weights; what it came to, as a record takes it."""
+        settings, task = self.settings, self.task
+        if self._window is None:
+            self._window = Window(task.decoder, self._samples, settings.window)
+        units = int(settings.most_saved * (task.decoder.depth - 2) * weights.layer)
+        deadline = None
+        if task.deadline is not None:
+            deadline = time.perf_counter() + task.deadline - task.record.meter().seconds
+        programme = Programme(
+            task.decoder,
+            self._window,
+            weights,
+            most_saved=min(max(units, 1), settings.most_units),
+            least_similarity=settings.least_similarity,
+            deadline=deadline,
+        )
+        paths = [
+            [path.plan.attention, path.plan.mlp, path.saved, path.similarity, path.agreement]
+            for path in programme.run()
+        ]
+        similarity = programme.similarity.numpy()
+        return {"tokens": self._window.size, "paths": paths, "similarity": similarity}
 
     def _weights(self, costs: Costs) -> Weights:
         if self._whole:
@@ -235,9 +262,9 @@ class _Run:
         room = min((bound for bound in bounds if bound is not None), default=math.inf)
         return sorted({n for n in wanted if costs.context < n <= room})
 
-    def _look_at(self, window: Window, context: int) -> None:
+    def _look_at(self, context: int) -> None:
         """Keep the best plan for a longer context, if it is another one than just before."""
-        choices = self._choices(window, self.task.costs.at(context, self.task.decoder.depth))
+        choices = self._choices(self.task.costs.at(context, self.task.decoder.depth))
         best = max(choices, key=lambda choice: choice.speedup)
         before = self.ranges[-1].plan if self.ranges else self.best and self.best.path.plan
         if best.path.plan != before:

@@ -24,6 +24,7 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.tree import TreeShape
 
+from .record import Record, label_of
 from .texts import Sample
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -117,6 +118,7 @@ class Objective:
         costs: its measured passes.
         samples: prompts with the model's own greedy output; those under 3 tokens are left out.
         most_tokens: positions per sample at the most.
+        record: what the passes told goes through it; None: it is not kept.
     """
 
     def __init__(
@@ -125,11 +127,14 @@ class Objective:
         costs: Costs,
         samples: Sequence[Sample],
         most_tokens: int = 96,
+        record: Record | None = None,
     ) -> None:
+        self._record = record or Record(decoder)
         self.decoder = decoder
         self.costs = costs
         self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
         self._traces: dict[tuple[SkipPlan, int], Trace] = {}
+        self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
         self._known: dict[tuple[SkipPlan, int], Score] = {}
 
     @property
@@ -151,9 +156,14 @@ class Objective:
 
     def traces(self, plan: SkipPlan, texts: int | None = None) -> list[Trace]:
         """The first texts under a plan, a draft pass each where it is not known yet."""
-        for i in range(self._count(texts)):
-            if (plan, i) not in self._traces:
-                self._traces[plan, i] = self._texts[i].trace(self.decoder, plan)
+        missing = [i for i in range(self._count(texts)) if (plan, i) not in self._traces]
+        if missing:
+            found = self._record.did(
+                f"{label_of(plan)}: texts {' '.join(map(str, missing))}",
+                lambda: [dict(vars(self._texts[i].trace(self.decoder, plan))) for i in missing],
+            )
+            for i, trace in zip(missing, found, strict=True):
+                self._traces[plan, i] = Trace(**trace)
         return [self._traces[plan, i] for i in range(self._count(texts))]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
@@ -161,8 +171,15 @@ class Objective:
         return all((plan, i) in self._traces for i in range(self._count(texts)))
 
     def side_traces(self, plan: SkipPlan, most: int) -> list[SideTrace]:
-        """All texts under a plan with the draft's ``most`` next-best candidates, a pass each."""
-        return [text.side_trace(self.decoder, plan, most) for text in self._texts]
+        """All texts under a plan with the draft's ``most`` next-best candidates, a pass each where
+        they are not known yet."""
+        if (plan, most) not in self._sides:
+            found = self._record.did(
+                f"{label_of(plan)}: {most} side candidates",
+                lambda: [dict(vars(t.side_trace(self.decoder, plan, most))) for t in self._texts],
+            )
+            self._sides[plan, most] = [SideTrace(**trace) for trace in found]
+        return self._sides[plan, most]
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
@@ -208,20 +225,23 @@ class Objective:
 
 
 class _Text:
-    """A sample, its prompt already in a cache."""
+    """A sample; its prompt is read when a pass is asked for first."""
 
     def __init__(self, decoder: Decoder, sample: Sample, most_tokens: int) -> None:
         output = sample.output[: most_tokens + 1]
         start, device = len(sample.prompt), decoder.device
-        self.cache: KVCache = decoder.new_cache(start + len(output))
-        decoder.prefill(torch.tensor([sample.prompt], device=device), self.cache)
+        self._prompt, self._length = sample.prompt, start + len(output)
+        self._cache: KVCache | None = None
         self.fed = torch.tensor([output[:-1]], device=device)
         self.following = torch.tensor(output[1:], device=device)
         self.positions = torch.arange(start, start + len(output) - 1, device=device)[None]
 
     def _logits(self, decoder: Decoder, plan: SkipPlan) -> torch.Tensor:
+        if self._cache is None:
+            self._cache = decoder.new_cache(self._length)
+            decoder.prefill(torch.tensor([self._prompt], device=decoder.device), self._cache)
         # The draft writes its keys behind the prompt only, and every pass writes them anew.
-        return decoder.forward(self.fed, self.positions, self.cache, plan)[0].float()
+        return decoder.forward(self.fed, self.positions, self._cache, plan)[0].float()
 
     def side_trace(self, decoder: Decoder, plan: SkipPlan, most: int) -> SideTrace:
         probability = torch.softmax(self._logits(decoder, plan), dim=-1).nan_to_num(0.0)

@@ -16,7 +16,7 @@ noise 1e-2) can be had exactly with it, where optuna's sampler brings an acquisi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -32,6 +32,7 @@ from conflayers_cli.errors import InputError
 
 from .matchness import LEAST_WINDOW, Passage, matchness, window_of
 from .objective import PAPER, Setting
+from .record import Record, label_of
 from .task import OnTrial, SearchResult, Task, Trial, nobody
 from .texts import Stream
 
@@ -77,8 +78,8 @@ class Swift:
         Raises:
             InputError: scikit-learn is missing, or the model is too shallow.
         """
-        loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial)
-        stream = Stream(task.texts, task.prompts)
+        loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial, record=task.record)
+        stream = Stream(task.texts, task.prompts, self.name)
         interrupted, idle, most_idle = False, 0, 2 * LEAST_WINDOW * (len(task.prompts) + 1)
         try:
             while not loop.stopped_because:
@@ -112,6 +113,7 @@ class SwiftLoop:
         seed: of the random sets.
         on_trial: told about every set scored, with the best one so far.
         start: the set to start from; by default evenly spread layers.
+        record: what sets are scored goes through it; None: it is not kept.
 
     Attributes:
         plan: the set kept; the starting set until a better one is found.
@@ -130,6 +132,7 @@ class SwiftLoop:
         seed: int = 0,
         on_trial: OnTrial = nobody,
         start: SkipPlan | None = None,
+        record: Record | None = None,
     ) -> None:
         if decoder.depth < 4:
             raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
@@ -137,13 +140,16 @@ class SwiftLoop:
         _load_sklearn()
         self._settings = settings
         self._decoder = decoder
+        self._seed = seed
         self._random = np.random.default_rng(seed)
+        self._record = record or Record(decoder)
         self._on_trial = on_trial
         self._single = len(decoder.sub_layers) == 2
         self._size = (decoder.depth - 2) * (2 if self._single else 1)
         self._count = max(1, int(settings.skip_ratio * self._size))
         self._points: list[Point] = []
         self._since_best = 0
+        self._looks = 0
         self.plan = start or self._start()
         self.best: Trial | None = None
         self.trials: list[Trial] = []
@@ -169,12 +175,25 @@ class SwiftLoop:
 
         Nothing happens while the text is too short, or once the search is over.
         """
-        window = window_of(source, self._settings.context_window)
-        if self.stopped_because or not window:
+        if self.stopped_because:
             return
+        self._looks += 1
+        window = self._did(
+            f"window {self._looks}", lambda: window_of(source, self._settings.context_window)
+        )
+        if window:
+            self._consider(source, window)
+            self._record.commit()
 
+    def _did(self, what: str, work: Callable[[], Any]) -> Any:
+        """An outcome of the step at hand, kept with the others of it."""
+        return self._record.did(f"swift: {what}, set {len(self.trials)}", work, hold=True)
+
+    def _consider(self, source: Passage, window: int) -> None:
         def score_of(plan: SkipPlan) -> float:
-            return matchness(self._decoder, plan, source, window)
+            return float(
+                self._did(label_of(plan), lambda: matchness(self._decoder, plan, source, window))
+            )
 
         if self.best is None:
             # The starting set first: what replaces it has to be better.
@@ -182,7 +201,7 @@ class SwiftLoop:
             return
         step = len(self.trials)
         bayes = step % self._settings.bayes_interval == 0
-        plan = self._plan_of(self._suggested() if bayes else self._random_point())
+        plan = self._plan_of(self._suggested(step) if bayes else self._random_point())
         score = score_of(plan)
         better = score > self.best.figures["matchness"] and score > score_of(self.plan)
         trial = self._note(plan, score)
@@ -248,26 +267,35 @@ class SwiftLoop:
             point[[inner + layer - 1 for layer in plan.mlp]] = 1.0
         return point
 
-    def _suggested(self) -> Point:
+    def _suggested(self, step: int) -> Point:
         """The set with the greatest upper confidence bound among random ones and the neighbours of
-        the best."""
+        the best.
+
+        What is drawn for it comes from random numbers of its own: where the suggestion is known
+        from the record, nothing is drawn, and the sets behind it are the same.
+        """
+        point: Point = self._did("suggestion", lambda: self._suggestion(step))
+        return point
+
+    def _suggestion(self, step: int) -> Point:
+        random = np.random.default_rng([self._seed, step])
         process = _fitted(
             self._points, [t.figures["matchness"] for t in self.trials], self._settings.noise
         )
-        candidates = np.stack([self._candidate(i % 2 == 0) for i in range(CANDIDATES)])
+        candidates = np.stack([self._candidate(random, i % 2 == 0) for i in range(CANDIDATES)])
         mean, deviation = process.predict(candidates, return_std=True)
         suggested: Point = candidates[int(np.argmax(mean + self._settings.kappa * deviation))]
         return suggested
 
-    def _candidate(self, local: bool) -> Point:
+    def _candidate(self, random: np.random.Generator, local: bool) -> Point:
         """A set: any at random, or the best one with a few sub-layers exchanged."""
         if not local:
-            return self._point_of(self._plan_of(self._random_point()))
+            return self._point_of(self._plan_of(random.random(self._size)))
         point = self._point_of(self.plan)
         inside, outside = np.flatnonzero(point == 1), np.flatnonzero(point == 0)
-        swaps = min(int(self._random.integers(1, 6)), len(inside), len(outside))
-        point[self._random.choice(inside, swaps, replace=False)] = 0.0
-        point[self._random.choice(outside, swaps, replace=False)] = 1.0
+        swaps = min(int(random.integers(1, 6)), len(inside), len(outside))
+        point[random.choice(inside, swaps, replace=False)] = 0.0
+        point[random.choice(outside, swaps, replace=False)] = 1.0
         return point
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,10 +10,10 @@ import torch
 
 from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.parallel import agreed
 from conflayers_cli.engine.plan import SkipPlan
 
 from .objective import Objective, Setting
+from .record import Record
 from .texts import Texts
 
 
@@ -69,7 +68,10 @@ class Task:
         end_tokens: ids that end an output.
         on_trial: told about every trial, with the best one so far.
         seed: of whatever a search draws at random.
-        deadline: `time.perf_counter()` at which a search ends with what it has; None: never.
+        deadline: at so many seconds of the record's meter a search ends with what it has; None:
+            never.
+        recorder: has what was measured kept; None: nothing is kept.
+        record: the recorder, or one that keeps nothing; all that is measured goes through it.
         texts: the model's own continuations of the prompts, shared by all searches of a task.
     """
 
@@ -81,11 +83,16 @@ class Task:
     on_trial: OnTrial = nobody
     seed: int = 0
     deadline: float | None = None
+    recorder: Record | None = None
+    record: Record = field(init=False)
     texts: Texts = field(init=False)
     _objective: Objective | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.texts = Texts(self.decoder, self.prompts, self.max_new_tokens, self.end_tokens)
+        self.record = self.recorder or Record(self.decoder)
+        self.texts = Texts(
+            self.decoder, self.prompts, self.max_new_tokens, self.end_tokens, self.record
+        )
 
     @property
     def objective(self) -> Objective:
@@ -94,13 +101,15 @@ class Task:
         Made when first asked for; what it has judged stays known to every search of the task.
         """
         if self._objective is None:
-            self._objective = Objective(self.decoder, self.costs, self.texts.enough())
+            self._objective = Objective(
+                self.decoder, self.costs, self.texts.enough(), record=self.record
+            )
         return self._objective
 
     @property
     def out_of_time(self) -> bool:
         """Whether a search should end with what it has."""
-        return self.deadline is not None and agreed(time.perf_counter() >= self.deadline)
+        return self.deadline is not None and self.record.meter().seconds >= self.deadline
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
-from conflayers_cli.engine.decode import Generation, Step
+import torch
+
+from conflayers_cli.engine.cache import KVCache
+from conflayers_cli.engine.decode import Finish, Generation, Step
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter
 from conflayers_cli.errors import InputError
+
+from .record import Record
 
 MOST_TEXTS = 8
 """Texts that plans are judged by."""
@@ -34,6 +41,7 @@ class Texts:
         prompts: token ids.
         max_new_tokens: tokens decoded per prompt at the most.
         end_tokens: ids that end an output.
+        record: what is decoded goes through it; None: it is not kept.
     """
 
     def __init__(
@@ -42,7 +50,9 @@ class Texts:
         prompts: tuple[tuple[int, ...], ...],
         max_new_tokens: int,
         end_tokens: frozenset[int],
+        record: Record | None = None,
     ) -> None:
+        self.record = record or Record(decoder)
         self._decoder = decoder
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
@@ -59,12 +69,21 @@ class Texts:
             end_tokens=self._end_tokens,
         )
 
-    def note(self, generation: Generation) -> None:
-        """Keep what a decoding has come to, unless more of it is known already."""
-        prompt = tuple(generation.tokens[: generation.prompt_length])
+    def resume(self, prompt: tuple[int, ...], output: Sequence[int]) -> Generation:
+        """The decoding of a prompt that came to ``output`` before; all of it is read at once."""
+        generation = self.begin(prompt)
+        if output:
+            read = torch.tensor([[*prompt, *output[:-1]]])
+            generation.sampler.saw(prompt)
+            self._decoder.prefill(read, generation.cache)
+            generation.keep(tuple(output))
+        return generation
+
+    def note(self, prompt: tuple[int, ...], output: Sequence[int]) -> None:
+        """Keep what the decoding of a prompt has come to, unless more of it is known already."""
         known = self._known.get(prompt)
-        if known is None or len(known.output) < len(generation.output):
-            self._known[prompt] = Sample(prompt, tuple(generation.output))
+        if known is None or len(known.output) < len(output):
+            self._known[prompt] = Sample(prompt, tuple(output))
 
     def enough(self, count: int = MOST_TEXTS) -> tuple[Sample, ...]:
         """Up to ``count`` texts, in the order of the prompts; those missing are decoded plainly.
@@ -73,43 +92,106 @@ class Texts:
         the same texts.
         """
         texts: list[Sample] = []
-        for prompt in self._prompts:
+        for number, prompt in enumerate(self._prompts):
             if len(texts) >= count:
                 break
             known = self._known.get(prompt)
             if known is None or not self._whole(known):
-                generation = self.begin(prompt)
-                list(generation)
-                self.note(generation)
+                output = self.record.did(f"text {number}", partial(self._whole_of, prompt))
+                self.note(prompt, output)
             sample = self._known[prompt]
             if len(sample.output) >= LEAST_TOKENS:
                 texts.append(sample)
         return tuple(texts)
+
+    def _whole_of(self, prompt: tuple[int, ...]) -> list[int]:
+        generation = self.begin(prompt)
+        list(generation)
+        return generation.output
 
     def _whole(self, sample: Sample) -> bool:
         ended = bool(sample.output) and sample.output[-1] in self._end_tokens
         return ended or len(sample.output) >= self._max_new_tokens
 
 
+class Text:
+    """A prompt's continuation as far as it has come.
+
+    Where its tokens are known from a record, the model reads them when its cache is first needed.
+
+    Attributes:
+        prompt: token ids.
+        output: the tokens produced so far.
+        finish: why it ended, None while it goes on.
+    """
+
+    def __init__(self, texts: Texts, prompt: tuple[int, ...]) -> None:
+        self._texts = texts
+        self._generation: Generation | None = None
+        self.prompt = prompt
+        self.output: list[int] = []
+        self.finish: Finish | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output; the last one is not in the cache yet."""
+        return [*self.prompt, *self.output]
+
+    @property
+    def cache(self) -> KVCache:
+        """Filled for all tokens but the last."""
+        return self._at_hand.cache
+
+    def decode(self, drafter: Drafter | None) -> Step:
+        """What one more step gives; :meth:`take` adds it."""
+        self._at_hand.drafter = drafter
+        return self._at_hand.step()
+
+    def take(self, step: Step) -> None:
+        """Add what a step gave."""
+        self.output += step.tokens
+        self.finish = step.finish
+
+    def note(self) -> None:
+        """Keep the text so far."""
+        self._texts.note(self.prompt, self.output)
+
+    @property
+    def _at_hand(self) -> Generation:
+        if self._generation is None:
+            self._generation = self._texts.resume(self.prompt, self.output)
+        return self._generation
+
+
 class Stream:
     """The prompts decoded one after the other, round and round, for searches that run meanwhile.
 
+    Every step is an outcome of the texts' record, held until what the search makes of it is kept.
+
+    Args:
+        texts: keeps what is decoded.
+        prompts: token ids.
+        name: tells the record's steps from those of other searches.
+
     Attributes:
-        current: the generation at hand.
+        current: the text at hand.
         previous: the one before it.
     """
 
-    def __init__(self, texts: Texts, prompts: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self, texts: Texts, prompts: tuple[tuple[int, ...], ...], name: str = "stream"
+    ) -> None:
         self._texts = texts
         self._prompts = prompts
+        self._name = name
         self._next = 0
         self.current = self._begin()
-        self.previous: Generation | None = None
+        self.previous: Text | None = None
 
-    def _begin(self) -> Generation:
+    def _begin(self) -> Text:
         prompt = self._prompts[self._next % len(self._prompts)]
         self._next += 1
-        return self._texts.begin(prompt)
+        return Text(self._texts, prompt)
 
     def step(self, drafter: Drafter | None) -> Step:
         """One decode step; prompts are read and changed on the way.
@@ -121,11 +203,21 @@ class Stream:
             if self.current.finish is not None:
                 self.note()
                 self.previous, self.current = self.current, self._begin()
-            self.current.drafter = drafter
-            step = self.current.step()
+            step = self._step(self.current, drafter)
             if step.drafter != "prefill":
                 return step
         raise InputError("every prompt's output ends with its first token")
+
+    def _step(self, text: Text, drafter: Drafter | None) -> Step:
+        given: dict[str, Any] = self._texts.record.did(
+            f"{self._name}: text {self._next}, token {len(text.output)}",
+            lambda: asdict(text.decode(drafter)),
+            hold=True,
+        )
+        lists = {name: tuple(given[name]) for name in ("tokens", "sources")}
+        step = Step(**{**given, **lists})
+        text.take(step)
+        return step
 
     def steps(self, drafter: Drafter) -> Iterator[Step]:
         """Decode steps, without end."""
@@ -134,12 +226,12 @@ class Stream:
 
     def note(self) -> None:
         """Keep the text so far."""
-        self._texts.note(self.current)
+        self.current.note()
 
-    def window_source(self, window: int) -> Generation:
-        """The generation whose last ``window`` tokens tell most: the current one once it has any
+    def window_source(self, window: int) -> Text:
+        """The text whose last ``window`` tokens tell most: the current one once it has any
         length, else the longer one of it and the one before."""
         enough = len(self.current.output) >= min(window, FEW_TOKENS)
         if enough or self.previous is None:
             return self.current
-        return max(self.current, self.previous, key=lambda generation: len(generation.output))
+        return max(self.current, self.previous, key=lambda text: len(text.output))

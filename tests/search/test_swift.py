@@ -90,7 +90,7 @@ def test_the_process_suggests_what_it_has_learned() -> None:
         plan = loop._plan_of(loop._random_point())
         loop._note(plan, float(loop._point_of(plan) @ worth))
     random = [float(point @ worth) for point in loop._points]
-    suggested = float(loop._suggested() @ worth)
+    suggested = float(loop._suggestion(0) @ worth)
     assert suggested > np.quantile(random, 0.95)
 
 

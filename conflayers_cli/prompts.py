@@ -242,7 +242,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     """
     start = 0
     for number in count(1):
-        # not splitlines(): it also splits at characters, U+2028 for one, that JSON allows in strings
+        # not splitlines(): it also splits at characters that JSON allows in strings, U+2028 for one
         end = text.find("\n", start)
         line = text[start : end if end >= 0 else None].removesuffix("\r")
         if line.strip():

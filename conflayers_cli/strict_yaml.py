@@ -2,8 +2,8 @@
 
 Reading refuses what no file of ours needs and a hostile or mistyped one could hold: repeated and
 merge keys, keys that are no texts, anchors, tags that make objects, and numbers in YAML 1.1's other
-notations, in which ``010`` is 8 and ``1:30`` is 90. Whatever is wrong is told in one line that names the
-place, the value and what is allowed, for the syntax as for a pydantic schema.
+notations, in which ``010`` is 8 and ``1:30`` is 90. Whatever is wrong is told in one line that
+names the place, the value and what is allowed, for the syntax as for a pydantic schema.
 """
 
 from __future__ import annotations

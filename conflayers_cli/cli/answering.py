@@ -135,7 +135,8 @@ def answer_one(
         raise
     if as_json:
         head = {"schema_version": SCHEMA_VERSION, "model": machine.loaded.name}
-        emit_json({**head, **machine.as_json(answer)}, indent=None)
+        document = {**head, **_shortened(prompt), **machine.as_json(answer)}
+        emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{answer.text}\n")
     if stats:
@@ -237,7 +238,12 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[s
         "category": prompt.category,
         "request_sha256": key.request_sha256,
     }
-    return {**head, **answer}
+    return {**head, **_shortened(prompt), **answer}
+
+
+def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
+    """How many tokens of a prompt were left out, where any were."""
+    return {"truncated": prompt.truncated} if prompt.truncated else {}
 
 
 def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:

@@ -98,6 +98,7 @@ def calibrate(
     max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,
     raw: options.Raw = False,
+    truncate: options.Truncate = False,
     seed: search_options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -145,7 +146,12 @@ def calibrate(
         fingerprint=common.fingerprint_of(loaded),
         prompts=prompts,
         encoded=common.encode_prompts(
-            loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
+            loaded,
+            prompts,
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            truncate=truncate,
         ),
         name=strategy,
         strategies=strategies,
@@ -300,6 +306,8 @@ def _provenance(work: _Work, done: Calibration) -> dict[str, Any]:
         "refine_limit": work.refine,
         "max_new_tokens": work.max_new_tokens,
     }
+    if any(prompt.truncated for prompt in work.encoded):
+        settings["truncate"] = True
     if work.name == AUTO:
         settings["budget"] = work.budget
     return {

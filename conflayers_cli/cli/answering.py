@@ -139,6 +139,7 @@ def answer_one(
         emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{answer.text}\n")
+    _tell_textless(machine, [answer])
     if stats:
         _tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
 
@@ -180,6 +181,7 @@ def answer_file(
                 there = done + len(answers)
                 note(f"{there} of {len(prompts)} prompts are answered; --resume goes on from there")
             raise
+    _tell_textless(machine, answers)
     if stats:
         total = Summary.total(answer.stats for answer in answers)
         _tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
@@ -244,6 +246,17 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[s
 def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
     """How many tokens of a prompt were left out, where any were."""
     return {"truncated": prompt.truncated} if prompt.truncated else {}
+
+
+def _tell_textless(machine: Machine, answers: Sequence[Answer]) -> None:
+    """Say so where a model whose vocabulary is larger than its tokenizer's has gone beyond it."""
+    from conflayers_cli.engine.text import without_text
+
+    tokenizer = machine.loaded.tokenizer
+    count = sum(without_text(tokenizer, answer.token_ids) for answer in answers)
+    if count:
+        known = len(tokenizer)
+        note(f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text")
 
 
 def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from conflayers_cli.errors import InputError
@@ -93,7 +94,7 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
 
     Raises:
         InputError: it has absurdly many layers, names code on the hub as its attention, names
-            weights or architectures that are no names.
+            weights or architectures that are no names, or is quantised in an unknown way.
     """
     architectures = raw.get("architectures")
     if architectures is not None and not _are_names(architectures):
@@ -104,6 +105,13 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
             f"the config of {source} names weights that are no safetensors in its folder: "
             f"{str(weights)[:100]!r}"
         )
+    quantised = raw.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise InputError(f"the config of {source} is broken: quantization_config is no object")
+    method = quantised.get("quant_method") if quantised else None
+    if method is not None and str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        # transformers would take the weights for plain ones
+        raise InputError(f"{source} is quantised with {str(method)[:100]!r}: not supported")
     for key, value in _entries(raw):
         count = isinstance(value, int) and key.endswith(_LAYER_KEYS)
         if count and value > MOST_LAYERS:

@@ -191,7 +191,7 @@ def load_model(
         device=device_of(model),
         dtype=model.dtype,
         dtype_reason=reason,
-        end_tokens=_end_tokens(model, tokenizer),
+        end_tokens=_end_tokens(model, tokenizer, source),
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=spread_of(model),
@@ -470,7 +470,9 @@ def _to_device(model: PreTrainedModel, device: torch.device, source: str) -> Pre
         ) from error
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+) -> frozenset[int]:
     """All ids that end a text, by the generation config, the config and the tokenizer."""
     text = model.config.get_text_config()
     ends: list[Any] = []
@@ -478,6 +480,8 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
         named = getattr(holder, "eos_token_id", None)
         own = named if isinstance(named, list | tuple) else [named]
         if not all(end is None or isinstance(end, int) for end in own):
-            raise InputError(f"the model is broken: its end token (eos_token_id) is {named!r}")
+            raise InputError(
+                f"{source} is broken: its end token (eos_token_id) is {str(named)[:60]!r}"
+            )
         ends.extend(own)
     return frozenset(i for i in ends if isinstance(i, int) and 0 <= i < text.vocab_size)

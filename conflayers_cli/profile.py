@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 
 _HEADER = """\
 # A conflayers profile: the sub-layers that the model below leaves out while it drafts.
@@ -195,7 +195,7 @@ def _check_layers(skip: object, depth: int, where: str = "") -> None:
             if whole and not 1 <= layer <= depth - 2:
                 raise entry_error(
                     f"{where}{name}.{position}",
-                    f"{layer} is out of range, {_allowed_layers(depth)}",
+                    f"{shown(layer)} is out of range, {_allowed_layers(depth)}",
                 )
 
 

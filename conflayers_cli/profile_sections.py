@@ -100,9 +100,11 @@ class SkipSection(Section):
     @field_validator("attention", "mlp", mode="after")
     @classmethod
     def _sorted_and_unique(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        seen: set[int] = set()
         for position, layer in enumerate(layers):
-            if layer in layers[:position]:
+            if layer in seen:
                 raise entry_error(str(position), f"{layer} is repeated, allowed is each layer once")
+            seen.add(layer)
         return tuple(sorted(layers))
 
     @classmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from conflayers_cli.errors import InputError
 
@@ -16,6 +19,14 @@ ACCEPTED = (
     '{"conversations": [{"from", "value"}, …]}'
 )
 
+MAX_BYTES = 100_000_000
+"""Of a file or of standard input. JSON of hostile making takes some 25 times as much memory."""
+MAX_PROMPTS = 1_000_000
+"""Of a file."""
+MAX_NAME = 256
+"""Characters of an id or a category: they are shown in tables and error messages."""
+
+_CHUNK = 1 << 20
 _FORMS = ("prompt", "messages", "turns", "conversations")
 _JSON_SUFFIXES = frozenset({".jsonl", ".json", ".jsonlines", ".ndjson"})
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -59,15 +70,16 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a prompt file: JSONL, a ``.json`` file with one array, or text with a prompt a line.
 
-    Every line is checked before any prompt is returned. Keys that no form knows are ignored. Of
-    ``turns`` the first is taken; assistant messages at the end of a chat are left out, for they are
-    what the model is asked to write. A prompt without an id is named by its line (in an array, by
-    its position), counted from 1.
+    Every line is checked before any prompt is returned. Keys that no form knows are ignored, but
+    none may be repeated. Of ``turns`` the first is taken; assistant messages at the end of a chat
+    are left out, for they are what the model is asked to write. A prompt without an id is named by
+    its line (in an array, by its position), counted from 1.
 
     Raises:
-        InputError: the file can't be read, holds no prompts, or one of its lines is not a prompt.
+        InputError: the file can't be read, is larger than `MAX_BYTES`, holds no prompts or more
+            than `MAX_PROMPTS`, or one of its lines is not a prompt.
     """
-    return _parse(read_text(path), str(path), path.suffix.lower())
+    return parse_prompts(read_text(path), str(path), path.suffix.lower())
 
 
 def builtin_prompts() -> list[Prompt]:
@@ -82,7 +94,7 @@ def builtin_prompts() -> list[Prompt]:
         data = source.read_bytes()
     except OSError as error:
         raise InputError(f"{name} are missing, install conflayers again ({error})") from error
-    return _parse(_decode_text(data, name), name, ".jsonl")
+    return parse_prompts(_decode_text(data, name), name, ".jsonl")
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -113,7 +125,7 @@ def plain_text(prompt: Prompt, system: str | None = None) -> str:
     return "\n\n".join(message.content for message in _with_system(prompt, system))
 
 
-def read_text(path: Path, limit: int | None = None) -> str:
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """A text file as a string; a byte order mark is dropped.
 
     Raises:
@@ -122,16 +134,47 @@ def read_text(path: Path, limit: int | None = None) -> str:
     """
     try:
         with path.open("rb") as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+            return read_stream(file, str(path), limit)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, a file is needed") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
-    if limit is not None and len(data) > limit:
-        raise InputError(f"{path}: is too large, allowed are {limit:,} bytes")
-    return _decode_text(data, str(path))
+
+
+def read_stream(file: BinaryIO, name: str, limit: int = MAX_BYTES) -> str:
+    """What a file, a pipe or a device holds, as a string; a byte order mark is dropped.
+
+    It is read to its end or to the first fault, whichever comes first: a device such as /dev/zero
+    has no end.
+
+    Args:
+        name: what it is, for the error.
+        limit: the most bytes.
+
+    Raises:
+        InputError: it is larger than ``limit`` bytes, not UTF-8, or has NUL bytes.
+        OSError: it can't be read.
+    """
+    data, pieces = bytearray(), []
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    while chunk := file.read(min(_CHUNK, limit + 1 - len(data))):
+        data += chunk
+        if len(data) > limit:
+            raise InputError(f"{name}: is too large, allowed are {limit:,} bytes")
+        nul = chunk.find(b"\0")
+        if nul >= 0:  # what is behind it may be half a character
+            return _decode_text(bytes(data[: len(data) - len(chunk) + nul + 1]), name)
+        try:
+            pieces.append(decoder.decode(chunk))
+        except UnicodeDecodeError:
+            return _decode_text(bytes(data), name)
+    try:
+        pieces.append(decoder.decode(b"", final=True))
+    except UnicodeDecodeError:
+        return _decode_text(bytes(data), name)
+    return "".join(pieces)
 
 
 def _decode_text(data: bytes, name: str) -> str:
@@ -148,10 +191,21 @@ def _decode_text(data: bytes, name: str) -> str:
     return text
 
 
-def _parse(text: str, name: str, suffix: str) -> list[Prompt]:
+def parse_prompts(text: str, name: str, suffix: str) -> list[Prompt]:
+    """The prompts in the text of a file; see `read_prompts`.
+
+    Args:
+        name: where the text is from, for the error.
+        suffix: of the file's name, in lower case.
+
+    Raises:
+        InputError: as `read_prompts`.
+    """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     for number, place, value in _records(text, name, suffix):
+        if len(prompts) == MAX_PROMPTS:
+            raise InputError(f"{place}: is one prompt too many, allowed are {MAX_PROMPTS:,}")
         prompt = _prompt(value, str(number), place)
         if prompt.id in places:
             raise InputError(
@@ -173,13 +227,29 @@ def _records(text: str, name: str, suffix: str) -> Iterator[tuple[int, str, obje
             for number, item in enumerate(items, 1):
                 yield number, f"{name}: item {number}", item
         return
-    # not splitlines(): it also splits at characters, U+2028 for one, that JSON allows in strings
-    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
-    as_json = suffix in _JSON_SUFFIXES or (bool(lines) and _is_json_object(lines[0][1]))
-    for number, line in lines:
+    as_json = True if suffix in _JSON_SUFFIXES else None
+    for number, line in _lines(text):
+        if as_json is None:
+            as_json = _is_json_object(line)  # the first line says what the others are
         value = _decode_json(line, name, number) if as_json else {"prompt": line}
         yield number, f"{name}:{number}", value
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and content of every line that is not blank.
+
+    One by one: a list of all would take fifty times the memory of a file of blank lines.
+    """
+    start = 0
+    for number in count(1):
+        # not splitlines(): it also splits at characters that JSON allows in strings, U+2028 for one
+        end = text.find("\n", start)
+        line = text[start : end if end >= 0 else None].removesuffix("\r")
+        if line.strip():
+            yield number, line
+        if end < 0:
+            return
+        start = end + 1
 
 
 def _is_json_object(line: str) -> bool:
@@ -195,7 +265,11 @@ def _is_json_object(line: str) -> bool:
 
 def _decode_json(text: str, name: str, first_line: int) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _RepeatedKeyError as error:
+        raise InputError(
+            f"{name}:{first_line}: has the key {_quoted(error.key)} twice in one object"
+        ) from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         problem = f"{error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
@@ -208,12 +282,31 @@ def _decode_json(text: str, name: str, first_line: int) -> object:
         raise InputError(f"{name}:{first_line}: has a number with too many digits") from None
 
 
+class _RepeatedKeyError(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Python takes the last of repeated keys, other readers the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKeyError(key)
+            seen.add(key)
+    return found
+
+
 def _prompt(value: object, default_id: str, place: str) -> Prompt:
     if not isinstance(value, dict):
         raise InputError(f"{place}: is {_kind(value)}, not an object; accepted are {ACCEPTED}")
     forms = [form for form in _FORMS if form in value]
     if not forms:
-        keys = ", ".join(_quoted(key) for key in list(value)[:8]) or "none"
+        keys = ", ".join(_quoted(key) for key in list(value)[:3]) or "none"
+        keys += ", …" if len(value) > 3 else ""
         raise InputError(f"{place}: is no known form (keys: {keys}); accepted are {ACCEPTED}")
     if len(forms) > 1:
         raise InputError(f"{place}: has {' and '.join(forms)}; keep one of them")
@@ -239,7 +332,7 @@ def _id(value: Mapping[str, object], default: str, place: str) -> str:
             continue
         if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
             raise InputError(f"{place}: {key} is {_kind(identity)}, not a text or a whole number")
-        return str(identity)
+        return _short_enough(str(identity), key, place)
     return default
 
 
@@ -247,7 +340,15 @@ def _category(value: Mapping[str, object], place: str) -> str | None:
     category = value.get("category")
     if category is not None and not isinstance(category, str):
         raise InputError(f"{place}: category is {_kind(category)}, not a text")
-    return category or None
+    return _short_enough(category, "category", place) if category else None
+
+
+def _short_enough(name: str, key: str, place: str) -> str:
+    if len(name) > MAX_NAME:
+        raise InputError(
+            f"{place}: {key} has {len(name):,} characters, allowed are {MAX_NAME}: {_quoted(name)}"
+        )
+    return name
 
 
 def _text(value: object, key: str, place: str) -> str:

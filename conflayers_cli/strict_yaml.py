@@ -1,12 +1,14 @@
 """YAML read strictly and written for people.
 
 Reading refuses what no file of ours needs and a hostile or mistyped one could hold: repeated and
-merge keys, anchors, tags that make objects. Whatever is wrong is told in one line that names the
-place, the value and what is allowed, for the syntax as for a pydantic schema.
+merge keys, keys that are no texts, anchors, tags that make objects, and numbers in YAML 1.1's other
+notations, in which ``010`` is 8 and ``1:30`` is 90. Whatever is wrong is told in one line that
+names the place, the value and what is allowed, for the syntax as for a pydantic schema.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +18,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from conflayers_cli.errors import InputError
+
+_MOST_SHOWN = 200
+"""Characters of what YAML says about a fault: it may quote the file at any length."""
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.I)
 
 
 def parse_mapping(text: str, path: Path, kind: str) -> dict[Any, Any]:
@@ -38,12 +45,13 @@ def parse_mapping(text: str, path: Path, kind: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = " ".join(str(error.problem or error.context).split())
+        problem = _short(" ".join(str(error.problem or error.context).split()), _MOST_SHOWN)
         raise InputError(f"{place}: is not a valid {kind}: {problem}") from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
     except (ValueError, ArithmeticError) as error:  # a date or a number that there can't be
-        raise InputError(f"{path}: has a value that can't be read: {error}") from None
+        problem = _short(" ".join(str(error).split()), _MOST_SHOWN)
+        raise InputError(f"{path}: has a value that can't be read: {problem}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: is not a {kind}: it holds {shown(data)}, not keys and values")
     return data
@@ -84,8 +92,15 @@ def shown(value: object) -> str:
     names: dict[object, str] = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return names[value]
-    text = ascii(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    try:
+        text = ascii(value) if isinstance(value, str) else str(value)
+    except ValueError:  # Python's limit on the digits of a number
+        return "a number with too many digits"
+    return _short(text, 60)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
@@ -126,7 +141,8 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 def _key(part: int | str) -> str:
     plain = str(part)
-    return plain if plain.isidentifier() or plain.isdigit() else shown(plain)
+    short = len(plain) <= 60 and plain.isascii()
+    return plain if short and (plain.isidentifier() or plain.isdigit()) else shown(plain)
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,12 +162,46 @@ class _Loader(yaml.SafeLoader):
             problem = None
             if key.tag == "tag:yaml.org,2002:merge":
                 problem = "merge keys (<<) are not allowed"
-            elif isinstance(key, yaml.ScalarNode) and key.value in seen:
+            elif not isinstance(key, yaml.ScalarNode):
+                problem = "a key should be a text, not keys and values or a list"
+            elif key.value in seen:
                 problem = f"the key {shown(key.value)} is repeated"
+            elif key.tag != "tag:yaml.org,2002:str" and node.tag == "tag:yaml.org,2002:map":
+                problem = f"the key {shown(key.value)} should be a text: put it in quotes"
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.constructor.ConstructorError:
+            raise
+        # PyYAML trusts tags: what is not of a tag's form raises whatever it comes to
+        except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            problem = f"{shown(node.value)} can't be read: {error}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(self._plain_number(node, _INTEGER))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        self._plain_number(node, _FLOAT)
+        return float(super().construct_yaml_float(node))
+
+    def _plain_number(self, node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
+        text = str(self.construct_scalar(node))
+        if not form.fullmatch(text):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown(text)} is no plain decimal number", node.start_mark
+            )
+        return text
+
+
+# PyYAML's table holds functions, not names: an override has to be entered
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -156,9 +156,11 @@ def answer_one(
         raise
     if as_json:
         head = {"schema_version": SCHEMA_VERSION, "model": machine.loaded.name}
-        emit_json({**head, **machine.as_json(answer)}, indent=None)
+        document = {**head, **_shortened(prompt), **machine.as_json(answer)}
+        emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{answer.text}\n")
+    _tell_textless(machine, [answer])
     if stats:
         _tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
 
@@ -200,6 +202,7 @@ def answer_file(
                 there = done + len(answers)
                 note(f"{there} of {len(prompts)} prompts are answered; --resume goes on from there")
             raise
+    _tell_textless(machine, answers)
     if stats:
         total = Summary.total(answer.stats for answer in answers)
         _tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
@@ -258,7 +261,23 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[s
         "category": prompt.category,
         "request_sha256": key.request_sha256,
     }
-    return {**head, **answer}
+    return {**head, **_shortened(prompt), **answer}
+
+
+def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
+    """How many tokens of a prompt were left out, where any were."""
+    return {"truncated": prompt.truncated} if prompt.truncated else {}
+
+
+def _tell_textless(machine: Machine, answers: Sequence[Answer]) -> None:
+    """Say so where a model whose vocabulary is larger than its tokenizer's has gone beyond it."""
+    from conflayers_cli.engine.text import without_text
+
+    tokenizer = machine.loaded.tokenizer
+    count = sum(without_text(tokenizer, answer.token_ids) for answer in answers)
+    if count:
+        known = len(tokenizer)
+        note(f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text")
 
 
 def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:

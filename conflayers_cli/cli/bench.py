@@ -92,6 +92,7 @@ def bench(
     target_speedup: TargetSpeedup = None,
     system: options.System = None,
     raw: options.Raw = False,
+    truncate: options.Truncate = False,
     json: options.Json = False,
     output: Output = None,
     fail_under: FailUnder = None,
@@ -126,7 +127,14 @@ def bench(
     papers = chosen is None and skipped is not None and draft is None
     if skipped and papers:
         drafter = _paper_drafter(decoder, skipped)
-    encoded = encode_prompts(loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens)
+    encoded = encode_prompts(
+        loaded,
+        prompts,
+        system=system,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        truncate=truncate,
+    )
     if drafter is None:
         note("note: nothing is left out while drafting, so both arms decode vanilla")
     cases = _cases(encoded, seed)
@@ -147,6 +155,7 @@ def bench(
         "target_speedup": target_speedup,
         "system": system,
         "raw": raw,
+        "truncate": truncate,
         "exact": exact,
         "quantize": quantize,
         "compile": compile_,

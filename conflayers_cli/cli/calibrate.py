@@ -104,6 +104,7 @@ def calibrate(
     max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,
     raw: options.Raw = False,
+    truncate: options.Truncate = False,
     seed: search_options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -154,7 +155,12 @@ def calibrate(
             fingerprint=common.fingerprint_of(loaded),
             prompts=prompts,
             encoded=common.encode_prompts(
-                loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
+                loaded,
+                prompts,
+                system=system,
+                raw=raw,
+                max_new_tokens=max_new_tokens,
+                truncate=truncate,
             ),
             name=strategy,
             strategies=strategies,

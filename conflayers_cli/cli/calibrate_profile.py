@@ -80,6 +80,8 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
         "refine_limit": work.refine,
         "max_new_tokens": work.max_new_tokens,
     }
+    if any(prompt.truncated for prompt in work.encoded):
+        settings["truncate"] = True
     if work.name == AUTO:
         settings["budget"] = work.budget
     return {

@@ -25,14 +25,21 @@ if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt
 
 
+_ADVICE = "(--truncate shortens it)"
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model gets it, and how many new tokens it has room for."""
+    """A prompt as the model gets it, and how many new tokens it has room for.
+
+    ``truncated`` tokens of its text were left out so that there is room.
+    """
 
     id: str
     category: str | None
     tokens: tuple[int, ...]
     max_new_tokens: int
+    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,34 +224,76 @@ def encode_prompts(
     system: str | None,
     raw: bool,
     max_new_tokens: int,
+    truncate: bool = False,
 ) -> list[EncodedPrompt]:
     """Encode prompts and check that the model's context has room for them.
 
     Where a prompt leaves less room than ``max_new_tokens``, it gets what there is, and a note says
-    so once.
+    so once; with ``truncate`` the prompt is shortened, and a note says by how much. Half of the
+    context is the most that is kept free for the answer.
 
     Raises:
         InputError: a prompt can't be encoded or fills the context; it is named.
     """
+    from conflayers_cli.engine.encoding import TooLongError
+
+    context = loaded.context_length
     encoded = []
     for prompt in prompts:
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
+        left_out = 0
         try:
-            tokens = encode_prompt(loaded, prompt, system, raw)
+            if truncate and context is not None:
+                most = context - min(max_new_tokens, context // 2)
+                tokens, left_out = _shortened(loaded, prompt, system, raw, most)
+            else:
+                tokens = encode_prompt(loaded, prompt, system, raw)
+        except TooLongError as error:
+            raise InputError(f"{which} {error.told} {_ADVICE}") from error
         except InputError as error:
             raise InputError(f"{which}: {error}") from error
-        room = sys.maxsize
-        if loaded.context_length is not None:
-            room = loaded.context_length - len(tokens)
+        room = sys.maxsize if context is None else context - len(tokens)
         if room < 1:
             raise InputError(
                 f"{which} is too long: {len(tokens):,} tokens, and {loaded.name} takes "
-                f"{loaded.context_length:,}, the answer included"
+                f"{context:,}, the answer included {_ADVICE}"
             )
+        if left_out:
+            note(f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept")
         budget = min(max_new_tokens, room)
-        encoded.append(EncodedPrompt(prompt.id, prompt.category, tuple(tokens), budget))
+        encoded.append(EncodedPrompt(prompt.id, prompt.category, tuple(tokens), budget, left_out))
     _tell_cut(loaded, [prompt.max_new_tokens for prompt in encoded], max_new_tokens)
     return encoded
+
+
+def _shortened(
+    loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool, most: int
+) -> tuple[list[int], int]:
+    """The tokens of a prompt, ``most`` of them at the most, and how many of its text's are not
+    among them.
+    """
+    from conflayers_cli.engine.encoding import count_tokens
+    from conflayers_cli.engine.model import encode
+    from conflayers_cli.fitting import fit, texts_of
+    from conflayers_cli.prompts import Message, Prompt, as_messages, plain_text
+
+    if raw or not loaded.has_chat_template:
+        whole = Prompt(prompt.id, text=plain_text(prompt, system))
+    else:
+        chat = (Message(**message) for message in as_messages(prompt, system))
+        whole = Prompt(prompt.id, messages=tuple(chat))
+
+    def tokens_of(part: Prompt) -> list[int]:
+        return encode(loaded, as_messages(part) if part.messages else None, part.text)
+
+    fitted = fit(whole, tokens_of, most)
+    if fitted.prompt == whole:
+        return fitted.tokens, 0
+    before, after = (
+        sum(count_tokens(loaded.tokenizer, text) for text in texts_of(part))
+        for part in (whole, fitted.prompt)
+    )
+    return fitted.tokens, max(before - after, 1)
 
 
 def _tell_cut(loaded: LoadedModel, budgets: Sequence[int], wanted: int) -> None:

@@ -61,7 +61,12 @@ Resume = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End before this text; may be given repeatedly."),
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="End before this text; may be given repeatedly.",
+        callback=options.utf8,
+    ),
 ]
 Stream = Annotated[
     bool, typer.Option("--stream/--no-stream", help="Print the text while it is decoded.")
@@ -89,6 +94,7 @@ def generate(
     seed: options.Seed = 0,
     system: options.System = None,
     raw: options.Raw = False,
+    truncate: options.Truncate = False,
     stop: Stop = None,
     stream: Stream = True,
     json: options.Json = False,
@@ -162,7 +168,12 @@ def generate(
             *(skipped, batch_size or 1, memory),
         )
         return machine, encode_prompts(
-            loaded, prompts, system=system, raw=raw, max_new_tokens=max_new_tokens
+            loaded,
+            prompts,
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            truncate=truncate,
         )
 
     try:
@@ -178,6 +189,8 @@ def generate(
                 raw,
                 stop,
             ]
+            if truncate:
+                settings += ["truncate"]
             if quantize:
                 settings += ["quantize", quantize]
             if skip_only_:
@@ -250,10 +263,10 @@ def _read_stdin() -> str:
     """All of standard input, without the line end that commands put behind their output."""
     if sys.stdin is None:
         raise InputError("standard input is closed")
+    from conflayers_cli.prompts import read_stream
+
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("standard input is not UTF-8 text") from None
+        text = read_stream(sys.stdin.buffer, "standard input")
     except OSError as error:
         raise InputError(f"standard input can't be read: {error.strerror or error}") from error
     return text.removesuffix("\n").removesuffix("\r")

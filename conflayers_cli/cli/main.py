@@ -18,7 +18,7 @@ from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
-from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note
+from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note, terminal_safe
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
@@ -135,7 +135,8 @@ def _aborted(error: Exception) -> bool:
 def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     """Tell the user about a failure; returns the exit code."""
     if debug and sys.stderr is not None:
-        traceback.print_exception(error)
+        told = "".join(traceback.format_exception(error))
+        print(terminal_safe(told), file=sys.stderr, end="")  # noqa: T201
     if isinstance(error, ConfLayersError):
         note(f"error: {error}")
         return error.exit_code

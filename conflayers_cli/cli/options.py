@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def utf8(value: Any) -> Any:
+    """Refuse an argument that is not UTF-8: Python has half surrogate pairs in place of bytes."""
+    for text in value if isinstance(value, list) else [value or ""]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise typer.BadParameter("is not UTF-8 text") from None
+    return value
+
 
 _MODEL = "Model"
 _SAMPLING = "Sampling"
@@ -142,6 +153,7 @@ System = Annotated[
         "--system",
         metavar="TEXT",
         help="A system message, put first (in place of the prompt's own).",
+        callback=utf8,
         rich_help_panel=_PROMPTS,
     ),
 ]
@@ -150,6 +162,16 @@ Raw = Annotated[
     typer.Option(
         "--raw",
         help="Continue the prompt as it is, without the model's chat template.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Truncate = Annotated[
+    bool,
+    typer.Option(
+        "--truncate",
+        help="Shorten a prompt that leaves no room for --max-new-tokens in the model's context "
+        "(half of it is the most kept free): plain text loses its beginning, a chat's longest "
+        "messages their middle.",
         rich_help_panel=_PROMPTS,
     ),
 ]

@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 PROGRAM = "conflayers"
 PIPE_WIDTH = 160
 
-# Shown as Unicode's pictures of them. C1 controls have none.
+MOST_TOLD = 1000
+"""Characters of a message: what is told of may come out of a file."""
+
+# Overrides, embeddings and isolates of writing direction, which can make a line read otherwise than
+# it is (CVE-2021-42574). The marks that Arabic and Hebrew texts need are others, and so are the
+# joiners of emoji.
+_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+# Shown as Unicode's pictures of them. C1 controls and directions have none.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys((*range(0x80, 0xA0), *_DIRECTIONS), 0xFFFD)
+# JSON can spell them; json.dumps does so only for what is below a space.
+_SPELT = {code: f"\\u{code:04x}" for code in _VISIBLE if code >= 0x20}
 
 
 class Tell(Protocol):
@@ -30,13 +39,20 @@ class Tell(Protocol):
 
 
 def terminal_safe(text: str) -> str:
-    """The text with control characters made visible, so that it can't steer a terminal."""
+    """The text with control characters made visible, so that it can't steer a terminal.
+
+    Character by character: what begins in one piece of a text and ends in the next is caught, too.
+    """
     return text.translate(_VISIBLE)
 
 
 def one_line(text: object) -> str:
-    """A message fit for one line on a terminal."""
-    return terminal_safe(" ".join(str(text).split()))
+    """A message fit for one line on a terminal; of a very long one the middle is left out."""
+    line = terminal_safe(" ".join(str(text).split()))
+    if len(line) <= MOST_TOLD:
+        return line
+    half = MOST_TOLD // 2
+    return f"{line[:half]} … {line[-half:]}"
 
 
 def note(message: str) -> None:
@@ -75,10 +91,13 @@ def _write(text: str) -> None:
 
 
 def emit_json(document: Any, *, indent: int | None = 2) -> None:
-    """Write one JSON document and a line end to stdout; with ``indent`` None on one line."""
+    """Write one JSON document and a line end to stdout; with ``indent`` None on one line.
+
+    On a terminal control characters are spelt as JSON spells them: it is the same document.
+    """
     unicode = sys.stdout is not None and (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(document, ensure_ascii=not unicode, allow_nan=False, indent=indent)
-    emit(f"{text}\n")
+    emit(f"{text.translate(_SPELT) if is_terminal(sys.stdout) else text}\n")
 
 
 def emit_rich(*parts: RenderableType) -> None:

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from conflayers_cli.engine.builtin import (
     BUILTIN,
@@ -34,22 +34,28 @@ from conflayers_cli.engine.builtin import (
     ensure,
     quiet_transformers,
 )
+from conflayers_cli.engine.checkpoint import check_config, check_json, check_size, stored
 from conflayers_cli.engine.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
+from conflayers_cli.engine.encoding import first_line, render, token_ids
 from conflayers_cli.engine.parallel import begin, on_first, sharding
 from conflayers_cli.engine.quantised import check_bits, loading, told
 from conflayers_cli.engine.support import sizes_by_layer
 from conflayers_cli.errors import ConfLayersError, InputError
 
-# What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
-# what their names say. Their hub failures are OSErrors.
+# What transformers, gguf and safetensors raise on files that are absent, broken or not what their
+# names say: they trust types and sizes, and so raise what these come to. Their hub failures are
+# OSErrors.
 _READ_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
     ImportError,
+    LookupError,
+    OSError,
     RuntimeError,
+    TypeError,
+    ValueError,
     struct.error,
     SafetensorError,
     StrictDataclassError,
@@ -166,6 +172,7 @@ def load_model(
     step(0.0)
     with quiet_transformers(step):
         config = _read_config(origin, trust_remote_code)
+        _check_files(origin, config)
         kind, reason = on_first(lambda: choose_dtype(dtype, on, config))
         spreading = {"device_map": device_map} if device_map else sharding(config, source)
         quantising = loading(config, source, quantize, on, kind, trust_remote_code)
@@ -185,7 +192,7 @@ def load_model(
         device=device_of(model),
         dtype=model.dtype,
         dtype_reason=reason,
-        end_tokens=_end_tokens(model, tokenizer),
+        end_tokens=_end_tokens(model, tokenizer, source),
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=spread_of(model),
@@ -198,28 +205,38 @@ def encode(
     """The token ids of a conversation (by the chat template, up to the answer) or of a plain text.
 
     Raises:
-        InputError: the model has no chat template, the template refuses the messages, or no tokens
-            come out.
+        TooLongError: there are far more tokens than the model's context has room for.
+        InputError: the model has no chat template, the template refuses the messages, no tokens
+            come out, or some that the model doesn't know.
         ValueError: not exactly one of ``messages`` and ``text`` is given.
     """
     if (messages is None) == (text is None):
         raise ValueError("encode takes either messages or text")
     if messages is None:
-        ids = loaded.tokenizer(text, add_special_tokens=True)["input_ids"]
-    elif not loaded.has_chat_template:
+        return _ids(loaded, text or "", special=True)
+    if not loaded.has_chat_template:
         raise InputError(f"{loaded.name} has no chat template: give plain text (--raw)")
-    else:
-        try:
-            ids = loaded.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"the chat template of {loaded.name} refuses the messages: {_line(error)}"
-            ) from error
+    try:
+        made = render(loaded.tokenizer, messages)
+    except InputError as error:
+        raise InputError(
+            f"the chat template of {loaded.name} refuses the messages: {error}"
+        ) from error
+    return made if isinstance(made, list) else _ids(loaded, made, special=False)
+
+
+def _ids(loaded: LoadedModel, text: str, *, special: bool) -> list[int]:
+    ids = token_ids(
+        loaded.tokenizer,
+        text,
+        special=special,
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
+        context=loaded.context_length,
+        name=loaded.name,
+    )
     if not ids:
         raise InputError("the prompt is empty: it gives no tokens")
-    return [int(i) for i in ids]
+    return ids
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
@@ -272,15 +289,6 @@ def _canonical(value: Any) -> Json:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _line(error: BaseException) -> str:
-    """An error's message down to one line: the first, and what it announces by a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    announced = f" {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else ""
-    return (lines[0] + announced).rstrip(".")
-
-
 def _find(source: str, progress: Progress | None) -> _Origin:
     """Where ``source`` is; a built-in model is converted if it was not yet."""
     if source in BUILTIN:
@@ -322,7 +330,7 @@ def _check_folder(folder: Path, source: str) -> None:
 
 def _refusal(origin: _Origin, what: str, error: BaseException) -> InputError:
     """The one-line error for a file of the model that can't be read."""
-    line = _line(error)
+    line = first_line(error)
     if origin.on_hub and isinstance(error, OSError):
         return InputError(
             f"cannot get {origin.source!r} from the Hugging Face Hub, and there is no such path: "
@@ -335,11 +343,11 @@ def _refusal(origin: _Origin, what: str, error: BaseException) -> InputError:
 def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
     """The config. Refuses what brings code of its own, and what is not a causal language model."""
     try:
-        raw: dict[str, Any] = {}
-        if origin.gguf is None:
-            raw, _ = PreTrainedConfig.get_config_dict(origin.place, **origin.arguments)
-        if not isinstance(raw, dict):
-            raise ValueError("config.json holds no JSON object")
+        if origin.gguf is None and not origin.on_hub:
+            check_json(Path(origin.place))
+        raw = _raw_config(origin)
+        if not trust_remote_code:
+            check_config(raw, origin.source)
         if raw.get("auto_map") and not trust_remote_code:
             raise InputError(
                 f"{origin.source} brings Python code of its own (auto_map in config.json): "
@@ -350,6 +358,14 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
         )
     except _READ_ERRORS as error:
         raise _refusal(origin, "config", error) from error
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(depth, int) or depth < 1:
+        raise InputError(f"the config of {origin.source} is broken: it names no number of layers")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and context < 1:
+        raise InputError(
+            f"the config of {origin.source} is broken: max_position_embeddings is {context}"
+        )
     names = getattr(config, "architectures", None) or [type(config).__name__]
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{origin.source} is an encoder-decoder model ({names[0]}): not supported")
@@ -360,6 +376,30 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
     if raw.get("architectures") and not any(name.endswith(_GENERATIVE) for name in names):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
     return config
+
+
+def _raw_config(origin: _Origin) -> dict[str, Any]:
+    """The configuration as its file has it."""
+    raw, _ = PreTrainedConfig.get_config_dict(origin.place, **origin.arguments)
+    if not isinstance(raw, dict):
+        raise ValueError("config.json holds no JSON object")
+    return raw
+
+
+def _check_files(origin: _Origin, config: PreTrainedConfig) -> None:
+    """See that the weights can be the model's before it is made."""
+    try:
+        raw = _raw_config(origin)
+        holds = stored(origin.place, origin.arguments, raw)
+        if holds.odd:
+            raise InputError(
+                f"the weights of {origin.source} are broken: {holds.odd[0]} holds {holds.odd[1]}, "
+                "which are no weights"
+            )
+        if not raw.get("auto_map"):
+            check_size(config, holds, origin.source)
+    except _READ_ERRORS as error:
+        raise _refusal(origin, "weights", error) from error
 
 
 def _read_model(
@@ -404,11 +444,21 @@ def _read_model(
 
 
 def _read_tokenizer(origin: _Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer. Refuses one that brings code of its own."""
     try:
+        if origin.gguf is None and not trust_remote_code:
+            told = get_tokenizer_config(origin.place, **origin.arguments)
+            if told.get("auto_map"):
+                raise InputError(
+                    f"{origin.source} brings Python code of its own (auto_map in "
+                    "tokenizer_config.json): --trust-remote-code lets it run"
+                )
         return AutoTokenizer.from_pretrained(
             origin.place, trust_remote_code=trust_remote_code, **origin.arguments
         )
-    except _READ_ERRORS as error:
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers package raises bare ones
         raise _refusal(origin, "tokenizer", error) from error
 
 
@@ -424,11 +474,18 @@ def _to_device(model: PreTrainedModel, device: torch.device, source: str) -> Pre
         ) from error
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+) -> frozenset[int]:
     """All ids that end a text, by the generation config, the config and the tokenizer."""
     text = model.config.get_text_config()
     ends: list[Any] = []
     for holder in (model.generation_config, model.config, text, tokenizer):
         named = getattr(holder, "eos_token_id", None)
-        ends.extend(named if isinstance(named, list | tuple) else [named])
+        own = named if isinstance(named, list | tuple) else [named]
+        if not all(end is None or isinstance(end, int) for end in own):
+            raise InputError(
+                f"{source} is broken: its end token (eos_token_id) is {str(named)[:60]!r}"
+            )
+        ends.extend(own)
     return frozenset(i for i in ends if isinstance(i, int) and 0 <= i < text.vocab_size)

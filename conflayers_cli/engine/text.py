@@ -12,6 +12,12 @@ _CHARACTER_TOKENS = 4
 _MOST_HELD_TOKENS = 8
 
 
+def without_text(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """How many tokens the tokenizer doesn't know: a model's vocabulary may be padded beyond it."""
+    size = len(tokenizer)
+    return sum(token >= size for token in tokens)
+
+
 class TextStream:
     """Decodes a growing list of tokens.
 

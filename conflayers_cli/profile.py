@@ -12,12 +12,12 @@ from pydantic_core import PydanticCustomError
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 from conflayers_cli.outputs import check_target, write_atomically
+from conflayers_cli.profile_model import ModelFingerprint, WeightSketch
 from conflayers_cli.profile_sections import (
     DraftSettings,
     Environment,
     FoundBy,
     Measured,
-    ModelFingerprint,
     PromptsUsed,
     Ranges,
     RangeSection,
@@ -44,6 +44,7 @@ __all__ = [
     "PromptsUsed",
     "RangeSection",
     "SkipSection",
+    "WeightSketch",
 ]
 
 SCHEMA_VERSION: Final = 1

@@ -39,13 +39,17 @@ Size = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Figure = Annotated[float, Field(ge=0, le=1e12)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Layers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(list_to_tuple)]
 Rung = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=0, le=32)]],
     BeforeValidator(_pair),
 ]
 Rungs = Annotated[tuple[Rung, ...], BeforeValidator(list_to_tuple)]
-Setting = Annotated[int | float | bool | str | None, PlainValidator(_setting)]
+Setting = Annotated[
+    int | float | bool | str | None,
+    PlainValidator(_setting, json_schema_input_type=int | float | bool | str | None),
+]
 
 
 class Section(BaseModel):
@@ -136,7 +140,7 @@ class PromptsUsed(Section):
     """How many prompts a calibration used, and their `conflayers_cli.prompts.fingerprint`."""
 
     count: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class FoundBy(Section):

@@ -1,4 +1,4 @@
-"""Weights rounded to few bits the way GGUF files and int8 checkpoints have them, and changed ones."""
+"""Weights rounded to few bits as GGUF files and int8 checkpoints have them, and changed ones."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ _DIGITS = 4
 _PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # The least distance of two among 32 neighbours, over √12 and the root mean square of all, is
-# 0.11–0.18 % for weights that were not rounded to fewer bits than bfloat16's (measured on normal and
-# heavy-tailed ones), and 0.50 % or more for those of eight bits; among 16 it is 0.4–0.6 % for the
-# former and 1.9 % or more for Q6_K, which has a scale for each 16.
+# 0.11–0.18 % for weights that were not rounded to fewer bits than bfloat16's (measured on normal
+# and heavy-tailed ones), and 0.50 % or more for those of eight bits; among 16 it is 0.4–0.6 % for
+# the former and 1.9 % or more for Q6_K, which has a scale for each 16.
 _ROUNDED = 0.003
 _ROUNDED_BY_HALVES = 0.012
 

@@ -155,9 +155,10 @@ def calibrate(
         seed=seed,
     )
     done = _run(work)
-    profile = _profile_of(work, done, target)
+    tensors = _tensors_of(done, decoder.depth)
+    profile = _profile_of(work, done, target, tensors)
     try:
-        _write(profile, done, target)
+        _write(profile, tensors, target)
     except ConfLayersError:
         _tell(profile, done, None, as_json)  # what took so long must not be lost with the file
         raise
@@ -242,15 +243,27 @@ def _costs(work: _Work, display: Display) -> Costs:
     return costs_of(work.loaded, work.decoder).table.by_batch[1]
 
 
-def _profile_of(work: _Work, done: Calibration, target: Path) -> Profile:
+def _tensors_of(done: Calibration, depth: int) -> bytes | None:
+    """What goes beside the profile, as a safetensors file; None where there is nothing."""
+    from safetensors.torch import save
+
+    from conflayers_cli.search.record import tensors_of
+
+    found = tensors_of(done.result, depth)
+    return save(found) if found else None
+
+
+def _profile_of(work: _Work, done: Calibration, target: Path, tensors: bytes | None) -> Profile:
     from conflayers_cli.profile import Profile, SkipSection
+    from conflayers_cli.profile_tensors import sha256_of
 
     return Profile(
         model=work.fingerprint,
         skip=SkipSection.of(done.plan),
         draft=_draft_section(done.setting, done.candidate),
         ranges=tuple(_range_section(each, done) for each in done.ranges) or None,
-        tensors=tensors_path(target).name if done.result.tensors else None,
+        tensors=tensors_path(target).name if tensors is not None else None,
+        tensors_sha256=sha256_of(tensors) if tensors is not None else None,
         **_provenance(work, done),
     )
 
@@ -331,13 +344,11 @@ def _plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(profile: Profile, done: Calibration, target: Path) -> None:
+def _write(profile: Profile, tensors: bytes | None, target: Path) -> None:
     from conflayers_cli.outputs import write_atomically
 
-    if done.result.tensors:
-        from safetensors.torch import save
-
-        write_atomically(tensors_path(target), save(dict(done.result.tensors)))
+    if tensors is not None:
+        write_atomically(tensors_path(target), tensors)
     profile.save(target)
 
 

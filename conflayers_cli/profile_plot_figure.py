@@ -1,0 +1,312 @@
+"""A profile's drawing as a figure for papers and pages, by matplotlib.
+
+As wide as a column of a paper, 3.4 inches, with text of 6.5 points and more. Colours are Okabe and
+Ito's ("Color Universal Design", 2008) and cividis, which people with any colour vision can tell
+apart, and which differ in lightness, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.profile_curves import Curve, Drawing, Proposals, Values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS: Final = ("png", "svg", "pdf")
+WIDTH = 3.4
+DPI = 300
+
+_BLUE, _SKY, _ORANGE, _VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The colours of a light or dark figure."""
+
+    paper: str
+    ink: str
+    faint: str
+    main: str
+    out: str
+    line: str
+
+
+_LIGHT = _Look("#ffffff", "#222222", "#d9d9d9", _BLUE, _ORANGE, _VERMILLION)
+_DARK = _Look("#14171c", "#e6e6e6", "#3a3f47", _SKY, _ORANGE, "#ffffff")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    height: float
+    draw: Callable[[Axes, _Look], None]
+
+
+def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
+    """The figure as a file's content; the same for the same profile, every time.
+
+    Args:
+        drawing: what there is to draw.
+        title: above it, one line.
+        form: one of `FORMATS`.
+        dark: for a dark page.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            "pictures are drawn by matplotlib, which is missing: pip install 'conflayers[plot]' "
+            "(without --output the picture is plain text)"
+        ) from None
+    look = _DARK if dark else _LIGHT
+    with mpl.rc_context(_style(look)):
+        panels = _panels(drawing)
+        heights = [panel.height for panel in panels]
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.25), layout="constrained")
+        _set_gaps(figure)
+        grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+        for panel, axes in zip(panels, grid[:, 0], strict=True):
+            panel.draw(axes, look)
+        figure.suptitle(_fitting(title), fontsize=8, x=0.01, ha="left")
+        figure.align_ylabels()
+        return _saved(figure, form)
+
+
+def _set_gaps(figure: Any) -> None:
+    figure.get_layout_engine().set(h_pad=0.03, w_pad=0.02)
+
+
+def _saved(figure: Figure, form: str) -> bytes:
+    # Without dates: files under version control change only where the picture does.
+    metadata: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    content = BytesIO()
+    figure.savefig(content, format=form, dpi=DPI, metadata=metadata.get(form))
+    return content.getvalue()
+
+
+def _style(look: _Look) -> dict[str, Any]:
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    return {
+        **dict.fromkeys(inks, look.ink),
+        **dict.fromkeys(papers, look.paper),
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
+        "font.size": 7,
+        "axes.labelsize": 7,
+        "axes.titlesize": 7,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 3,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
+        "legend.fontsize": 6.5,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2,
+        "ytick.major.size": 2,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "conflayers",
+        "svg.fonttype": "path",
+        "pdf.fonttype": 42,
+    }
+
+
+def _fitting(title: str) -> str:
+    """The title down to what a column has room for."""
+    return title if len(title) <= 62 else f"{title[:61]}…"
+
+
+def _panels(drawing: Drawing) -> list[_Panel]:
+    panels = [_Panel(0.62, lambda axes, look: _draw_plan(axes, look, drawing.left_out))]
+    if (found := drawing.proposals) is not None:
+        panels.append(_Panel(1.25, lambda axes, look: _draw_proposal(axes, look, found)))
+        rows = min(max(0.055 * len(found.z), 0.7), 1.6) + 0.45
+        panels.append(_Panel(rows, lambda axes, look: _draw_heat(axes, look, found)))
+    if (alone := drawing.alone) is not None:
+        panels.append(_Panel(1.2, lambda axes, look: _draw_alone(axes, look, alone)))
+    for curve in drawing.curves:
+        last = curve is drawing.curves[-1]
+        panels.append(_curve_panel(curve, drawing.curves[0] is curve, last))
+    return panels
+
+
+def _curve_panel(curve: Curve, first: bool, last: bool) -> _Panel:
+    height = 0.55 + 0.15 * first + 0.25 * last
+    return _Panel(height, lambda axes, look: _draw_curve(axes, look, curve, first, last))
+
+
+def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    depth = left_out.shape[1]
+    colours = ListedColormap([look.main, look.faint])
+    axes.pcolormesh(
+        np.arange(depth + 1) - 0.5,
+        np.arange(3) - 0.5,
+        left_out.astype(float),
+        cmap=colours,
+        vmin=0,
+        vmax=1,
+        edgecolors=look.paper,
+        linewidth=0.4 if depth <= 100 else 0,
+    )
+    axes.set_yticks([0, 1], ["attention", "MLP"])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    whole = int((left_out.sum(axis=0) == 2).sum())
+    axes.set_title(f"left out while drafting (grey): {whole} of {depth} layers")
+
+
+def _draw_proposal(axes: Axes, look: _Look, found: Proposals) -> None:
+    z, threshold = found.z[found.shown], found.threshold[found.shown]
+    out = found.selected[found.shown]
+    layers = np.arange(1, len(z) + 1)
+    axes.step(layers, threshold, where="mid", color=look.line, linewidth=0.9, label="threshold")
+    for which, colour, marker, label in (
+        (~out, look.main, "o", "kept"),
+        (out, look.out, "v", "left out"),
+    ):
+        axes.plot(
+            *(layers[which], z[which], marker),
+            color=colour,
+            markersize=2.6,
+            markeredgewidth=0,
+            linestyle="none",
+            label=label,
+        )
+    axes.set_xlim(-0.5, len(z) + 1.5)
+    axes.set_ylabel("z")
+    axes.set_title(f"confidence, proposal {found.shown + 1} of {len(found.z)}")
+    axes.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        ncols=3,
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.96),
+        borderpad=0,
+        handlelength=1.2,
+        handletextpad=0.3,
+        columnspacing=0.8,
+    )
+
+
+def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
+    count, inner = found.confidence.shape
+    scale = float(np.quantile(found.confidence, 0.98)) or 1.0
+    mesh = axes.pcolormesh(
+        np.arange(inner + 1) + 0.5,
+        np.arange(count + 1) + 0.5,
+        found.confidence,
+        cmap="cividis",
+        vmin=0,
+        vmax=scale,
+        rasterized=True,
+    )
+    rows, columns = np.nonzero(found.selected)
+    axes.plot(
+        columns + 1,
+        rows + 1,
+        linestyle="none",
+        marker=".",
+        markersize=float(np.clip(60 / max(count, inner / 2), 0.8, 2.2)),
+        markeredgewidth=0,
+        color="#ffffff",
+    )
+    axes.set_xlim(-0.5, inner + 1.5)
+    axes.set_ylim(count + 0.5, 0.5)
+    _whole_ticks(axes, "y")
+    axes.set_ylabel("proposal")
+    axes.set_xlabel("layer", labelpad=1)
+    axes.set_title("confidence by proposal (dots: left out)")
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14, fraction=0.05)
+    bar.outline.set_visible(False)
+
+
+def _draw_alone(axes: Axes, look: _Look, alone: Values) -> None:
+    layers = np.arange(alone.shape[1])
+    for row, colour, marker, label in (
+        (0, look.main, "o", "attention"),
+        (1, look.out, "v", "MLP"),
+    ):
+        axes.plot(
+            *(layers, alone[row]),
+            marker=marker,
+            markersize=2.6,
+            markeredgewidth=0,
+            linestyle="none",
+            color=colour,
+            label=label,
+        )
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_ylabel("agreement")
+    axes.set_xlabel("layer", labelpad=1)
+    axes.set_title("one sub-layer left out")
+    axes.legend(
+        frameon=False,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.96),
+        borderpad=0,
+        handletextpad=0.1,
+        columnspacing=0.8,
+    )
+
+
+def _draw_curve(axes: Axes, look: _Look, curve: Curve, first: bool, last: bool) -> None:
+    sets = np.arange(1, len(curve.values) + 1)
+    known = np.isfinite(curve.values)
+    dense = len(sets) > 60
+    axes.plot(
+        *(sets[known], curve.values[known]),
+        marker="" if dense else "o",
+        markersize=2.2,
+        markeredgewidth=0,
+        linewidth=0.8,
+        color=look.main,
+    )
+    if "speed" in curve.name:
+        axes.axhline(1, color=look.faint, linewidth=0.7, zorder=0)
+        if len(curve.known):
+            best = int(np.nanargmax(curve.values))
+            axes.plot(sets[best], curve.values[best], "D", color=look.out, markersize=3.4, zorder=3)
+            axes.annotate(
+                f"{curve.values[best]:.2f}×",
+                (float(sets[best]), float(curve.values[best])),
+                xytext=(0, -4),
+                textcoords="offset points",
+                ha="right" if best > len(sets) / 2 else "left",
+                va="top",
+                fontsize=6.5,
+            )
+    axes.set_xlim(0.5, len(sets) + 0.5)
+    axes.set_ylabel(curve.name.replace("expected ", "expected\n").replace("skipped ", "skipped\n"))
+    axes.margins(y=0.2)
+    if first:
+        axes.set_title("the search, set by set")
+    if last:
+        axes.set_xlabel("set", labelpad=1)
+        _whole_ticks(axes, "x")
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def _whole_ticks(axes: Axes, which: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from conflayers_cli.profile_curves import Curve, Drawing, Proposals, Values
@@ -121,6 +123,18 @@ def _alone(alone: Values, signs: _Signs) -> list[str]:
         f"({signs.bars[1]} {low:.0%} … {signs.bars[-1]} {high:.0%})"
     ]
     for name, row in zip(("attention", "MLP"), alone, strict=True):
+        scaled = (row - low) / max(high - low, 1e-9)
+        lines.append(_labelled(name, "".join(signs.bar(value) for value in scaled)))
+    return [*lines, _labelled("", _ruler(alone.shape[1]))]
+
+
+def _search(curves: Sequence[Curve], signs: _Signs) -> list[str]:
+    """A row for each figure, a column for each set."""
+    count = max(len(curve.values) for curve in curves)
+    lines = [f"the search, {count} set{'s' if count > 1 else ''} from left to right"]
+    for curve in curves:
+        low, high = float(curve.known.min()), float(curve.known.max())
+        values = _grouped(curve.values, MOST_COLUMNS)
         # one value all along is drawn in full height
         scaled = (values - low) / (high - low) if high > low else values - low + 1
         bars = "".join(signs.bar(value) for value in scaled)

@@ -80,7 +80,6 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
         for panel, axes in zip(panels, grid[:, 0], strict=True):
             panel.draw(axes, look)
         figure.suptitle(_fitting(title), fontsize=8, x=0.01, ha="left")
-        figure.align_ylabels()
         return _saved(figure, form)
 
 
@@ -139,14 +138,12 @@ def _panels(drawing: Drawing) -> list[_Panel]:
     if (alone := drawing.alone) is not None:
         panels.append(_Panel(1.2, lambda axes, look: _draw_alone(axes, look, alone)))
     for curve in drawing.curves:
-        last = curve is drawing.curves[-1]
-        panels.append(_curve_panel(curve, drawing.curves[0] is curve, last))
+        panels.append(_curve_panel(curve, curve is drawing.curves[-1]))
     return panels
 
 
-def _curve_panel(curve: Curve, first: bool, last: bool) -> _Panel:
-    height = 0.55 + 0.15 * first + 0.25 * last
-    return _Panel(height, lambda axes, look: _draw_curve(axes, look, curve, first, last))
+def _curve_panel(curve: Curve, last: bool) -> _Panel:
+    return _Panel(0.75 + 0.25 * last, lambda axes, look: _draw_curve(axes, look, curve, last))
 
 
 def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
@@ -190,19 +187,8 @@ def _draw_proposal(axes: Axes, look: _Look, found: Proposals) -> None:
             label=label,
         )
     axes.set_xlim(-0.5, len(z) + 1.5)
-    axes.set_ylabel("z")
-    axes.set_title(f"confidence, proposal {found.shown + 1} of {len(found.z)}")
-    axes.legend(
-        *axes.get_legend_handles_labels(),
-        frameon=False,
-        ncols=3,
-        loc="lower right",
-        bbox_to_anchor=(1.01, 0.96),
-        borderpad=0,
-        handlelength=1.2,
-        handletextpad=0.3,
-        columnspacing=0.8,
-    )
+    axes.set_title(f"z of proposal {found.shown + 1}")
+    _legend(axes)
 
 
 def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
@@ -222,17 +208,17 @@ def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
         columns + 1,
         rows + 1,
         linestyle="none",
-        marker=".",
-        markersize=float(np.clip(60 / max(count, inner / 2), 0.8, 2.2)),
-        markeredgewidth=0,
-        color="#ffffff",
+        marker="o",
+        markersize=float(np.clip(60 / max(count, inner / 2), 0.6, 1.6)),
+        markeredgewidth=0.25,
+        markeredgecolor="#000000",
+        markerfacecolor="#ffffff",
     )
     axes.set_xlim(-0.5, inner + 1.5)
     axes.set_ylim(count + 0.5, 0.5)
     _whole_ticks(axes, "y")
-    axes.set_ylabel("proposal")
     axes.set_xlabel("layer", labelpad=1)
-    axes.set_title("confidence by proposal (dots: left out)")
+    axes.set_title("confidence, proposal by proposal (dots: left out)")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14, fraction=0.05)
     bar.outline.set_visible(False)
 
@@ -253,56 +239,62 @@ def _draw_alone(axes: Axes, look: _Look, alone: Values) -> None:
             label=label,
         )
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_ylabel("agreement")
     axes.set_xlabel("layer", labelpad=1)
-    axes.set_title("one sub-layer left out")
-    axes.legend(
-        frameon=False,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1.01, 0.96),
-        borderpad=0,
-        handletextpad=0.1,
-        columnspacing=0.8,
-    )
+    axes.set_title("agreement without one")
+    _percent(axes)
+    _legend(axes)
 
 
-def _draw_curve(axes: Axes, look: _Look, curve: Curve, first: bool, last: bool) -> None:
+def _draw_curve(axes: Axes, look: _Look, curve: Curve, last: bool) -> None:
     sets = np.arange(1, len(curve.values) + 1)
     known = np.isfinite(curve.values)
-    dense = len(sets) > 60
     axes.plot(
         *(sets[known], curve.values[known]),
-        marker="" if dense else "o",
+        marker="o" if len(sets) <= 60 else "",
         markersize=2.2,
         markeredgewidth=0,
         linewidth=0.8,
         color=look.main,
     )
-    if "speed" in curve.name:
+    title = curve.name
+    if curve.times:
+        best = int(np.nanargmax(curve.values))
         axes.axhline(1, color=look.faint, linewidth=0.7, zorder=0)
-        if len(curve.known):
-            best = int(np.nanargmax(curve.values))
-            axes.plot(sets[best], curve.values[best], "D", color=look.out, markersize=3.4, zorder=3)
-            axes.annotate(
-                f"{curve.values[best]:.2f}×",
-                (float(sets[best]), float(curve.values[best])),
-                xytext=(0, -4),
-                textcoords="offset points",
-                ha="right" if best > len(sets) / 2 else "left",
-                va="top",
-                fontsize=6.5,
-            )
+        axes.plot(sets[best], curve.values[best], "D", color=look.out, markersize=3.4, zorder=3)
+        title = f"{title} over vanilla, {curve.values[best]:.2f}× at best"
+    else:
+        _percent(axes)
     axes.set_xlim(0.5, len(sets) + 0.5)
-    axes.set_ylabel(curve.name.replace("expected ", "expected\n").replace("skipped ", "skipped\n"))
     axes.margins(y=0.2)
-    if first:
-        axes.set_title("the search, set by set")
+    axes.set_title(title)
+    _whole_ticks(axes, "x")
     if last:
-        axes.set_xlabel("set", labelpad=1)
-        _whole_ticks(axes, "x")
+        axes.set_xlabel("set of layers looked at", labelpad=1)
     else:
         axes.tick_params(labelbottom=False)
+
+
+def _legend(axes: Axes) -> None:
+    """Right above the panel, beside its title."""
+    axes.legend(
+        frameon=False,
+        ncols=3,
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.97),
+        borderpad=0,
+        borderaxespad=0.2,
+        handlelength=1.1,
+        handletextpad=0.3,
+        columnspacing=0.7,
+    )
+
+
+def _percent(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    low, high = axes.dataLim.intervaly
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if high - low < 0.05 else 0))
 
 
 def _whole_ticks(axes: Axes, which: str) -> None:

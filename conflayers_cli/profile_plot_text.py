@@ -143,7 +143,7 @@ def _search(curves: Sequence[Curve], signs: _Signs) -> list[str]:
 
 
 def _span(curve: Curve, low: float, high: float, signs: _Signs) -> str:
-    one, other = (f"{v:.2f}×" if "speed" in curve.name else f"{v:.0%}" for v in (low, high))
+    one, other = (f"{v:.2f}×" if curve.times else f"{v:.0%}" for v in (low, high))
     return one if one == other else f"{one}{signs.dash}{other}"
 
 

@@ -25,6 +25,10 @@ FORMATS: Final = ("png", "svg", "pdf")
 WIDTH = 3.4
 DPI = 300
 
+# In inches. Places are given, not solved for: what a solver finds differs in the last digits from
+# run to run, and panels about layers have to lie in line.
+_LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.12
+
 _BLUE, _SKY, _ORANGE, _VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 
 
@@ -46,7 +50,10 @@ _DARK = _Look("#14171c", "#e6e6e6", "#3a3f47", _SKY, _ORANGE, "#ffffff")
 
 @dataclass(frozen=True)
 class _Panel:
+    """One panel: its axes' height, what room numbers and a name take below it, in inches."""
+
     height: float
+    below: float
     draw: Callable[[Axes, _Look], None]
 
 
@@ -73,18 +80,19 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
     look = _DARK if dark else _LIGHT
     with mpl.rc_context(_style(look)):
         panels = _panels(drawing)
-        heights = [panel.height for panel in panels]
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.25), layout="constrained")
-        _set_gaps(figure)
-        grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-        for panel, axes in zip(panels, grid[:, 0], strict=True):
-            panel.draw(axes, look)
-        figure.suptitle(_fitting(title), fontsize=8, x=0.01, ha="left")
+        height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels)
+        figure = Figure(figsize=(WIDTH, height))
+        top = height - _TITLE
+        for panel in panels:
+            top -= _HEAD + panel.height
+            width = WIDTH - _LEFT - _RIGHT
+            place = (_LEFT / WIDTH, top / height, width / WIDTH, panel.height / height)
+            panel.draw(figure.add_axes(place), look)
+            top -= panel.below
+        figure.text(
+            *(0.05 / WIDTH, 1 - 0.05 / height, _fitting(title)), fontsize=8, ha="left", va="top"
+        )
         return _saved(figure, form)
-
-
-def _set_gaps(figure: Any) -> None:
-    figure.get_layout_engine().set(h_pad=0.03, w_pad=0.02)
 
 
 def _saved(figure: Figure, form: str) -> bytes:
@@ -130,20 +138,22 @@ def _fitting(title: str) -> str:
 
 
 def _panels(drawing: Drawing) -> list[_Panel]:
-    panels = [_Panel(0.62, lambda axes, look: _draw_plan(axes, look, drawing.left_out))]
+    both = _TICKS + _NAME
+    panels = [_Panel(0.3, _TICKS, lambda axes, look: _draw_plan(axes, look, drawing.left_out))]
     if (found := drawing.proposals) is not None:
-        panels.append(_Panel(1.25, lambda axes, look: _draw_proposal(axes, look, found)))
-        rows = min(max(0.055 * len(found.z), 0.7), 1.6) + 0.45
-        panels.append(_Panel(rows, lambda axes, look: _draw_heat(axes, look, found)))
+        panels.append(_Panel(0.9, _TICKS, lambda axes, look: _draw_proposal(axes, look, found)))
+        rows = min(max(0.055 * len(found.z), 0.5), 1.6)
+        panels.append(_Panel(rows, both, lambda axes, look: _draw_heat(axes, look, found)))
     if (alone := drawing.alone) is not None:
-        panels.append(_Panel(1.2, lambda axes, look: _draw_alone(axes, look, alone)))
+        panels.append(_Panel(0.9, both, lambda axes, look: _draw_alone(axes, look, alone)))
     for curve in drawing.curves:
         panels.append(_curve_panel(curve, curve is drawing.curves[-1]))
     return panels
 
 
 def _curve_panel(curve: Curve, last: bool) -> _Panel:
-    return _Panel(0.75 + 0.25 * last, lambda axes, look: _draw_curve(axes, look, curve, last))
+    below = _TICKS + _NAME if last else 0.04
+    return _Panel(0.45, below, lambda axes, look: _draw_curve(axes, look, curve, last))
 
 
 def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
@@ -219,7 +229,7 @@ def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
     _whole_ticks(axes, "y")
     axes.set_xlabel("layer", labelpad=1)
     axes.set_title("confidence, proposal by proposal (dots: left out)")
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14, fraction=0.05)
+    bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.015, 0, 0.025, 1)))
     bar.outline.set_visible(False)
 
 
@@ -280,7 +290,7 @@ def _legend(axes: Axes) -> None:
         frameon=False,
         ncols=3,
         loc="lower right",
-        bbox_to_anchor=(1.01, 0.97),
+        bbox_to_anchor=(1.01, 1.0),
         borderpad=0,
         borderaxespad=0.2,
         handlelength=1.1,

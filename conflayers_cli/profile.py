@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import floor, log10
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -12,26 +12,27 @@ from pydantic_core import PydanticCustomError
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 from conflayers_cli.outputs import check_target, write_atomically
+from conflayers_cli.profile_model import ModelFingerprint, WeightSketch
 from conflayers_cli.profile_sections import (
     DraftSettings,
     Environment,
     FoundBy,
     Measured,
-    ModelFingerprint,
     PromptsUsed,
     Ranges,
     RangeSection,
     Section,
+    Sha256,
     SkipSection,
     Text,
 )
+from conflayers_cli.profile_versions import SCHEMA_VERSION, inner_layers, to_newest, version_of
 from conflayers_cli.prompts import read_text
 from conflayers_cli.strict_yaml import (
     dump_mapping,
     entry_error,
     first_problem,
     parse_mapping,
-    shown,
 )
 
 __all__ = [
@@ -44,9 +45,9 @@ __all__ = [
     "PromptsUsed",
     "RangeSection",
     "SkipSection",
+    "WeightSketch",
 ]
 
-SCHEMA_VERSION: Final = 1
 MAX_BYTES = 200_000
 
 _HEADER = """\
@@ -61,6 +62,7 @@ class Profile(Section):
     ``ranges`` holds other plans for longer contexts, by rising ``from_context``; ``source`` says
     where a published plan is from. They may be left out, and so may what only a search can know,
     ``found_by``, ``measured``, ``environment`` and ``tensors``: a person can write a profile.
+    ``tensors`` is a file beside the profile, with what the search measured.
 
     Raises:
         pydantic.ValidationError: (a ValueError) on construction with values that don't fit.
@@ -76,6 +78,7 @@ class Profile(Section):
     measured: Measured | None = None
     environment: Environment | None = None
     tensors: str | None = None
+    tensors_sha256: Sha256 | None = None
 
     @field_validator("skip", "ranges", mode="before")
     @classmethod
@@ -115,6 +118,13 @@ class Profile(Section):
             )
         return name
 
+    @field_validator("tensors_sha256", mode="after")
+    @classmethod
+    def _of_a_file(cls, sha256: str | None, info: ValidationInfo) -> str | None:
+        if sha256 is not None and info.data.get("tensors", "") is None:
+            raise PydanticCustomError("hash", "should be left out where tensors names no file")
+        return sha256
+
     @property
     def plan(self) -> SkipPlan:
         """The sub-layers to leave out, as the engine takes them."""
@@ -133,25 +143,27 @@ class Profile(Section):
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """Read and check a profile.
+        """Read and check a profile of any schema version up to this one's.
 
         Raises:
             InputError: the file can't be read or is larger than `MAX_BYTES`, is not plain YAML
-                (repeated keys, anchors and tags that make objects are refused), has another schema
-                version, or a key or value that the schema does not allow. One line, which names
-                the place.
+                (repeated keys, anchors and tags that make objects are refused), has no schema
+                version or a newer one, or a key or value that the schema does not allow. One line,
+                which names the place.
         """
+        return cls.load_versioned(path)[0]
+
+    @classmethod
+    def load_versioned(cls, path: Path) -> tuple[Profile, int]:
+        """As `load`, with the schema version that the file is of."""
         data = parse_mapping(read_text(path, MAX_BYTES), path, "profile")
-        if "schema_version" not in data:
-            raise InputError(f"{path}: schema_version is missing, supported is {SCHEMA_VERSION}")
-        version = data["schema_version"]
-        if type(version) is not int or version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path}: schema_version: {shown(version)} is not supported, "
-                f"supported is {SCHEMA_VERSION}"
-            )
         try:
-            return cls.model_validate(data)
+            version = version_of(data)
+            data = to_newest(data)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        try:
+            return cls.model_validate(data), version
         except ValidationError as error:
             raise InputError(f"{path}: {first_problem(error, cls)}") from None
 
@@ -195,14 +207,8 @@ def _check_layers(skip: object, depth: int, where: str = "") -> None:
             if whole and not 1 <= layer <= depth - 2:
                 raise entry_error(
                     f"{where}{name}.{position}",
-                    f"{shown(layer)} is out of range, {_allowed_layers(depth)}",
+                    f"{shown(layer)} is out of range, {inner_layers(depth)}",
                 )
-
-
-def _allowed_layers(depth: int) -> str:
-    if depth < 3:
-        return f"a model of {depth} layers has none to leave out, allowed is an empty list"
-    return f"allowed are 1–{depth - 2} (never the first and the last layer)"
 
 
 def _rounded(value: object) -> object:

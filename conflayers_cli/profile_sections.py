@@ -9,10 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.strict_yaml import entry_error, shown
+from conflayers_cli.strict_yaml import entry_error
 
 
-def _list_to_tuple(value: object) -> object:
+def list_to_tuple(value: object) -> object:
+    """A list as the tuple that strict mode asks for."""
     # only lists: strict mode then refuses what else could be a sequence, a YAML !!set for one
     return tuple(value) if isinstance(value, list) else value
 
@@ -38,57 +39,23 @@ Size = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Figure = Annotated[float, Field(ge=0, le=1e12)]
-Layers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_list_to_tuple)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Layers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(list_to_tuple)]
 Rung = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=0, le=32)]],
     BeforeValidator(_pair),
 ]
-Rungs = Annotated[tuple[Rung, ...], BeforeValidator(_list_to_tuple)]
-Setting = Annotated[int | float | bool | str | None, PlainValidator(_setting)]
+Rungs = Annotated[tuple[Rung, ...], BeforeValidator(list_to_tuple)]
+Setting = Annotated[
+    int | float | bool | str | None,
+    PlainValidator(_setting, json_schema_input_type=int | float | bool | str | None),
+]
 
 
 class Section(BaseModel):
     """Keys and values, none beside those named, of exactly the types named; frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelFingerprint(Section):
-    """What tells one model from another, as far as a profile cares."""
-
-    name: Text
-    architecture: Text
-    depth: Size
-    hidden_size: Size
-    attention_heads: Size
-    key_value_heads: Size
-    intermediate_size: Size | None
-    vocabulary: Size
-    config_hash: Text | None = None
-
-    def difference(self, other: ModelFingerprint) -> str | None:
-        """How this model differs from ``other``, the profile's, in one line; None if it doesn't.
-
-        The two differences that matter most are named. The name is not compared, for one model has
-        many; the hash of the configuration counts only where all else is equal and both sides
-        know it.
-        """
-        names = ("architecture", "depth", "hidden_size", "attention_heads", "key_value_heads")
-        found = []
-        for name in (*names, "intermediate_size", "vocabulary"):
-            here, there = getattr(self, name), getattr(other, name)
-            if here != there:
-                label = name.replace("_", " ")
-                found.append(f"{label} {shown(here)} here, {shown(there)} in the profile")
-        if found:
-            return "; ".join(found[:2])
-        here, there = self.config_hash, other.config_hash
-        if here is not None and there is not None and here != there:
-            return (
-                "same sizes, but another configuration "
-                f"(hash {here[:12]} here, {there[:12]} in the profile)"
-            )
-        return None
 
 
 class SkipSection(Section):
@@ -168,14 +135,14 @@ class RangeSection(Section):
     draft: DraftSettings
 
 
-Ranges = Annotated[tuple[RangeSection, ...], BeforeValidator(_list_to_tuple)]
+Ranges = Annotated[tuple[RangeSection, ...], BeforeValidator(list_to_tuple)]
 
 
 class PromptsUsed(Section):
     """How many prompts a calibration used, and their `conflayers_cli.prompts.fingerprint`."""
 
     count: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class FoundBy(Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -111,8 +112,10 @@ def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{key}: is missing"
     if kind == "extra_forbidden":
-        allowed = ", ".join(_section_at(detail["loc"][:-1], schema).model_fields)
-        return f"{key}: is no known key, allowed are {allowed}"
+        names = list(_section_at(detail["loc"][:-1], schema).model_fields)
+        close = get_close_matches(str(detail["loc"][-1]), names, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        return f"{key}: is no known key, {meant}allowed are {', '.join(names)}"
     value = shown(detail["input"])
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: {value} should be keys and values"

@@ -27,6 +27,7 @@ from conflayers_cli.profile import (
     PromptsUsed,
     RangeSection,
     SkipSection,
+    WeightSketch,
 )
 
 MODEL = ModelFingerprint(
@@ -39,6 +40,7 @@ MODEL = ModelFingerprint(
     intermediate_size=1536,
     vocabulary=49152,
     config_hash="ab" * 32,
+    sketch=WeightSketch(rounding=0.083, projections=(0.25, -0.5, 0.125, 0.0, 1.0, -1.0, 0.3, -0.1)),
 )
 FULL = Profile(
     model=MODEL,
@@ -83,6 +85,7 @@ FULL = Profile(
         conflayers="0.1.0",
     ),
     tensors="summ.safetensors",
+    tensors_sha256="ab" * 32,
 )
 BARE = Profile(model=MODEL, skip=FULL.skip, draft=FULL.draft)
 
@@ -143,10 +146,12 @@ def test_a_profile_is_written_for_people() -> None:
     lines = FULL.to_yaml().splitlines()
     assert lines[0].startswith("# ") and "conflayers generate --profile" in lines[1]
     assert "  attention: [1, 2, 5]" in lines
-    assert FULL.to_yaml().endswith("tensors: summ.safetensors\n")
+    assert FULL.to_yaml().endswith("tensors: summ.safetensors\ntensors_sha256: " + "ab" * 32 + "\n")
     top = [line.split(":")[0] for line in lines if line[0] not in " #"]
     assert top == list(Profile.model_fields)
+    assert "    projections: [0.25, -0.5, 0.125, 0.0, 1.0, -1.0, 0.3, -0.1]" in lines
     optional = {"ranges", "source", "found_by", "measured", "environment", "tensors"}
+    optional.add("tensors_sha256")
     assert set(yaml.safe_load(BARE.to_yaml())) == set(Profile.model_fields) - optional
     assert "1.4× – as" in FULL.to_yaml()
 
@@ -308,7 +313,11 @@ def test_without_ranges_there_is_one_plan() -> None:
         (("skip", "mlp"), {3, 77}, "skip.mlp: a set should be a list"),
         (("skip", "mlp"), None, "skip.mlp: null should be a list"),
         (("skip", "mlp"), 3, "skip.mlp: 3 should be a list"),
-        (("skip", "mpl"), [3], "skip.mpl: is no known key, allowed are attention, mlp"),
+        (
+            ("skip", "mpl"),
+            [3],
+            "skip.mpl: is no known key, did you mean mlp? allowed are attention, mlp",
+        ),
         (("skip",), [3], "skip: a list should be keys and values"),
         (("model", "depth"), 0, "model.depth: 0 should be greater than or equal to 1"),
         (("model", "depth"), 60.0, "model.depth: 60.0 should be a valid integer"),
@@ -414,11 +423,20 @@ def test_without_ranges_there_is_one_plan() -> None:
         (("environment", "threads"), 0, "environment.threads: 0 should be greater"),
         (("environment",), [], "environment: nothing (a list without entries) should be keys"),
         (("tensors",), "../x.safetensors", "tensors: '../x.safetensors' should be the name of"),
+        (("model", "sketch"), 1, "model.sketch: 1 should be keys and values"),
+        (("model", "sketch", "projections"), [0.1], "model.sketch.projections: a list should have"),
+        (("model", "sketch", "rounding"), 2.0, "model.sketch.rounding: 2.0 should be less than"),
+        (("tensors",), None, "tensors_sha256: 'abab"),
+        (("tensors_sha256",), "12", "tensors_sha256: '12' should match pattern"),
         (("tensors",), "x.pt", "tensors: 'x.pt' should be the name of"),
         (("wat",), 1, "wat: is no known key, allowed are schema_version, model, skip"),
-        (("schema_version",), 2, "schema_version: 2 is not supported, supported is 1"),
-        (("schema_version",), True, "schema_version: true is not supported, supported is 1"),
-        (("schema_version",), "1", "schema_version: '1' is not supported, supported is 1"),
+        (
+            ("schema_version",),
+            2,
+            "written by a newer conflayers (schema 2; this one reads up to 1)",
+        ),
+        (("schema_version",), True, "schema_version: true is not supported, supported are 0–1"),
+        (("schema_version",), "1", "schema_version: '1' is not supported, supported are 0–1"),
     ],
     ids=lambda part: str(part)[:30],
 )
@@ -524,6 +542,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"intermediate_size": None}, "intermediate size 1536 here, null in the profile"),
         ({"key_value_heads": 9, "config_hash": "x"}, "key value heads 3 here, 9 in the profile"),
         ({"config_hash": None}, None),
+        ({"hidden_size": None, "intermediate_size": None}, None),
+        ({"architecture": None, "vocabulary": 3}, "vocabulary 49152 here, 3 in the profile"),
         ({"config_hash": None, "depth": 30}, "depth 60 here, 30 in the profile"),
         (
             {"config_hash": "cd" * 32},
@@ -672,6 +692,11 @@ def profiles(draw: st.DrawFn) -> Profile:
             intermediate_size=st.none() | SIZES,
             vocabulary=SIZES,
             config_hash=st.none() | TEXTS,
+            sketch=optional(
+                WeightSketch,
+                rounding=st.floats(0, 1),
+                projections=st.lists(st.floats(-1e3, 1e3), min_size=8, max_size=40).map(tuple),
+            ),
         )
     )
     used = st.builds(

@@ -151,7 +151,7 @@ def summary(adapter: AdaptiveDrafter, depth: int) -> str:
     """What the search came to, in one sentence."""
     state = "settled" if adapter.settled else "still searching"
     if adapter.plan:
-        from conflayers_cli.cli.calibrate_display import skipped
+        from conflayers_cli.profile_text import skipped
 
         gain = adapter.best.speed / adapter.vanilla.speed
         found = f"skipping {skipped(adapter.plan, depth)} decodes at {gain:.2f}× vanilla"

@@ -193,10 +193,11 @@ def _conclude(work: Work, done: Calibration, target: Path, journal: Journal, as_
     """Write what was found, and say it."""
     from conflayers_cli.cli.terminal import note
 
-    profile = profile_of(work, done, target)
+    tensors = _tensors_of(done, work.decoder.depth)
+    profile = profile_of(work, done, target, tensors)
     kept = f"--resume goes on with {journal.path}"
     try:
-        _write(profile, done, target, journal)
+        _write(profile, tensors, target, journal)
     except ConfLayersError:
         _tell(profile, done, None, as_json)  # what took so long must not be lost with the file
         if journal.goes_on:
@@ -297,17 +298,24 @@ def _costs(work: Work, display: Display, record: Record) -> Costs:
     return Costs(**{**found, "verify": dict(map(tuple, found["verify"]))})
 
 
-def _write(profile: Profile, done: Calibration, target: Path, journal: Journal) -> None:
+def _tensors_of(done: Calibration, depth: int) -> bytes | None:
+    """What goes beside the profile, as a safetensors file; None where there is nothing."""
+    from safetensors.torch import save
+
+    from conflayers_cli.search.tensors import tensors_of
+
+    found = tensors_of(done.result, depth)
+    return save(found) if found else None
+
+
+def _write(profile: Profile, tensors: bytes | None, target: Path, journal: Journal) -> None:
     from conflayers_cli.cli.calibrate_journal import temporary_of
     from conflayers_cli.outputs import write_atomically
 
-    if done.result.tensors:
-        from safetensors.torch import save
-
-        tensors = tensors_path(target)
-        journal.will_write(tensors.name)
-        content = save(dict(done.result.tensors))
-        write_atomically(tensors, content, temporary=temporary_of(tensors))
+    if tensors is not None:
+        beside = tensors_path(target)
+        journal.will_write(beside.name)
+        write_atomically(beside, tensors, temporary=temporary_of(beside))
     write_atomically(target, profile.to_yaml(), temporary=temporary_of(target))
 
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conflayers_cli.cli.terminal import note, stderr_console
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.profile import Profile
+from conflayers_cli.profile_text import how_it_drafts, layer_names, skipped
 from conflayers_cli.search.calibrate import Calibration, Candidate
 from conflayers_cli.search.check import Check
 from conflayers_cli.search.objective import Score
@@ -113,14 +113,14 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
         f"judged {candidate.judged} more in refining; {done.seconds:.0f} s in all"
     )
     if plan:
-        lines.append(f"skips {skipped(plan, depth)}: {_names(plan)}")
-        lines.append(_how_it_drafts(profile))
+        lines.append(f"skips {skipped(plan, depth)}: {layer_names(plan)}")
+        lines.append(how_it_drafts(profile.draft))
     else:
         lines.append("the profile skips nothing: n-grams found in the text draft, where they pay")
     for each in done.ranges:
         lines.append(
             f"from {each.from_context} tokens of context on skips "
-            f"{skipped(each.plan, depth)}: {_names(each.plan)}"
+            f"{skipped(each.plan, depth)}: {layer_names(each.plan)}"
         )
     if done.check is not None and plan:
         lines.append(
@@ -131,16 +131,6 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     if target:
         lines.append(f"wrote {target}")
     return lines
-
-
-def _how_it_drafts(profile: Profile) -> str:
-    """One line about a profile that leaves something out."""
-    draft = profile.draft
-    leaves = ", with side candidates where they pay" if draft.tree else ""
-    fixed = f"up to {draft.max_tokens} tokens, stops under probability {draft.stop_probability:g}"
-    if draft.lookahead is False:
-        return f"drafts {fixed}{leaves}"
-    return f"drafts as far as it pays{leaves}, n-grams too (--no-lookahead: {fixed})"
 
 
 def strategy_table(done: Calibration, depth: int) -> Table:
@@ -229,25 +219,6 @@ _SYMBOLS = {"lambda": "λ"}
 def _figures(trial: Trial) -> str:
     """The strategy's own numbers."""
     return ", ".join(f"{_SYMBOLS.get(key, key)} {v:.3g}" for key, v in trial.figures.items())
-
-
-def skipped(plan: SkipPlan, depth: int) -> str:
-    """How much a plan leaves out, in words."""
-    single = len(plan.partial)
-    sub_layers = f"{single} single sub-layer{'s' if single > 1 else ''}"
-    if single and not plan.layers:
-        return f"{sub_layers} of {depth} layers"
-    return f"{len(plan.layers)} of {depth} layers" + (f" and {sub_layers}" if single else "")
-
-
-def _names(plan: SkipPlan) -> str:
-    whole = set(plan.layers)
-    parts = [" ".join(map(str, plan.layers))] if whole else []
-    for name, indices in (("attention", plan.attention), ("mlp", plan.mlp)):
-        single = [i for i in indices if i not in whole]
-        if single:
-            parts.append(f"{name} of {' '.join(map(str, single))}")
-    return ", ".join(parts)
 
 
 def _share(value: float | None) -> str:

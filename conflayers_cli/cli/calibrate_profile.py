@@ -21,16 +21,18 @@ def tensors_path(profile: Path) -> Path:
     return profile.with_name(f"{profile.stem}.safetensors")
 
 
-def profile_of(work: Work, done: Calibration, target: Path) -> Profile:
-    """The profile of a calibration, to be written to ``target``."""
+def profile_of(work: Work, done: Calibration, target: Path, tensors: bytes | None) -> Profile:
+    """The profile of a calibration, to be written to ``target``, with these tensors beside it."""
     from conflayers_cli.profile import Profile, SkipSection
+    from conflayers_cli.profile_tensors import sha256_of
 
     return Profile(
         model=work.fingerprint,
         skip=SkipSection.of(done.plan),
         draft=_draft_section(done.setting, done.candidate),
         ranges=tuple(_range_section(each, done) for each in done.ranges) or None,
-        tensors=tensors_path(target).name if done.result.tensors else None,
+        tensors=tensors_path(target).name if tensors is not None else None,
+        tensors_sha256=sha256_of(tensors) if tensors is not None else None,
         **_provenance(work, done),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from conflayers_cli.cli.terminal import note, progress_bar
@@ -122,6 +122,8 @@ def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
     from conflayers_cli.profile import ModelFingerprint
 
     values = fingerprint(loaded.model.config)
+    if loaded.sketch is not None:
+        values["sketch"] = asdict(loaded.sketch)
     try:
         return ModelFingerprint.model_validate({"name": loaded.name, **values})
     except ValidationError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conflayers_cli.cli.common import fingerprint_of
+from conflayers_cli.cli.profile_fit import check_fit, tell_other_device
 from conflayers_cli.cli.terminal import note, progress_bar
 from conflayers_cli.errors import InputError
 
@@ -142,8 +142,7 @@ def drafter_for(
     modes = [_mode(plan, draft, way) for _, plan, draft in sections]
     if all(mode is By.NONE for mode in modes):
         return None
-    if any(mode is not By.NGRAM for mode in modes):
-        _tell_other_machine(loaded, profile)
+    _tell_other_device(loaded, profile, path, modes, way)
     builder = _Builder(loaded, decoder, profile, way)
     drafters = [
         (begin, builder.drafter(mode, plan, draft))
@@ -174,6 +173,29 @@ def _looks_ahead(draft: DraftSettings, way: Way) -> bool:
         return way.lookahead
     # one that is to be as long as the profile says can't also be what n-grams give
     return draft.lookahead is not False or way.by in (By.NGRAM, By.MIXED) or way.rows > 1
+
+
+def _tell_other_device(
+    loaded: LoadedModel, profile: Profile, path: Path | None, modes: list[By], way: Way
+) -> None:
+    """A note where something tuned on another device is used, and only of what is used."""
+    drafts = [profile.draft, *(each.draft for each in profile.ranges or ())]
+    skipping = [
+        draft
+        for draft, mode in zip(drafts, modes, strict=True)
+        if mode in (By.SKIP, By.MIXED)  # n-grams draft by nothing that a profile says
+    ]
+    if not skipping:
+        return
+    trees = way.tree is not False and way.rows == 1 and any(draft.tree for draft in skipping)
+    tuned = ("ranges of context lengths",) if profile.ranges else ()
+    tell_other_device(
+        loaded,
+        profile,
+        path,
+        fixed=not all(_looks_ahead(draft, way) for draft in skipping),
+        tuned=(*tuned, "side candidates") if trees else tuned,
+    )
 
 
 @dataclass
@@ -262,39 +284,3 @@ def rows_drafter(drafter: Drafter | None) -> RowsDrafter | None:
     if drafter is None or isinstance(drafter, RowsDrafter):
         return drafter
     raise InputError("drafts of a fixed length are for one prompt at a time: use --lookahead")
-
-
-def _tell_other_machine(loaded: LoadedModel, profile: Profile) -> None:
-    """A note where the profile's figures were measured in another dtype or on another device."""
-    if profile.environment is None:
-        return
-    here = (loaded.device.type, str(loaded.dtype).removeprefix("torch."))
-    there = (profile.environment.device.split(" ")[0].split(":")[0], profile.environment.dtype)
-    if here != there:
-        note(
-            f"note: the profile was measured on {' in '.join(there)}, this is {' in '.join(here)}: "
-            "what it gains here is not known (conflayers bench tells)"
-        )
-
-
-def check_fit(
-    loaded: LoadedModel, decoder: Decoder, profile: Profile, path: Path | None, force: bool
-) -> None:
-    """Refuse a profile of another model.
-
-    Raises:
-        InputError: the profile was made for another model, or this one can't run under its plan.
-    """
-    difference = fingerprint_of(loaded).difference(profile.model)
-    if difference:
-        problem = f"{path}: was made for another model than {loaded.name}: {difference}"
-        if profile.model.depth != decoder.depth:
-            raise InputError(problem)
-        if not force:
-            raise InputError(f"{problem} (--force goes on all the same)")
-        note(f"warning: {problem}")
-    try:
-        for plan in (profile.plan, *(each.skip.plan for each in profile.ranges or ())):
-            decoder.check_plan(plan)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None

@@ -22,7 +22,8 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, check_fit, drafter_for
+from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.cli.profile_fit import check_fit
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
 from conflayers_cli.engine.parallel import on_first
 from conflayers_cli.errors import InputError

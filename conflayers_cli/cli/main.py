@@ -18,6 +18,7 @@ from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
+from conflayers_cli.cli.profile import app as profile_app
 from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note, terminal_safe
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
 app.command(name="generate", help=GENERATE_HELP)(generate)
 app.command(name="bench", help=BENCH_HELP)(bench)
+app.add_typer(profile_app)
 
 
 def _print_version(asked: bool) -> None:
@@ -160,10 +162,26 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
         return USAGE  # the help is printed already
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     # not from the error's context, which some errors lack
-    names = [command.name for command in app.registered_commands]
-    command = " ".join([PROGRAM, *(name for name in arguments[:1] if name in names)])
+    command = " ".join([PROGRAM, *_command_of(arguments)])
     note(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see '{command} --help'")
     return USAGE
+
+
+def _command_of(arguments: Sequence[str]) -> list[str]:
+    """The words that name the command, or as many of them as are known: ``profile show``."""
+    words: list[str] = []
+    group: typer.Typer | None = app
+    for word in arguments[:2]:
+        if group is None:
+            break
+        commands = [command.name for command in group.registered_commands]
+        inner = [each.typer_instance for each in group.registered_groups]
+        groups = {each.info.name: each for each in inner if each is not None}
+        if word not in commands and word not in groups:
+            break
+        words.append(word)
+        group = groups.get(word)
+    return words
 
 
 def _out_of_memory(error: Exception) -> bool:

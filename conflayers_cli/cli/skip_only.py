@@ -100,7 +100,7 @@ def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile |
 
 def warning(plan: SkipPlan, depth: int) -> str:
     """What the user must know before reading the text."""
-    from conflayers_cli.cli.calibrate_display import skipped
+    from conflayers_cli.profile_text import skipped
 
     if not plan:  # a target so near 1 that all layers are kept
         return f"note: the target is met by all {depth} layers, so --skip-only leaves nothing out"

@@ -95,8 +95,9 @@ def emit_json(document: Any, *, indent: int | None = 2) -> None:
 
     On a terminal control characters are spelt as JSON spells them: it is the same document.
     """
-    unicode = sys.stdout is not None and (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(document, ensure_ascii=not unicode, allow_nan=False, indent=indent)
+    text = json.dumps(
+        document, ensure_ascii=not speaks_unicode(sys.stdout), allow_nan=False, indent=indent
+    )
     emit(f"{text.translate(_SPELT) if is_terminal(sys.stdout) else text}\n")
 
 
@@ -124,6 +125,11 @@ def is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:  # a closed file object
         return False
+
+
+def speaks_unicode(stream: TextIO | None) -> bool:
+    """Whether any character can be written to the stream."""
+    return stream is not None and (stream.encoding or "").lower().startswith("utf")
 
 
 def stderr_console() -> Console:

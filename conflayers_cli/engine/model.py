@@ -40,6 +40,7 @@ from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.engine.encoding import first_line, render, token_ids
 from conflayers_cli.engine.parallel import begin, on_first, sharding
 from conflayers_cli.engine.quantised import check_bits, loading, told
+from conflayers_cli.engine.sketch import Sketch, sketch_of
 from conflayers_cli.engine.support import sizes_by_layer
 from conflayers_cli.errors import ConfLayersError, InputError
 
@@ -88,6 +89,7 @@ class LoadedModel:
     ``model`` is in evaluation mode and needs no gradients. ``end_tokens`` are all ids that end a
     text. ``context_length`` is None where the model names none. ``spread`` says how the model is
     spread over several devices, None where it is on one: then ``device`` is where tokens go.
+    ``sketch`` tells its weights from others, None where they are not all plain and here.
     """
 
     model: PreTrainedModel
@@ -100,6 +102,7 @@ class LoadedModel:
     context_length: int | None
     has_chat_template: bool
     spread: str | None = None
+    sketch: Sketch | None = None
 
     @property
     def place(self) -> str:
@@ -196,6 +199,7 @@ def load_model(
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=spread_of(model),
+        sketch=sketch_of(model),  # now: a decoder may rearrange the weights
     )
 
 

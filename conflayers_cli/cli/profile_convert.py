@@ -1,0 +1,115 @@
+"""``conflayers profile convert``: a profile rewritten as the newest schema."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from conflayers_cli.cli import options
+from conflayers_cli.cli.terminal import emit, note
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.profile import Profile
+
+HELP = """Rewrite a profile as the newest schema, in the form calibrate writes.
+
+It goes to --output, to its own place with --in-place, else to standard output.
+Comments are not kept. What an older profile does not know of its model, --model
+tells: sizes, a hash of the configuration, a sketch of the weights.
+
+\b
+  conflayers profile convert old.yaml --output new.yaml
+  conflayers profile convert old.yaml --model ./my-model --in-place
+"""
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Where it goes; never over the input."),
+]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Replace the input.")]
+To = Annotated[
+    Literal["yaml", "json"],
+    typer.Option(
+        "--to", help="yaml, the profile, or json, for other programs (YAML readers take it, too)."
+    ),
+]
+
+
+def convert(
+    file: File,
+    output: Output = None,
+    in_place: InPlace = False,
+    to: To = "yaml",
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    from conflayers_cli.outputs import write_atomically
+    from conflayers_cli.profile import Profile, check_replaceable
+
+    target = _target(file, output, in_place)
+    if target is not None:
+        check_replaceable(target)
+    profile, version = Profile.load_versioned(file)
+    if model is not None:
+        profile = _completed(profile, file, model, device, dtype, trust_remote_code)
+    elif profile.model.lacks_sizes:
+        note(f"note: {file}: says nothing of its model but the depth; --model MODEL adds the rest")
+    text = profile.to_yaml() if to == "yaml" else _as_json(profile)
+    if target is None:
+        emit(text)
+        return
+    write_atomically(target, text)
+    changed = "is" if version == profile.schema_version else f"was schema {version}, is"
+    note(f"wrote {target}: {changed} schema {profile.schema_version}")
+    if profile.tensors is not None and not target.with_name(profile.tensors).exists():
+        note(f"note: {profile.tensors} belongs beside {target}: copy it there from {file.parent}")
+
+
+def _target(file: Path, output: Path | None, in_place: bool) -> Path | None:
+    """Where the profile goes; None: to standard output."""
+    if in_place and output is not None:
+        raise InputError("--output and --in-place: give one of the two")
+    if in_place:
+        return file
+    if output is not None and os.path.realpath(output) == os.path.realpath(file):
+        raise InputError(f"--output {output}: is the input; --in-place replaces it")
+    return output
+
+
+def _as_json(profile: Profile) -> str:
+    import json
+
+    from conflayers_cli.strict_yaml import parse_mapping
+
+    data = parse_mapping(profile.to_yaml(), Path("profile"), "profile")  # as it would be read
+    return f"{json.dumps(data, ensure_ascii=False, indent=2)}\n"
+
+
+def _completed(
+    profile: Profile, file: Path, model: str, device: str, dtype: str, trust_remote_code: bool
+) -> Profile:
+    """The profile with what it does not know of its model, and the model tells.
+
+    Raises:
+        InputError: the model can't be loaded, or the profile is not its.
+    """
+    from conflayers_cli.cli.common import Loading, fingerprint_of, open_model
+    from conflayers_cli.cli.profile_fit import check_fit
+    from conflayers_cli.profile import Profile
+
+    loaded, decoder = open_model(model, Loading(device, dtype, trust_remote_code))
+    here, known = fingerprint_of(loaded), profile.model
+    missing = [name for name, value in known if value is None]
+    if not known.lacks_sizes and "intermediate_size" in missing:
+        missing.remove("intermediate_size")  # beside known sizes it says that there is none
+    filled = known.model_copy(update={name: getattr(here, name) for name in missing})
+    completed = Profile.model_validate({**dict(profile), "model": filled})
+    check_fit(loaded, decoder, completed, file, force=False)
+    return completed

@@ -1,0 +1,84 @@
+"""``conflayers profile plot``: a profile as a picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from conflayers_cli.cli.terminal import emit, note, speaks_unicode
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile_curves import Drawing
+
+HELP = """Draw a profile: what it leaves out, and how that was found.
+
+Of the tensors beside the profile: each layer's confidence under the adaptive
+threshold, proposal by proposal, and the search set by set (skipped share,
+acceptance, expected speed-up). As text, or with --output as a figure as wide
+as a paper's column (needs matplotlib: pip install 'conflayers\\[plot]').
+
+\b
+  conflayers profile plot deep.yaml
+  conflayers profile plot deep.yaml --output deep.pdf
+  conflayers profile plot deep.yaml --output deep.svg --dark
+"""
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Draw into a .png, .svg or .pdf file."),
+]
+Dark = Annotated[bool, typer.Option("--dark", help="With --output: for a dark page.")]
+
+
+def plot(file: File, output: Output = None, dark: Dark = False) -> None:
+    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile_curves import drawing_of
+    from conflayers_cli.profile_tensors import read_tensors
+
+    if dark and output is None:
+        raise InputError("--dark goes with --output: a terminal has its own colours")
+    form = None if output is None else _format(output)
+    profile = Profile.load(file)
+    drawing = drawing_of(profile, read_tensors(file, profile))
+    if profile.tensors is None:
+        note(f"note: {file} names no tensors: not how it was found, only what it skips is drawn")
+    elif not drawing.curves and drawing.proposals is None and drawing.alone is None:
+        note(f"note: {profile.tensors} has nothing to draw: what the profile skips is drawn")
+    if output is None or form is None:
+        from conflayers_cli.profile_plot_text import lines_of
+
+        lines = lines_of(drawing, unicode=speaks_unicode(sys.stdout))
+        emit("".join(f"{line}\n" for line in [_title(profile), *lines]))
+        return
+    _draw(output, form, drawing, profile, dark)
+
+
+def _title(profile: Profile) -> str:
+    found = profile.found_by
+    return f"{profile.model.name}{f', found by {found.strategy}' if found else ''}"
+
+
+def _format(output: Path) -> str:
+    from conflayers_cli.outputs import check_target
+    from conflayers_cli.profile_plot_figure import FORMATS
+
+    form = output.suffix.lower().removeprefix(".")
+    if form not in FORMATS:
+        allowed = ", ".join(f".{each}" for each in FORMATS)
+        raise InputError(f"--output {output}: the name says the format, allowed are {allowed}")
+    check_target(output)
+    return form
+
+
+def _draw(output: Path, form: str, drawing: Drawing, profile: Profile, dark: bool) -> None:
+    from conflayers_cli.outputs import write_atomically
+    from conflayers_cli.profile_plot_figure import figure_bytes
+
+    write_atomically(output, figure_bytes(drawing, _title(profile), form, dark=dark))
+    note(f"wrote {output}")

@@ -33,6 +33,7 @@ from conflayers_cli.strict_yaml import (
     entry_error,
     first_problem,
     parse_mapping,
+    shown,
 )
 
 __all__ = [

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from conflayers_cli.engine import attention
 from conflayers_cli.engine.cache import EXTENT_MULTIPLE, KVCache, extent_for
 from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.pass_lock import PassLock
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.pool import CachePool
 from tests import tiny
@@ -51,7 +52,7 @@ class Slots(RuleBasedStateMachine):
     def begin(self, batch: int, pooled: bool) -> None:
         self.batch, self.writes = batch, 0
         sizes = [((HEADS, DIM), (HEADS, DIM))] * LAYERS
-        pool = CachePool(LAYERS, sizes, torch.empty(0), lambda number: None)
+        pool = CachePool(LAYERS, sizes, torch.empty(0), lambda number: None, PassLock())
         self.pool = pool if pooled else None
         self.take()
 

@@ -36,7 +36,6 @@ class Borrowed:
 
     Args:
         model: a transformers causal language model.
-        tokenizer: its tokenizer, None where nobody needs one.
         exact: as for `Decoder`.
         in_place: hold no weights twice. Then the model keeps the engine's between uses, too: it
             still computes the same, but for rounding, but can't be saved until it is
@@ -50,9 +49,7 @@ class Borrowed:
         InputError: as `Decoder`; the model is as it was.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any = None, *, exact: bool = True, in_place: bool = False
-    ) -> None:
+    def __init__(self, model: Any, *, exact: bool = True, in_place: bool = False) -> None:
         self.exact, self.in_place = exact, in_place
         self.drafters: dict[Hashable, Drafter | None] = {}
         self._lock = threading.RLock()
@@ -69,7 +66,7 @@ class Borrowed:
             self._swaps = list(_differences(tables, before))
             self._restore()
         name = getattr(model, "name_or_path", "") or type(model).__name__
-        self.loaded: LoadedModel = as_loaded(model, tokenizer, name, f"{model.dtype}, as it is")
+        self.loaded: LoadedModel = as_loaded(model, None, name, f"{model.dtype}, as it is")
         self._state = _State(model)
 
     def fits(self, *, exact: bool, in_place: bool) -> bool:
@@ -126,16 +123,14 @@ class _Holder:
         return _Holder, ()
 
 
-def borrow(
-    model: Any, tokenizer: Any = None, *, exact: bool = True, in_place: bool = False
-) -> Borrowed:
+def borrow(model: Any, *, exact: bool = True, in_place: bool = False) -> Borrowed:
     """The engine on a model, made at the first call and kept on the model for the next ones.
 
     It is made anew where weights, modules or hooks are not what they were. What changes a weight
     through ``.data`` goes unseen: call :func:`release` then.
 
     Args:
-        model, tokenizer, exact, in_place: as for `Borrowed`.
+        model, exact, in_place: as for `Borrowed`.
 
     Raises:
         InputError: as `Decoder`; the model is as it was.
@@ -144,7 +139,7 @@ def borrow(
     borrowed = holder.borrowed if isinstance(holder, _Holder) else None
     if borrowed is None or not borrowed.fits(exact=exact, in_place=in_place):
         release(model)
-        borrowed = Borrowed(model, tokenizer, exact=exact, in_place=in_place)
+        borrowed = Borrowed(model, exact=exact, in_place=in_place)
         setattr(model, _ATTRIBUTE, _Holder(borrowed))
     return borrowed
 

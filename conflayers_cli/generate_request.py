@@ -152,10 +152,8 @@ def _check_kwargs(model_kwargs: Mapping[str, Any], input_ids: torch.Tensor) -> N
         raise GenerateError("inputs_embeds: the engine reads tokens, give input_ids")
     if input_ids.shape[1] < 1:
         raise GenerateError("input_ids: the prompt has no tokens")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (
-        getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
-    ):
+    # `generate` makes a cache of its own, too, and marks one that was given to it.
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
         raise GenerateError("past_key_values: the engine has a cache of its own, leave them out")
     given = {name for name, value in model_kwargs.items() if value is not None}
     if unknown := sorted(given - _LOOKED_AT - _HARMLESS):

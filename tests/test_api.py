@@ -6,10 +6,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import conflayers_cli
 from conflayers_cli import (
@@ -106,7 +107,8 @@ def test_several_prompts_give_several_answers(model: Model, profile: Path) -> No
     assert_type(answers, list[Answer])
     expected = [ids_of(model, "Why?"), ids_of(model, "How, then?")]
     assert [list(answer.token_ids) for answer in answers] == expected
-    assert generate(model, [], profile) == []
+    none: list[str] = []
+    assert not generate(model, none, profile)
 
 
 def test_a_batch_gives_the_same(model: Model) -> None:
@@ -170,15 +172,15 @@ def test_a_stream_may_be_left_and_others_go_on(model: Model, profile: Path) -> N
 
 def test_what_is_wrong_with_a_stream_is_said_at_once(model: Model) -> None:
     with pytest.raises(InputError, match="stream: takes one prompt"):
-        stream(model, ["a", "b"])  # type: ignore[arg-type]
+        stream(model, ["a", "b"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="draft 'luck': allowed is one of skip, ngram"):
         stream(model, "a", draft="luck")  # type: ignore[arg-type]
 
 
 def test_errors_name_keywords_in_place_of_flags(model: Model, profile: Path) -> None:
-    with pytest.raises(InputError, match="^temperature -1: allowed is 0 or more$"):
+    with pytest.raises(InputError, match=r"^temperature -1: allowed is 0 or more$"):
         generate(model, "a", temperature=-1)
-    with pytest.raises(InputError, match="^draft skip leaves out .*: give profile FILE, or draft"):
+    with pytest.raises(InputError, match=r"^draft skip leaves out .*: give profile FILE, or draft"):
         generate(model, "a", draft="skip")
     with pytest.raises(InputError, match="tree is for one prompt at a time: leave batch_size out"):
         generate(model, ["a"], profile, tree=True, batch_size=2)
@@ -232,7 +234,7 @@ def test_a_profile_of_another_model_is_refused_unless_forced(
     other = save_profile(tmp_path / "other.yaml", folder, hidden_size=48)
     with pytest.raises(InputError, match=r"other\.yaml: was made for another model.*\(force goes"):
         generate(model, "Why?", other)
-    with pytest.raises(InputError, match="^the profile: was made for another model"):
+    with pytest.raises(InputError, match=r"^the profile: was made for another model"):
         generate(model, "Why?", Profile.load(other))
     with pytest.warns(ConfLayersWarning, match="was made for another model"):
         answer = generate(model, "Why?", other, force=True, max_new_tokens=24)
@@ -241,7 +243,7 @@ def test_a_profile_of_another_model_is_refused_unless_forced(
 
 def test_a_loaded_model_is_used_and_left_as_it_was(model: Model, profile: Path) -> None:
     own = load_own(model)
-    before = {name: weight for name, weight in own.named_parameters()}
+    before = dict(own.named_parameters())
     attention = own.config._attn_implementation
     handle = load(own, tokenizer=model.loaded.tokenizer)
     answer = generate(handle, "Why?", profile, max_new_tokens=24, force=True)
@@ -252,7 +254,7 @@ def test_a_loaded_model_is_used_and_left_as_it_was(model: Model, profile: Path) 
     assert own.config._attn_implementation != attention  # the engine's while it is at work
     pieces.close()
     assert own.config._attn_implementation == attention
-    after = {name: weight for name, weight in own.named_parameters()}
+    after = dict(own.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[name] is weight for name, weight in before.items())
 
@@ -289,11 +291,6 @@ def test_skip_plans_reach_the_decoder(model: Model, folder: Path, tmp_path: Path
     assert rate < careful
 
 
-def load_own(model: Model) -> torch.nn.Module:
+def load_own(model: Model) -> Any:
     """The same model anew, as somebody would load it with transformers."""
-    from transformers import AutoModelForCausalLM
-
-    own: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        model.loaded.name, dtype=torch.float32
-    )
-    return own
+    return AutoModelForCausalLM.from_pretrained(model.loaded.name, dtype=torch.float32)

@@ -88,16 +88,33 @@ def drafter_of(
         InputError: there is no such profile or way, it contradicts itself, or the profile does not
             fit.
     """
-    chosen = profile if isinstance(profile, Profile | None) else Profile.load(Path(profile))
-    path = None if profile is None else Path("the profile" if chosen is profile else str(profile))
     try:
         by = None if draft is None else By(draft)
     except ValueError:
         allowed = ", ".join(each.value for each in By)
         raise InputError(f"draft {draft!r}: allowed is one of {allowed}") from None
-    way = Way(by, lookahead, tree, greedy, rows)
-    way.check(path)
+    way, known = Way(by, lookahead, tree, greedy, rows), model.drafters
+    if profile is None or isinstance(profile, Profile):
+        path, chosen = None if profile is None else Path("the profile"), profile
+        way.check(path)
+    else:
+        path = Path(profile)
+        way.check(path)
+        if (file := (_version(path), way)) in known:  # it needs not be read again
+            return known[file]
+        chosen = Profile.load(path)
     key = (chosen and chosen.model_dump_json(), way)
-    if key not in model.drafters:
-        model.drafters[key] = drafter_for(model.loaded, model.decoder, chosen, path, force, way)
-    return model.drafters[key]
+    if key not in known:
+        known[key] = drafter_for(model.loaded, model.decoder, chosen, path, force, way)
+    if chosen is not profile:
+        known[file] = known[key]
+    return known[key]
+
+
+def _version(path: Path) -> tuple[Hashable, ...]:
+    """What tells a file from what it was before; its name alone where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return (path,)
+    return path.absolute(), state.st_ino, state.st_mtime_ns, state.st_size

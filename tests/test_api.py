@@ -95,7 +95,19 @@ def test_a_profile_may_be_an_object_or_a_name(model: Model, profile: Path) -> No
     from_name = generate(model, "Why?", str(profile), max_new_tokens=24)
     assert from_object.token_ids == from_name.token_ids
     assert from_object.stats.drafted == from_name.stats.drafted > 0
-    assert len(model.opened().drafters) == 1  # one profile, one drafter that learns
+    drafters = {id(each) for each in model.opened().drafters.values() if each is not None}
+    assert len(drafters) == 1  # one profile, one drafter that learns
+
+
+def test_a_file_that_changes_is_read_again(model: Model, folder: Path, tmp_path: Path) -> None:
+    own = save_profile(tmp_path / "own.yaml", folder, max_tokens=1)
+    short = generate(model, "Why?", own, max_new_tokens=24).stats
+    assert short.drafted <= short.steps
+    save_profile(own, folder, max_tokens=6)
+    assert generate(model, "Why?", own, max_new_tokens=24).stats.drafted > short.drafted
+    own.unlink()
+    with pytest.raises(InputError, match=r"own\.yaml: there is no such file"):
+        generate(model, "Why?", own)
 
 
 def test_nobody_drafts_unless_asked(model: Model) -> None:

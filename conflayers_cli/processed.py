@@ -68,10 +68,11 @@ def _values(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
     """A processor as one of the engine's settings; none where it is something else."""
     kind = type(processor)
     if kind is RepetitionPenaltyLogitsProcessor:
-        ignored = processor.prompt_ignore_length
-        own = ignored is None or (
-            isinstance(ignored, torch.Tensor) and ignored.tolist() == list(padding)
-        )
+        unseen = processor.prompt_ignore_length
+        if isinstance(unseen, torch.Tensor):
+            own = unseen.tolist() == list(padding)
+        else:  # transformers 5.17 takes padding for text
+            own = unseen is None and not any(padding)
         return {"repetition_penalty": float(processor.penalty)} if own else {}
     if kind is TemperatureLogitsWarper:
         return {"temperature": float(processor.temperature)}

@@ -32,6 +32,7 @@ from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, Ski
 from tests import tiny
 from tests.cli.conftest import byte_tokenizer
 from tests.engine import law
+from tests.engine.tape import TapeRecorder
 
 NEW = 24
 LOOKED_AT = 2
@@ -161,6 +162,20 @@ def test_processors_are_heeded_at_every_token(name: str, model: Any, steps: list
     assert sum(step.drafted for step in steps) > 0
     # a test of a processor that changes nothing could not fail
     assert theirs != both(model, prompt)[1] or name == "normalised"
+
+
+@pytest.mark.parametrize("name", ["n-grams", "somebody's"])
+def test_recorded_passes_heed_processors(
+    name: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where passes are replayed, tokens that nobody has to look at go from pass to pass."""
+    recorded = partial(Decoder, recorder=TapeRecorder())
+    monkeypatch.setattr(borrowing, "Decoder", recorded)
+    more = {"profile": None, **PROCESSORS[name]}
+    given = asked(model, tiny.prompt(9), True, **more)
+    assert borrow(model).decoder.runner.graphs > 0
+    del more["profile"]
+    assert torch.equal(given, asked(model, tiny.prompt(9), False, **more))
 
 
 def test_a_forced_beginning(model: Any) -> None:

@@ -27,6 +27,8 @@ from conflayers_cli.engine.packing import Packing
 _ATTRIBUTE = "conflayers_borrowed"
 """Where a model keeps its engine, so that the two end together."""
 _ABSENT = object()
+_SAMPLED = 4
+"""Values of a weight that are looked at."""
 
 _Table = MutableMapping[str, Any]
 
@@ -127,7 +129,8 @@ def borrow(model: Any, *, exact: bool = True, in_place: bool = False) -> Borrowe
     """The engine on a model, made at the first call and kept on the model for the next ones.
 
     It is made anew where weights, modules or hooks are not what they were. What changes a weight
-    through ``.data`` goes unseen: call :func:`release` then.
+    behind PyTorch's back, through ``.data``, is noticed by a few of its values: whoever changes
+    others in such a way calls :func:`release`.
 
     Args:
         model, exact, in_place: as for `Borrowed`.
@@ -174,14 +177,16 @@ class _State:
 
     def __init__(self, model: Any) -> None:
         self._parts = [(weakref.ref(part), _mark(part)) for part in _parts(model)]
+        self._values = _values(model)
 
     def holds(self, model: Any) -> bool:
         """Whether the model still is made of it."""
         parts = list(_parts(model))
-        return len(parts) == len(self._parts) and all(
+        same = len(parts) == len(self._parts) and all(
             ref() is part and mark == _mark(part)
             for part, (ref, mark) in zip(parts, self._parts, strict=True)
         )
+        return same and _values(model) == self._values
 
 
 def _parts(model: nn.Module) -> Iterator[nn.Module | torch.Tensor]:
@@ -198,6 +203,18 @@ def _mark(part: nn.Module | torch.Tensor) -> tuple[Any, ...]:
     version = -1 if part.is_inference() else part._version
     place = part.data_ptr() if type(part) is nn.Parameter else 0  # quantised ones have several
     return version, part.dtype, part.device, place
+
+
+def _values(model: nn.Module) -> list[float]:
+    """A few values of every weight: merging an adapter, for one, changes them all."""
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in model.parameters():
+        known = type(weight) is nn.Parameter and weight.numel() and not weight.is_meta
+        if known and weight.is_contiguous() and weight.is_floating_point():
+            flat = weight.detach().view(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+            found.setdefault(weight.device, []).append(some.float())
+    return [value for some in found.values() for value in torch.cat(some).tolist()]
 
 
 def _tables(model: Any, settings_only: bool) -> list[_Table]:

@@ -655,6 +655,8 @@ def test_the_engine_is_made_once_and_again_where_the_model_changes(
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(3.0)
     assert [made_by(), made_by()] == [1, 0]
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(0.5)
+    assert [made_by(), made_by()] == [1, 0]
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).contiguous())
     assert [made_by(), made_by()] == [1, 0]
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: 0.5 * output)
@@ -685,6 +687,13 @@ def test_hooks_are_called_and_heeded(model: Any) -> None:
     assert not torch.equal(ours, before)
     handle.remove()
     assert torch.equal(asked(model, prompt, True), before)
+    # one that changes nothing could be passed over unnoticed, were it not for itself
+    heard.clear()
+    model.model.layers[2].mlp.register_forward_hook(lambda *_: heard.append(1))
+    assert torch.equal(asked(model, prompt, True), before)
+    first = len(heard)  # some of them by the engine's own checks
+    asked(model, prompt, True)
+    assert len(heard) - first > NEW / 5
 
 
 def test_in_place_holds_no_weights_twice_and_gives_them_back(model: Any, tmp_path: Path) -> None:

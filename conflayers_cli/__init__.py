@@ -2,6 +2,61 @@
 
 The command line lives in :mod:`conflayers_cli.cli`, the decoding engine in
 :mod:`conflayers_cli.engine`, the methods that choose layers in :mod:`conflayers_cli.search`.
+
+What is for Python programs can be imported from here (see ``docs/python.md``). It is brought in
+when it is asked for, since PyTorch takes seconds.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "ConfLayersError",
+    "ConfLayersWarning",
+    "GenerateError",
+    "InputError",
+    "Model",
+    "Profile",
+    "Settings",
+    "Stream",
+    "conflayers_generate",
+    "generate",
+    "load",
+    "release",
+    "stream",
+]
+
+if TYPE_CHECKING:
+    from conflayers_cli.answer import Answer
+    from conflayers_cli.api import Model, Stream, generate, load, stream
+    from conflayers_cli.api_options import Settings
+    from conflayers_cli.borrowed import release
+    from conflayers_cli.custom_generate import conflayers_generate
+    from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
+    from conflayers_cli.generate_request import GenerateError
+    from conflayers_cli.profile import Profile
+else:
+    _MODULES = {
+        "answer": ("Answer",),
+        "api": ("Model", "Stream", "generate", "load", "stream"),
+        "api_options": ("Settings",),
+        "borrowed": ("release",),
+        "custom_generate": ("conflayers_generate",),
+        "errors": ("ConfLayersError", "ConfLayersWarning", "InputError"),
+        "generate_request": ("GenerateError",),
+        "profile": ("Profile",),
+    }
+
+    def __getattr__(name: str) -> object:
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"conflayers_cli.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decode import Finish, Generation, Step
@@ -165,16 +165,59 @@ def answer(
     """Decode one prompt to the end.
 
     Args:
+        decoder, tokenizer, prompt, max_new_tokens, sampling, drafter, end_tokens, stops: as in
+            `answering`.
+        on_text: given every piece of text as soon as it is certain; the pieces add up to the text.
+
+    Raises:
+        InputError: as `Generation`.
+    """
+    pieces = answering(
+        *(decoder, tokenizer, prompt),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        drafter=drafter,
+        end_tokens=end_tokens,
+        stops=stops,
+    )
+    while True:
+        try:
+            text = next(pieces)
+        except StopIteration as end:
+            return cast(Answer, end.value)
+        if on_text:
+            on_text(text)
+
+
+def answering(
+    decoder: Decoder,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    drafter: Drafter | None = None,
+    end_tokens: frozenset[int] = frozenset(),
+    stops: Sequence[str] = (),
+) -> Generator[str, None, Answer]:
+    """Decode one prompt as far as somebody goes on asking.
+
+    Args:
         decoder: the model.
         tokenizer: its transformers tokenizer.
         prompt: token ids, at least one.
         max_new_tokens: the most tokens produced.
         sampling, drafter, end_tokens: as in `Generation`.
         stops: strings that end the text and are not part of it.
-        on_text: given every piece of text as soon as it is certain; the pieces add up to the text.
+
+    Yields:
+        Every piece of text, none of them empty, as soon as it is certain; they add up to the text.
+
+    Returns:
+        The answer.
 
     Raises:
-        InputError: as `Generation`.
+        InputError: as `Generation`, when the first piece is asked for.
     """
     stream = TextStream(tokenizer, stops)
     generation = Generation(
@@ -189,10 +232,10 @@ def answer(
     steps = []
     for step in generation:
         steps.append(step)
-        if (text := stream.take()) and on_text:
-            on_text(text)
-    if (text := stream.finish()) and on_text:
-        on_text(text)
+        if text := stream.take():
+            yield text
+    if text := stream.finish():
+        yield text
     return Answer(
         text=stream.text,
         token_ids=tuple(generation.output),

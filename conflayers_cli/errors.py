@@ -17,3 +17,7 @@ class GateError(ConfLayersError):
     """A gate did not hold: ``--fail-under``, or outputs that differ. Exit code 3."""
 
     exit_code = 3
+
+
+class ConfLayersWarning(UserWarning):
+    """Something worth knowing, from the Python API; the command line says it on stderr."""

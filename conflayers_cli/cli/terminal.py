@@ -6,8 +6,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from conflayers_cli.errors import ConfLayersError
@@ -30,6 +31,9 @@ _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\
 _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys((*range(0x80, 0xA0), *_DIRECTIONS), 0xFFFD)
 # JSON can spell them; json.dumps does so only for what is below a space.
 _SPELT = {code: f"\\u{code:04x}" for code in _VISIBLE if code >= 0x20}
+
+
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
 
 class Tell(Protocol):
@@ -55,8 +59,21 @@ def one_line(text: object) -> str:
     return f"{line[:half]} … {line[-half:]}"
 
 
+@contextmanager
+def notes_to(listener: Callable[[str], None]) -> Iterator[None]:
+    """Within: notes go to the listener and no bar is shown, for callers that are no terminal's."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def note(message: str) -> None:
     """Say something to the user: one line on stderr."""
+    if (listener := _listener.get()) is not None:
+        listener(one_line(message))
+        return
     if sys.stderr is None:  # closed by the caller; print() would turn to stdout then
         return
     # Where stderr is gone too there is nobody left to tell.
@@ -143,7 +160,7 @@ def stderr_console() -> Console:
 def progress_bar() -> Iterator[Tell]:
     """A bar on stderr while the block runs, where stderr is a terminal; else nothing is shown."""
     console = stderr_console()
-    if not console.is_terminal:
+    if _listener.get() is not None or not console.is_terminal:
         yield _silent
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

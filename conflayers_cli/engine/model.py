@@ -188,14 +188,27 @@ def load_model(
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"
     if weights := told(model.config, quantize):
         reason = f"{reason}; {weights}"
+    on_device = model if spreading else _to_device(model, on, source)
+    return as_loaded(on_device, tokenizer, source, reason)
+
+
+def as_loaded(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> LoadedModel:
+    """A model that is in memory already, with what there is to know about it.
+
+    Args:
+        model: a transformers causal language model on its device.
+        tokenizer: its tokenizer; None where nobody is going to read or write text.
+        name: what a profile calls it.
+        dtype_reason: why it runs in its dtype.
+    """
     return LoadedModel(
-        model=model if spreading else _to_device(model, on, source),
+        model=model,
         tokenizer=tokenizer,
-        name=source,
+        name=name,
         device=device_of(model),
         dtype=model.dtype,
-        dtype_reason=reason,
-        end_tokens=_end_tokens(model, tokenizer, source),
+        dtype_reason=dtype_reason,
+        end_tokens=_end_tokens(model, tokenizer, name),
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=spread_of(model),

@@ -86,7 +86,7 @@ def compare(
         Row(
             which,
             change,
-            _verdict(change, tolerance, certain=repeatable and which is Judged.ACCEPTANCE),
+            verdict_of(change, tolerance, certain=repeatable and which is Judged.ACCEPTANCE),
             which in judged,
         )
         for which, change in changes.items()
@@ -240,8 +240,14 @@ def _ratio_of_rates(new: Any, drafted: Any, old: Any, drafted_before: Any, axis:
         return (new.sum(axis) / drafted.sum(axis)) / (old.sum(axis) / drafted_before.sum(axis))
 
 
-def _verdict(change: Change, tolerance: float, *, certain: bool) -> Verdict:
-    """By the rule of this module."""
+def verdict_of(change: Change, tolerance: float, *, certain: bool) -> Verdict:
+    """By the rule of this module.
+
+    Args:
+        change: new over old.
+        tolerance: the share by which new may be lower.
+        certain: the figure comes out the same in every run.
+    """
     if change.ratio is None:
         return "unknown"
     if change.ratio >= 1 - tolerance:

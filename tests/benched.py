@@ -34,11 +34,11 @@ def runs(speed: float, *, accepted: int | None = None, count: int = 3) -> tuple[
     """Of 100 tokens behind the first; with drafts, 80 of them in 40 steps."""
     drafts: dict[str, Any] = {}
     if accepted is not None:
-        second = min(accepted, 40)
+        first = min(accepted, 40)
         drafts = {
             "by_drafter": {"skip": DraftCount(40, 80, accepted)},
             "draft_seconds": 40 / speed,
-            "by_position": {"skip": Positions((40, 40), (accepted - second // 2, second // 2))},
+            "by_position": {"skip": Positions((40, 40), (first, accepted - first))},
         }
     steps = 100 if accepted is None else 40
     return (Run((1,), Summary(0.5, 100 / speed, 101, 100, steps, **drafts)),) * count

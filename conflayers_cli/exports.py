@@ -28,7 +28,7 @@ from conflayers_cli.outputs import check_target, write_json
 
 BIGGER, SMALLER = "customBiggerIsBetter.json", "customSmallerIsBetter.json"
 """Named after the action's ``tool`` that reads each."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
+_MARKDOWN = re.compile(r"^[-+]|[\\`*_\[\]#|~]")
 CSV_COLUMNS = (
     *("prompt", "category", "arm", "run", "tokens_per_second"),
     *("prompt_tokens", "tokens", "drafted", "accepted"),
@@ -59,7 +59,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return html.escape(_MARKDOWN.sub(r"\\\1", label(text)), quote=False)
+    return html.escape(_MARKDOWN.sub(r"\\\g<0>", label(text)), quote=False)
 
 
 def csv_text(bench: BenchDocument) -> str:

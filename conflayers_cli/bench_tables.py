@@ -41,8 +41,8 @@ def bench_tables(
         parts.append(_category_table(bench))
     parts += [plain(line) for line in (*closing(bench), *charts(bench))]
     if comparison:
-        parts += ["", plain(comparison.headline), _table(comparison_rows(comparison))]
-        parts += [plain(line) for line in comparison.remarks]
+        parts += ["", plain(label(comparison.headline)), _table(comparison_rows(comparison))]
+        parts += [plain(label(line)) for line in comparison.remarks]
     return parts
 
 
@@ -52,8 +52,8 @@ def headline(bench: BenchDocument) -> str:
     together = f", {bench.batch_size} at once" if queues else ""
     if queues > 1:
         together += f" in {queues} queues"
-    return (
-        f"{label(bench.model)} on {label(bench.device)}, {label(bench.dtype)}: {count} "
+    return label(
+        f"{bench.model} on {bench.device}, {bench.dtype}: {count} "
         f"prompt{'s' if count > 1 else ''}{together}, up to "
         f"{bench.settings.get('max_new_tokens')} new tokens, {bench.settings.get('runs')} runs"
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,7 +185,7 @@ def _speedup(prompt: PromptPart) -> float | None:
     return ours / theirs if ours and theirs else None
 
 
-def _paired_change(pairs: Sequence[Pair], figure: Any) -> Change:
+def _paired_change(pairs: Sequence[Pair], figure: Callable[[PromptPart], float | None]) -> Change:
     figures = [(figure(one), figure(other)) for one, other in pairs]
     both = [(one, other) for one, other in figures if one and other]
     return Change.paired([one for one, _ in both], [other for _, other in both])

@@ -111,7 +111,8 @@ def test_prompts_are_paired_by_what_they_say() -> None:
 
 def test_one_prompt_has_its_runs_and_two_have_no_interval() -> None:
     one = row(against(checked([1.5]), checked([2.0])))
-    assert (one.verdict, one.change.high) == ("regression", pytest.approx(0.75))
+    assert one.verdict == "regression"
+    assert one.change.high == pytest.approx(0.75)
     comparison = against(checked([1.5, 1.5]), checked([2.0, 2.0]))
     assert row(comparison).verdict == "unclear"
     assert "too few prompts and runs to tell" in " ".join(comparison.remarks)

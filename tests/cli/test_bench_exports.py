@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from conflayers_cli import bench as measuring
-from conflayers_cli import plot_style
+from conflayers_cli import exports, plot_style
+from conflayers_cli.errors import ConfLayersError
 from tests.benched import bench_document, saved
 from tests.cli.conftest import Run, write_prompts
 
@@ -113,6 +114,32 @@ def test_stored_results_are_shown_drawn_and_written_anew(run: Run, tmp_path: Pat
     assert run("bench", "--from", stored, "--fail-under", "2.5").code == 3
 
 
+def test_stored_names_cannot_steer_a_terminal(run: Run, tmp_path: Path) -> None:
+    evil = "\x1b[2J\x9b[31m"
+    document = bench_document(
+        [1.0, 1.0, 1.0],
+        categories=[evil, evil, "qa"],
+        model=evil,
+        device=evil,
+        dtype=evil,
+        settings={"runs": evil, "exact": evil},
+    )
+    document["prompts"][0]["id"] = evil
+    parted = {"id": evil, "position": 2, "gap": 0.5, "vanilla": 1, "other": 2}
+    document["identical_outputs"] = {"matching": 2, "total": 3, "divergences": [parted]}
+    speculative = document["arms"]["speculative"]
+    speculative["by_position"][evil] = speculative["by_position"]["skip"]
+    speculative["by_drafter"][evil] = speculative["by_drafter"]["skip"]
+    document["arms"][evil] = document["arms"]["vanilla"]
+    document["speedup_over"] = {evil: document["speedup"]}
+    (tmp_path / "evil.json").write_text(json.dumps(document))
+    good = saved(tmp_path / "good.json")
+    for new, old in (("evil.json", good), (good, "evil.json"), ("evil.json", "evil.json")):
+        result = run("bench", "--from", new, "--compare", old, "--plot", "a.svg")
+        assert result.code in (0, 3)
+        assert not {"\x1b", "\x9b"} & set(result.out + result.err)
+
+
 def test_outputs_that_differ_in_float32_fail_stored_results_too(run: Run, tmp_path: Path) -> None:
     document = bench_document(dtype="float32")
     parted = {"id": "p1", "position": 2, "gap": 0.5, "vanilla": 1, "other": 2}
@@ -172,10 +199,8 @@ def test_a_picture_needs_matplotlib(
 def test_one_file_that_cannot_be_written_costs_nothing_else(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import conflayers_cli.exports as exports
-
     def fail(*arguments: Any) -> None:
-        raise exports.ConfLayersError("github: can't be made: No space left on device")
+        raise ConfLayersError("github: can't be made: No space left on device")
 
     monkeypatch.setattr(exports, "write_github", fail)
     stored = saved(tmp_path / "old.json")

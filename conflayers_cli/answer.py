@@ -13,6 +13,7 @@ from conflayers_cli.engine.draft import Drafter, RowsDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.text import TextStream
+from conflayers_cli.positions import Positions, added, positions_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Summary:
         decode_tokens: those of the steps behind the prefill.
         steps: those steps.
         by_drafter: what each drafter did in them; steps without a draft are not in it.
+        draft_seconds: the part of ``decode_seconds`` spent on drafts that held a token.
+        by_position: what each drafter did by place in the draft.
     """
 
     prefill_seconds: float = 0.0
@@ -50,6 +53,8 @@ class Summary:
     decode_tokens: int = 0
     steps: int = 0
     by_drafter: Mapping[str, DraftCount] = field(default_factory=dict)
+    draft_seconds: float = 0.0
+    by_position: Mapping[str, Positions] = field(default_factory=dict)
 
     @classmethod
     def of(cls, steps: Iterable[Step]) -> Summary:
@@ -61,7 +66,9 @@ class Summary:
         """One summary of several generations."""
         parts = list(summaries)
         drafters: dict[str, DraftCount] = {}
+        positions: dict[str, Positions] = {}
         for part in parts:
+            positions = added(positions, part.by_position)
             for name, count in part.by_drafter.items():
                 drafters[name] = drafters.get(name, DraftCount()) + count
         return cls(
@@ -71,6 +78,8 @@ class Summary:
             decode_tokens=sum(part.decode_tokens for part in parts),
             steps=sum(part.steps for part in parts),
             by_drafter=drafters,
+            draft_seconds=sum(part.draft_seconds for part in parts),
+            by_position=positions,
         )
 
     @property
@@ -303,7 +312,15 @@ def _of_step(step: Step) -> Summary:
     count = len(step.tokens)
     if step.drafter == "prefill":
         return Summary(prefill_seconds=step.seconds, tokens=count)
-    return Summary(0.0, step.seconds, count, count, 1, _by_drafter(step))
+    return Summary(
+        decode_seconds=step.seconds,
+        tokens=count,
+        decode_tokens=count,
+        steps=1,
+        by_drafter=_by_drafter(step),
+        draft_seconds=step.draft_seconds,
+        by_position=positions_of(step),
+    )
 
 
 def _by_drafter(step: Step) -> dict[str, DraftCount]:

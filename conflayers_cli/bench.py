@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import scipy.stats
 import torch
 
 from conflayers_cli.agreement import Agreement
@@ -18,55 +16,11 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.memory import PeakMemory
 from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.identity import Identity, identities
-
-LEAST_RATIOS = 3
-"""Fewer than this say nothing about an interval."""
+from conflayers_cli.intervals import Interval as Interval
+from conflayers_cli.intervals import Spread as Spread
 
 Tell = Callable[[str, float], None]
 AnyArm = TypeVar("AnyArm")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A median and its 95 % confidence interval; None where there is too little to tell."""
-
-    median: float | None
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, ratios: Sequence[float]) -> Interval:
-        """Of paired ratios, by a percentile bootstrap of their median."""
-        if not ratios:
-            return cls(None, None, None)
-        median = statistics.median(ratios)
-        if len(ratios) < LEAST_RATIOS:
-            return cls(median, None, None)
-        found = scipy.stats.bootstrap(
-            (np.asarray(ratios),),
-            np.median,
-            method="percentile",
-            confidence_level=0.95,
-            rng=np.random.default_rng(0),
-        )
-        interval = found.confidence_interval
-        return cls(median, float(interval.low), float(interval.high))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of some figures; None where there are none."""
-
-    median: float | None
-    min: float | None
-    max: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of figures, possibly none."""
-        if not values:
-            return cls(None, None, None)
-        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)

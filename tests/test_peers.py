@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from conflayers_cli import report
+from conflayers_cli import bench_tables
 from conflayers_cli.arms import Case, EngineArm, Run
 from conflayers_cli.cli.bench_options import Other
 from conflayers_cli.engine.decoder import Decoder
@@ -57,7 +57,7 @@ def test_transformers_arm_draws_from_its_seed_and_leaves_torchs_alone() -> None:
 
 
 def test_the_command_line_and_the_report_know_all_peers() -> None:
-    assert {other.value for other in Other} == set(PEERS) == set(report.PEERS)
+    assert {other.value for other in Other} == set(PEERS) == set(bench_tables.PEERS)
 
 
 @pytest.mark.parametrize("name", PEERS)

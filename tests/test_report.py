@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -10,12 +11,24 @@ from conflayers_cli.agreement import Agreement
 from conflayers_cli.answer import DraftCount, Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
+from conflayers_cli.bench_document import Bench
+from conflayers_cli.bench_tables import bench_tables
 from conflayers_cli.identity import Divergence, Identity
-from conflayers_cli.report import BenchContext, bench_json, bench_tables
+from conflayers_cli.positions import Positions
+from conflayers_cli.report import BenchContext, bench_json
 
-CONTEXT = BenchContext(
-    *("smollm2", "cpu", "bfloat16", {"threads": 2}, {"max_new_tokens": 9}), {"replayed": False}
-)
+
+def document(bench: BenchResult) -> dict[str, Any]:
+    """As it comes back from a file."""
+    context = BenchContext(
+        *("smollm2", "0f" * 8, "cpu", "bfloat16"),
+        environment={"threads": 2},
+        settings={"max_new_tokens": 9},
+        engine={"replayed": False},
+        prompts=[f"{number:064x}" for number in range(len(bench.cases))],
+    )
+    found: dict[str, Any] = json.loads(json.dumps(bench_json(bench, context), allow_nan=False))
+    return found
 
 
 def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa",)) -> BenchResult:
@@ -23,7 +36,11 @@ def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa"
     cases = []
     for number, category in enumerate(categories):
         vanilla = Summary(0.5, 10.0, 101, 100, 100)
-        drafted = Summary(0.5, 5.0, 101, 100, 40, {"skip": DraftCount(40, 80, 60)})
+        drafted = Summary(
+            *(0.5, 5.0, 101, 100, 40, {"skip": DraftCount(40, 80, 60)}),
+            draft_seconds=2.0,
+            by_position={"skip": Positions((40, 40), (38, 22))},
+        )
         runs = {"vanilla": (Run((1,), vanilla),) * 3, "speculative": (Run((1,), drafted),) * 3}
         cases.append(CaseRuns(Case(f"[bold]p{number}\x1b", category, (1,), 9), runs))
     parted = Divergence(cases[0].case.id, 4, 0.0125, 7, None)
@@ -40,45 +57,69 @@ def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa"
 def shown(bench: BenchResult) -> str:
     console = Console(file=io.StringIO(), width=160)
     with console.capture() as captured:
-        for part in bench_tables(bench, CONTEXT):
+        for part in bench_tables(Bench.of(document(bench)).checked):
             console.print(part)
     return captured.get()
 
 
 def test_json() -> None:
-    document = json.loads(json.dumps(bench_json(result(identical=False), CONTEXT)))
-    assert document["arms"]["vanilla"] == {
+    found = document(result(identical=False))
+    assert found["arms"]["vanilla"] == {
         "tokens_per_second": {"median": 10.0, "min": 10.0, "max": 10.0},
         "time_to_first_token_s": 0.5,
         "tokens": 101,
+        "tokens_per_step": 1.0,
         "peak_memory_bytes": 2**29,
+        "decoding": {"tokens": 300, "steps": 300, "draft_seconds": 0, "verify_seconds": 30.0},
     }
-    assert document["arms"]["speculative"] == {
+    assert found["arms"]["speculative"] == {
         "tokens_per_second": {"median": 20.0, "min": 20.0, "max": 20.0},
         "time_to_first_token_s": 0.5,
         "tokens": 101,
-        "peak_memory_bytes": 2**30,
-        "acceptance_rate": 0.75,
         "tokens_per_step": 2.5,
+        "peak_memory_bytes": 2**30,
+        "decoding": {"tokens": 300, "steps": 120, "draft_seconds": 6.0, "verify_seconds": 9.0},
+        "acceptance_rate": 0.75,
         "drafted": 80,
         "accepted": 60,
         "by_drafter": {"skip": {"steps": 40, "drafted": 80, "accepted": 60}},
+        "by_position": {"skip": {"drafted": [40, 40], "accepted": [38, 22]}},
     }
-    assert document["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
-    (divergence,) = document["identical_outputs"]["divergences"]
+    assert found["prompts"] == [
+        {
+            "id": "[bold]p0\x1b",
+            "category": "qa",
+            "sha256": "0" * 64,
+            "prompt_tokens": 1,
+            "tokens": 101,
+            "steps": 40,
+            "drafted": 80,
+            "accepted": 60,
+            "tokens_per_second": {"vanilla": [10.0] * 3, "speculative": [20.0] * 3},
+        }
+    ]
+    assert found["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    (divergence,) = found["identical_outputs"]["divergences"]
     assert divergence["position"] == 4
     assert divergence["gap"] == 0.0125
-    assert document["categories"]["qa"]["speedup"] == 2.0
-    assert document["peak_memory_bytes"] == 2**30  # of the engine, not of transformers
+    assert found["categories"]["qa"]["speedup"] == 2.0
+    assert found["peak_memory_bytes"] == 2**30  # of the engine, not of transformers
 
 
 def test_memory_is_not_claimed_where_nothing_tells() -> None:
     bench = replace(result(), peak_memory={})
-    assert bench_json(bench, CONTEXT)["peak_memory_bytes"] is None
+    assert document(bench)["peak_memory_bytes"] is None
     assert "peak memory" not in shown(bench)
     alone = replace(result(), peak_memory={"vanilla": 2**22})
     assert "peak memory over the model's weights: 4 MiB; keys and values: 1 MiB" in shown(alone)
-    assert "1,024 MiB (transformers: 2,048 MiB); keys" in shown(result())
+    compared = result()
+    arms = {**compared.arms, "transformers": compared.arms["vanilla"]}
+    cases = tuple(
+        replace(case, runs={**case.runs, "transformers": case.runs["vanilla"]})
+        for case in compared.cases
+    )
+    text = shown(replace(compared, arms=arms, cases=cases))
+    assert "1,024 MiB (transformers: 2,048 MiB); keys" in text
 
 
 def test_table_holds_the_figures() -> None:
@@ -86,6 +127,17 @@ def test_table_holds_the_figures() -> None:
     for figure in ("10.0", "20.0", "500 ms", "75.0%", "2.50", "2.00×", "2.00–2.00", "1,024 MiB"):
         assert figure in text
     assert "1 of 1 outputs identical" in text
+
+
+def test_bars_tell_where_time_goes_and_how_far_drafts_hold() -> None:
+    text = shown(result())
+    assert "vanilla     ████████████████ 100.0 ms\n" in text
+    assert "speculative ████████         50.0 ms (drafting 20.0, verifying 30.0)\n" in text
+    assert "skip        █▅ 95% of 40 … 55% of 40\n" in text
+    plain = result()
+    nobody = replace(plain.arms["speculative"].stats, by_position={})
+    arms = {**plain.arms, "speculative": replace(plain.arms["speculative"], stats=nobody)}
+    assert "by place in the draft" not in shown(replace(plain, arms=arms))
 
 
 def test_divergences_are_listed_and_names_are_harmless() -> None:
@@ -116,8 +168,8 @@ def lossy(agreement: Agreement | None) -> BenchResult:
 
 def test_the_lossy_arm_is_reported_with_its_agreement() -> None:
     bench = lossy(Agreement(0.625, 0.41, 7.5, 1, 4))
-    document = json.loads(json.dumps(bench_json(bench, CONTEXT)))
-    assert document["skip_only"] == {
+    found = document(bench)
+    assert found["skip_only"] == {
         "lossless": False,
         "speedup": {"median": 1.5, "low": 1.5, "high": 1.5},
         "agreement": {
@@ -128,13 +180,13 @@ def test_the_lossy_arm_is_reported_with_its_agreement() -> None:
             "prompts": 4,
         },
     }
-    assert document["arms"]["skip-only"]["tokens_per_second"]["median"] == 15.0
-    assert document["speedup"]["median"] == 2.0
+    assert found["arms"]["skip-only"]["tokens_per_second"]["median"] == 15.0
+    assert found["speedup"]["median"] == 2.0
     text = shown(bench)
     for figure in ("1.50×", "lossy", "62.5%", "ROUGE-2 0.41", "1 of 4 outputs", "at token 8 in"):
         assert figure in text
     assert "1 of 1 outputs identical" in text  # the speculative arm's own line
-    assert "skip_only" not in bench_json(result(), CONTEXT)
+    assert "skip_only" not in document(result())
     assert "lossy" not in shown(result())
 
 
@@ -146,13 +198,13 @@ def test_outputs_that_all_agree_part_nowhere() -> None:
 
 def test_an_agreement_that_is_not_known_is_left_out() -> None:
     bench = lossy(None)
-    assert bench_json(bench, CONTEXT)["skip_only"]["agreement"] is None
+    assert document(bench)["skip_only"]["agreement"] is None
     assert "lossy" in shown(bench)
     assert "ROUGE-2" not in shown(bench)
 
 
 def test_prompts_without_a_category() -> None:
-    assert bench_json(result(categories=(None,)), CONTEXT)["categories"] == {}
+    assert document(result(categories=(None,)))["categories"] == {}
 
 
 def test_who_drafted_is_told_where_several_did() -> None:
@@ -163,7 +215,7 @@ def test_who_drafted_is_told_where_several_did() -> None:
     arms = {**plain.arms, "speculative": replace(plain.arms["speculative"], stats=stats)}
     bench = replace(plain, arms=arms)
     assert "drafted by: skip 60 (75.0% accepted), ngram 20 (75.0% accepted)" in shown(bench)
-    figures = bench_json(bench, CONTEXT)["arms"]["speculative"]["by_drafter"]
+    figures = document(bench)["arms"]["speculative"]["by_drafter"]
     assert figures["ngram"] == {"steps": 9, "drafted": 20, "accepted": 15}
 
 
@@ -179,11 +231,11 @@ def test_peers_are_told_by_their_names() -> None:
     bench = replace(
         plain, cases=cases, arms=arms, identical=identical, peak_memory={"early-exit": 5}
     )
-    document = bench_json(bench, CONTEXT)
-    assert document["speedup_over"] == {"early-exit": {"median": 4.0, "low": 4.0, "high": 4.0}}
-    assert document["identical_to"]["early-exit"]["matching"] == 1
-    assert document["peak_memory_bytes"] is None
-    assert "identical_to_transformers" not in document
+    found = document(bench)
+    assert found["speedup_over"] == {"early-exit": {"median": 4.0, "low": 4.0, "high": 4.0}}
+    assert found["identical_to"]["early-exit"]["matching"] == 1
+    assert found["peak_memory_bytes"] is None
+    assert "identical_to_transformers" not in found
     text = shown(bench)
     assert "speed-up over transformers' early exit: 4.00× (4.00–4.00)" in text
     assert "early-exit: 1 of 1 outputs identical to vanilla's" in text
@@ -193,11 +245,14 @@ def test_batches_are_told() -> None:
     plain = result(categories=("qa", "maths", "qa"))
     queue = CaseRuns(plain.cases[0].case, plain.cases[0].runs)
     bench = replace(plain, queues=(queue, queue), batch_size=4)
-    document = bench_json(bench, CONTEXT)
-    assert (document["batch_size"], document["queues"]) == (4, 2)
-    assert document["categories"] == {}
+    found = document(bench)
+    assert found["batch_size"] == 4
+    speeds = {"vanilla": [10.0] * 3, "speculative": [20.0] * 3}
+    assert [queue["tokens_per_second"] for queue in found["queues"]] == [speeds, speeds]
+    assert [prompt["tokens_per_second"] for prompt in found["prompts"]] == [{}, {}, {}]
+    assert found["categories"] == {}
     text = shown(bench)
     assert "3 prompts, 4 at once in 2 queues, up to 9 new tokens" in text
     assert "maths" not in text
-    assert "batch_size" not in bench_json(plain, CONTEXT)
+    assert "batch_size" not in document(plain)
     assert "at once" not in shown(plain)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from conflayers_cli.cli import options
+from conflayers_cli.cli.bench_facts import document_of, facts_of, lossy_settings, settings_of
 from conflayers_cli.cli.bench_options import (
     Against,
     BatchSize,
+    Compare,
+    ExportCsv,
+    ExportGithub,
+    ExportJson,
+    ExportMarkdown,
     FailUnder,
+    Judge,
     Other,
-    Output,
+    Plot,
+    PlotTheme,
     Runs,
+    Stored,
     TargetSpeedup,
+    Tolerance,
     Warmup,
 )
+from conflayers_cli.cli.bench_publish import Exports, Gates, publish
 from conflayers_cli.cli.common import (
     EncodedPrompt,
     Loading,
@@ -36,10 +48,9 @@ from conflayers_cli.cli.drafting import (
     rows_drafter,
 )
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
-from conflayers_cli.cli.terminal import emit_json, emit_rich, note, progress_bar
-from conflayers_cli.engine.parallel import is_first
-from conflayers_cli.errors import GateError, InputError
-from conflayers_cli.outputs import check_target, write_json
+from conflayers_cli.cli.terminal import note, progress_bar
+from conflayers_cli.errors import InputError
+from conflayers_cli.plot_style import Theme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,26 +62,28 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.model import LoadedModel
     from conflayers_cli.engine.plan import SkipPlan
     from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.prompts import Prompt
 
 HELP = """Measure what a profile gains: vanilla and speculative decoding, side by side.
 
 Both decode the same prompts in turns; without --data those of the package.
 The exit code is 3 when a gate does not hold: the speed-up is under
---fail-under, or greedy outputs in float32 are not the same.
+--fail-under, a figure is a regression against --compare, or greedy outputs in
+float32 are not the same. All results are written before that.
 
 \b
   conflayers bench --profile deep.yaml --max-prompts 6
   conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
   conflayers bench -m smollm2 --draft ngram --against prompt-lookup
   conflayers bench -p deep.yaml --batch-size 4
-  conflayers bench -p deep.yaml --fail-under 1.2 --output bench.json
+  conflayers bench -p deep.yaml --fail-under 1.2 --export-json bench.json
+  conflayers bench -p deep.yaml --compare bench.json --tolerance 5%
+  conflayers bench --from bench.json --plot bench.pdf
   conflayers bench -m smollm2-deep --target-speedup 1.5
 """
 
 
 def bench(
+    context: typer.Context,
     profile: options.ProfileFile = None,
     model: options.Model = None,
     data: options.Data = None,
@@ -94,8 +107,17 @@ def bench(
     raw: options.Raw = False,
     truncate: options.Truncate = False,
     json: options.Json = False,
-    output: Output = None,
+    stored: Stored = None,
+    export_json: ExportJson = None,
+    export_markdown: ExportMarkdown = None,
+    export_csv: ExportCsv = None,
+    export_github: ExportGithub = None,
+    plot: Plot = None,
+    plot_theme: PlotTheme = Theme.LIGHT,
     fail_under: FailUnder = None,
+    compare: Compare = None,
+    tolerance: Tolerance = None,
+    judge: Judge = None,
     force: options.Force = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -105,9 +127,17 @@ def bench(
     quantize: options.Quantize = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
+    exports = Exports(export_json, export_markdown, export_csv, export_github, plot, plot_theme)
+    exports.check()
+    gates = Gates.read(fail_under, compare, tolerance, judge)
+    if stored is not None:
+        _check_measures_nothing(context)
+        publish(_read(stored), exports, gates, as_json=json)
+        return
     if profile is None and (model is None or (target_speedup is None and draft is None)):
         raise InputError(
-            "give --profile FILE, or --model MODEL with --draft ngram or --target-speedup S; "
+            "give --profile FILE, or --model MODEL with --draft ngram or --target-speedup S, or "
+            "--from FILE; "
             "see 'conflayers bench --help'"
         )
     check_target_speedup(target_speedup)
@@ -117,8 +147,6 @@ def bench(
     way = Way(draft, lookahead, tree, sampling.greedy, batch_size)
     way.check(profile)
     prompts = read_prompt_file(data, max_prompts)
-    if output:
-        check_target(output)
     source = model_source(model, chosen)
     how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
     loaded, decoder = open_model(source, how)
@@ -137,17 +165,9 @@ def bench(
     )
     if drafter is None:
         note("note: nothing is left out while drafting, so both arms decode vanilla")
-    cases = _cases(encoded, seed)
-    if batch_size > 1:
-        result = _measure_batches(
-            loaded, decoder, drafter, sampling, batch_size, cases, runs, warmup
-        )
-    else:
-        arms = _arms(loaded, decoder, drafter, sampling, against or (), skipped)
-        result = _measure(arms, cases, decoder, sampling, runs, warmup)
     settings = {
-        **_settings(chosen, profile, prompts, data, sampling),
-        **(_lossy_settings(skipped, drafts=papers) if skipped is not None else {}),
+        **settings_of(chosen, profile, prompts, data, sampling, drafter),
+        **(lossy_settings(skipped, drafts=papers) if skipped is not None else {}),
         "draft_by": draft.value if draft else None,
         "lookahead": lookahead,
         "tree": tree,
@@ -164,9 +184,42 @@ def bench(
         "runs": runs,
         "warmup": warmup,
     }
-    _publish(result, loaded, decoder, settings, json, output)
-    if is_first():  # the others' clocks say something else
-        _check_gates(result, decoder, fail_under)
+    facts = facts_of(loaded, settings, prompts)
+    gates.check(facts.model, facts.model_hash, facts.settings, facts.prompts)
+    cases = _cases(encoded, seed)
+    if batch_size > 1:
+        result = _measure_batches(
+            loaded, decoder, drafter, sampling, batch_size, cases, runs, warmup
+        )
+    else:
+        arms = _arms(loaded, decoder, drafter, sampling, against or (), skipped)
+        result = _measure(arms, cases, decoder, sampling, runs, warmup)
+    publish(document_of(result, facts, decoder), exports, gates, as_json=json)
+
+
+_NOT_MEASURING = (
+    *("stored", "json", "export_json", "export_markdown", "export_csv", "export_github"),
+    *("plot", "plot_theme", "fail_under", "compare", "tolerance", "judge"),
+)
+
+
+def _check_measures_nothing(context: typer.Context) -> None:
+    """Refuse options about measuring beside --from."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and parameter.name not in _NOT_MEASURING:
+            raise InputError(
+                f"{parameter.opts[0]} is about measuring, which --from does not: leave one out"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Stored results, without what they were compared with then."""
+    from conflayers_cli.bench_document import Bench
+
+    raw = Bench.load(path).raw
+    return {key: value for key, value in raw.items() if key != "comparison"}
 
 
 def _check_together(
@@ -186,15 +239,6 @@ def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Drafter:
     from conflayers_cli.search.objective import PAPER
 
     return SkipDrafter(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
-
-
-def _lossy_settings(plan: SkipPlan, *, drafts: bool) -> dict[str, Any]:
-    """What the lossy arm leaves out; and how the other drafts, where it does so with this plan."""
-    from conflayers_cli.profile import SkipSection
-    from conflayers_cli.search.objective import PAPER
-
-    skip = SkipSection.of(plan).model_dump(mode="json")
-    return {"skip_only": skip, **({"skip": skip, "draft": asdict(PAPER)} if drafts else {})}
 
 
 def _arms(
@@ -265,74 +309,3 @@ def _measure_batches(
     ]
     with progress_bar() as tell:
         return measure_batches(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
-
-
-def _settings(
-    profile: Profile | None,
-    path: Path | None,
-    prompts: Sequence[Prompt],
-    data: Path | None,
-    sampling: Sampling,
-) -> dict[str, Any]:
-    """What was measured, so that it can be measured again."""
-    from conflayers_cli.prompts import fingerprint
-
-    return {
-        "profile": str(path) if path else None,
-        "skip": profile.skip.model_dump(mode="json") if profile else None,
-        "draft": profile.draft.model_dump(mode="json") if profile else None,
-        "ranges": [r.model_dump(mode="json") for r in profile.ranges or ()] if profile else [],
-        "data": str(data) if data else None,
-        "prompts": {"count": len(prompts), "sha256": fingerprint(prompts)},
-        "sampling": asdict(sampling),
-    }
-
-
-def _publish(
-    result: BenchResult,
-    loaded: LoadedModel,
-    decoder: Decoder,
-    settings: dict[str, Any],
-    as_json: bool,
-    output: Path | None,
-) -> None:
-    from conflayers_cli.engine.remarks import run_facts
-    from conflayers_cli.environment import describe
-    from conflayers_cli.report import BenchContext, bench_json, bench_tables
-
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    context = BenchContext(
-        loaded.name, loaded.place, dtype, describe(loaded.device), settings, run_facts(decoder)
-    )
-    document = bench_json(result, context)
-    try:
-        if output:
-            write_json(output, document)
-    finally:  # a file that can't be written after all must not cost the results
-        if as_json:
-            emit_json(document)
-        else:
-            emit_rich(*bench_tables(result, context))
-
-
-def _check_gates(result: BenchResult, decoder: Decoder, fail_under: float | None) -> None:
-    """End with the gates' exit code where one does not hold; all results are out by now."""
-    import torch
-
-    broken = []
-    speedup = result.speedup().median
-    if fail_under is not None and speedup is None:
-        broken.append("the speed-up could not be measured: no output is longer than one token")
-    elif fail_under is not None and speedup is not None and not speedup >= fail_under:
-        broken.append(f"the speed-up is {speedup:.3f}, under {fail_under:g}")
-    # In half precision a GPU's rounding may part outputs at a near-tie; that is reported only.
-    identical = (result.identical or {}).get("speculative")
-    exact = decoder.dtype == torch.float32 and not decoder.inexact
-    if identical and identical.divergences and exact:
-        parted = ", ".join(divergence.id for divergence in identical.divergences[:5])
-        broken.append(
-            f"greedy outputs in float32 differ from vanilla's at {len(identical.divergences)} of "
-            f"{identical.total} prompts ({parted})"
-        )
-    if broken:
-        raise GateError("; ".join(broken))

@@ -1,0 +1,203 @@
+"""What becomes of a bench's results: files, the terminal, a comparison, and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conflayers_cli.cli.terminal import emit_json, emit_rich, note
+from conflayers_cli.engine.parallel import is_first
+from conflayers_cli.errors import ConfLayersError, GateError, InputError
+from conflayers_cli.judged import TOLERANCE, Judged
+from conflayers_cli.outputs import check_target, write_atomically, write_json
+from conflayers_cli.plot_style import Theme, check_plot, save_plot
+
+if TYPE_CHECKING:
+    from conflayers_cli.bench_document import Bench
+    from conflayers_cli.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Where the results go beside stdout; None: not there.
+
+    Attributes:
+        json, markdown, csv, plot: files.
+        github: a folder, for the two files of github-action-benchmark.
+        theme: the ground that the picture is for.
+    """
+
+    json: Path | None = None
+    markdown: Path | None = None
+    csv: Path | None = None
+    github: Path | None = None
+    plot: Path | None = None
+    theme: Theme = Theme.LIGHT
+
+    def check(self) -> None:
+        """Refuse what can't be written, before any work is done.
+
+        Raises:
+            InputError: two results for one file, no such folder, or no matplotlib to draw with.
+        """
+        files = [path for path in (self.json, self.markdown, self.csv, self.plot) if path]
+        for path in files:
+            check_target(path)
+        places = [path.resolve() for path in files]
+        for number, place in enumerate(places):
+            if place in places[:number]:
+                raise InputError(f"{files[number]}: is to hold two kinds of results; name another")
+        if self.github:
+            from conflayers_cli.exports import check_folder
+
+            check_folder(self.github)
+        if self.plot:
+            check_plot(self.plot)
+
+    def write(self, bench: Bench, comparison: Comparison | None) -> list[ConfLayersError]:
+        """Write all that can be written; what went wrong with the others."""
+        from conflayers_cli.exports import csv_text, markdown, write_github
+
+        results = bench.checked
+        jobs: list[Callable[[], None]] = []
+        if self.json:
+            jobs.append(partial(write_json, self.json, bench.raw))
+        if self.markdown:
+            jobs.append(partial(write_atomically, self.markdown, markdown(results, comparison)))
+        if self.csv:
+            jobs.append(partial(write_atomically, self.csv, csv_text(results)))
+        if self.github:
+            jobs.append(partial(write_github, self.github, results))
+        if self.plot:
+            jobs.append(partial(_draw, self.plot, self.theme, bench))
+        failures = []
+        for job in jobs:
+            try:
+                job()
+            except ConfLayersError as error:
+                failures.append(error)
+        return failures
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What has to hold for the command to end with code 0.
+
+    Attributes:
+        fail_under: the least speed-up over vanilla; None: any.
+        old: an earlier bench to compare with; None: none.
+        old_name: its file.
+        tolerance: the share by which a figure may be lower than there.
+        judged: the figures that count; None: the usual ones.
+    """
+
+    fail_under: float | None = None
+    old: Bench | None = None
+    old_name: str = ""
+    tolerance: float = TOLERANCE
+    judged: Sequence[Judged] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        fail_under: float | None,
+        old: Path | None,
+        tolerance: float | None,
+        judged: Sequence[Judged] | None,
+    ) -> Gates:
+        """As the command line says; reads the earlier bench, before any work is done.
+
+        Raises:
+            InputError: it can't be read, or there is none although something is said about it.
+        """
+        if old is None:
+            for flag, given in (("--tolerance", tolerance is not None), ("--judge", judged)):
+                if given:
+                    raise InputError(f"{flag} is about --compare FILE, which is not given")
+            return cls(fail_under)
+        from conflayers_cli.bench_document import Bench
+
+        tolerance = TOLERANCE if tolerance is None else tolerance
+        return cls(fail_under, Bench.load(old), str(old), tolerance, judged or None)
+
+    def check(
+        self, model: str, model_hash: str, settings: Mapping[str, Any], prompts: Sequence[str]
+    ) -> None:
+        """Refuse to measure what can't be compared then; raises InputError."""
+        if self.old is None:
+            return
+        from conflayers_cli.compare import check_comparable
+
+        check_comparable(*(self.old.checked, self.old_name, model, model_hash, settings, prompts))
+
+    def compare(self, bench: Bench) -> Comparison | None:
+        """With the earlier bench, if there is one; raises InputError as `compare`."""
+        if self.old is None:
+            return None
+        from conflayers_cli.compare import compare
+
+        return compare(
+            *(bench.checked, self.old.checked, self.old_name),
+            tolerance=self.tolerance,
+            judged=self.judged,
+        )
+
+
+def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json: bool) -> None:
+    """Write, show and judge a bench's document, in this order.
+
+    Whatever fails, the results are out first: a comparison that can't be made, or a file that can't
+    be written, costs nothing but itself.
+
+    Args:
+        document: the results, as `report.bench_json` gives them or as they were stored.
+        exports: where they go beside stdout.
+        gates: what they have to hold.
+        as_json: print the document in place of tables.
+
+    Raises:
+        InputError: they can't be compared with the earlier ones.
+        ConfLayersError: something could not be written.
+        GateError: a gate does not hold.
+    """
+    from conflayers_cli.bench_document import Bench
+    from conflayers_cli.bench_tables import bench_tables
+    from conflayers_cli.exports import append_step_summary, markdown
+    from conflayers_cli.gates import broken_gates
+
+    failures: list[ConfLayersError] = []
+    bench, comparison = Bench.of(document), None
+    try:
+        comparison = gates.compare(bench)
+    except InputError as error:
+        failures.append(error)
+    if comparison:
+        bench = Bench.of({**document, "comparison": comparison.as_json()})
+    failures += exports.write(bench, comparison)
+    try:
+        append_step_summary(markdown(bench.checked, comparison))
+    except ConfLayersError as error:
+        note(f"note: {error}")
+    try:
+        if as_json:
+            emit_json(bench.raw)
+        else:
+            emit_rich(*bench_tables(bench.checked, comparison))
+    except ConfLayersError as error:
+        failures.append(error)
+    broken = broken_gates(bench.checked, gates.fail_under, comparison)
+    if failures:
+        for told in (*map(str, failures[1:]), *broken):
+            note(f"error: {told}")
+        raise failures[0]
+    if broken and is_first():  # the others' clocks say something else
+        raise GateError("; ".join(broken))
+
+
+def _draw(path: Path, theme: Theme, bench: Bench) -> None:
+    from conflayers_cli.bench_plots import bench_figure
+
+    save_plot(path, theme, partial(bench_figure, bench.checked))

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from conflayers_cli.answer import Summary
+from conflayers_cli.bars import bar, marks
+from conflayers_cli.engine.decode import Step
+from conflayers_cli.positions import Positions, positions_of
+
+
+def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:
+    return Step((1,) * (accepted + 1), drafted, accepted, "skip", 0.1, 0.2, None, sources=sources)
+
+
+def test_places_are_counted_from_the_draft_s_first() -> None:
+    stats = Summary.of([step(2, 3), step(0, 2), step(0, 0)])
+    assert stats.by_position == {"skip": Positions((2, 2, 1), (1, 1, 0))}
+    assert stats.by_position["skip"].rates == (0.5, 0.5, 0.0)
+    assert sum(stats.by_position["skip"].accepted) == stats.accepted
+    assert sum(stats.by_position["skip"].drafted) == stats.drafted
+    assert stats.draft_seconds == 0.1 + 0.1 + 0.1
+
+
+def test_who_drafts_behind_another_keeps_the_chain_s_places() -> None:
+    found = positions_of(step(3, 4, ("ngram", "ngram", "skip", "skip")))
+    assert found == {
+        "ngram": Positions((1, 1), (1, 1)),
+        "skip": Positions((0, 0, 1, 1), (0, 0, 1, 0)),
+    }
+    assert found["skip"].rates == (None, None, 1.0, 0.0)
+
+
+def test_bars() -> None:
+    assert [bar(share, 2) for share in (-1, 0, 0.5, 0.75, 1, 9)] == [
+        *("", "", "█", "█▌", "██", "██")
+    ]
+    assert marks([0.0, None, 0.5, 0.99, 1.0]) == "▁ ▅██"

@@ -34,6 +34,7 @@ from conflayers_cli.engine.builtin import (
     ensure,
     quiet_transformers,
 )
+from conflayers_cli.engine.catalogue import GENERATIVE
 from conflayers_cli.engine.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.engine.parallel import begin, on_first, sharding
@@ -55,7 +56,6 @@ _READ_ERRORS = (
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PATH_SUFFIXES = (".gguf", ".safetensors", ".json", *_PICKLES)
 
@@ -353,7 +353,7 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
     has_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
     if is_ours and not (has_class or "AutoModelForCausalLM" in raw.get("auto_map", {})):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
-    if raw.get("architectures") and not any(name.endswith(_GENERATIVE) for name in names):
+    if raw.get("architectures") and not any(name.endswith(GENERATIVE) for name in names):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
     return config
 

@@ -193,9 +193,9 @@ def test_a_refused_text_costs_nothing_of_what_is_held() -> None:
 def test_a_cache_that_does_not_fit() -> None:
     decoder = tiny.decoder("llama")
     cache = decoder.new_cache(100)
-    for filled, given in ((5, cache), (-1, cache), (1, None)):
+    for filled, memory in ((5, cache), (-1, cache), (1, None)):
         with pytest.raises(ValueError, match="of 5 prompt tokens"):
-            Generation(decoder, [1] * 5, max_new_tokens=2, cache=given, filled=filled)
+            Generation(decoder, [1] * 5, max_new_tokens=2, cache=memory, filled=filled)
     with pytest.raises(ValueError, match="positions for a text of"):
         Generation(decoder, [1] * 5, max_new_tokens=cache.capacity, cache=cache)
 

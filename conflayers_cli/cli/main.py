@@ -17,13 +17,16 @@ from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
-from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note
+from conflayers_cli.cli.mistakes import with_hint
+from conflayers_cli.cli.terminal import PROGRAM, complain, discard, emit, quiet
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
 FAILURE = 1
 USAGE = 2
 INTERRUPTED = 130
+ANYWHERE = frozenset({"--debug", "--quiet"})
+"""Flags of all commands, which may stand before or behind a command's name."""
 
 HELP = """Decode faster with the model's own layers, losslessly.
 
@@ -67,8 +70,11 @@ def _program(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show where in the program a failure arose.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say nothing on stderr but errors: no notes, no bars.")
+    ] = False,
 ) -> None:
-    del version, debug  # dealt with before a command starts
+    del version, debug, quiet  # dealt with before a command starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,16 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # kernels for other machines that can't be loaded here, advice on its use of PyTorch.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
     voice = Voice()
-    return voice.ended(_flushed(_run(arguments, debug, voice)))
+    with quiet("--quiet" in flags):
+        return voice.ended(_flushed(_run(arguments, "--debug" in flags, voice)))
 
 
-def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without ``--debug``, which may stand anywhere before ``--``."""
+def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The arguments without `ANYWHERE`'s flags, and those of them that were given before ``--``."""
     end = argv.index("--") if "--" in argv else len(argv)
-    kept = [argument for argument in argv[:end] if argument != "--debug"]
-    return [*kept, *argv[end:]], len(kept) < end
+    kept = [argument for argument in argv[:end] if argument not in ANYWHERE]
+    return [*kept, *argv[end:]], set(argv[:end]) & ANYWHERE
 
 
 def _run(arguments: list[str], debug: bool, voice: Voice) -> int:
@@ -107,7 +114,7 @@ def _run(arguments: list[str], debug: bool, voice: Voice) -> int:
         with voice.failing():
             return _report(error, arguments, debug)
     if result == INTERRUPTED:
-        note("interrupted")
+        complain("interrupted")
     return result if isinstance(result, int) else 0
 
 
@@ -116,22 +123,22 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     if debug and sys.stderr is not None:
         traceback.print_exception(error)
     if isinstance(error, ConfLayersError):
-        note(f"error: {error}")
+        complain(f"error: {error}")
         return error.exit_code
     if isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError):
-        note("interrupted")
+        complain("interrupted")
         return INTERRUPTED
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.
     if hasattr(error, "format_message"):
         return _report_usage(error, arguments)
     if _out_of_memory(error):
-        note(f"error: out of memory: {_first_line(error)}")
+        complain(f"error: out of memory: {_first_line(error)}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
     told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
     advice = "" if debug else " (run with --debug for the traceback)"
-    note(f"internal error: {told}{advice}")
+    complain(f"internal error: {told}{advice}")
     return FAILURE
 
 
@@ -142,7 +149,8 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
     # not from the error's context, which some errors lack
     names = [command.name for command in app.registered_commands]
     command = " ".join([PROGRAM, *(name for name in arguments[:1] if name in names)])
-    note(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see '{command} --help'")
+    message = with_hint(message[:1].lower() + message[1:].rstrip("."))
+    complain(f"error: {message}; see '{command} --help'")
     return USAGE
 
 
@@ -168,7 +176,7 @@ def _flushed(code: int) -> int:
     except (OSError, ValueError) as error:
         discard(sys.stdout)
         if code == 0:
-            note(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
+            complain(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
             code = FAILURE
     try:
         if sys.stderr is not None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from conflayers_cli.cli import completion
+
 _MODEL = "Model"
 _SAMPLING = "Sampling"
 _PROMPTS = "Prompts"
@@ -19,6 +21,7 @@ Model = Annotated[
         "-m",
         metavar="MODEL",
         help="smollm2, smollm2-deep, a Hugging Face id, a folder or a .gguf file.",
+        autocompletion=completion.model,
         rich_help_panel=_MODEL,
     ),
 ]
@@ -28,6 +31,7 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         help="auto, cpu, cuda, cuda:N or mps.",
+        autocompletion=completion.one_of("auto", "cpu", "cuda", "mps"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -48,6 +52,7 @@ Dtype = Annotated[
         "--dtype",
         metavar="DTYPE",
         help="auto (what is fast on the device), float32, bfloat16 or float16.",
+        autocompletion=completion.one_of("auto", "float32", "bfloat16", "float16"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -76,6 +81,7 @@ Quantize = Annotated[
         metavar="BITS",
         help="Load a plain model's weights in fewer bits, int8 or int4 (needs torchao). That is "
         "another model, in less memory, and its text another one.",
+        autocompletion=completion.one_of("int8", "int4"),
         rich_help_panel=_MODEL,
         show_default=False,
     ),
@@ -95,6 +101,7 @@ ProfileFile = Annotated[
         "-p",
         metavar="FILE",
         help="What calibrate found: the layers to leave out while drafting.",
+        autocompletion=completion.files(".yaml", ".yml"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -112,6 +119,7 @@ Data = Annotated[
         "--data",
         metavar="FILE",
         help="Prompt file: JSONL (prompt, messages, turns or conversations) or a prompt a line.",
+        autocompletion=completion.files(".jsonl", ".json", ".jsonlines", ".ndjson", ".txt"),
         rich_help_panel=_PROMPTS,
     ),
 ]

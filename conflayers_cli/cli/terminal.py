@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from conflayers_cli.errors import ConfLayersError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "conflayers"
 PIPE_WIDTH = 160
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 # Shown as Unicode's pictures of them. C1 controls have none.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
@@ -39,8 +42,24 @@ def one_line(text: object) -> str:
     return terminal_safe(" ".join(str(text).split()))
 
 
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Within, if wanted: no notes and no progress; failures are told all the same."""
+    before = _QUIET.set(wanted)
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 def note(message: str) -> None:
-    """Say something to the user: one line on stderr."""
+    """Say something to the user that a result can do without: one line on stderr."""
+    if not _QUIET.get():
+        complain(message)
+
+
+def complain(message: str) -> None:
+    """Tell the user about a failure: one line on stderr."""
     if sys.stderr is None:  # closed by the caller; print() would turn to stdout then
         return
     # Where stderr is gone too there is nobody left to tell.
@@ -108,10 +127,16 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def stderr_console() -> Console:
-    """The console for everything that is not the answer."""
+    """The console for everything that is not the answer.
+
+    A terminal to Rich only where it is one that can redraw lines, and a person wants to see them:
+    FORCE_COLOR alone must not fill a log with a bar's every move.
+    """
     from rich.console import Console
 
-    return Console(stderr=True)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    alive = is_terminal(sys.stderr) and not dumb and not _QUIET.get()
+    return Console(stderr=True, force_terminal=alive)
 
 
 @contextmanager
@@ -140,7 +165,7 @@ def suppress_failures() -> Iterator[None]:
     try:
         yield
     except ConfLayersError as error:
-        note(f"error: {error}")
+        complain(f"error: {error}")
 
 
 def discard(stream: TextIO | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -40,6 +39,7 @@ from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.engine.parallel import begin, on_first, sharding
 from conflayers_cli.engine.quantised import check_bits, loading, told
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.hints import did_you_mean
 
 # What transformers, tokenizers, gguf and safetensors raise on files that are absent, broken or not
 # what their names say. Their hub failures are OSErrors.
@@ -293,8 +293,8 @@ def _find(source: str, progress: Progress | None) -> _Origin:
     looks_like_path = source.startswith((".", "/", "~")) or path.is_absolute() or "\\" in source
     if looks_like_path or source.lower().endswith(_PATH_SUFFIXES) or source.count("/") > 1:
         raise InputError(f"no such model: {source!r} does not exist ({known})")
-    if close := difflib.get_close_matches(source, BUILTIN, n=1, cutoff=0.75):
-        raise InputError(f"no such model: {source!r}; did you mean {close[0]}? ({known})")
+    if hint := did_you_mean(source, BUILTIN, cutoff=0.75):
+        raise InputError(f"no such model: {source!r}{hint} ({known})")
     if not _HUB_ID.fullmatch(source):
         raise InputError(f"no such model: {source!r} is no path and no Hugging Face id ({known})")
     return _Origin(source, source, on_hub=True)

@@ -139,7 +139,7 @@ def answer_one(
     else:
         emit("\n" if streaming else f"{answer.text}\n")
     if stats:
-        _tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
+        tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
 
 
 def answer_file(
@@ -181,7 +181,7 @@ def answer_file(
             raise
     if stats:
         total = Summary.total(answer.stats for answer in answers)
-        _tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
+        tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
 
 
 def _write_answers(
@@ -240,7 +240,12 @@ def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[s
     return {**head, **answer}
 
 
-def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+    """Say how fast prompts were answered and who drafted.
+
+    Args:
+        prompt_tokens: how many of their tokens were read.
+    """
     from conflayers_cli.engine.remarks import remarks
 
     seconds = stats.prefill_seconds + stats.decode_seconds

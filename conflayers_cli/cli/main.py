@@ -15,10 +15,14 @@ from conflayers_cli.cli.bench import HELP as BENCH_HELP
 from conflayers_cli.cli.bench import bench
 from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
+from conflayers_cli.cli.chat import HELP as CHAT_HELP
+from conflayers_cli.cli.chat import chat
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.mistakes import with_hint
-from conflayers_cli.cli.terminal import PROGRAM, complain, discard, emit, quiet
+from conflayers_cli.cli.models import HELP as MODELS_HELP
+from conflayers_cli.cli.models import models
+from conflayers_cli.cli.terminal import PROGRAM, discard, emit, quiet, say
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
@@ -50,7 +54,9 @@ app = typer.Typer(
 )
 app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
 app.command(name="generate", help=GENERATE_HELP)(generate)
+app.command(name="chat", help=CHAT_HELP)(chat)
 app.command(name="bench", help=BENCH_HELP)(bench)
+app.command(name="models", help=MODELS_HELP)(models)
 
 
 def _print_version(asked: bool) -> None:
@@ -114,7 +120,7 @@ def _run(arguments: list[str], debug: bool, voice: Voice) -> int:
         with voice.failing():
             return _report(error, arguments, debug)
     if result == INTERRUPTED:
-        complain("interrupted")
+        say("interrupted")
     return result if isinstance(result, int) else 0
 
 
@@ -123,22 +129,22 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     if debug and sys.stderr is not None:
         traceback.print_exception(error)
     if isinstance(error, ConfLayersError):
-        complain(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     if isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError):
-        complain("interrupted")
+        say("interrupted")
         return INTERRUPTED
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.
     if hasattr(error, "format_message"):
         return _report_usage(error, arguments)
     if _out_of_memory(error):
-        complain(f"error: out of memory: {_first_line(error)}")
+        say(f"error: out of memory: {_first_line(error)}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
     told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
     advice = "" if debug else " (run with --debug for the traceback)"
-    complain(f"internal error: {told}{advice}")
+    say(f"internal error: {told}{advice}")
     return FAILURE
 
 
@@ -150,7 +156,7 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
     names = [command.name for command in app.registered_commands]
     command = " ".join([PROGRAM, *(name for name in arguments[:1] if name in names)])
     message = with_hint(message[:1].lower() + message[1:].rstrip("."))
-    complain(f"error: {message}; see '{command} --help'")
+    say(f"error: {message}; see '{command} --help'")
     return USAGE
 
 
@@ -176,7 +182,7 @@ def _flushed(code: int) -> int:
     except (OSError, ValueError) as error:
         discard(sys.stdout)
         if code == 0:
-            complain(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
+            say(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
             code = FAILURE
     try:
         if sys.stderr is not None:

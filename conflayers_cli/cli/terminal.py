@@ -55,11 +55,11 @@ def quiet(wanted: bool) -> Iterator[None]:
 def note(message: str) -> None:
     """Say something to the user that a result can do without: one line on stderr."""
     if not _QUIET.get():
-        complain(message)
+        say(message)
 
 
-def complain(message: str) -> None:
-    """Tell the user about a failure: one line on stderr."""
+def say(message: str) -> None:
+    """Say what has to be heard, a failure for one: one line on stderr."""
     if sys.stderr is None:  # closed by the caller; print() would turn to stdout then
         return
     # Where stderr is gone too there is nobody left to tell.
@@ -165,13 +165,13 @@ def suppress_failures() -> Iterator[None]:
     try:
         yield
     except ConfLayersError as error:
-        complain(f"error: {error}")
+        say(f"error: {error}")
 
 
 def discard(stream: TextIO | None) -> None:
     """Send what is left in a stream that failed to nowhere.
 
-    Python flushes the standard streams once more as it ends, and would complain then.
+    Python flushes the standard streams once more as it ends, and would say then.
     """
     with suppress(OSError, ValueError):
         if stream is not None:

@@ -110,10 +110,10 @@ def chat(
         note(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")
     while (text := read_message(line)) is not None:
         try:
-            answers = session.answers
+            before = session.latest
             if not session.heard(text):
                 break
-            if stats and session.answers > answers:
+            if stats and session.latest not in (before, None):
                 session.tell()
         except InputError as error:
             if not interactive:

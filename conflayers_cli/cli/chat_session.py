@@ -78,8 +78,8 @@ class Session:
     def said(self, text: str) -> None:
         """Answer a message on standard output.
 
-        Ctrl-C ends the answer, and what was said of it stays; before it has begun, the message is
-        taken back.
+        Ctrl-C ends the answer, and what was said of it stays. Before it has begun, or where it is
+        pressed twice, the message is taken back.
         """
         mine: Message = {"role": "user", "content": text}
         tokens, forgotten = self._prompt([*self.messages, mine])
@@ -89,7 +89,7 @@ class Session:
             emit("\n")
             if not self.interactive:
                 raise
-            note("interrupted before anything was said: the message is taken back")
+            note("interrupted: the message is taken back")
             return
         finally:
             self.answers += 1
@@ -201,7 +201,7 @@ class Session:
         if self.machine.sampling.greedy:
             note("note: at --temperature 0 the answer is the same every time")
         *before, mine, theirs = self.messages
-        self.messages = before
+        self.messages = list(before)
         try:
             self.said(mine["content"])
         finally:

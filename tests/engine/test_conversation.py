@@ -121,7 +121,7 @@ def test_an_interruption_around_a_pass(
     text = tiny.prompt(9, passes)
     tiny.steps_of(conversation.begin(text, max_new_tokens=6))
     text = [*conversation.held, *tiny.prompt(11, passes + 1)]
-    left = passes
+    left, drafts = passes, DRAFTERS[drafter](decoder)
     run = decoder.runner.run
 
     def interrupted(*arguments: object, **more: object) -> torch.Tensor:
@@ -136,13 +136,13 @@ def test_an_interruption_around_a_pass(
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder.runner, "run", interrupted)
-        cut = conversation.begin(text, max_new_tokens=40, drafter=DRAFTERS[drafter](decoder))
+        cut = conversation.begin(text, max_new_tokens=40, drafter=drafts)
         with pytest.raises(KeyboardInterrupt):
             tiny.steps_of(cut)
     assert conversation.held == cut.tokens[:-1] if cut.output else text[: cut.filled]
     text = [*text, *cut.output, *tiny.prompt(5, passes + 2)]
     assert cut.filled > 0
-    again = conversation.begin(text, max_new_tokens=12)
+    again = conversation.begin(text, max_new_tokens=12, drafter=drafts)
     tiny.steps_of(again)
     assert again.output == fresh(decoder, text, 12)
 

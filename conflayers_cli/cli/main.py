@@ -17,6 +17,8 @@ from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
 from conflayers_cli.cli.chat import HELP as CHAT_HELP
 from conflayers_cli.cli.chat import chat
+from conflayers_cli.cli.doctor import HELP as DOCTOR_HELP
+from conflayers_cli.cli.doctor import doctor
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.mistakes import with_hint
@@ -57,6 +59,7 @@ app.command(name="generate", help=GENERATE_HELP)(generate)
 app.command(name="chat", help=CHAT_HELP)(chat)
 app.command(name="bench", help=BENCH_HELP)(bench)
 app.command(name="models", help=MODELS_HELP)(models)
+app.command(name="doctor", help=DOCTOR_HELP)(doctor)
 
 
 def _print_version(asked: bool) -> None:

@@ -64,9 +64,7 @@ The exit code is 3 when a gate does not hold: the speed-up is under
   conflayers bench --profile deep.yaml --max-prompts 6
   conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
   conflayers bench -m smollm2 --draft ngram --against prompt-lookup
-  conflayers bench -p deep.yaml --batch-size 4
   conflayers bench -p deep.yaml --fail-under 1.2 --output bench.json
-  conflayers bench -m smollm2-deep --target-speedup 1.5
 """
 
 

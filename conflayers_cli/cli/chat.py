@@ -27,17 +27,19 @@ from conflayers_cli.errors import InputError
 HELP = """Talk with a model; each answer is the very one that the whole model would give.
 
 What was read and said before stays in the cache, so a turn begins at once.
-/help lists the commands in a chat. Lines that are piped in are messages, too.
+/help lists the commands in it. Lines that are piped in are messages, too.
 
 \b
   conflayers chat --profile deep.yaml
   conflayers chat -m smollm2 --draft ngram --temperature 0.7 --stats
-  printf 'Hi!\\nAnd you?\\n' | conflayers chat -m smollm2 --system "Be brief."
+  printf 'Hi!\\nAnd you?\\n' | conflayers chat -m smollm2 -n 64
 """
 
 MaxNewTokens = Annotated[
     int,
-    typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="The most tokens an answer."),
+    typer.Option(
+        "--max-new-tokens", "-n", min=1, metavar="N", help="The most tokens of an answer."
+    ),
 ]
 Seed = Annotated[
     int,

@@ -108,13 +108,15 @@ def emit_rich(*parts: RenderableType) -> None:
     """
     from rich.console import Console
 
+    from conflayers_cli.cli.tables import fitting
+
     if is_terminal(sys.stdout):
         console = Console(file=sys.stdout)
     else:  # a pipe has no width: tables must not be squeezed to fit one
         console = Console(file=io.StringIO(), width=PIPE_WIDTH, color_system=None)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
+            console.print(fitting(part, console))
     _write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
 
 

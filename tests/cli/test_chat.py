@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli.cli import chat as command
-from conflayers_cli.cli import chat_input, chat_session
+from conflayers_cli.cli import chat_input, chat_session, terminal
 from conflayers_cli.engine.conversation import Conversation
 from conflayers_cli.prompts import as_messages, read_prompts
 from tests.cli.conftest import END, Result, Run, byte_tokenizer, save_model, start
@@ -161,7 +161,7 @@ def test_sampled_answers_have_seeds_of_their_own(typed: Type, model: Path) -> No
 def pressing(monkeypatch: pytest.MonkeyPatch, times: int = 1, after: int = 3) -> None:
     """Ctrl-C while the first answer is written, at its so many-th piece."""
     pieces = 0
-    emit = chat_session.emit
+    emit = terminal.emit
 
     def emitting(text: str) -> None:
         nonlocal pieces

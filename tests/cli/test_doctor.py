@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from conflayers_cli import doctor, installed, self_test
+from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.finding import Finding, summary
 from tests.cli.conftest import Run
@@ -48,7 +50,7 @@ def test_as_json(run: Run) -> None:
 def test_the_self_test_notices_drafts_that_change_the_text(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Careless(self_test.Generation):
+    class Careless(Generation):
         """Keeps whatever was drafted."""
 
         def _verify(self, draft: Any) -> tuple[int, ...]:
@@ -124,7 +126,7 @@ def test_a_gpu_that_is_not_used(
 
 def test_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["torch>=99", 'scikit-learn>=1.5; extra == "swift"', "typer"]
-    monkeypatch.setattr(installed.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
     problems = {f.name: f.problem for f in installed.versions() if f.problem}
     assert list(problems) == ["torch"]
     assert "pip install 'torch>=99'" in (problems["torch"] or "")

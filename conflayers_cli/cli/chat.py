@@ -37,9 +37,7 @@ What was read and said before stays in the cache, so a turn begins at once.
 
 MaxNewTokens = Annotated[
     int,
-    typer.Option(
-        "--max-new-tokens", "-n", min=1, metavar="N", help="The most tokens of an answer."
-    ),
+    typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer."),
 ]
 Seed = Annotated[
     int,

@@ -367,7 +367,10 @@ def test_on_a_real_terminal(model: Path, tmp_path: Path) -> None:
         terminal.write(b"\x03")
         terminal.until(b"> ", terminal.seen.count(b"> ") + 1)
         terminal.write(f"/save {saved}\r".encode())
+        prompts = terminal.seen.count(b"> ")
         terminal.until(b"wrote 2 messages")
+        # at the prompt: what is typed before it is there is the terminal's own, not readline's
+        terminal.until(b"> ", prompts + 1)
         terminal.write(b"\x04")
         assert terminal.process.wait(60) == 0
     finally:

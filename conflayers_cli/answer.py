@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
+from conflayers_cli.engine.conversation import Conversation
 from conflayers_cli.engine.decode import Finish, Generation, Step
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.draft import Drafter, RowsDrafter
@@ -140,13 +142,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, why it ended, and what it took."""
+    """What a model wrote, why it ended, and what it took.
+
+    Of the prompt's tokens ``prompt_tokens_kept`` did not have to be read: a conversation had them.
+    """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Finish
+    finish_reason: Finish | Literal["interrupted"]
     prompt_tokens: int
     stats: Summary
+    prompt_tokens_kept: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The answer as JSON takes it."""
@@ -170,12 +176,14 @@ def answer(
     end_tokens: frozenset[int] = frozenset(),
     stops: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
+    conversation: Conversation | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Answer:
     """Decode one prompt to the end.
 
     Args:
-        decoder, tokenizer, prompt, max_new_tokens, sampling, drafter, end_tokens, stops: as in
-            `answering`.
+        decoder, tokenizer, prompt, max_new_tokens, sampling, drafter, end_tokens, stops,
+            conversation, stopped: as in `answering`.
         on_text: given every piece of text as soon as it is certain; the pieces add up to the text.
 
     Raises:
@@ -188,6 +196,8 @@ def answer(
         drafter=drafter,
         end_tokens=end_tokens,
         stops=stops,
+        conversation=conversation,
+        stopped=stopped,
     )
     while True:
         try:
@@ -208,6 +218,8 @@ def answering(
     drafter: Drafter | None = None,
     end_tokens: frozenset[int] = frozenset(),
     stops: Sequence[str] = (),
+    conversation: Conversation | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Generator[str, None, Answer]:
     """Decode one prompt as far as somebody goes on asking.
 
@@ -218,6 +230,8 @@ def answering(
         max_new_tokens: the most tokens produced.
         sampling, drafter, end_tokens: as in `Generation`.
         stops: strings that end the text and are not part of it.
+        conversation: of this decoder, to go on in; None: the prompt is read from its beginning.
+        stopped: asked after every step; True ends the answer there.
 
     Yields:
         Every piece of text, none of them empty, as soon as it is certain; they add up to the text.
@@ -229,8 +243,8 @@ def answering(
         InputError: as `Generation`, when the first piece is asked for.
     """
     stream = TextStream(tokenizer, stops)
-    generation = Generation(
-        decoder,
+    begin = partial(Generation, decoder) if conversation is None else conversation.begin
+    generation = begin(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -243,14 +257,17 @@ def answering(
         steps.append(step)
         if text := stream.take():
             yield text
+        if stopped is not None and stopped():
+            break
     if text := stream.finish():
         yield text
     return Answer(
         text=stream.text,
         token_ids=tuple(generation.output),
-        finish_reason=generation.finish or "length",
+        finish_reason=generation.finish or "interrupted",
         prompt_tokens=len(prompt),
         stats=Summary.of(steps),
+        prompt_tokens_kept=generation.filled,
     )
 
 

@@ -162,7 +162,7 @@ def answer_one(
         emit("\n" if streaming else f"{answer.text}\n")
     _tell_textless(machine, [answer])
     if stats:
-        _tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
+        tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
 
 
 def answer_file(
@@ -205,7 +205,7 @@ def answer_file(
     _tell_textless(machine, answers)
     if stats:
         total = Summary.total(answer.stats for answer in answers)
-        _tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
+        tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
 
 
 def _write_answers(
@@ -280,7 +280,12 @@ def _tell_textless(machine: Machine, answers: Sequence[Answer]) -> None:
         note(f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text")
 
 
-def _tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+    """Say how fast prompts were answered and who drafted.
+
+    Args:
+        prompt_tokens: how many of their tokens were read.
+    """
     from conflayers_cli.engine.remarks import remarks
 
     seconds = stats.prefill_seconds + stats.decode_seconds

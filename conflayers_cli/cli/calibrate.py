@@ -46,7 +46,7 @@ no set beats plain decoding it says so, and the profile is empty.
 \b
   conflayers calibrate --model smollm2-deep --data prompts.jsonl -o summ.yaml
   conflayers calibrate --model ./my-model --data prompts.jsonl --strategy auto
-  conflayers calibrate --model ./my-model --strategy unified --target-speedup 1.5
+  conflayers calibrate -m ./my-model --strategy unified --target-speedup 1.5
 
 Ctrl-C ends the search with the best set so far and writes it. Whatever ended a
 search, kill -9 or a power cut, --resume goes on from the last set looked at.

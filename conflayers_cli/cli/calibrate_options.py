@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from conflayers_cli.cli import completion
 from conflayers_cli.cli.options import MAX_SEED
+from conflayers_cli.cli.strategies import STRATEGIES
 
 _SEARCH = "Search"
 
@@ -30,6 +32,7 @@ StrategyName = Annotated[
         "--strategy",
         metavar="NAME",
         help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all.",
+        autocompletion=completion.one_of(*STRATEGIES),
         rich_help_panel=_SEARCH,
     ),
 ]

@@ -88,10 +88,10 @@ def open_model(source: str, how: Loading | None = None) -> tuple[LoadedModel, De
 
 def _compile(decoder: Decoder, tell: Callable[[str, float], None]) -> None:
     """Have the decoder's forward compiled; what the compiler makes is kept with our own files."""
-    from conflayers_cli.engine.builtin import cache_folder
+    from conflayers_cli.engine.catalogue import COMPILED, cache_folder
     from conflayers_cli.engine.compiling import compile_forward
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / COMPILED))
     tell("compiling", 0.0)
     compilation = compile_forward(decoder)
     tell("compiling", 1.0)

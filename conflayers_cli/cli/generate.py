@@ -129,8 +129,7 @@ def generate(
     if adapt and (together or draft or lookahead is not None):
         flag = "--batch-size" if together else "--draft" if draft else "--lookahead"
         raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
-    if "" in (stop or ()):
-        raise InputError("--stop: an empty text would end every answer at once")
+    check_stops(stop)
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
     how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
@@ -210,6 +209,12 @@ def generate(
         raise
     if learned:
         learned.end(prompts, tell=stats)
+
+
+def check_stops(stops: Sequence[str] | None) -> None:
+    """Raise InputError where a text is none."""
+    if "" in (stops or ()):
+        raise InputError("--stop: an empty text would end every answer at once")
 
 
 def _check_flags(

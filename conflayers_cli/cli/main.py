@@ -15,11 +15,18 @@ from conflayers_cli.cli.bench import HELP as BENCH_HELP
 from conflayers_cli.cli.bench import bench
 from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
+from conflayers_cli.cli.chat import HELP as CHAT_HELP
+from conflayers_cli.cli.chat import chat
+from conflayers_cli.cli.doctor import HELP as DOCTOR_HELP
+from conflayers_cli.cli.doctor import doctor
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
+from conflayers_cli.cli.mistakes import with_hint
+from conflayers_cli.cli.models import HELP as MODELS_HELP
+from conflayers_cli.cli.models import models
 from conflayers_cli.cli.profile import app as profile_app
-from conflayers_cli.cli.terminal import PROGRAM, discard, emit, note, terminal_safe
+from conflayers_cli.cli.terminal import PROGRAM, discard, emit, quiet, say, terminal_safe
 from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
 
@@ -29,6 +36,8 @@ LESS_MEMORY = (
     "--quantize take less"
 )
 USAGE = 2
+ANYWHERE = frozenset({"--debug", "--quiet"})
+"""Flags of all commands, which may stand before or behind a command's name."""
 
 HELP = """Decode faster with the model's own layers, losslessly.
 
@@ -52,7 +61,10 @@ app = typer.Typer(
 )
 app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
 app.command(name="generate", help=GENERATE_HELP)(generate)
+app.command(name="chat", help=CHAT_HELP)(chat)
 app.command(name="bench", help=BENCH_HELP)(bench)
+app.command(name="models", help=MODELS_HELP)(models)
+app.command(name="doctor", help=DOCTOR_HELP)(doctor)
 app.add_typer(profile_app)
 
 
@@ -73,8 +85,11 @@ def _program(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show where in the program a failure arose.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say nothing on stderr but errors: no notes, no bars.")
+    ] = False,
 ) -> None:
-    del version, debug  # dealt with before a command starts
+    del version, debug, quiet  # dealt with before a command starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,18 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # kernels for other machines that can't be loaded here, advice on its use of PyTorch.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
     voice = Voice()
-    with Interruptions() as interruptions:
-        code = _run(arguments, debug, voice, interruptions)
+    with quiet("--quiet" in flags), Interruptions() as interruptions:
+        code = _run(arguments, "--debug" in flags, voice, interruptions)
         return voice.ended(_flushed(code))
 
 
-def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without ``--debug``, which may stand anywhere before ``--``."""
+def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The arguments without `ANYWHERE`'s flags, and those of them that were given before ``--``."""
     end = argv.index("--") if "--" in argv else len(argv)
-    kept = [argument for argument in argv[:end] if argument != "--debug"]
-    return [*kept, *argv[end:]], len(kept) < end
+    kept = [argument for argument in argv[:end] if argument not in ANYWHERE]
+    return [*kept, *argv[end:]], set(argv[:end]) & ANYWHERE
 
 
 def _run(arguments: list[str], debug: bool, voice: Voice, interruptions: Interruptions) -> int:
@@ -124,7 +139,7 @@ def _run(arguments: list[str], debug: bool, voice: Voice, interruptions: Interru
             traceback.print_exception(error)
         result = INTERRUPTED
     if result == INTERRUPTED:
-        note("interrupted" if interruptions.code == INTERRUPTED else "terminated")
+        say("interrupted" if interruptions.code == INTERRUPTED else "terminated")
         return interruptions.code
     return result if isinstance(result, int) else 0
 
@@ -140,7 +155,7 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
         told = "".join(traceback.format_exception(error))
         print(terminal_safe(told), file=sys.stderr, end="")  # noqa: T201
     if isinstance(error, ConfLayersError):
-        note(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.
@@ -148,12 +163,12 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
         return _report_usage(error, arguments)
     if _out_of_memory(error):
         told = f"out of memory: {_first_line(error)}".removesuffix(": ")
-        note(f"error: {told}; {LESS_MEMORY}")
+        say(f"error: {told}; {LESS_MEMORY}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
     told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
     advice = "" if debug else " (run with --debug for the traceback)"
-    note(f"internal error: {told}{advice}")
+    say(f"internal error: {told}{advice}")
     return FAILURE
 
 
@@ -163,7 +178,8 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     # not from the error's context, which some errors lack
     command = " ".join([PROGRAM, *_command_of(arguments)])
-    note(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see '{command} --help'")
+    message = with_hint(message[:1].lower() + message[1:].rstrip("."))
+    say(f"error: {message}; see '{command} --help'")
     return USAGE
 
 
@@ -204,7 +220,7 @@ def _flushed(code: int) -> int:
     except (OSError, ValueError) as error:
         discard(sys.stdout)
         if code == 0:
-            note(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
+            say(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
             code = FAILURE
     try:
         if sys.stderr is not None:

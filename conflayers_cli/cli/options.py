@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from conflayers_cli.cli import completion
+
 
 def utf8(value: Any) -> Any:
     """Refuse an argument that is not UTF-8: Python has half surrogate pairs in place of bytes."""
@@ -30,6 +32,7 @@ Model = Annotated[
         "-m",
         metavar="MODEL",
         help="smollm2, smollm2-deep, a Hugging Face id, a folder or a .gguf file.",
+        autocompletion=completion.model,
         rich_help_panel=_MODEL,
     ),
 ]
@@ -39,6 +42,7 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         help="auto, cpu, cuda, cuda:N or mps.",
+        autocompletion=completion.one_of("auto", "cpu", "cuda", "mps"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -59,6 +63,7 @@ Dtype = Annotated[
         "--dtype",
         metavar="DTYPE",
         help="auto (what is fast on the device), float32, bfloat16 or float16.",
+        autocompletion=completion.one_of("auto", "float32", "bfloat16", "float16"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -87,6 +92,7 @@ Quantize = Annotated[
         metavar="BITS",
         help="Load a plain model's weights in fewer bits, int8 or int4 (needs torchao). That is "
         "another model, in less memory, and its text another one.",
+        autocompletion=completion.one_of("int8", "int4"),
         rich_help_panel=_MODEL,
         show_default=False,
     ),
@@ -106,6 +112,7 @@ ProfileFile = Annotated[
         "-p",
         metavar="FILE",
         help="What calibrate found: the layers to leave out while drafting.",
+        autocompletion=completion.files(".yaml", ".yml"),
         rich_help_panel=_MODEL,
     ),
 ]
@@ -123,6 +130,7 @@ Data = Annotated[
         "--data",
         metavar="FILE",
         help="Prompt file: JSONL (prompt, messages, turns or conversations) or a prompt a line.",
+        autocompletion=completion.files(".jsonl", ".json", ".jsonlines", ".ndjson", ".txt"),
         rich_help_panel=_PROMPTS,
     ),
 ]

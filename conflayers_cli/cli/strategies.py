@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.skip_only import check_target_speedup
 from conflayers_cli.errors import InputError
+from conflayers_cli.hints import did_you_mean
 
 if TYPE_CHECKING:
     from conflayers_cli.search.task import Strategy
@@ -52,8 +52,7 @@ def check_options(name: str, options: SearchOptions) -> None:
         InputError: the message names what there is.
     """
     if name not in STRATEGIES:
-        close = difflib.get_close_matches(name, STRATEGIES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, STRATEGIES)
         raise InputError(f"--strategy {name}: there is {', '.join(STRATEGIES)}{hint}")
     given = {key for key, value in vars(options).items() if value is not None}
     stray = sorted(given - _TAKES[name])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PROGRAM = "conflayers"
 PIPE_WIDTH = 160
 
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
 MOST_TOLD = 1000
 """Characters of a message: what is told of may come out of a file."""
 
@@ -69,11 +71,26 @@ def notes_to(listener: Callable[[str], None]) -> Iterator[None]:
         _listener.reset(token)
 
 
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Within, if wanted: no notes and no progress; failures are told all the same."""
+    before = _QUIET.set(wanted)
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 def note(message: str) -> None:
-    """Say something to the user: one line on stderr."""
+    """Say something to the user that a result can do without: one line on stderr."""
     if (listener := _listener.get()) is not None:
         listener(one_line(message))
-        return
+    elif not _QUIET.get():
+        say(message)
+
+
+def say(message: str) -> None:
+    """Say what has to be heard, a failure for one: one line on stderr."""
     if sys.stderr is None:  # closed by the caller; print() would turn to stdout then
         return
     # Where stderr is gone too there is nobody left to tell.
@@ -126,13 +143,15 @@ def emit_rich(*parts: RenderableType) -> None:
     """
     from rich.console import Console
 
+    from conflayers_cli.cli.tables import fitting
+
     if is_terminal(sys.stdout):
         console = Console(file=sys.stdout)
     else:  # a pipe has no width: tables must not be squeezed to fit one
         console = Console(file=io.StringIO(), width=PIPE_WIDTH, color_system=None)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
+            console.print(fitting(part, console))
     _write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
 
 
@@ -150,10 +169,16 @@ def speaks_unicode(stream: TextIO | None) -> bool:
 
 
 def stderr_console() -> Console:
-    """The console for everything that is not the answer."""
+    """The console for everything that is not the answer.
+
+    A terminal to Rich only where it is one that can redraw lines, and a person wants to see them:
+    FORCE_COLOR alone must not fill a log with a bar's every move.
+    """
     from rich.console import Console
 
-    return Console(stderr=True)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    alive = is_terminal(sys.stderr) and not dumb and not _QUIET.get()
+    return Console(stderr=True, force_terminal=alive)
 
 
 @contextmanager
@@ -182,13 +207,13 @@ def suppress_failures() -> Iterator[None]:
     try:
         yield
     except ConfLayersError as error:
-        note(f"error: {error}")
+        say(f"error: {error}")
 
 
 def discard(stream: TextIO | None) -> None:
     """Send what is left in a stream that failed to nowhere.
 
-    Python flushes the standard streams once more as it ends, and would complain then.
+    Python flushes the standard streams once more as it ends, and would say then.
     """
     with suppress(OSError, ValueError):
         if stream is not None:

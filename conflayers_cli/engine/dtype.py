@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.hints import did_you_mean
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +36,9 @@ Measure = Callable[[PreTrainedConfig], float]
 def check_dtype(spec: str) -> None:
     """Raise InputError unless ``spec`` is ``auto`` or names a dtype."""
     if spec != "auto" and spec not in DTYPES:
-        raise InputError(f"unknown dtype {spec!r}: auto, {', '.join(DTYPES)}")
+        names = ("auto", *DTYPES)
+        hint = did_you_mean(spec, names)
+        raise InputError(f"unknown dtype {spec!r}: {', '.join(names)}{hint}")
 
 
 def choose_dtype(

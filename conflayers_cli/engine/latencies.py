@@ -22,7 +22,7 @@ from conflayers_cli import environment
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.outputs import write_json
 
-from . import builtin
+from . import builtin, catalogue
 from .costs import Costs, CostTable, measure_costs
 from .decoder import Decoder
 from .device import spread_of
@@ -32,7 +32,6 @@ from .quantised import signature
 
 FORMAT = 5
 """Raised whenever the file changes, or what is measured, or how passes are run."""
-FOLDER = "latencies"
 STRIDE = 4
 """From one number of rows measured to the next; between them costs are interpolated."""
 
@@ -73,7 +72,7 @@ def costs_of(
         decoder,
         batches=batches,
         model_key=key_of(loaded.model),
-        cache_folder=builtin.cache_folder(),
+        cache_folder=catalogue.cache_folder(),
         progress=progress,
     )
 
@@ -160,7 +159,7 @@ def _path(folder: Path, subject: Mapping[str, Any]) -> Path:
     """One file for all versions of the software: what an upgrade outdates it replaces."""
     lasting = {key: value for key, value in subject.items() if key != "environment"}
     text = json.dumps(lasting, sort_keys=True)
-    return folder / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    return folder / catalogue.LATENCIES / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def _keep(path: Path, subject: Mapping[str, Any], by_batch: Mapping[int, Costs]) -> str | None:

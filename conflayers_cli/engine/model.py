@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -34,6 +33,7 @@ from conflayers_cli.engine.builtin import (
     ensure,
     quiet_transformers,
 )
+from conflayers_cli.engine.catalogue import GENERATIVE
 from conflayers_cli.engine.checkpoint import check_config, check_json, check_size, stored
 from conflayers_cli.engine.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
@@ -43,6 +43,7 @@ from conflayers_cli.engine.quantised import check_bits, loading, told
 from conflayers_cli.engine.sketch import Sketch, sketch_of
 from conflayers_cli.engine.support import sizes_by_layer
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.hints import did_you_mean
 
 # What transformers, gguf and safetensors raise on files that are absent, broken or not what their
 # names say: they trust types and sizes, and so raise what these come to. Their hub failures are
@@ -63,7 +64,6 @@ _READ_ERRORS = (
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PATH_SUFFIXES = (".gguf", ".safetensors", ".json", *_PICKLES)
 
@@ -322,8 +322,8 @@ def _find(source: str, progress: Progress | None) -> _Origin:
     looks_like_path = source.startswith((".", "/", "~")) or path.is_absolute() or "\\" in source
     if looks_like_path or source.lower().endswith(_PATH_SUFFIXES) or source.count("/") > 1:
         raise InputError(f"no such model: {source!r} does not exist ({known})")
-    if close := difflib.get_close_matches(source, BUILTIN, n=1, cutoff=0.75):
-        raise InputError(f"no such model: {source!r}; did you mean {close[0]}? ({known})")
+    if hint := did_you_mean(source, BUILTIN, cutoff=0.75):
+        raise InputError(f"no such model: {source!r}{hint} ({known})")
     if not _HUB_ID.fullmatch(source):
         raise InputError(f"no such model: {source!r} is no path and no Hugging Face id ({known})")
     return _Origin(source, source, on_hub=True)
@@ -390,7 +390,7 @@ def _read_config(origin: _Origin, trust_remote_code: bool) -> PreTrainedConfig:
     has_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
     if is_ours and not (has_class or "AutoModelForCausalLM" in raw.get("auto_map", {})):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
-    if raw.get("architectures") and not any(name.endswith(_GENERATIVE) for name in names):
+    if raw.get("architectures") and not any(name.endswith(GENERATIVE) for name in names):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
     return config
 

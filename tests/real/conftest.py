@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.engine.builtin import BUILTIN, WHEEL_COMMAND, WHEEL_PACKAGE
+from conflayers_cli.engine.builtin import BUILTIN
+from conflayers_cli.engine.catalogue import WHEEL_COMMAND, WHEEL_PACKAGE
 from conflayers_cli.engine.model import LoadedModel, load_model
 
 

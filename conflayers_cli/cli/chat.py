@@ -1,0 +1,121 @@
+"""``conflayers chat``: a conversation with a model, which reads only what is new of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from conflayers_cli.cli import options
+from conflayers_cli.cli.answering import Machine
+from conflayers_cli.cli.chat_input import from_person, from_pipe, read_message
+from conflayers_cli.cli.chat_session import Session
+from conflayers_cli.cli.common import (
+    Loading,
+    load_profile,
+    model_source,
+    open_model,
+    sampling_from,
+)
+from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.cli.generate import Stats, Stop, check_stops
+from conflayers_cli.cli.terminal import is_terminal, note, say
+from conflayers_cli.engine.parallel import world
+from conflayers_cli.errors import InputError
+
+HELP = """Talk with a model; each answer is the very one that the whole model would give.
+
+What was read and said before stays in the cache, so a turn begins at once.
+/help lists the commands in it. Lines that are piped in are messages, too.
+
+\b
+  conflayers chat --profile deep.yaml
+  conflayers chat -m smollm2 --draft ngram --temperature 0.7 --stats
+  printf 'Hi!\\nAnd you?\\n' | conflayers chat -m smollm2 -n 64
+"""
+
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer."),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=options.MAX_SEED,
+        metavar="N",
+        help="Of the random numbers; answer i uses N + i.",
+        rich_help_panel="Sampling",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="A system message, put first."),
+]
+
+
+def chat(
+    profile: options.ProfileFile = None,
+    model: options.Model = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    stop: Stop = None,
+    stats: Stats = False,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    draft: DraftBy = None,
+    lookahead: LookaheadOption = None,
+    tree: Tree = None,
+    force: options.Force = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    exact: options.Exact = True,
+    compile_: options.Compile = False,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    if world().size > 1:
+        raise InputError("chat runs in one process, not under torchrun: generate takes --data")
+    check_stops(stop)
+    chosen = load_profile(profile) if profile else None
+    source = model_source(model, chosen)
+    how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
+    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    way = Way(draft, lookahead, tree, sampling.greedy)
+    way.check(profile)
+    interactive = is_terminal(sys.stdin)
+    line = from_person() if interactive else from_pipe()
+    loaded, decoder = open_model(source, how)
+    if not loaded.has_chat_template:
+        raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
+    drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
+
+    from conflayers_cli.engine.conversation import Conversation
+
+    session = Session(
+        Machine(loaded, decoder, drafter, sampling, tuple(stop or ())),
+        Conversation(decoder, loaded.context_length),
+        max_new_tokens,
+        system,
+        interactive,
+    )
+    if interactive:
+        note(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")
+    while (text := read_message(line)) is not None:
+        try:
+            before = session.latest
+            if not session.heard(text):
+                break
+            if stats and session.latest not in (before, None):
+                session.tell()
+        except InputError as error:
+            if not interactive:
+                raise
+            say(f"error: {error}")

@@ -1,0 +1,256 @@
+"""A chat at work: what was said, what the model is given of it, and the commands about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conflayers_cli.cli.answering import Machine, tell_stats
+from conflayers_cli.cli.terminal import emit, note, say
+from conflayers_cli.errors import InputError
+from conflayers_cli.hints import did_you_mean
+
+if TYPE_CHECKING:
+    from conflayers_cli.answer import Answer
+    from conflayers_cli.engine.conversation import Conversation
+
+HELP = (
+    "/help            this",
+    "/reset           forget what was said",
+    "/system [TEXT]   put TEXT first from now on, or nothing",
+    "/retry           have the last message answered anew",
+    "/stats           how fast the last answer was, and what was kept of its prompt",
+    "/save FILE       write the chat as a JSON line, which --data takes",
+    "/exit            end; so do Ctrl-D and Ctrl-C here",
+    "Ctrl-C ends an answer that is being written.",
+    "A line that ends with \\ goes on in the next; // at the beginning stands for /.",
+)
+COMMANDS = ("/help", "/reset", "/system", "/retry", "/stats", "/save", "/exit", "/quit")
+
+Message = dict[str, str]
+
+
+@dataclass
+class Session:
+    """One chat.
+
+    Attributes:
+        machine: the model, how it chooses tokens and what ends an answer.
+        conversation: its cache.
+        max_new_tokens: the most tokens of an answer.
+        system: what stands first; None: nothing.
+        interactive: a person can end an answer by Ctrl-C.
+        messages: what was said, by user and assistant in turn.
+        forgotten: how many of these the model is not given any more.
+        answers: how many were given; each has a seed of its own.
+        latest: the last answer; None: there is none.
+    """
+
+    machine: Machine
+    conversation: Conversation
+    max_new_tokens: int
+    system: str | None
+    interactive: bool
+    messages: list[Message] = field(default_factory=list)
+    forgotten: int = 0
+    answers: int = 0
+    latest: Answer | None = None
+
+    def heard(self, text: str) -> bool:
+        """Deal with a message or a command; False: the chat is to end.
+
+        Raises:
+            InputError: there is no such command, or the message can't be given to the model.
+            ConfLayersError: a file or the answer can't be written.
+        """
+        if not text.strip():
+            return True
+        if text.startswith("/") and not text.startswith("//"):
+            name, _, rest = text.strip().partition(" ")
+            return self._command(name, rest.strip())
+        self.said(text[1:] if text.startswith("//") else text)
+        return True
+
+    def said(self, text: str) -> None:
+        """Answer a message on standard output.
+
+        Ctrl-C ends the answer, and what was said of it stays. Before it has begun, or where it is
+        pressed twice, the message is taken back.
+        """
+        mine: Message = {"role": "user", "content": text}
+        tokens, forgotten = self._prompt([*self.messages, mine])
+        try:
+            answer = self._answer(tokens)
+        except KeyboardInterrupt:
+            emit("\n")
+            if not self.interactive:
+                raise
+            note("interrupted: the message is taken back")
+            return
+        finally:
+            self.answers += 1
+        emit("\n")
+        self.forgotten = forgotten
+        self.messages += [mine, {"role": "assistant", "content": answer.text}]
+        self.latest = answer
+        if answer.finish_reason == "length":
+            note(f"cut off after {len(answer.token_ids):,} tokens (--max-new-tokens)")
+
+    def tell(self) -> None:
+        """Say what the last answer took."""
+        if self.latest is None:
+            note("nothing was answered yet")
+            return
+        total, kept = self.latest.prompt_tokens, self.latest.prompt_tokens_kept
+        tell_stats(self.machine, self.latest.stats, 1, total - kept)
+        note(f"of {total:,} prompt tokens {kept:,} were there from before")
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """The tokens of a chat, and how many of its messages are left out of them.
+
+        Where the context is full, the oldest turns go until half of it is free: each time costs a
+        prompt that has to be read from its beginning.
+
+        Raises:
+            InputError: the last message alone is too long, or the template refuses the chat.
+        """
+        begin = self.forgotten
+        tokens = self._encoded(messages[begin:])
+        limit = self.machine.loaded.context_length
+        if limit is None or len(tokens) + min(self.max_new_tokens, limit // 4) <= limit:
+            return tokens, begin
+        while len(messages) - begin > 2 and len(tokens) > limit // 2:
+            begin += 2
+            tokens = self._encoded(messages[begin:])
+        name = self.machine.loaded.name
+        if len(tokens) >= limit:
+            raise InputError(
+                f"the message is too long: {len(tokens):,} tokens, and {name} takes {limit:,}, "
+                "the answer included"
+            )
+        if begin > self.forgotten:
+            note(
+                f"note: the context of {name} ({limit:,} tokens) is full: the first {begin // 2} "
+                f"turns are left out from now on (/reset forgets all)"
+            )
+        return tokens, begin
+
+    def _encoded(self, messages: Sequence[Message]) -> list[int]:
+        from conflayers_cli.engine.model import encode
+
+        first = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return encode(self.machine.loaded, [*first, *messages], None)
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        from conflayers_cli.answer import answer
+
+        machine, loaded = self.machine, self.machine.loaded
+        room = self.max_new_tokens
+        if loaded.context_length is not None:
+            room = min(room, loaded.context_length - len(tokens))
+        with _stoppable(self.interactive) as stopped:
+            return answer(
+                *(machine.decoder, loaded.tokenizer, tokens),
+                max_new_tokens=room,
+                sampling=replace(machine.sampling, seed=machine.sampling.seed + self.answers),
+                drafter=machine.drafter,
+                end_tokens=loaded.end_tokens,
+                stops=machine.stops,
+                on_text=emit,
+                conversation=self.conversation,
+                stopped=stopped,
+            )
+
+    def _command(self, name: str, rest: str) -> bool:
+        if name in ("/exit", "/quit"):
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/system": self._system,
+            "/retry": self._retry,
+            "/stats": lambda rest: self.tell(),
+            "/save": self._save,
+        }
+        if name not in commands:
+            hint = did_you_mean(name, COMMANDS)
+            raise InputError(f"no such command: {name}{hint} (/help lists them)")
+        commands[name](rest)
+        return True
+
+    def _help(self, rest: str) -> None:
+        for line in HELP:
+            say(line)
+
+    def _reset(self, rest: str) -> None:
+        self.messages, self.forgotten, self.latest = [], 0, None
+        note("forgotten")
+
+    def _system(self, rest: str) -> None:
+        self.system = rest or None
+        note("the system message is " + (f"now: {rest}" if rest else "gone"))
+
+    def _retry(self, rest: str) -> None:
+        if not self.messages:
+            note("there is nothing to answer yet")
+            return
+        if self.machine.sampling.greedy:
+            note("note: at --temperature 0 the answer is the same every time")
+        *before, mine, theirs = self.messages
+        self.messages = list(before)
+        try:
+            self.said(mine["content"])
+        finally:
+            if len(self.messages) == len(before):  # interrupted, or refused
+                self.messages = [*before, mine, theirs]
+
+    def _save(self, rest: str) -> None:
+        from conflayers_cli.outputs import write_atomically
+
+        if not rest:
+            raise InputError("/save needs a file: /save FILE")
+        path = Path(rest).expanduser()
+        first = [{"role": "system", "content": self.system}] if self.system is not None else []
+        document = {"model": self.machine.loaded.name, "messages": [*first, *self.messages]}
+        write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
+        note(f"wrote {len(self.messages)} messages to {path}")
+
+
+@contextmanager
+def _stoppable(wanted: bool) -> Iterator[Callable[[], bool] | None]:
+    """Within, if wanted: Ctrl-C is heard between two steps.
+
+    So no step is cut off in its midst. The first step reads the prompt, which may take long: there
+    Ctrl-C is heard at once, and so is a second one anywhere.
+
+    Yields:
+        Whether to stop; to be asked after every step. None where it is not wanted.
+    """
+    if not wanted:
+        yield None
+        return
+    import signal
+    from types import FrameType
+
+    begun = asked = False
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or not begun:
+            raise KeyboardInterrupt
+        asked = True
+
+    def stopped() -> bool:
+        nonlocal begun
+        begun = True
+        return asked
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

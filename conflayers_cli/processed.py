@@ -187,10 +187,10 @@ class ProcessedGeneration(Generation):
             watch=self._watched,
         )
 
-    def read_prompt(self, cache: KVCache) -> Step:
+    def read_prompt(self, cache: KVCache, filled: int = 0) -> Step:
         begin = perf_counter()
         self.sampler.saw(self.tokens)
-        logits = self.decoder.prefill(torch.tensor([self.tokens]), cache)
+        logits = self.decoder.prefill(torch.tensor([self.tokens[filled:]]), cache, start=filled)
         _, token = self.decide(NOTHING, logits[0])
         kept = self.keep((token,))
         return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)

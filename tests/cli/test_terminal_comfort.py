@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conflayers_cli.bench_document import Bench
+from conflayers_cli.bench_tables import bench_tables
 from conflayers_cli.cli import completion, main, terminal
 from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.tables import fitting
 from conflayers_cli.hints import did_you_mean
-from conflayers_cli.report import bench_tables
 from tests.cli.conftest import Run, start
-from tests.test_report import CONTEXT, result
+from tests.test_report import document, result
 
 COMMANDS = {command.name: command for command in main.app.registered_commands}
 PAGES = {"": main.HELP, **{name or "": str(command.help) for name, command in COMMANDS.items()}}
@@ -252,7 +253,11 @@ def test_help_on_a_narrow_terminal() -> None:
 
 def test_a_table_without_room_becomes_a_list() -> None:
     narrow, wide = Console(width=40), Console(width=120)
-    parts = [part for part in bench_tables(result(), CONTEXT) if isinstance(part, Table)]
+    parts = [
+        part
+        for part in bench_tables(Bench.of(document(result())).checked)
+        if isinstance(part, Table)
+    ]
     assert parts
     for part in parts:
         assert fitting(part, wide) is part

@@ -27,7 +27,8 @@ DPI = 300
 
 # In inches. Places are given, not solved for: what a solver finds differs in the last digits from
 # run to run, and panels about layers have to lie in line.
-_LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.12
+_LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.13
+_FOOT = 0.03
 
 _BLUE, _SKY, _ORANGE, _VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 
@@ -80,7 +81,7 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
     look = _DARK if dark else _LIGHT
     with mpl.rc_context(_style(look)):
         panels = _panels(drawing)
-        height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels)
+        height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
         figure = Figure(figsize=(WIDTH, height))
         top = height - _TITLE
         for panel in panels:
@@ -175,8 +176,10 @@ def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bo
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    whole = int((left_out.sum(axis=0) == 2).sum())
-    axes.set_title(f"left out while drafting (grey): {whole} of {depth} layers")
+    count, of = int(left_out.sum()), f"{2 * depth} sub-layers"
+    if (left_out[0] == left_out[1]).all():
+        count, of = count // 2, f"{depth} layers"
+    axes.set_title(f"left out while drafting (grey): {count} of {of}")
 
 
 def _draw_proposal(axes: Axes, look: _Look, found: Proposals) -> None:
@@ -250,7 +253,7 @@ def _draw_alone(axes: Axes, look: _Look, alone: Values) -> None:
         )
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_xlabel("layer", labelpad=1)
-    axes.set_title("agreement without one")
+    axes.set_title("agreement, one left out")
     _percent(axes)
     _legend(axes)
 

@@ -58,6 +58,7 @@ class Work:
     """What a calibration runs on."""
 
     loaded: LoadedModel
+    weights: str
     decoder: Decoder
     fingerprint: ModelFingerprint
     prompts: list[Prompt]
@@ -126,6 +127,7 @@ def calibrate(
     check_options(strategy, search)
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
+    from conflayers_cli.weights import sample_of
 
     if model is None:
         model = DEFAULT_MODEL
@@ -138,6 +140,7 @@ def calibrate(
         # Unified's rule needs no text; with --data its plan is measured.
         prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
         strategies = make_strategies(strategy, search)
+        weights: list[str] = []
         loaded, decoder = common.open_model(
             model,
             common.Loading(
@@ -148,9 +151,11 @@ def calibrate(
                 compiled=compile_,
                 quantize=quantize,
             ),
+            lambda loaded: weights.append(sample_of(loaded.model)),
         )
         work = Work(
             loaded=loaded,
+            weights=weights[0],
             decoder=decoder,
             fingerprint=common.fingerprint_of(loaded),
             prompts=prompts,

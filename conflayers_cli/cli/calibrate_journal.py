@@ -50,12 +50,11 @@ def header_of(work: Work) -> dict[str, Any]:
     Not the model's name, nor the profile's: files may have moved.
     """
     from conflayers_cli.cli.common import environment_of
-    from conflayers_cli.weights import sample_of
 
     tokens = [(prompt.tokens, prompt.max_new_tokens) for prompt in work.encoded]
     return {
         "model": work.fingerprint.model_dump(mode="json", exclude={"name"}),
-        "weights": sample_of(work.loaded.model),
+        "weights": work.weights,
         "environment": environment_of(work.loaded).model_dump(mode="json"),
         "quantize": work.quantize,
         "compile": work.compiled,

@@ -55,8 +55,17 @@ class Loading:
     quantize: str | None = None
 
 
-def open_model(source: str, how: Loading | None = None) -> tuple[LoadedModel, Decoder]:
+def open_model(
+    source: str,
+    how: Loading | None = None,
+    look: Callable[[LoadedModel], None] | None = None,
+) -> tuple[LoadedModel, Decoder]:
     """Load a model and make it ready to be decoded with; a bar on stderr shows how far it is.
+
+    Args:
+        source: names the model.
+        how: it is loaded and run.
+        look: shown the model as it was loaded, before its weights may be packed.
 
     Raises:
         InputError: no such model, device or dtype; one that can't be spread as wanted; or the model
@@ -79,6 +88,8 @@ def open_model(source: str, how: Loading | None = None) -> tuple[LoadedModel, De
             quantize=how.quantize,
             progress=tell,
         )
+        if look is not None:
+            look(loaded)
         decoder = Decoder(loaded.model, exact=how.exact)
         if how.compiled:
             _compile(decoder, tell)

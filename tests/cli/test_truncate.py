@@ -86,7 +86,7 @@ def test_bench_and_calibrate_take_it(run: Run, small: Path, tmp_path: Path) -> N
     result = run(*arguments, "--truncate")
     assert result.document["settings"]["truncate"] is True
     search = ("--strategy", "unified", "--target-speedup", "1.3", "--json")
-    calibration = ("calibrate", "-m", small, "-n", "3", "--data", data, *FAST[:-1], *search)
+    calibration = ("calibrate", "-m", small, "-n", "8", "--data", data, *FAST[:-1], *search)
     assert run(*calibration).code == 2
     result = run(*calibration, "--truncate")
     assert result.code == 0, result.err

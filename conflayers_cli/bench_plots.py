@@ -22,6 +22,8 @@ LONGEST_NAME = 16
 MOST_PLACES = 30
 _ROW, _LINES, _BARS, _AROUND = 0.24, 1.25, 0.55, 0.62
 """Inches: a category, the lines, the bars, and what stands around a panel's data."""
+_DRAFTERS = {"skip": 0, "ngram": 1}
+"""Always drawn alike, whoever drafted first."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -62,27 +64,32 @@ def _speeds(bench: BenchDocument) -> dict[str, dict[str, Interval]]:
 
 
 def speed_interval(timed: Sequence[PromptPart | QueuePart], arm: str) -> Interval:
-    """The median tokens per second of some prompts, with its 95 % interval.
+    """The median tokens per second of some prompts, as tables have it, with its 95 % interval.
 
-    Of the prompts' own medians; of all runs where there are fewer than `LEAST_RATIOS` prompts, or
-    where queues of prompts were timed.
+    It is over the prompts' own medians; where there are fewer than `LEAST_RATIOS` prompts, the
+    interval is over all runs. Where queues of prompts were timed, both are.
     """
     runs = [[speed for speed in each.tokens_per_second.get(arm, ()) if speed] for each in timed]
     medians = [middle for of_one in runs if (middle := Interval.of(of_one).median)]
     together = any(isinstance(each, QueuePart) for each in timed)
-    if together or len(medians) < LEAST_RATIOS:
-        return Interval.of([speed for of_one in runs for speed in of_one])
-    return Interval.of(medians)
+    pooled = Interval.of([speed for of_one in runs for speed in of_one])
+    if together:
+        return pooled
+    whole = Interval.of(medians)
+    if len(medians) >= LEAST_RATIOS or whole.median is None or pooled.low is None:
+        return whole
+    high = pooled.low if pooled.high is None else pooled.high
+    return Interval(whole.median, min(pooled.low, whole.median), max(high, whole.median))
 
 
 def _draw_speeds(
     axes: Axes, bench: BenchDocument, rows: dict[str, dict[str, Interval]], theme: Theme
 ) -> None:
     arms = list(bench.arms)
-    step = 0.6 / max(1, len(arms) - 1)
+    step = min(0.32, 0.6 / max(1, len(arms) - 1))  # nearer to one another than to the next row
     for number, arm in enumerate(arms):
         colour = _arm_colour(arm, number, theme)
-        shift = (number - (len(arms) - 1) / 2) * step if len(arms) > 1 else 0.0
+        shift = (number - (len(arms) - 1) / 2) * step
         for row, (name, by_arm) in enumerate(rows.items()):
             figure = by_arm[arm]
             if figure.median is None:
@@ -113,10 +120,11 @@ def _draw_speeds(
 def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    drafters = {
-        name: part for name, part in bench.speculative.by_position.items() if any(part.drafted)
-    }
-    for number, (name, part) in enumerate(drafters.items()):
+    counted = bench.speculative.by_position.items()
+    drafters = {name: part for name, part in counted if any(part.drafted)}
+    order = sorted(drafters, key=lambda name: _DRAFTERS.get(name, len(_DRAFTERS)))
+    for number, name in enumerate(order):
+        part = drafters[name]
         places, rates, below, above = [], [], [], []
         for place, (kept, drafted) in enumerate(zip(part.accepted, part.drafted, strict=True), 1):
             if not drafted or place > MOST_PLACES:
@@ -171,7 +179,15 @@ def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
     axes.barh(names, verifying, 0.6, left=drafting, color=theme.blue, label="full passes")
     for row, name in enumerate(names):
         total = sum(times[name])
-        axes.text(total, row, f" {total:.1f}", va="center", fontsize=7)
+        behind = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}
+        axes.annotate(
+            *(f"{total:.1f}", (total, row)),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            bbox=behind,
+        )
     axes.set_xlim(0, max(sum(time) for time in times.values()) * 1.16 or 1.0)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")

@@ -54,7 +54,7 @@ class Comparison:
     @property
     def headline(self) -> str:
         count = f"{self.prompts} prompt{'s' if self.prompts > 1 else ''}"
-        return f"compared with {self.old}: {count}, tolerance {self.tolerance:.3g} of the old value"
+        return f"compared with {self.old}: {count}, tolerance {100 * self.tolerance:.3g} %"
 
     @property
     def regressions(self) -> tuple[str, ...]:

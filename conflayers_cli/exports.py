@@ -45,6 +45,7 @@ def markdown(bench: BenchDocument, comparison: Comparison | None = None) -> str:
         parts += [f"#### {_escaped(comparison.headline)}", _table(comparison_rows(comparison))]
         parts.append("\n".join(f"- {_escaped(line)}" for line in comparison.remarks))
     ran = {**bench.environment, "device": bench.device, "dtype": bench.dtype}
+    ran = {key: value for key, value in ran.items() if value is not None}
     listed = "\n".join(f"- {_escaped(key)}: {_escaped(str(ran[key]))}" for key in ran)
     parts.append(f"<details><summary>Measured with</summary>\n\n{listed}\n\n</details>")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -41,7 +41,7 @@ def test_markdown_holds_the_tables_and_what_it_ran_with() -> None:
 def test_markdown_holds_the_comparison() -> None:
     new, old = checked([1.0, 1.0, 1.0]), checked()
     text = markdown(new, compare(new, old, "old.json"))
-    assert "#### compared with old.json: 3 prompts, tolerance 0.05" in text
+    assert "#### compared with old.json: 3 prompts, tolerance 5 %" in text
     assert ("| speed-up over vanilla | 2.00× | 1.00× | 0.500 | 0.500–0.500 | regression |") in text
     assert "(held, not judged)" in text
 

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from conflayers_cli.engine.best import NO_TOKEN, best_tokens
 from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decode import NOTHING, Generation, Step
 from conflayers_cli.engine.decoder import Decoder
@@ -201,6 +202,8 @@ class ProcessedGeneration(Generation):
         place = 0
         while True:
             token = self._choose(self._text.process(logits[place]), draft, place)
+            if token == NO_TOKEN:
+                return place, token
             self._ended = self._text.add(token)
             if self._ended or token not in draft.tokens[place : place + 1]:
                 return place, token
@@ -209,7 +212,7 @@ class ProcessedGeneration(Generation):
     def _choose(self, scores: torch.Tensor, draft: Draft, place: int) -> int:
         """The token at a place of the draft, or behind it, from its scores ``[V]``."""
         if self.sampler.settings.greedy:
-            return int(torch.argmax(scores))
+            return int(best_tokens(scores))
         p = torch.softmax(scores, dim=-1).to(self.decoder.device)
         if place == len(draft.tokens):
             return self.sampler.draw(p)

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from transformers.generation import StoppingCriteria, StopStringCriteria
 
-from conflayers_cli import GenerateError, InputError, conflayers_generate, release
+from conflayers_cli import ConfLayersError, GenerateError, InputError, conflayers_generate, release
 from conflayers_cli import borrowed as borrowing
 from conflayers_cli import custom_generate as module
 from conflayers_cli.borrowed import borrow
@@ -805,3 +805,22 @@ def test_a_profile_from_a_file(model: Any, tmp_path: Path, steps: list[Step]) ->
     given = asked(model, tiny.prompt(9), True, profile=tmp_path / "own.yaml")
     assert given[0].tolist() == ours == theirs
     assert {step.drafter for step in steps} >= {"prefill", "skip"}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_scores_that_are_no_numbers_are_an_error(model: Any, sampled: bool) -> None:
+    prompt = tiny.prompt(8)
+
+    class Spoilt(hf.LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores * float("nan") if input_ids.shape[1] > len(prompt) + 3 else scores
+
+    before = asked(model, prompt, custom=False, max_new_tokens=6)
+    with pytest.raises(ConfLayersError, match="step 5 .*NaN"):
+        asked(
+            *(model, prompt, True),
+            max_new_tokens=NEW,
+            do_sample=sampled,
+            logits_processor=hf.LogitsProcessorList([Spoilt()]),
+        )
+    assert torch.equal(asked(model, prompt, custom=False, max_new_tokens=6), before)

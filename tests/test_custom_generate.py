@@ -816,7 +816,7 @@ def test_scores_that_are_no_numbers_are_an_error(model: Any, sampled: bool) -> N
             return scores * float("nan") if input_ids.shape[1] > len(prompt) + 3 else scores
 
     before = asked(model, prompt, custom=False, max_new_tokens=6)
-    with pytest.raises(ConfLayersError, match="step 5 .*NaN"):
+    with pytest.raises(ConfLayersError, match=r"step 5 .*NaN"):
         asked(
             *(model, prompt, True),
             max_new_tokens=NEW,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from conflayers_cli.engine.locks import try_lock
 from conflayers_cli.engine.parallel import on_first
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.outputs import check_target
@@ -233,18 +234,9 @@ def _opened(path: Path, profile: Path, resume: bool | None) -> tuple[BinaryIO, C
 
 def _lock(path: Path, file: BinaryIO) -> None:
     """Have the file for this process alone, as long as it lives."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system: nobody else will be at work with it
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = os.fstat(file.fileno()).st_nlink > 0  # else its owner has just removed it
-    except BlockingIOError:
-        free = False
-    except OSError:  # a file system without locks
-        return
-    if not free:
+    taken = try_lock(file)
+    gone = taken is True and os.fstat(file.fileno()).st_nlink == 0  # its owner just removed it
+    if taken is False or gone:
         raise InputError(f"{path}: another calibration is at work with it; name another --output")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli import calibrate_options as search_options
 from conflayers_cli.cli import options
-from conflayers_cli.cli.calibrate_journal import header_of, open_journal, sigterm_interrupts
+from conflayers_cli.cli.calibrate_journal import header_of, open_journal
 from conflayers_cli.cli.calibrate_profile import profile_of, tensors_path
 from conflayers_cli.cli.strategies import (
     AUTO,
@@ -134,7 +134,7 @@ def calibrate(
         note(f"no --model given: calibrating {model}")
     target = output or Path(f"{_short_name(model)}.yaml")
     _check_profile(target)
-    with sigterm_interrupts(), open_journal(target, resume) as journal:
+    with open_journal(target, resume) as journal:
         if journal.writes != tensors_path(target).name:
             _check_tensors(target)
         # Unified's rule needs no text; with --data its plan is measured.

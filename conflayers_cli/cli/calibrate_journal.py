@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +49,7 @@ def header_of(work: Work) -> dict[str, Any]:
 
     tokens = [(prompt.tokens, prompt.max_new_tokens) for prompt in work.encoded]
     return {
-        "model": work.fingerprint.model_dump(mode="json", exclude={"name"}),
+        "model": work.fingerprint.model_dump(mode="json", exclude={"name", "sketch"}),
         "weights": work.weights,
         "environment": environment_of(work.loaded).model_dump(mode="json"),
         "quantize": work.quantize,
@@ -84,26 +80,3 @@ def _settings(work: Work) -> dict[str, Any]:
         for strategy, own in zip(work.strategies, each, strict=True)
     ]
     return dict(zip(names, each, strict=True))
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Within: SIGTERM, by which CI and batch systems end a job, does what Ctrl-C does.
-
-    Not among several processes, of which one may wait for another for ever: they just end.
-    """
-    from conflayers_cli.engine.parallel import world
-
-    alone = threading.current_thread() is threading.main_thread() and world().size == 1
-    if not alone:
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -41,15 +41,14 @@ HELP = """Find the layers a model can leave out while it drafts, and write them 
 A strategy searches for a set of layers, losslessly decoding your prompts. The
 set is improved layer by layer under predicted tokens per second on this
 device, and checked by real decoding on prompts the search has not seen. Where
-no set beats plain decoding it says so, and the profile is empty.
+no set beats plain decoding it says so, and the profile is empty. Ctrl-C ends
+the search with the best set so far and writes it. Whatever ended a search,
+kill -9 or a power cut, --resume goes on from the last set looked at.
 
 \b
   conflayers calibrate --model smollm2-deep --data prompts.jsonl -o summ.yaml
   conflayers calibrate --model ./my-model --data prompts.jsonl --strategy auto
   conflayers calibrate -m ./my-model --strategy unified --target-speedup 1.5
-
-Ctrl-C ends the search with the best set so far and writes it. Whatever ended a
-search, kill -9 or a power cut, --resume goes on from the last set looked at.
 """
 
 

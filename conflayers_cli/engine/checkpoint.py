@@ -27,6 +27,8 @@ from transformers.utils import cached_file
 
 from conflayers_cli.errors import InputError
 
+from .support import first_line
+
 MOST_LAYERS = 10_000
 """Some configurations list their layers as soon as they are read. Deep models have hundreds."""
 SLACK = 1 << 24
@@ -109,7 +111,9 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
     if quantised is not None and not isinstance(quantised, dict):
         raise InputError(f"the config of {source} is broken: quantization_config is no object")
     method = quantised.get("quant_method") if quantised else None
-    if method is not None and str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    # bitsandbytes' checkpoints name it, transformers' table its two kinds
+    known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
+    if method is not None and str(method) not in known:
         # transformers would take the weights for plain ones
         raise InputError(f"{source} is quantised with {str(method)[:100]!r}: not supported")
     for key, value in _entries(raw):
@@ -260,6 +264,8 @@ def check_size(config: PreTrainedConfig, holds: Stored, source: str) -> None:
             AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except _TooLargeError as error:
         raise InputError(f"the weights of {source} don't fit its config: {error}") from None
+    except RuntimeError as error:  # sizes so large that PyTorch can't count their bytes
+        raise InputError(f"cannot read the weights of {source}: {first_line(error)}") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -157,7 +157,7 @@ class TestPromptText:
             ([""], None, "the prompt is empty"),
             (["-"], "", "the prompt is empty"),
             ([], " \n", "the prompt is empty"),
-            (["-"], b"\xff\xfe", "standard input is not UTF-8"),
+            (["-"], b"\xff\xfe", "standard input:1: is not UTF-8"),
             (["caf\udce9"], None, "the prompt is not UTF-8"),
             (["hi", "--data", "x.jsonl"], None, "give one of the two"),
             (["hi", "--output", "x.jsonl"], None, "--output goes with --data"),

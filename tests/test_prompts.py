@@ -378,3 +378,40 @@ def test_any_object_is_a_prompt_or_one_line(
         assert "\n" not in str(error)
     else:
         assert as_messages(prompts[0])[-1]["role"] == "user"
+
+
+CHATS = st.lists(
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS), max_size=4
+).map(lambda messages: (*messages, USER))
+NAMES = st.none() | TEXTS.map(lambda name: name[:20]).filter(str.strip)
+
+
+@settings(deadline=None)  # files are written, and disks stall
+@given(st.lists(st.tuples(TEXTS | CHATS, NAMES), min_size=1, max_size=4))
+def test_any_prompt_survives_every_form_that_can_say_it(
+    tmp_path_factory: pytest.TempPathFactory, given_prompts: list[tuple[object, str | None]]
+) -> None:
+    prompts = [
+        Prompt(str(i), text=body, category=name)
+        if isinstance(body, str)
+        else Prompt(str(i), messages=tuple(body), category=name)  # type: ignore[call-overload]
+        for i, (body, name) in enumerate(given_prompts)
+    ]
+    folder = tmp_path_factory.mktemp("forms")
+    for form in range(2):
+        lines: list[dict[str, object]] = []
+        for prompt in prompts:
+            line: dict[str, object] = {"id": prompt.id, "category": prompt.category}
+            if prompt.text is not None:
+                line |= {"prompt": prompt.text} if form else {"turns": [prompt.text, "more"]}
+            else:
+                keys = ("role", "content") if form else ("from", "value")
+                line["messages" if form else "conversations"] = [
+                    dict(zip(keys, (message.role, message.content), strict=True))
+                    for message in prompt.messages or ()
+                ]
+            lines.append(line)
+        jsonl = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        assert read_prompts(write(folder, jsonl)) == prompts
+        assert read_prompts(write(folder, jsonl.replace("\n", "\r\n\r\n"))) == prompts
+        assert read_prompts(write(folder, json.dumps(lines, indent=1), "p.json")) == prompts

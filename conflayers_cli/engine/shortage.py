@@ -44,7 +44,8 @@ def is_shortage(error: BaseException | None) -> bool:
         ours = isinstance(error, ConfLayersError)  # it quotes, or names flags
         if not ours and isinstance(error, Exception) and _PHRASES.search(str(error)):
             return True
-        error = error.__cause__ or error.__context__
+        # what was raised `from None` has dealt with what led to it
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
 

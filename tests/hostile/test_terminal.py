@@ -174,9 +174,9 @@ def run_quietly(*arguments: Any) -> Callable[[], int]:
 def test_answers_to_a_file(screen: Callable[..., str], model: Path, tmp_path: Path) -> None:
     data = hostile_prompts(tmp_path)
     shown = screen(run_quietly("generate", "-m", model, "--data", data, "-n", "60", *FAST))
-    # bars, which show how far loading is, stand before the first line
-    begins = [(line, line.find('{"index"')) for line in shown.splitlines()]
-    lines = [json.loads(line[at:]) for line, at in begins if at >= 0]
+    # the bar that shows how far loading is stands before the first line
+    parts = [line.partition('{"index"') for line in shown.split("\n")]
+    lines = [json.loads(begin + rest) for _, begin, rest in parts if begin]
     assert [line["id"] for line in lines] == [f"{HARM}0", f"{HARM}1"]
     assert harmless(shown)
 

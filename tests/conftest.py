@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import Phase, settings
 
@@ -19,3 +20,7 @@ settings.register_profile(
 
 # Nothing here may ask a hub: what is tested is built in memory.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, which is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

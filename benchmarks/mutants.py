@@ -11,15 +11,16 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -106,34 +107,38 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*LEFT_OUT)))
 
 
-def verdict(copy: Path, tests: Sequence[str], limit: float) -> Verdict:
+def verdict(copy: Path, tests: Sequence[str], limit: int) -> Verdict:
     """Run tests in a copy, up to the first that fails.
 
     Args:
-        limit: seconds after which they are stopped.
+        limit: seconds of the processor's time after which they are stopped; on a machine that is
+            busy with other things tests take longer and are none the worse. Ten times as many by
+            the clock stop those that only wait.
 
     Raises:
         ConfLayersError: they can't be run: nothing is known then of what they find.
     """
-    command = [sys.executable, "-m", "pytest", *tests, "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", "--hypothesis-profile=unshrunk"]
+    pytest = [sys.executable, "-m", "pytest", *tests, "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+    pytest += ["-o", "addopts=", "--hypothesis-profile=unshrunk"]
     # Compiled files are known by their source's second and size, which a fault may not change.
     own = {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     begin = time.perf_counter()
     try:
         done = subprocess.run(
-            command,
+            ["sh", "-c", f'ulimit -S -t {limit}; exec "$@"', "sh", *pytest],
             cwd=copy,
             env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=limit,
+            timeout=10 * limit,
             text=True,
             errors="replace",
         )
     except subprocess.TimeoutExpired:
         return Verdict("timeout", None, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
+    if done.returncode == -signal.SIGXCPU:
+        return Verdict("timeout", None, seconds)
     if done.returncode == 0:
         return Verdict("survived", None, seconds)
     found = FIRST_FAILURE.search(done.stdout)
@@ -143,8 +148,8 @@ def verdict(copy: Path, tests: Sequence[str], limit: float) -> Verdict:
     return Verdict("killed", found[1], seconds)
 
 
-def judged(mutants: Sequence[Mutant], limit: float) -> list[Verdict]:
-    """Of each mutant, in a copy of its own making.
+def judged(mutants: Sequence[Mutant], limit: int) -> Iterator[tuple[Mutant, Verdict]]:
+    """Each mutant and what came of it, in a copy that is made for all of them.
 
     Raises:
         ConfLayersError: a mutant's text is not there, or its tests fail without it, too.
@@ -154,44 +159,39 @@ def judged(mutants: Sequence[Mutant], limit: float) -> list[Verdict]:
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         tests = sorted({test for mutant in mutants for test in mutant.tests})
-        say(f"running {len(tests)} test files without any fault")
+        say(f"running {', '.join(tests)} without any fault")
         plain = verdict(copy, tests, limit * len(tests))
         if plain.status != "survived":
             what = "take too long" if plain.test is None else f"fail: {plain.test}"
             raise ConfLayersError(f"without any fault the tests {what}; mend that first")
-        found = []
-        for number, mutant in enumerate(mutants, 1):
+        for mutant in mutants:
             file = copy / mutant.file
             before = file.read_bytes()
             file.write_text(mutant.mutated(copy), encoding="utf-8")
             try:
-                found.append(verdict(copy, mutant.tests, limit))
+                found = verdict(copy, mutant.tests, limit)
             finally:
                 file.write_bytes(before)
-            say(f"{number} of {len(mutants)}: {found[-1].status}: {mutant.name}")
-        return found
+            yield mutant, found
 
 
-def report(mutants: Sequence[Mutant], verdicts: Sequence[Verdict], output: Path | None) -> None:
-    """Print the table, write the result file where one is asked for.
+def save(output: Path | None, found: Sequence[tuple[Mutant, Verdict]]) -> None:
+    """Write the results so far, where a file is asked for."""
+    if output:
+        rows = [{"name": m.name, "file": m.file, **asdict(v)} for m, v in found]
+        head = {"benchmark": "mutants", "environment": describe(torch.device("cpu"))}
+        write_json(output, {**head, "mutants": rows})
+
+
+def report(found: Sequence[tuple[Mutant, Verdict]]) -> None:
+    """Print the table.
 
     Raises:
         GateError: one survived.
     """
-    rows = [
-        (m.name, Path(m.file).name, v.test or v.status, f"{v.seconds:.0f}")
-        for m, v in zip(mutants, verdicts, strict=True)
-    ]
+    rows = [(m.name, Path(m.file).name, v.test or v.status, f"{v.seconds:.0f}") for m, v in found]
     print_table(["mutant", "file", "killed by", "seconds"], rows)
-    if output:
-        results: list[dict[str, Any]] = [
-            {"name": m.name, "file": m.file, **asdict(v)}
-            for m, v in zip(mutants, verdicts, strict=True)
-        ]
-        environment = describe(torch.device("cpu"))
-        head = {"benchmark": "mutants", "environment": environment}
-        write_json(output, {**head, "mutants": results})
-    survived = [m.name for m, v in zip(mutants, verdicts, strict=True) if v.status == "survived"]
+    survived = [m.name for m, v in found if v.status == "survived"]
     if survived:
         raise GateError(f"{len(survived)} of {len(rows)} survived: {'; '.join(survived)}")
 
@@ -204,7 +204,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
     found.add_argument("--list", action="store_true", help="show their names, and run nothing")
-    found.add_argument("--limit", type=float, default=300.0, help="seconds for each one's tests")
+    found.add_argument(
+        "--limit", type=int, default=300, help="seconds of the processor for each one's tests"
+    )
     found.add_argument("--output", type=Path, help="where to write the results as JSON")
     return found
 
@@ -219,7 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.output:
             check_target(options.output)
-        report(mutants, judged(mutants, options.limit), options.output)
+        found = []
+        for mutant, came in judged(mutants, options.limit):
+            found.append((mutant, came))
+            say(f"{len(found)} of {len(mutants)}: {came.status}: {mutant.name}")
+            save(options.output, found)
+        report(found)
     except ConfLayersError as error:
         say(f"mutants: {error}")
         return error.exit_code

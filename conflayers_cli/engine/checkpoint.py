@@ -109,7 +109,8 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
     if quantised is not None and not isinstance(quantised, dict):
         raise InputError(f"the config of {source} is broken: quantization_config is no object")
     method = quantised.get("quant_method") if quantised else None
-    if method is not None and str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}  # there its name says the bits, too
+    if method is not None and str(method) not in known:
         # transformers would take the weights for plain ones
         raise InputError(f"{source} is quantised with {str(method)[:100]!r}: not supported")
     for key, value in _entries(raw):

@@ -389,13 +389,14 @@ NAMES = st.none() | TEXTS.map(lambda name: name[:20]).filter(str.strip)
 @settings(deadline=None)  # files are written, and disks stall
 @given(st.lists(st.tuples(TEXTS | CHATS, NAMES), min_size=1, max_size=4))
 def test_any_prompt_survives_every_form_that_can_say_it(
-    tmp_path_factory: pytest.TempPathFactory, given_prompts: list[tuple[object, str | None]]
+    tmp_path_factory: pytest.TempPathFactory,
+    bodies: list[tuple[str | tuple[Message, ...], str | None]],
 ) -> None:
     prompts = [
         Prompt(str(i), text=body, category=name)
         if isinstance(body, str)
-        else Prompt(str(i), messages=tuple(body), category=name)  # type: ignore[call-overload]
-        for i, (body, name) in enumerate(given_prompts)
+        else Prompt(str(i), messages=body, category=name)
+        for i, (body, name) in enumerate(bodies)
     ]
     folder = tmp_path_factory.mktemp("forms")
     for form in range(2):

@@ -30,7 +30,8 @@ def test_a_file_without_end_and_a_profile_with_aliases(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="arguments are bytes there")
 def test_an_argument_that_is_no_text() -> None:
-    command = [sys.executable, "-m", "conflayers_cli.cli.main", "generate", b"caf\xe9", "-m", "x"]
+    module: list[str | bytes] = [sys.executable, "-m", "conflayers_cli.cli.main"]
+    command = [*module, "generate", b"caf\xe9", "-m", "x"]
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"conflayers: error: the prompt is not UTF-8 text\n"

@@ -10,10 +10,11 @@ from typing import Any
 from conflayers_cli.answer import DraftCount, Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench_document import Bench, BenchDocument
+from conflayers_cli.bench_document import BenchDocument
 from conflayers_cli.identity import Identity
 from conflayers_cli.positions import Positions
 from conflayers_cli.report import BenchContext, bench_json
+from conflayers_cli.stored_bench import Bench
 
 SETTINGS: Mapping[str, Any] = {
     "max_new_tokens": 101,

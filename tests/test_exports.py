@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.bench_document import Bench
 from conflayers_cli.compare import compare
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.exports import (
@@ -19,6 +18,7 @@ from conflayers_cli.exports import (
     markdown,
     write_github,
 )
+from conflayers_cli.stored_bench import Bench
 from tests.benched import bench_document, checked
 
 

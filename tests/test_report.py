@@ -11,11 +11,11 @@ from conflayers_cli.agreement import Agreement
 from conflayers_cli.answer import DraftCount, Summary
 from conflayers_cli.arms import Case, Run
 from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench_document import Bench
 from conflayers_cli.bench_tables import bench_tables
 from conflayers_cli.identity import Divergence, Identity
 from conflayers_cli.positions import Positions
 from conflayers_cli.report import BenchContext, bench_json
+from conflayers_cli.stored_bench import Bench
 
 
 def document(bench: BenchResult) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _check_measures_nothing(context: typer.Context) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Stored results, without what they were compared with then."""
-    from conflayers_cli.bench_document import Bench
+    from conflayers_cli.stored_bench import Bench
 
     raw = Bench.load(path).raw
     return {key: value for key, value in raw.items() if key != "comparison"}

@@ -16,8 +16,8 @@ from conflayers_cli.outputs import check_target, write_atomically, write_json
 from conflayers_cli.plot_style import Theme, check_plot, save_plot
 
 if TYPE_CHECKING:
-    from conflayers_cli.bench_document import Bench
     from conflayers_cli.comparison import Comparison
+    from conflayers_cli.stored_bench import Bench
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Gates:
                 if given:
                     raise InputError(f"{flag} is about --compare FILE, which is not given")
             return cls(fail_under)
-        from conflayers_cli.bench_document import Bench
+        from conflayers_cli.stored_bench import Bench
 
         tolerance = TOLERANCE if tolerance is None else tolerance
         return cls(fail_under, Bench.load(old), str(old), tolerance, judged or None)
@@ -163,10 +163,10 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
         ConfLayersError: something could not be written.
         GateError: a gate does not hold.
     """
-    from conflayers_cli.bench_document import Bench
     from conflayers_cli.bench_tables import bench_tables
     from conflayers_cli.exports import append_step_summary, markdown
     from conflayers_cli.gates import broken_gates
+    from conflayers_cli.stored_bench import Bench
 
     failures: list[ConfLayersError] = []
     bench, comparison = Bench.of(document), None

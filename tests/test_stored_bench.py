@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.bench_document import Bench
 from conflayers_cli.errors import InputError
+from conflayers_cli.stored_bench import Bench
 from tests.benched import bench_document, saved
 
 
@@ -100,6 +100,6 @@ def test_a_figure_that_cannot_be_is_named(
 def test_a_file_without_end_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("conflayers_cli.bench_document.MAX_BYTES", 100)
+    monkeypatch.setattr("conflayers_cli.stored_bench.MAX_BYTES", 100)
     with pytest.raises(InputError, match="is too large, allowed are 100 bytes"):
         Bench.load(saved(tmp_path / "bench.json"))

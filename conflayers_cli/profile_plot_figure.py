@@ -1,8 +1,6 @@
 """A profile's drawing as a figure for papers and pages, by matplotlib.
 
-As wide as a column of a paper, 3.4 inches, with text of 6.5 points and more. Colours are Okabe and
-Ito's ("Color Universal Design", 2008) and cividis, which people with any colour vision can tell
-apart, and which differ in lightness, too.
+As wide as a column of a paper, 3.4 inches; how it looks is said in :mod:`.profile_plot_look`.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import numpy as np
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.profile_curves import Curve, Drawing, Proposals, Values
+from conflayers_cli.profile_plot_look import DARK, LIGHT, Look, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,24 +29,6 @@ DPI = 300
 _LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.13
 _FOOT = 0.03
 
-_BLUE, _SKY, _ORANGE, _VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
-
-
-@dataclass(frozen=True)
-class _Look:
-    """The colours of a light or dark figure."""
-
-    paper: str
-    ink: str
-    faint: str
-    main: str
-    out: str
-    line: str
-
-
-_LIGHT = _Look("#ffffff", "#222222", "#d9d9d9", _BLUE, _ORANGE, _VERMILLION)
-_DARK = _Look("#14171c", "#e6e6e6", "#3a3f47", _SKY, _ORANGE, "#ffffff")
-
 
 @dataclass(frozen=True)
 class _Panel:
@@ -55,7 +36,7 @@ class _Panel:
 
     height: float
     below: float
-    draw: Callable[[Axes, _Look], None]
+    draw: Callable[[Axes, Look], None]
 
 
 def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
@@ -78,8 +59,8 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
             "pictures are drawn by matplotlib, which is missing: pip install 'conflayers[plot]' "
             "(without --output the picture is plain text)"
         ) from None
-    look = _DARK if dark else _LIGHT
-    with mpl.rc_context(_style(look)):
+    look = DARK if dark else LIGHT
+    with mpl.rc_context(style(look)):
         panels = _panels(drawing)
         height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
         figure = Figure(figsize=(WIDTH, height))
@@ -102,35 +83,6 @@ def _saved(figure: Figure, form: str) -> bytes:
     content = BytesIO()
     figure.savefig(content, format=form, dpi=DPI, metadata=metadata.get(form))
     return content.getvalue()
-
-
-def _style(look: _Look) -> dict[str, Any]:
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    return {
-        **dict.fromkeys(inks, look.ink),
-        **dict.fromkeys(papers, look.paper),
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
-        "font.size": 7,
-        "axes.labelsize": 7,
-        "axes.titlesize": 7,
-        "axes.titlelocation": "left",
-        "axes.titlepad": 3,
-        "xtick.labelsize": 6.5,
-        "ytick.labelsize": 6.5,
-        "legend.fontsize": 6.5,
-        "axes.linewidth": 0.6,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "xtick.major.size": 2,
-        "ytick.major.size": 2,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "conflayers",
-        "svg.fonttype": "path",
-        "pdf.fonttype": 42,
-    }
 
 
 def _fitting(title: str) -> str:
@@ -157,7 +109,7 @@ def _curve_panel(curve: Curve, last: bool) -> _Panel:
     return _Panel(0.45, below, lambda axes, look: _draw_curve(axes, look, curve, last))
 
 
-def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+def _draw_plan(axes: Axes, look: Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
     from matplotlib.colors import ListedColormap
 
     depth = left_out.shape[1]
@@ -182,7 +134,7 @@ def _draw_plan(axes: Axes, look: _Look, left_out: np.ndarray[Any, np.dtype[np.bo
     axes.set_title(f"left out while drafting (grey): {count} of {of}")
 
 
-def _draw_proposal(axes: Axes, look: _Look, found: Proposals) -> None:
+def _draw_proposal(axes: Axes, look: Look, found: Proposals) -> None:
     z, threshold = found.z[found.shown], found.threshold[found.shown]
     out = found.selected[found.shown]
     layers = np.arange(1, len(z) + 1)
@@ -204,7 +156,7 @@ def _draw_proposal(axes: Axes, look: _Look, found: Proposals) -> None:
     _legend(axes)
 
 
-def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
+def _draw_heat(axes: Axes, look: Look, found: Proposals) -> None:
     count, inner = found.confidence.shape
     scale = float(np.quantile(found.confidence, 0.98)) or 1.0
     mesh = axes.pcolormesh(
@@ -236,7 +188,7 @@ def _draw_heat(axes: Axes, look: _Look, found: Proposals) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_alone(axes: Axes, look: _Look, alone: Values) -> None:
+def _draw_alone(axes: Axes, look: Look, alone: Values) -> None:
     layers = np.arange(alone.shape[1])
     for row, colour, marker, label in (
         (0, look.main, "o", "attention"),
@@ -258,7 +210,7 @@ def _draw_alone(axes: Axes, look: _Look, alone: Values) -> None:
     _legend(axes)
 
 
-def _draw_curve(axes: Axes, look: _Look, curve: Curve, last: bool) -> None:
+def _draw_curve(axes: Axes, look: Look, curve: Curve, last: bool) -> None:
     sets = np.arange(1, len(curve.values) + 1)
     known = np.isfinite(curve.values)
     axes.plot(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 HELP = """Rewrite a profile as the newest schema, in the form calibrate writes.
 
-It goes to --output, to its own place with --in-place, else to standard output.
-Comments are not kept. What an older profile does not know of its model, --model
-tells: sizes, a hash of the configuration, a sketch of the weights.
+It goes to --output, to its own place with --in-place, else to stdout. Comments
+are not kept. What a profile does not know of its model, --model tells: sizes, a
+hash of the configuration, a sketch of the weights.
 
 \b
   conflayers profile convert old.yaml --output new.yaml

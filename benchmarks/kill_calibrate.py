@@ -137,20 +137,23 @@ def hunted(
     begin = time.perf_counter()
     for kind, moment in moments:
         process = start([*arguments, "--resume"], cache)
-        killed = moment(process, journal)
-        if killed:
+        told = b""
+        if moment(process, journal):
             process.kill()
-            process.communicate()
+            _, told = process.communicate()
         if process.returncode != -9:
             break
+        if b"takes another way" in told:
+            raise FaultError(f"the search is not led by its journal: {told.decode()}")
         fate.kills[kind] = fate.kills.get(kind, 0) + 1
+        if profile.exists() and not journal.exists():  # all but its process had ended
+            fate.seconds = time.perf_counter() - begin
+            return fate, {}
         now = journal.read_bytes() if journal.exists() else b""
         fate.entries.append(_checked(journal, before, now))
         before = now
-        if profile.exists():  # killed behind the last line: there is nothing to go on with
+        if profile.exists():
             Profile.load(profile)
-            if not journal.exists():
-                return fate, {}
     else:
         process = start([*arguments, "--resume"], cache)
     answer = ended(process)
@@ -162,7 +165,9 @@ def _checked(journal: Path, before: bytes, now: bytes) -> int:
     """How many entries a journal has; FaultError unless it is the one before, grown."""
     whole = before[: before.rfind(b"\n") + 1]
     if not now.startswith(whole):
-        raise FaultError(f"{journal}: what was written has changed")
+        raise FaultError(
+            f"{journal}: of {len(whole)} bytes written before there are {len(now)} now, or others"
+        )
     entries = parsed(journal, now).entries
     lines = now.count(b"\n") - 1 - now.count(b'\n{"writes"')
     if len(entries) != max(lines, 0):

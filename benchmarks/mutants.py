@@ -32,7 +32,7 @@ from conflayers_cli.outputs import check_target, write_json
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutants.toml")
 LEFT_OUT = (".git", ".venv", "venv", "out", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
-FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

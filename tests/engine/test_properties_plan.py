@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -90,3 +91,16 @@ def test_unified_keeps_both_ends_and_nowhere_more_than_elsewhere(
     assert (kept[0], kept[-1]) == (0, depth - 1)
     assert max(gaps) - min(gaps) <= 1
     assert plan.attention == plan.mlp == plan.layers
+
+
+@pytest.mark.parametrize("depth", range(1, 7))
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_every_layer_but_the_first_and_the_last_may_be_left_out(depth: int, kind: str) -> None:
+    """To the layer: one before the last may be named, the last may not."""
+    allowed = set()
+    for layer in range(depth + 2):
+        with contextlib.suppress(ValueError):
+            SkipPlan.of(**{kind: [layer]}).check(depth)
+            allowed.add(layer)
+    assert allowed == set(range(depth)[1:-1])
+    SkipPlan().check(depth)

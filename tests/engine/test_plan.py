@@ -73,17 +73,6 @@ def test_check_spares_the_first_and_the_last_layer(
             plan.check(depth)
 
 
-@pytest.mark.parametrize(("layer", "fits"), [(0, False), (1, True), (4, True), (5, False)])
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_check_at_both_ends(kind: str, layer: int, fits: bool) -> None:
-    plan = SkipPlan.of(**{kind: [layer]})
-    if fits:
-        plan.check(6)
-    else:
-        with pytest.raises(ValueError, match="first and the last"):
-            plan.check(6)
-
-
 @pytest.mark.parametrize(
     ("depth", "speedup", "kept"),
     [

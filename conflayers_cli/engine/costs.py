@@ -17,6 +17,7 @@ from .cache import EXTENT_MULTIPLE, KVCache
 from .decoder import FULL, Decoder
 from .parallel import agreed
 from .plan import SkipPlan
+from .stand_in import StandIn
 
 WIDTHS = (1, 2, 3, 5, 9, 17, 26)
 """Verification widths measured; costs between them are interpolated."""
@@ -60,6 +61,7 @@ class Costs:
         head: the logits of one token, which are part of ``floor``.
         attention_per_position_and_token: what one attention sub-layer takes more for every further
             position, for each token of the width behind the first: it compares each with all.
+        stand_in: one linear map in place of layers, one token.
         turnaround: between two draft passes, for the first one's token to be read and the second
             to be launched; 0 where passes can't be launched ahead.
     """
@@ -73,6 +75,7 @@ class Costs:
     head: float = 0.0
     attention_per_position_and_token: float = 0.0
     turnaround: float = 0.0
+    stand_in: float = 0.0
 
     def at(self, context: int, depth: int) -> Costs:
         """The costs with ``context`` positions in the cache of a model with ``depth`` layers."""
@@ -101,7 +104,8 @@ class Costs:
         """Seconds of one draft token under a plan, with the logits of so much of the vocabulary."""
         attention = (depth - len(plan.attention)) * self.attention
         floor = self.floor - (1.0 - vocabulary_share) * self.head
-        return max(floor, 0.0) + attention + (depth - len(plan.mlp)) * self.mlp
+        maps = sum(each.share for each in plan.stand_ins) * self.stand_in
+        return max(floor, 0.0) + attention + (depth - len(plan.mlp)) * self.mlp + maps
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def _between(one: Costs, other: Costs, share: float) -> Costs:
             one.attention_per_position_and_token, other.attention_per_position_and_token
         ),
         turnaround=mix(one.turnaround, other.turnaround),
+        stand_in=mix(one.stand_in, other.stand_in),
     )
 
 
@@ -215,7 +220,10 @@ def _passes(
     if isinstance(features := getattr(head, "in_features", None), int):
         shape = (cache.batch, decoder.rows.least, features)
         states = torch.ones(shape, dtype=decoder.dtype, device=decoder.device)
-        passes["head", 1] = partial(_time_head, head, states)
+        passes["head", 1] = partial(_time_module, head, states)
+    if isinstance(size := getattr(decoder.config, "hidden_size", None), int):
+        states = torch.ones((cache.batch, 1, size), dtype=decoder.dtype, device=decoder.device)
+        passes["stand-in", 1] = partial(_time_module, _some_map(decoder, size), states)
     return passes
 
 
@@ -309,7 +317,10 @@ def _costs(
     floor = max(none - 2 * layer, 0.0)
     head = min(typical.get(("head", 1), 0.0), floor)
     verify = dict(sorted(verify.items()))
-    return Costs(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token, turnaround)
+    return Costs(
+        *(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token, turnaround),
+        stand_in=typical.get(("stand-in", 1), 0.0),
+    )
 
 
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
@@ -334,10 +345,17 @@ def _time_fed(decoder: Decoder, cache: KVCache, context: int, ahead: int) -> flo
     return clock(decoder.device) - begin
 
 
+def _some_map(decoder: Decoder, size: int) -> torch.nn.Module:
+    """A linear map of hidden states, of full rank."""
+    nothing = torch.zeros((size, size), dtype=decoder.dtype)
+    stand_in = StandIn(0, 1, (nothing,), nothing[0].clone())
+    return stand_in.on(decoder.device, decoder.dtype, decoder.packed)
+
+
 @torch.inference_mode()
-def _time_head(head: torch.nn.Module, states: torch.Tensor) -> float:
+def _time_module(module: torch.nn.Module, states: torch.Tensor) -> float:
     begin = clock(states.device)
-    head(states)
+    module(states)
     return clock(states.device) - begin
 
 

@@ -21,8 +21,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .cache import KVCache
-from .packing import PackedLinear, alike, is_plain
+from .packing import Packed, PackedLinear, alike, is_plain
 from .plan import SkipPlan
+from .stand_in import Map
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
 """Model types whose layers this knows: RMSNorm, rotary positions, gated MLP."""
@@ -155,11 +156,20 @@ class FusedForward:
         turns = self._turns(x, positions)
         only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
+        maps = self._maps(plan, x)
         for i, layer in enumerate(self.layers):
+            if i in maps:
+                x = maps[i](x)
             own = attend[layer.kind] if only is None else only
             kept = i not in attention_out, i not in mlp_out
             x = self._through(layer, x, turns, own, cache.layers[i], kept)
         return self.head(self.norm(x[:, -keep:] if keep else x))
+
+    def _maps(self, plan: SkipPlan, like: torch.Tensor) -> dict[int, Map]:
+        """What stands in for layers, by the first of them."""
+        packed = isinstance(self.layers[0].output, Packed)
+        stand_ins = plan.stand_ins
+        return {each.begin: each.on(like.device, like.dtype, packed) for each in stand_ins}
 
     def _through(
         self,

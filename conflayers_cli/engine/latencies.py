@@ -30,7 +30,7 @@ from .model import LoadedModel, fingerprint
 from .parallel import agreed
 from .quantised import signature
 
-FORMAT = 5
+FORMAT = 6
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 STRIDE = 4
 """From one number of rows measured to the next; between them costs are interpolated."""

@@ -18,6 +18,7 @@ from .calibrate import (
     find,
 )
 from .check import Check, check_by_decoding
+from .stand_ins import StandInSettings
 from .task import Strategy, Task
 
 SEARCHING = 0.7
@@ -36,6 +37,7 @@ def auto(
     budget: float,
     refine: int,
     tree: TreeShape | None = None,
+    stand_ins: StandInSettings | None = None,
     on_stage: Stage,
     on_better: Better,
 ) -> Calibration:
@@ -47,7 +49,7 @@ def auto(
     Args:
         strategies: in the order they run; those the time does not reach are left out.
         task: what they work on; its deadline is set anew.
-        held_out, refine, tree, on_stage, on_better: as for `calibrate`.
+        held_out, refine, tree, stand_ins, on_stage, on_better: as for `calibrate`.
         budget: seconds.
 
     A KeyboardInterrupt ends the searches with what was found until then.
@@ -68,7 +70,13 @@ def auto(
         on_stage(f"searching: {strategy.name}")
         try:
             candidate = find(
-                strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better
+                strategy,
+                task,
+                refine=refine,
+                tree=tree,
+                stand_ins=stand_ins,
+                on_stage=on_stage,
+                on_better=on_better,
             )
         except InputError as error:  # not for this model or these prompts; others may be
             on_stage(f"{strategy.name} does not apply: {error}")

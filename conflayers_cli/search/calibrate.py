@@ -13,6 +13,7 @@ from .check import MOST_CHECKED, Check, check_by_decoding
 from .objective import VANILLA, Objective, Score, Setting
 from .refine import Refiner
 from .side import with_tree
+from .stand_ins import Found, StandInSettings, find_stand_ins
 from .task import RangePlan, SearchResult, Strategy, Task
 from .texts import LEAST_TOKENS
 
@@ -40,6 +41,7 @@ class Candidate:
         seconds: wall time of search and refinement.
         full_passes, draft_passes: passes of the whole model, and with layers left out, spent.
         by_rule: there were no prompts to judge by, and none were needed.
+        stand_ins: what came of looking for linear maps in place of layers; None: nobody looked.
     """
 
     method: Strategy
@@ -55,6 +57,7 @@ class Candidate:
     draft_passes: int
 
     by_rule: bool = False
+    stand_ins: Found | None = None
 
     @property
     def strategy(self) -> str:
@@ -116,6 +119,7 @@ def calibrate(
     *,
     refine: int,
     tree: TreeShape | None = None,
+    stand_ins: StandInSettings | None = None,
     on_stage: Stage,
     on_better: Better,
 ) -> Calibration:
@@ -128,6 +132,7 @@ def calibrate(
         refine: plans judged in refinement at the most; 0 keeps the strategy's own plan and its way
             of drafting, whatever they are worth.
         tree: side candidates that are drafted where refinement finds that they pay; None: a chain.
+        stand_ins: look for linear maps in place of layers once a plan is refined; None: don't.
         on_stage: told what begins.
         on_better: told about better plans during refinement.
 
@@ -135,7 +140,13 @@ def calibrate(
     """
     begin = task.record.meter()
     candidate = find(
-        strategy, task, refine=refine, tree=tree, on_stage=on_stage, on_better=on_better
+        strategy,
+        task,
+        refine=refine,
+        tree=tree,
+        stand_ins=stand_ins,
+        on_stage=on_stage,
+        on_better=on_better,
     )
     check: Check | None = None
     try:
@@ -160,6 +171,7 @@ def find(
     *,
     refine: int,
     tree: TreeShape | None = None,
+    stand_ins: StandInSettings | None = None,
     on_stage: Stage,
     on_better: Better,
 ) -> Candidate:
@@ -168,18 +180,25 @@ def find(
     result = strategy.search(task)
     plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
     expected: Score | None = None
+    found: Found | None = None
     judged, interrupted = 0, result.interrupted
     try:
         if task.prompts and not interrupted and task.objective.texts:
             if refine:
                 on_stage("refining")
                 expected, judged, interrupted = _refined(task, result, refine, on_better)
+                if stand_ins is not None and not interrupted:
+                    on_stage("fitting stand-ins")
+                    found = find_stand_ins(task, expected, stand_ins, refine, on_better)
+                    expected, interrupted = found.score, found.interrupted
+                    judged += found.judged
+                judge = (found and found.objective) or task.objective
                 if expected is not None:
-                    expected = task.objective.modest(expected.plan)
+                    expected = judge.modest(expected.plan)
                     plan, setting = expected.plan, expected.setting
                 if expected is not None and not interrupted:
                     if tree is not None:
-                        expected = with_tree(task.objective, expected, tree) or expected
+                        expected = with_tree(judge, expected, tree) or expected
                         setting = expected.setting
                     ranges, more = _refined_ranges(task, plan, ranges, max(refine - judged, 1))
                     judged += more
@@ -203,6 +222,7 @@ def find(
         full_passes=end.full_passes - begin.full_passes,
         draft_passes=end.draft_passes - begin.draft_passes,
         by_rule=not task.prompts,
+        stand_ins=found,
     )
 
 

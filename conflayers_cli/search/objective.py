@@ -2,16 +2,16 @@
 
 A plan is judged by one parallel draft pass over texts the model wrote itself (SWIFT's matchness,
 arXiv 2410.06916 §4.1): at every position, does the draft's choice equal the text's next token, and
-how sure was the draft? (Within the text the draft sees its own keys, where real decoding has the
-full model's for all verified tokens: agreement errs on the low side.) Decoding is then replayed on
-paper for each draft length and stop probability, with the passes' measured costs, and the best
-setting is the plan's score.
+how sure was the draft? As in decoding, it sees the full model's keys and values of the tokens
+before. (But for those that it has drafted itself since the last verification: agreement errs on the
+high side at the end of long drafts.) Decoding is then replayed on paper for each draft length and
+stop probability, with the passes' measured costs, and the best setting is the plan's score.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,9 +133,9 @@ class Objective:
         self.decoder = decoder
         self.costs = costs
         self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
-        self._traces: dict[tuple[SkipPlan, int], Trace] = {}
-        self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
-        self._known: dict[tuple[SkipPlan, int], Score] = {}
+        self._traces: dict[tuple[Hashable, int], Trace] = {}
+        self._sides: dict[tuple[Hashable, int], list[SideTrace]] = {}
+        self._known: dict[tuple[Hashable, int], Score] = {}
 
     @property
     def texts(self) -> int:
@@ -156,38 +156,39 @@ class Objective:
 
     def traces(self, plan: SkipPlan, texts: int | None = None) -> list[Trace]:
         """The first texts under a plan, a draft pass each where it is not known yet."""
-        missing = [i for i in range(self._count(texts)) if (plan, i) not in self._traces]
+        missing = [i for i in range(self._count(texts)) if (plan.key, i) not in self._traces]
         if missing:
             found = self._record.did(
                 f"{label_of(plan)}: texts {' '.join(map(str, missing))}",
                 lambda: [dict(vars(self._texts[i].trace(self.decoder, plan))) for i in missing],
             )
             for i, trace in zip(missing, found, strict=True):
-                self._traces[plan, i] = Trace(**trace)
-        return [self._traces[plan, i] for i in range(self._count(texts))]
+                self._traces[plan.key, i] = Trace(**trace)
+        return [self._traces[plan.key, i] for i in range(self._count(texts))]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
-        return all((plan, i) in self._traces for i in range(self._count(texts)))
+        return all((plan.key, i) in self._traces for i in range(self._count(texts)))
 
     def side_traces(self, plan: SkipPlan, most: int) -> list[SideTrace]:
         """All texts under a plan with the draft's ``most`` next-best candidates, a pass each where
         they are not known yet."""
-        if (plan, most) not in self._sides:
+        if (plan.key, most) not in self._sides:
             found = self._record.did(
                 f"{label_of(plan)}: {most} side candidates",
                 lambda: [dict(vars(t.side_trace(self.decoder, plan, most))) for t in self._texts],
             )
-            self._sides[plan, most] = [SideTrace(**trace) for trace in found]
-        return self._sides[plan, most]
+            self._sides[plan.key, most] = [SideTrace(**trace) for trace in found]
+        return self._sides[plan.key, most]
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
         count = self._count(texts)
-        known = self._known.get((plan, count))
+        known = self._known.get((plan.key, count))
         if known is None:
             known = max(self._scores(plan, count), key=lambda score: score.speedup)
-            self._known[plan, count] = known
+            if not plan.stand_ins:  # a score holds its plan, and that one large matrices
+                self._known[plan.key, count] = known
         return known
 
     def modest(self, plan: SkipPlan) -> Score:
@@ -230,18 +231,20 @@ class _Text:
     def __init__(self, decoder: Decoder, sample: Sample, most_tokens: int) -> None:
         output = sample.output[: most_tokens + 1]
         start, device = len(sample.prompt), decoder.device
-        self._prompt, self._length = sample.prompt, start + len(output)
+        self._read = (*sample.prompt, *output[:-1])
         self._cache: KVCache | None = None
         self.fed = torch.tensor([output[:-1]], device=device)
         self.following = torch.tensor(output[1:], device=device)
-        self.positions = torch.arange(start, start + len(output) - 1, device=device)[None]
+        self.positions = torch.arange(start, len(self._read), device=device)[None]
 
     def _logits(self, decoder: Decoder, plan: SkipPlan) -> torch.Tensor:
+        count = self.fed.shape[1]
         if self._cache is None:
-            self._cache = decoder.new_cache(self._length)
-            decoder.prefill(torch.tensor([self._prompt], device=decoder.device), self._cache)
-        # The draft writes its keys behind the prompt only, and every pass writes them anew.
-        return decoder.forward(self.fed, self.positions, self._cache, plan)[0].float()
+            self._cache = decoder.new_cache(len(self._read) + count)
+            decoder.prefill(torch.tensor([self._read], device=decoder.device), self._cache)
+        # Every drafted token has a slot behind the text: it sees the full model's keys and its own.
+        slots = self.positions + count
+        return decoder.forward(self.fed, self.positions, self._cache, plan, slots=slots)[0].float()
 
     def side_trace(self, decoder: Decoder, plan: SkipPlan, most: int) -> SideTrace:
         probability = torch.softmax(self._logits(decoder, plan), dim=-1).nan_to_num(0.0)

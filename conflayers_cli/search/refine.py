@@ -39,7 +39,7 @@ class Move:
             attention ^= {self.layer}
         if self.mlp:
             mlp ^= {self.layer}
-        return SkipPlan.of(attention, mlp)
+        return SkipPlan.of(attention, mlp, plan.stand_ins)
 
 
 class Refiner:
@@ -92,7 +92,7 @@ class Refiner:
         return self._climb(best, self._single_moves) if self._single else best
 
     def _layers_back(self, plan: SkipPlan) -> Iterable[Move]:
-        return [Move(i, True, True) for i in plan.layers]
+        return [Move(i, True, True) for i in plan.layers if i not in plan.replaced]
 
     def _layers_out(self, plan: SkipPlan) -> Iterable[Move]:
         named = set(plan.attention) | set(plan.mlp)
@@ -100,8 +100,10 @@ class Refiner:
         return [Move(i, True, True) for i in inner if i not in named]
 
     def _single_moves(self, plan: SkipPlan) -> Iterable[Move]:
-        inner = range(1, self._objective.decoder.depth - 1)
-        return [Move(i, attention, not attention) for i in inner for attention in (True, False)]
+        inner = set(range(1, self._objective.decoder.depth - 1)) - plan.replaced
+        return [
+            Move(i, attention, not attention) for i in sorted(inner) for attention in (True, False)
+        ]
 
     def _climb(self, best: Score, moves_of: Callable[[SkipPlan], Iterable[Move]]) -> Score:
         """Take the best move while one gains.

@@ -1,0 +1,229 @@
+"""Which blocks of layers a linear map stands in for: chosen together with what is left out.
+
+A block's map is fitted in closed form to hidden states of the model's own texts (:mod:`.ridge`),
+and a plan with maps is judged as every other plan is, by predicted tokens per second on texts that
+were not fitted to: a map costs time, and it pays for long runs of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.stand_in import StandIn
+
+from .blocks import Block, Fitter, candidates, neighbours
+from .objective import SAME, Objective, Score
+from .refine import LEAST_GAIN, Refiner
+from .states import Reader
+from .task import Task
+from .texts import MOST_TEXTS, Sample
+
+LEAST_DEPTH = 6
+"""A model with fewer layers has no run worth a map."""
+MOST_BLOCKS = 3
+"""Runs that maps stand in for in one plan at the most."""
+ROUNDS, READING_ROUNDS = 8, 2
+"""Rounds of looking at a run's neighbours at the most; fewer where texts are read for each."""
+LEAST_TOKENS = 256
+"""A map fitted to fewer tokens is none."""
+
+
+@dataclass(frozen=True)
+class StandInSettings:
+    """How stand-ins are looked for.
+
+    Attributes:
+        tokens: fitted to at the most, prompts and outputs.
+        rank: of a map at the most; None: full.
+        memory: bytes that the work may hold at the most.
+    """
+
+    tokens: int = 20_000
+    rank: int | None = None
+    memory: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of looking.
+
+    Attributes:
+        score: the best plan with stand-ins, or the one there was before; None: there is none.
+        judged: plans judged.
+        tokens: fitted to.
+        reason: why there are no stand-ins, one phrase; None: there are.
+        interrupted: cut short by the user.
+        objective: by whom the score is; None: by whom it was before.
+    """
+
+    score: Score | None
+    judged: int
+    tokens: int
+    reason: str | None
+    interrupted: bool = False
+    objective: Objective | None = None
+
+
+def find_stand_ins(
+    task: Task,
+    before: Score | None,
+    settings: StandInSettings,
+    most_plans: int,
+    on_better: Callable[[Score, int], None],
+) -> Found:
+    """Look for a plan with stand-ins that beats the best one without.
+
+    Args:
+        task: its texts are judged by; further ones are fitted to.
+        before: the best plan without; None: none was found that leaves out anything.
+        settings: see there.
+        most_plans: judged in the refinement of the best one at the most.
+        on_better: told about every better plan and the plans judged so far.
+    """
+    if (reason := why_not(task.decoder)) is not None:
+        return Found(before, 0, 0, reason)
+    split = _split(task, settings.tokens)
+    if split is None:
+        return Found(before, 0, 0, "they need at least two prompts with outputs")
+    objective, reader = split[0], Reader(task.decoder, split[1], settings.tokens)
+    if reader.tokens < LEAST_TOKENS:
+        return Found(before, 0, reader.tokens, f"{reader.tokens} tokens are too few to fit to")
+    fitter = Fitter(task.decoder, reader, settings.rank, settings.memory)
+    search = _Search(task, objective, fitter, before, on_better)
+    interrupted = False
+    try:
+        search.run(most_plans)
+    except KeyboardInterrupt:
+        interrupted = True
+    best = search.best
+    least = (search.base.speedup if search.base else 1.0) * (1 + SAME)
+    if best is None or best.speedup <= least:
+        reason = "none decodes faster than what there is without, by the texts judged by"
+        return Found(before, search.judged, reader.tokens, reason, interrupted)
+    return Found(best, search.judged, reader.tokens, None, interrupted, objective)
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why nothing can stand in for this model's layers, one phrase; None: it can."""
+    if decoder.depth < LEAST_DEPTH:
+        return f"the model has {decoder.depth} layers, and they pay from {LEAST_DEPTH} on"
+    import torch
+
+    size = getattr(decoder.config, "hidden_size", None)
+    shapes: list[torch.Size] = []
+    token, position = torch.zeros((1, 1), dtype=torch.int64), torch.zeros((1, 1), dtype=torch.int64)
+    with decoder.showing_states([1], lambda layer, states: shapes.append(states.shape)):
+        decoder.forward(token, position, decoder.new_cache(1))
+    if not shapes or len(shapes[0]) != 3 or shapes[0][-1] != size:
+        return "what its layers hand on is not one state per token"
+    return None
+
+
+def _split(task: Task, tokens: int) -> tuple[Objective, tuple[Sample, ...]] | None:
+    """(who judges, texts to fit to), of different prompts; None: there are too few.
+
+    Where there are plenty, plans are judged by the texts that all searches judge by.
+    """
+    plenty = len(task.prompts) >= 2 * MOST_TEXTS
+    judged = task.texts.enough(MOST_TEXTS if plenty else max(len(task.prompts) // 3, 1))
+    fitted = task.texts.others(judged, tokens)
+    if not judged or not fitted:
+        return None
+    if plenty:
+        return task.objective, fitted
+    return Objective(task.decoder, task.costs, judged, record=task.record), fitted
+
+
+class _Search:
+    """The search for the best runs, one after the other."""
+
+    def __init__(
+        self,
+        task: Task,
+        objective: Objective,
+        fitter: Fitter,
+        before: Score | None,
+        on_better: Callable[[Score, int], None],
+    ) -> None:
+        self._task = task
+        self._objective = objective
+        self._fitter = fitter
+        self._on_better = on_better
+        self._rounds = ROUNDS if fitter.kept else READING_ROUNDS
+        self.judged = 0
+        self.best: Score | None = None
+        self.base = objective.score(before.plan) if before is not None and before.plan else None
+        # On top of what is left out anyway, where that pays, and by themselves.
+        self._bases = [SkipPlan()]
+        if self.base is not None and self.base.speedup > 1:
+            self._bases.append(self.base.plan)
+
+    def run(self, most_plans: int) -> None:
+        """Find the runs; then leave out more, or less, beside them."""
+        similarity = self._fitter.similarity()
+        for _ in range(MOST_BLOCKS):
+            taken = self.best.plan.replaced if self.best else frozenset()
+            stand_ins = self.best.plan.stand_ins if self.best else ()
+            if not self._add_run(candidates(similarity, taken), taken, stand_ins):
+                break
+        if self.best is not None and not self._task.out_of_time:
+            refiner = Refiner(
+                self._objective,
+                single_sub_layers=len(self._task.decoder.sub_layers) == 2,
+                on_progress=lambda score, judged: self._on_better(score, self.judged + judged),
+                most_plans=most_plans,
+                out_of_time=lambda: self._task.out_of_time,
+            )
+            try:
+                self._take(refiner.refine(self.best.plan))
+            finally:
+                self.judged += refiner.judged
+                if refiner.best is not None:
+                    self._take(refiner.best)
+
+    def _add_run(
+        self, blocks: list[Block], taken: frozenset[int], stand_ins: tuple[StandIn, ...]
+    ) -> bool:
+        """Look for one more run beside those of ``stand_ins``; whether there is one that gains."""
+        start = self.best
+        seen: set[Block] = set()
+        chosen: Block | None = None
+        for _ in range(self._rounds + 1):
+            fresh = [block for block in blocks if block not in seen]
+            if not fresh or self._task.out_of_time:
+                break
+            seen |= set(fresh)
+            better = self._best_of(fresh, stand_ins)
+            if better is None:
+                break
+            chosen = better
+            blocks = neighbours(chosen, self._task.decoder.depth, taken)
+        return self.best is not start
+
+    def _best_of(self, blocks: list[Block], stand_ins: tuple[StandIn, ...]) -> Block | None:
+        """The run that beats the best plan by most; None: none does."""
+        found: Block | None = None
+        for block, stand_in in self._fitter.maps(blocks).items():
+            for base in self._bases:
+                plan = SkipPlan.of(base.attention, base.mlp, (*stand_ins, stand_in))
+                self.judged += 1
+                if self._take(self._objective.score(plan)):
+                    found = block
+        kept = [(each.begin, each.end) for each in self.best.plan.stand_ins] if self.best else []
+        self._fitter.forget(kept)
+        return found
+
+    def _take(self, score: Score) -> bool:
+        if self.best is not None and score.speedup <= self.best.speedup * (1 + LEAST_GAIN):
+            return False
+        self.best = score
+        self._on_better(score, self.judged)
+        return True
+
+
+def blocks_of(stand_ins: Iterable[StandIn]) -> list[Block]:
+    """The layers that they stand for."""
+    return [(each.begin, each.end) for each in stand_ins]

@@ -65,20 +65,19 @@ class Results:
     def _read(self, path: Path) -> list[dict[str, Any]]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            head = {key: found[key] for key in self._head}
             cells: list[dict[str, Any]] = found["cells"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: is no result of this benchmark") from error
-        for part in ("settings", "environment"):
             other = [
                 key
+                for part in ("settings", "environment")
                 for key, value in self._head[part].items()
-                if key not in PLACE and head[part].get(key) != value
+                if key not in PLACE and found[part].get(key) != value
             ]
-            if other:
-                raise InputError(
-                    f"{path}: was measured with another {', '.join(other)}; use another --output"
-                )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: is no result of this benchmark") from error
+        if other:
+            raise InputError(
+                f"{path}: was measured with another {', '.join(other)}; use another --output"
+            )
         return cells
 
     def has(self, setting: Setting, strategy: str) -> bool:

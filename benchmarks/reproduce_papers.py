@@ -48,8 +48,12 @@ MODELS: Mapping[str, str] = {
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     "qwen2.5-14b": "Qwen/Qwen2.5-14B",
     "codellama-13b": "codellama/CodeLlama-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
 }
 """By the name used here. Any other name, folder or file that the tool takes may be given, too."""
+ASKED_FOR = frozenset({"llama-2-70b", "llama-3-70b"})
+"""Run only where they are named: they take several cards (``--device-map auto``)."""
 SHOTS: Mapping[str, int] = {"cnndm": 1, "gsm8k": 5, "wmt14": 0, "alpaca": 0}
 TOKENS, TEMPERATURE = 512, 0.0
 SETTINGS = tuple(
@@ -76,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = own.add_argument
-    add("--models", nargs="+", metavar="MODEL", help=f"of {', '.join(MODELS)}, or any (all)")
+    own_help = f"of {', '.join(MODELS)} (all but {', '.join(sorted(ASKED_FOR))}), or any other"
+    add("--models", nargs="+", metavar="MODEL", help=own_help)
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     every = [*STRATEGIES, PUBLISHED]
     add("--strategies", nargs="+", choices=every, default=every)
@@ -101,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="Spec-Bench's prompts (JSONL), with --local")
     add("--profiles", type=Path, default=common.PROFILES, help="the published sets (profiles)")
     add("--device", default="auto")
+    add("--device-map", choices=["auto"], help="whole layers on all GPUs there are")
     add("--dtype", default="auto")
     add("--budget", type=float, metavar="SECONDS", help="end then; the cell at work is given up")
     add("--output", type=Path, help="results as JSON, written after each cell")
@@ -119,7 +125,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):
         own.set_defaults(**QUICK)
     options = own.parse_args(arguments)
-    options.models = options.models or ([LOCAL] if options.local else list(MODELS))
+    usual = [LOCAL] if options.local else [name for name in MODELS if name not in ASKED_FOR]
+    options.models = options.models or usual
     if options.local and options.data is None:
         raise InputError("--local needs prompts with categories: --data FILE, Spec-Bench's for one")
     if options.data is not None and not options.local:
@@ -207,7 +214,8 @@ def run_model(
     if not wanted:
         return
     common.say(f"loading {model}")
-    loading = Loading(device=options.device, dtype=options.dtype)
+    device = "auto" if options.device_map else options.device
+    loading = Loading(device=device, dtype=options.dtype, device_map=options.device_map)
     loaded, decoder = open_model(MODELS.get(model, model), loading)
     costs = costs_for(loaded, decoder)
     for setting, strategy in wanted:

@@ -1,0 +1,123 @@
+"""A cell of the papers' table: one strategy searched for and measured on one model and task.
+
+Arms, in turns at each prompt:
+  vanilla        this engine, nothing drafted
+  own            the strategy's plan, drafted as its paper does; ConfLayers and SWIFT with all the
+                 side candidates of theirs
+  tuned          what `calibrate` makes of it: refined, and drafted as far as it pays
+  mixed          the same, n-grams drafting beside
+  transformers   eager `generate`, which the papers' speed-ups are over
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.paper_figures import published
+from benchmarks.paper_search import Found, Way, search
+from benchmarks.paper_work import Amount, Work
+from benchmarks.strategies import shown
+from conflayers_cli.arms import Arm, EngineArm
+from conflayers_cli.bench import BenchResult, Spread, measure
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.draft import Drafter, SkipDrafter
+from conflayers_cli.engine.mixed import MixedDrafter
+from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.peers import TransformersArm
+
+ARMS = ("vanilla", "own", "tuned", "mixed", "transformers")
+PLANNED = ("own", "tuned", "mixed")
+
+
+def arms_of(work: Work, found: Found, amount: Amount) -> list[Arm]:
+    """The arms asked for that the plans allow for; vanilla is always among them."""
+    decoder, ends = work.decoder, work.loaded.end_tokens
+    sampling = Sampling(temperature=amount.temperature)
+    drafters: dict[str, Drafter | None] = {
+        "own": _fixed(decoder, found.own),
+        "tuned": _lookahead(work, found.tuned, ngram=False),
+        "mixed": _lookahead(work, found.tuned, ngram=True),
+    }
+    arms: list[Arm] = [EngineArm("vanilla", decoder, None, sampling, ends)]
+    arms += [
+        EngineArm(name, decoder, drafter, sampling, ends)
+        for name, drafter in drafters.items()
+        if drafter is not None and name in amount.arms
+    ]
+    if "transformers" in amount.arms:
+        arms.append(TransformersArm.peer("transformers", decoder, sampling, ends))
+    return arms
+
+
+def _fixed(decoder: Decoder, way: Way) -> Drafter | None:
+    """Drafts of the papers' kind: all the side candidates that are wanted, whatever they cost."""
+    setting = way.setting
+    if not way.plan or setting.max_tokens == 0:
+        return None
+    return SkipDrafter(
+        decoder, way.plan, setting.max_tokens, setting.stop_probability, setting.tree
+    )
+
+
+def _lookahead(work: Work, way: Way, *, ngram: bool) -> Drafter | None:
+    """Drafts as far as they pay; None where that is n-grams alone and they are not asked for."""
+    if not way.plan and not ngram:
+        return None
+    tree = way.setting.tree if way.plan else None
+    return MixedDrafter(work.decoder, way.plan, work.costs, ngram=ngram, tree=tree)
+
+
+def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, Any]:
+    """Search, measure; the cell of the results.
+
+    Raises:
+        InputError: as :func:`search`.
+    """
+    begin = time.perf_counter()
+    found = search(strategy, work, amount, profiles)
+    for name, way in (("own", found.own), ("tuned", found.tuned)):
+        common.say(f"  {name}: skips {shown(way.plan) or 'nothing'}")
+    result = measure(
+        arms_of(work, found, amount),
+        work.figures,
+        work.decoder,
+        Sampling(temperature=amount.temperature),
+        runs=amount.runs,
+        warmup=amount.warmup,
+        tell=lambda message, done: common.say(f"  {done:4.0%} {message}"),
+    )
+    return {
+        "model": work.name,
+        "task": work.task,
+        "strategy": strategy,
+        "dtype": str(work.loaded.dtype).removeprefix("torch."),
+        "prompts": {
+            "search": [case.id for case in work.search],
+            "figures": [case.id for case in work.figures],
+        },
+        "search": dict(found.search),
+        "plans": {
+            "own": found.own.as_json("as the paper does"),
+            "tuned": found.tuned.as_json("as far as it pays"),
+        },
+        "arms": {name: arm_figures(result, name) for name in result.arms},
+        "identical": {
+            name: {"matching": same.matching, "total": same.total}
+            for name, same in (result.identical or {}).items()
+        },
+        "published": [each.as_json() for each in published(strategy, work.name, work.task)],
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def arm_figures(result: BenchResult, arm: str) -> dict[str, Any]:
+    """What an arm came to, over `generate`, too, where that was measured."""
+    figures = common.figures(result, arm)
+    if "transformers" in result.arms:
+        over = Spread.of(common.ratios(result, arm, "transformers"))
+        figures["over_transformers"] = asdict(over)
+    return figures

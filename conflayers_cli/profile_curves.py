@@ -75,8 +75,8 @@ def drawing_of(profile: Profile, tensors: Tensors) -> Drawing:
     """What a profile and the tensors beside it, if any, give to draw."""
     depth = profile.model.depth
     left_out = np.zeros((2, depth), dtype=np.bool_)
-    left_out[0, list(profile.plan.attention)] = True
-    left_out[1, list(profile.plan.mlp)] = True
+    left_out[0, list(profile.skip.attention)] = True
+    left_out[1, list(profile.skip.mlp)] = True
     speedup = shaped(tensors, "trial_speedup", None)
     return Drawing(
         left_out=left_out,

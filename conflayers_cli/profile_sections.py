@@ -5,7 +5,15 @@ from __future__ import annotations
 from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from conflayers_cli.engine.plan import SkipPlan
@@ -58,11 +66,34 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class StandInSection(Section):
+    """A linear map in place of the layers ``begin`` … ``end - 1``; it lies in the tensors' file.
+
+    ``rank`` is that of its matrix where it was bounded.
+    """
+
+    begin: Size
+    end: Size
+    rank: Size | None = None
+
+    @property
+    def layers(self) -> range:
+        """The layers it stands for."""
+        return range(self.begin, self.end)
+
+
+StandIns = Annotated[tuple[StandInSection, ...], BeforeValidator(list_to_tuple)]
+
+
 class SkipSection(Section):
-    """The layers whose attention or MLP is left out; in any order on input, sorted here."""
+    """The layers whose attention or MLP is left out; in any order on input, sorted here.
+
+    ``stand_ins`` are linear maps that run in place of some that are left out whole.
+    """
 
     attention: Layers
     mlp: Layers
+    stand_ins: StandIns = ()
 
     @field_validator("attention", "mlp", mode="after")
     @classmethod
@@ -74,14 +105,37 @@ class SkipSection(Section):
             seen.add(layer)
         return tuple(sorted(layers))
 
+    @field_validator("stand_ins", mode="after")
+    @classmethod
+    def _of_layers_left_out(
+        cls, stand_ins: tuple[StandInSection, ...], info: ValidationInfo
+    ) -> tuple[StandInSection, ...]:
+        whole = set(info.data.get("attention", ())) & set(info.data.get("mlp", ()))
+        taken: set[int] = set()
+        for position, each in enumerate(stand_ins):
+            named = f"layers {each.begin}–{each.end - 1}"
+            if each.end <= each.begin:
+                raise entry_error(f"{position}.end", f"{each.end} should be over {each.begin}")
+            # before anything is made of it: a range may be as long as numbers go
+            if each.end - each.begin > len(whole) or not whole.issuperset(each.layers):
+                raise entry_error(
+                    str(position),
+                    f"stands for {named}, allowed are those that attention and mlp both name",
+                )
+            if taken & set(each.layers):
+                raise entry_error(str(position), f"stands for {named}, and so does another")
+            taken |= set(each.layers)
+        return tuple(sorted(stand_ins, key=lambda each: each.begin))
+
     @classmethod
     def of(cls, plan: SkipPlan) -> SkipSection:
-        """The section that says what ``plan`` says."""
-        return cls(attention=plan.attention, mlp=plan.mlp)
+        """The section that says what ``plan`` says; the maps themselves are not in it."""
+        maps = (StandInSection(begin=m.begin, end=m.end, rank=m.rank) for m in plan.stand_ins)
+        return cls(attention=plan.attention, mlp=plan.mlp, stand_ins=tuple(maps))
 
     @property
-    def plan(self) -> SkipPlan:
-        """The sub-layers to leave out, as the engine takes them."""
+    def left_out(self) -> SkipPlan:
+        """The sub-layers left out, without the maps that stand in for some."""
         return SkipPlan(self.attention, self.mlp)
 
 

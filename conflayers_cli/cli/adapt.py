@@ -107,8 +107,9 @@ class Learned:
 
         method = next(name for name in METHODS if name == self._method)
         start, setting = None, None
-        if profile is not None and profile.plan and profile.draft.max_tokens:
-            start = profile.plan
+        # The layers are where the search begins; what stands in for some it can't search.
+        if profile is not None and profile.skip.left_out and profile.draft.max_tokens:
+            start = profile.skip.left_out
             setting = Setting(profile.draft.max_tokens, profile.draft.stop_probability)
         self._loaded = loaded
         self._adapter = AdaptiveDrafter(

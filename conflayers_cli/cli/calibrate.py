@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.calibrate import Calibration
     from conflayers_cli.search.record import Record
+    from conflayers_cli.search.settings import StandInSettings
     from conflayers_cli.search.task import Strategy
 
 DEFAULT_MODEL = "smollm2-deep"
@@ -67,6 +68,7 @@ class Work:
     budget: float
     tree: bool
     refine: int
+    stand_ins: StandInSettings | None
     seed: int
     quantize: str | None
     compiled: bool
@@ -100,6 +102,9 @@ def calibrate(
     refine: search_options.Refine = None,
     refine_limit: search_options.RefineLimit = 500,
     tree: search_options.Tree = True,
+    stand_ins: search_options.StandIns = None,
+    stand_in_tokens: search_options.StandInTokens = None,
+    stand_in_rank: search_options.StandInRank = None,
     max_prompts: options.MaxPrompts = None,
     max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,
@@ -124,6 +129,8 @@ def calibrate(
         budget=budget,
     )
     check_options(strategy, search)
+    refining = refine_limit if (strategy != UNIFIED if refine is None else refine) else 0
+    maps = _stand_in_settings(stand_ins, stand_in_tokens, stand_in_rank, refining > 0)
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
     from conflayers_cli.weights import sample_of
@@ -170,13 +177,35 @@ def calibrate(
             strategies=strategies,
             budget=budget or DEFAULT_BUDGET,
             tree=tree,
-            refine=refine_limit if (strategy != UNIFIED if refine is None else refine) else 0,
+            refine=refining,
+            stand_ins=maps,
             seed=seed,
             quantize=quantize,
             compiled=compile_,
         )
         journal.begin(header_of(work))
         _conclude(work, _searched(work, journal), target, journal, as_json)
+
+
+def _stand_in_settings(
+    wanted: bool | None, tokens: int | None, rank: int | None, refining: bool
+) -> StandInSettings | None:
+    """How stand-ins are looked for; None: nobody looks.
+
+    Raises:
+        InputError: flags that contradict each other.
+    """
+    from conflayers_cli.search.settings import StandInSettings
+
+    looks = refining if wanted is None else wanted
+    if looks and not refining:
+        raise InputError("--stand-ins are found in refinement: not with --no-refine")
+    for flag, value in (("--stand-in-tokens", tokens), ("--stand-in-rank", rank)):
+        if value is not None and not looks:
+            raise InputError(f"{flag} is about stand-ins, and nobody looks for them")
+    if not looks:
+        return None
+    return StandInSettings(rank=rank) if tokens is None else StandInSettings(tokens, rank)
 
 
 def _searched(work: Work, journal: Journal) -> Calibration:
@@ -268,6 +297,7 @@ def _run(work: Work, record: Record) -> Calibration:
                 budget=work.budget,
                 refine=work.refine,
                 tree=work.shape,
+                stand_ins=work.stand_ins,
                 on_stage=display.stage,
                 on_better=display.better,
             )
@@ -278,6 +308,7 @@ def _run(work: Work, record: Record) -> Calibration:
             held_out,
             refine=work.refine,
             tree=work.shape,
+            stand_ins=work.stand_ins,
             on_stage=display.stage,
             on_better=display.better,
         )
@@ -306,9 +337,12 @@ def _tensors_of(done: Calibration, depth: int) -> bytes | None:
     """What goes beside the profile, as a safetensors file; None where there is nothing."""
     from safetensors.torch import save
 
+    from conflayers_cli.profile_stand_ins import stand_in_tensors
     from conflayers_cli.search.tensors import tensors_of
 
-    found = tensors_of(done.result, depth)
+    plans = (done.plan, *(each.plan for each in done.ranges))
+    maps = stand_in_tensors(each for plan in plans for each in plan.stand_ins)
+    found = {**tensors_of(done.result, depth), **maps}
     return save(found) if found else None
 
 

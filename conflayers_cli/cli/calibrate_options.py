@@ -142,6 +142,39 @@ RefineLimit = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
+StandIns = Annotated[
+    bool | None,
+    typer.Option(
+        "--stand-ins/--no-stand-ins",
+        help="Look for runs of layers that a linear map can stand in for, fitted to the model's "
+        "own texts (done where the set is refined, if not told otherwise).",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
+StandInTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--stand-in-tokens",
+        min=1,
+        metavar="N",
+        help="Tokens of prompts and outputs that maps are fitted to at the most (20000).",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
+StandInRank = Annotated[
+    int | None,
+    typer.Option(
+        "--stand-in-rank",
+        min=1,
+        metavar="R",
+        help="Bound the rank of a map's matrix, and so its size: a quarter of the model's width "
+        "loses little.",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[
     int,
     typer.Option(

@@ -137,8 +137,7 @@ def drafter_for(
         check_fit(loaded, decoder, profile, path, force)
     if profile is None or way.by is By.NGRAM:
         return _ngrams(loaded, decoder, way) if way.by is By.NGRAM else None
-    sections = [(0, profile.plan, profile.draft)]
-    sections += [(each.from_context, each.skip.plan, each.draft) for each in profile.ranges or ()]
+    sections = profile.plans()
     modes = [_mode(plan, draft, way) for _, plan, draft in sections]
     if all(mode is By.NONE for mode in modes):
         return None

@@ -39,10 +39,12 @@ def check_fit(
     else:
         _tell_weights(here, profile, path)
     try:
-        for plan in (profile.plan, *(each.skip.plan for each in profile.ranges or ())):
+        plans = profile.plans()
+        for _, plan, _ in plans:
             decoder.check_plan(plan)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        named = str(error).startswith(str(path))
+        raise InputError(str(error) if named else f"{path}: {error}") from None
 
 
 def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -> None:

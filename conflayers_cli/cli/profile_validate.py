@@ -108,7 +108,9 @@ def _read(path: Path) -> tuple[Profile, int, int]:
     from conflayers_cli.profile_tensors import read_tensors
 
     profile, version = Profile.load_versioned(path)
-    return profile, version, len(read_tensors(path, profile))
+    tensors = read_tensors(path, profile)
+    profile.plans()  # what stands in for layers is there, and is what it should be
+    return profile, version, len(tensors)
 
 
 def _told(profile: Profile, version: int, tensors: int) -> str:
@@ -117,7 +119,7 @@ def _told(profile: Profile, version: int, tensors: int) -> str:
 
     older = [f"schema {version}"] if version != SCHEMA_VERSION else []
     beside = [f"{tensors} tensors beside it"] if profile.tensors else []
-    skips = f"skips {skipped(profile.plan, profile.model.depth)}"
+    skips = f"skips {skipped(profile.skip.left_out, profile.model.depth)}"
     return ", ".join([*older, profile.model.name, skips, *beside])
 
 

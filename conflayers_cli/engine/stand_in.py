@@ -73,8 +73,8 @@ class StandIn:
 
     begin: int
     end: int
-    factors: tuple[torch.Tensor, ...]
-    bias: torch.Tensor
+    factors: tuple[torch.Tensor, ...] = field(repr=False)
+    bias: torch.Tensor = field(repr=False)
     digest: str = field(init=False)
     _maps: dict[tuple[torch.device, torch.dtype, bool], Map] = field(
         init=False, repr=False, default_factory=dict

@@ -18,7 +18,7 @@ from .calibrate import (
     find,
 )
 from .check import Check, check_by_decoding
-from .stand_ins import StandInSettings
+from .settings import StandInSettings
 from .task import Strategy, Task
 
 SEARCHING = 0.7

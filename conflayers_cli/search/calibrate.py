@@ -12,8 +12,9 @@ from conflayers_cli.engine.tree import TreeShape
 from .check import MOST_CHECKED, Check, check_by_decoding
 from .objective import VANILLA, Objective, Score, Setting
 from .refine import Refiner
+from .settings import StandInSettings
 from .side import with_tree
-from .stand_ins import Found, StandInSettings, find_stand_ins
+from .stand_ins import Found, find_stand_ins
 from .task import RangePlan, SearchResult, Strategy, Task
 from .texts import LEAST_TOKENS
 

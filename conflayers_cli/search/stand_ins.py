@@ -17,6 +17,7 @@ from conflayers_cli.engine.stand_in import StandIn
 from .blocks import Block, Fitter, candidates, neighbours
 from .objective import SAME, Objective, Score
 from .refine import LEAST_GAIN, Refiner
+from .settings import StandInSettings
 from .states import Reader
 from .task import Task
 from .texts import MOST_TEXTS, Sample
@@ -29,21 +30,6 @@ ROUNDS, READING_ROUNDS = 8, 2
 """Rounds of looking at a run's neighbours at the most; fewer where texts are read for each."""
 LEAST_TOKENS = 256
 """A map fitted to fewer tokens is none."""
-
-
-@dataclass(frozen=True)
-class StandInSettings:
-    """How stand-ins are looked for.
-
-    Attributes:
-        tokens: fitted to at the most, prompts and outputs.
-        rank: of a map at the most; None: full.
-        memory: bytes that the work may hold at the most.
-    """
-
-    tokens: int = 20_000
-    rank: int | None = None
-    memory: int = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def calibrate(
     refine: search_options.Refine = None,
     refine_limit: search_options.RefineLimit = 500,
     tree: search_options.Tree = True,
-    stand_ins: search_options.StandIns = None,
+    stand_ins: search_options.StandIns = False,
     stand_in_tokens: search_options.StandInTokens = None,
     stand_in_rank: search_options.StandInRank = None,
     max_prompts: options.MaxPrompts = None,
@@ -188,7 +188,7 @@ def calibrate(
 
 
 def _stand_in_settings(
-    wanted: bool | None, tokens: int | None, rank: int | None, refining: bool
+    looks: bool, tokens: int | None, rank: int | None, refining: bool
 ) -> StandInSettings | None:
     """How stand-ins are looked for; None: nobody looks.
 
@@ -197,7 +197,6 @@ def _stand_in_settings(
     """
     from conflayers_cli.search.settings import StandInSettings
 
-    looks = refining if wanted is None else wanted
     if looks and not refining:
         raise InputError("--stand-ins are found in refinement: not with --no-refine")
     for flag, value in (("--stand-in-tokens", tokens), ("--stand-in-rank", rank)):

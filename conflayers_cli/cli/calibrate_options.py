@@ -143,13 +143,12 @@ RefineLimit = Annotated[
     ),
 ]
 StandIns = Annotated[
-    bool | None,
+    bool,
     typer.Option(
         "--stand-ins/--no-stand-ins",
-        help="Look for runs of layers that a linear map can stand in for, fitted to the model's "
-        "own texts (done where the set is refined, if not told otherwise).",
+        help="Look for runs of layers that a linear map can stand in for, too, fitted to the "
+        "model's own texts. Takes as long again as the search.",
         rich_help_panel=_SEARCH,
-        show_default=False,
     ),
 ]
 StandInTokens = Annotated[

@@ -27,7 +27,9 @@ QUICK = ("-n", 24, "--refine-limit", 10, "--dtype", "float32", "--device", "cpu"
 def test_every_strategy_leaves_its_course_beside_the_profile(
     run: Run, model: Path, tmp_path: Path, strategy: tuple[object, ...], drawn: tuple[str, ...]
 ) -> None:
-    prompts = write_prompts(tmp_path / "prompts.jsonl", *(f"Say a word about {i}." for i in range(5)))
+    prompts = write_prompts(
+        tmp_path / "prompts.jsonl", *(f"Say a word about {i}." for i in range(5))
+    )
     arguments = ("-m", model, "--data", prompts, "-o", "p.yaml", "--strategy", *strategy, *QUICK)
     result = run("calibrate", *arguments, "--json")
     assert result.code == 0, result.err

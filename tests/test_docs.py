@@ -119,8 +119,8 @@ def test_commands_are_parsed(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert wrong == []
 
 
-def test_the_commands_of_the_readme_are_found() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_commands_of_the_guide_are_found() -> None:
+    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
     found = [args for line in shell_lines(text) for args in arguments_in(line)]
     assert {"calibrate", "generate", "chat", "bench", "profile", "models", "doctor"} <= {
         args[0] for args in found

@@ -70,6 +70,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+STRENGTHS = {"adalora": 0.3, "ia3": 0.3}
+"""How far weights are drawn from those that an adapter begins with."""
+
 
 def base(dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     return tiny.build(hf.LlamaConfig(**{**SIZES, **more}), dtype=dtype, gain=0.5)
@@ -81,10 +84,10 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     options = {"autocast_adapter_dtype": False, **more}
     model = peft.get_peft_model(base(dtype), KINDS[kind](), **options).eval()
     generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.requires_grad:  # several kinds begin with an adapter that does nothing
             drawn = torch.randn(weight.shape, generator=generator)
-            weight.data += 0.3 * weight.data.std(correction=0) * drawn + 0.05 * drawn
+            weight.data += STRENGTHS.get(kind, 0.05) * drawn
     return model
 
 
@@ -97,11 +100,11 @@ def greedy(decoder: Decoder, prompt: list[int], drafter: Any = None) -> tuple[li
 
 def assert_drafts_change_nothing(decoder: Decoder) -> None:
     """Chains, trees and n-grams, without whole layers and sub-layers; some of them stand."""
-    accepted = 0
+    accepted, seen = 0, set()
     for seed in range(2):
         prompt = tiny.prompt(6 + 29 * seed, seed, VOCABULARY) * 2
         expected, _ = greedy(decoder, prompt)
-        assert len(set(expected)) > 5
+        seen.update(expected)
         for drafter in (
             *(SkipDrafter(decoder, plan, 5, 0.0) for plan in PLANS),
             SkipDrafter(decoder, PLANS[0], 3, 0.0, GREEDY_SHAPE),
@@ -111,6 +114,7 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
             assert text == expected
             accepted += stood
     assert accepted > 20
+    assert len(seen) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -157,8 +161,7 @@ def test_what_an_adapter_only_calls_is_packed() -> None:
     decoder = Decoder(adapted("lora-some"))
     if not decoder.packed:
         pytest.skip("no packing on this machine")
-    layer = decoder.stack.layers[1]
-    attention = layer.get_submodule("self_attn")
+    attention: Any = decoder.stack.layers[1].get_submodule("self_attn")
     assert isinstance(attention.q_proj.base_layer, PackedLinear)
     assert isinstance(attention.k_proj, PackedLinear)
     assert type(attention.q_proj.lora_A.default) is torch.nn.Linear
@@ -429,6 +432,7 @@ def test_adapters_that_do_not_fit_are_refused(
 
 
 def test_an_adapter_of_another_model_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    sizes: dict[str, Any]
     for name, sizes in (("wide", {"hidden_size": 64}), ("deep", {"num_hidden_layers": 7})):
         other = save_model(tmp_path / name, **sizes)
         folder = save_adapter(tmp_path / f"{name}-adapter", other)

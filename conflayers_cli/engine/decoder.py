@@ -27,7 +27,7 @@ from .parallel import agreed, world
 from .passes import Inputs, Passes
 from .plan import SkipPlan
 from .pool import CachePool
-from .quantised import method_of, promise
+from .quantised import method_of, promise, rounds_inputs
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
 from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
 from .shortage import check_room, explained, is_shortage
@@ -511,9 +511,11 @@ class Decoder:
         """Whether logits ``[1, T, V]`` agree but for rounding, at most of the positions.
 
         Wrong masks or positions move logits by as much as they vary; half-precision rounding by a
-        few per cent of that, and more at a token here and there, hence the median.
+        few per cent of that, and more at a token here and there, hence the median. So do layers
+        that round their inputs to int8.
         """
-        share = 1e-2 if self.dtype == torch.float32 else 0.3
+        exact = self.dtype == torch.float32 and not rounds_inputs(self.model)
+        share = 1e-2 if exact else 0.3
         # Minus infinity is how models rule tokens out.
         out = one.isneginf() & other.isneginf()
         one, other = one.masked_fill(out, 0.0), other.masked_fill(out, 0.0)

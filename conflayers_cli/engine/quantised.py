@@ -222,7 +222,7 @@ def promise(
         clock: seconds now, with the device's work done; None: the real one.
         kernels: what rounds otherwise, where it does.
     """
-    if model.dtype == torch.float32 and not _rounds_inputs(model):
+    if model.dtype == torch.float32 and not rounds_inputs(model):
         return Promise(LOOSE)  # as with every model in float32: see `rows.RowRule`
     if rows_mix(model):
         return _broken(
@@ -265,7 +265,8 @@ def _threshold(module: Any) -> float:
     return float(getattr(state, "threshold", 0.0))
 
 
-def _rounds_inputs(model: nn.Module) -> bool:
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether layers round what they are given, to int8 or half precision, whatever its dtype."""
     return any(type(module).__name__ in _ROUNDING for module in model.modules())
 
 

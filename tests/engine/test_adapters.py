@@ -70,7 +70,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
 }
 
-STRENGTHS = {"adalora": 0.3, "ia3": 0.3}
+STRENGTHS = {"adalora": 0.3, "ia3": 0.2}
 """How far weights are drawn from those that an adapter begins with."""
 
 
@@ -114,7 +114,7 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
             assert text == expected
             accepted += stood
     assert accepted > 20
-    assert len(seen) > 10
+    assert len(seen) > 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

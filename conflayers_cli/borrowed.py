@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conflayers_cli.engine.adapted import unwrapped
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import Drafter
 from conflayers_cli.engine.model import LoadedModel, as_loaded
@@ -133,11 +134,12 @@ def borrow(model: Any, *, exact: bool = True, in_place: bool = False) -> Borrowe
     others in such a way calls :func:`release`.
 
     Args:
-        model, exact, in_place: as for `Borrowed`.
+        model, exact, in_place: as for `Borrowed`; the model may be a `PeftModel`, too.
 
     Raises:
         InputError: as `Decoder`; the model is as it was.
     """
+    model = unwrapped(model)
     holder = vars(model).get(_ATTRIBUTE)
     borrowed = holder.borrowed if isinstance(holder, _Holder) else None
     if borrowed is None or not borrowed.fits(exact=exact, in_place=in_place):
@@ -152,6 +154,7 @@ def release(model: Any) -> None:
 
     A model that was used ``in_place`` gets weights of its own back, which need no gradients.
     """
+    model = unwrapped(model)
     holder = vars(model).pop(_ATTRIBUTE, None)
     if isinstance(holder, _Holder) and holder.borrowed is not None and holder.borrowed.in_place:
         packing = Packing.earlier(model)

@@ -34,7 +34,7 @@ _SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize")
 _SAME_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MACHINE = ("processor", "gpu", "threads", "platform")
 _SOFTWARE = ("conflayers", "torch", "transformers", "python")
-_HOW = ("exact", "compile", "device_map")
+_HOW = ("exact", "compile", "device_map", "merge_adapter")
 _DRAFTING = ("skip", "draft", "ranges", "draft_by", "lookahead", "tree", "target_speedup")
 
 

@@ -122,6 +122,7 @@ def bench(
     compile_: options.Compile = False,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    merge_adapter: options.MergeAdapter = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     exports = Exports(export_json, export_markdown, export_csv, export_github, plot, plot_theme)
@@ -145,7 +146,10 @@ def bench(
     way.check(profile)
     prompts = read_prompt_file(data, max_prompts)
     source = model_source(model, chosen)
-    how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
+    how = Loading(
+        *(device, dtype, trust_remote_code, exact),
+        *(device_map, compile_, quantize, merge_adapter),
+    )
     loaded, decoder = open_model(source, how)
     drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
     skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
@@ -175,6 +179,7 @@ def bench(
         "truncate": truncate,
         "exact": exact,
         "quantize": quantize,
+        "merge_adapter": merge_adapter,
         "compile": compile_,
         "device_map": device_map,
         "max_new_tokens": max_new_tokens,

@@ -116,6 +116,7 @@ def calibrate(
     compile_: options.Compile = False,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    merge_adapter: options.MergeAdapter = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -156,6 +157,7 @@ def calibrate(
                 device_map=device_map,
                 compiled=compile_,
                 quantize=quantize,
+                merge_adapter=merge_adapter,
             ),
             lambda loaded: weights.append(sample_of(loaded.model)),
         )

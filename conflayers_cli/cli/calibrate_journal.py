@@ -6,6 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.cli.strategies import identity_of
+
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate import Work
     from conflayers_cli.journal import Journal
@@ -57,7 +59,7 @@ def header_of(work: Work) -> dict[str, Any]:
         "quantize": work.quantize,
         "compile": work.compiled,
         "prompts": sha256(repr(tokens).encode()).hexdigest()[:16],
-        "strategy": work.name,
+        "strategy": identity_of(work.name),
         "settings": {
             **_settings(work),
             "refine_limit": work.refine,

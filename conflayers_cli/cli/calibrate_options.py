@@ -31,7 +31,8 @@ StrategyName = Annotated[
     typer.Option(
         "--strategy",
         metavar="NAME",
-        help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all.",
+        help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all; "
+        "or FILE.py:CLASS, one of your own (the file is run).",
         autocompletion=completion.one_of(*STRATEGIES),
         rich_help_panel=_SEARCH,
     ),

@@ -79,6 +79,7 @@ def chat(
     compile_: options.Compile = False,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    merge_adapter: options.MergeAdapter = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     if world().size > 1:
@@ -86,7 +87,10 @@ def chat(
     check_stops(stop)
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
-    how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
+    how = Loading(
+        *(device, dtype, trust_remote_code, exact),
+        *(device_map, compile_, quantize, merge_adapter),
+    )
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     way = Way(draft, lookahead, tree, sampling.greedy)
     way.check(profile)

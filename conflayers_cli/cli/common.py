@@ -53,6 +53,7 @@ class Loading:
     device_map: str | None = None
     compiled: bool = False
     quantize: str | None = None
+    merge_adapter: bool | None = None
 
 
 def open_model(
@@ -86,6 +87,7 @@ def open_model(
             trust_remote_code=how.trust_remote_code,
             device_map=how.device_map,
             quantize=how.quantize,
+            merge_adapter=how.merge_adapter,
             progress=tell,
         )
         if look is not None:

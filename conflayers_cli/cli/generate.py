@@ -115,6 +115,7 @@ def generate(
     compile_: options.Compile = False,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    merge_adapter: options.MergeAdapter = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
@@ -132,7 +133,10 @@ def generate(
     check_stops(stop)
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
-    how = Loading(device, dtype, trust_remote_code, exact, device_map, compile_, quantize)
+    how = Loading(
+        *(device, dtype, trust_remote_code, exact),
+        *(device_map, compile_, quantize, merge_adapter),
+    )
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     way = Way(draft, lookahead, tree, sampling.greedy, batch_size or 1)
     if not (skip_only_ or adapt):

@@ -31,7 +31,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="smollm2, smollm2-deep, a Hugging Face id, a folder or a .gguf file.",
+        help="smollm2, smollm2-deep, a Hugging Face id, a folder (of a model, or of an adapter of "
+        "PEFT) or a .gguf file.",
         autocompletion=completion.model,
         rich_help_panel=_MODEL,
     ),
@@ -93,6 +94,16 @@ Quantize = Annotated[
         help="Load a plain model's weights in fewer bits, int8 or int4 (needs torchao). That is "
         "another model, in less memory, and its text another one.",
         autocompletion=completion.one_of("int8", "int4"),
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
+MergeAdapter = Annotated[
+    bool | None,
+    typer.Option(
+        "--merge-adapter/--no-merge-adapter",
+        help="Where the model is an adapter of PEFT: add its weights to its base's (as is done if "
+        "the base is not quantised), or compute with them beside the base's in every pass.",
         rich_help_panel=_MODEL,
         show_default=False,
     ),

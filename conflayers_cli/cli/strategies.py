@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.cli.own_strategy import FORM, content_of, is_own, own_strategy
 from conflayers_cli.cli.skip_only import check_target_speedup
 from conflayers_cli.errors import InputError
 from conflayers_cli.hints import did_you_mean
@@ -51,11 +52,13 @@ def check_options(name: str, options: SearchOptions) -> None:
     Raises:
         InputError: the message names what there is.
     """
-    if name not in STRATEGIES:
+    if name not in STRATEGIES and not is_own(name):
         hint = did_you_mean(name, STRATEGIES)
-        raise InputError(f"--strategy {name}: there is {', '.join(STRATEGIES)}{hint}")
+        raise InputError(
+            f"--strategy {name}: there is {', '.join(STRATEGIES)}, or {FORM} of your own{hint}"
+        )
     given = {key for key, value in vars(options).items() if value is not None}
-    stray = sorted(given - _TAKES[name])
+    stray = sorted(given - _TAKES.get(name, frozenset()))
     if stray:
         takers = [other for other in STRATEGIES if stray[0] in _TAKES[other]]
         flag = "--" + stray[0].replace("_", "-")
@@ -67,11 +70,16 @@ def check_options(name: str, options: SearchOptions) -> None:
     check_target_speedup(options.target_speedup)
 
 
+def identity_of(name: str) -> str:
+    """What a search with this strategy can be gone on with by: its name, or what its file says."""
+    return content_of(name) if is_own(name) else name
+
+
 def make_strategies(name: str, options: SearchOptions) -> list[Strategy]:
     """The strategies behind a name, in the order they run: several for ``auto``, else one.
 
     Raises:
-        InputError: swift without scikit-learn.
+        InputError: swift without scikit-learn; a file of one's own that holds no strategy.
     """
     from conflayers_cli.search.conflayers import ConfLayers
     from conflayers_cli.search.greedy import Greedy
@@ -79,6 +87,8 @@ def make_strategies(name: str, options: SearchOptions) -> list[Strategy]:
     from conflayers_cli.search.swift import Swift, require_sklearn, sklearn_there
     from conflayers_cli.search.unified import Unified
 
+    if is_own(name):
+        return [own_strategy(name, STRATEGIES)]
     if name == AUTO:
         every: list[Strategy] = [Unified(target) for target in AUTO_TARGETS]
         every += [Knapsack(), ConfLayers(), Greedy(), Knapsack.clasp()]

@@ -186,13 +186,13 @@ def _weight_files(place: str, arguments: Mapping[str, Any], raw: Mapping[str, An
     """The safetensors files of a model, in the order in which transformers looks for them."""
     named = raw.get("transformers_weights")
     for name in (named,) if named else (_WEIGHTS, _INDEX):
-        found = _file(place, name, arguments)
+        found = file_of(place, name, arguments)
         if found is None:
             continue
         if not name.endswith(".index.json"):
             return [found]
         shards = _shards(found)
-        paths = [_file(place, shard, arguments) for shard in shards]
+        paths = [file_of(place, shard, arguments) for shard in shards]
         for shard, path in zip(shards, paths, strict=True):
             if path is None:
                 raise InputError(f"{place} is incomplete: {found.name} names {shard}")
@@ -200,7 +200,7 @@ def _weight_files(place: str, arguments: Mapping[str, Any], raw: Mapping[str, An
     raise InputError(f"{place} has no weights: no {_WEIGHTS} and no {_INDEX} in it")
 
 
-def _file(place: str, name: str, arguments: Mapping[str, Any]) -> Path | None:
+def file_of(place: str, name: str, arguments: Mapping[str, Any]) -> Path | None:
     """A file of the model; from the Hub it is fetched. None: there is none of this name."""
     folder = Path(place)
     if folder.is_dir():

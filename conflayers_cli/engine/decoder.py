@@ -14,6 +14,7 @@ from torch import nn
 from conflayers_cli.errors import ConfLayersError, InputError
 
 from . import attention
+from .adapted import mixes_dtypes, unwrapped
 from .best import NO_TOKEN, best_tokens
 from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
 from .device import device_of, spread_of
@@ -26,7 +27,7 @@ from .parallel import agreed, world
 from .passes import Inputs, Passes
 from .plan import SkipPlan
 from .pool import CachePool
-from .quantised import method_of, promise
+from .quantised import method_of, promise, rounds_inputs
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
 from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
 from .shortage import check_room, explained, is_shortage
@@ -80,13 +81,14 @@ class Decoder:
         full_passes, draft_passes: forwards so far, of the whole model and under a plan.
         rows: how many rows passes run.
         inexact: passes could not be arranged as ``exact`` asks.
-        caveat: why, where it lies with quantised weights.
+        caveat: why, where it lies with quantised weights or an adapter.
         passes, runner: what runs them, and how they reach the device.
         setbacks: ways of running passes that failed here, and why.
         compilation: what came of having the forward compiled; None: nobody has asked.
 
     Args:
-        model: a transformers causal language model in eval mode, on its device and in its dtype.
+        model: a transformers causal language model in eval mode, on its device and in its dtype, or
+            a `PeftModel` of one.
         exact: arrange half-precision passes so that a token's logits have the same bits in every
             one of them; without, drafts may part from vanilla at near-ties, and steps are quicker.
         recorder: records passes, to be replayed; None: CUDA graphs where the model is on a GPU.
@@ -105,6 +107,7 @@ class Decoder:
         recorder: Recorder | None = None,
         eager: str | None = None,
     ) -> None:
+        model = unwrapped(model)
         self.model = model
         self.config = model.config.get_text_config()
         refuse_unsupported(model, self.config)
@@ -143,8 +146,10 @@ class Decoder:
         self.passes.fused = self._fuse()
         wanted = self.rows.bitwise
         self.caveat: str | None = None
-        if exact and method_of(model.config) is not None:
-            promised = agreed(promise(model, self._sample_logits()))
+        quantised = method_of(model.config) is not None
+        if exact and (quantised or (wanted and mixes_dtypes(model))):
+            kernels = "quantised kernels" if quantised else "adapter's float32 kernels"
+            promised = agreed(promise(model, self._sample_logits(), kernels=kernels))
             self.rows, self.caveat = promised.rows, promised.caveat
         elif wanted and self.device.type == "cuda":
             self.rows = find_rule(self._sample_logits())
@@ -525,9 +530,11 @@ class Decoder:
         """Whether logits ``[1, T, V]`` agree but for rounding, at most of the positions.
 
         Wrong masks or positions move logits by as much as they vary; half-precision rounding by a
-        few per cent of that, and more at a token here and there, hence the median.
+        few per cent of that, and more at a token here and there, hence the median. So do layers
+        that round their inputs to int8.
         """
-        share = 1e-2 if self.dtype == torch.float32 else 0.3
+        exact = self.dtype == torch.float32 and not rounds_inputs(self.model)
+        share = 1e-2 if exact else 0.3
         # Minus infinity is how models rule tokens out.
         out = one.isneginf() & other.isneginf()
         one, other = one.masked_fill(out, 0.0), other.masked_fill(out, 0.0)

@@ -46,6 +46,8 @@ class Norm:
     """RMSNorm, rounded where transformers rounds."""
 
     def __init__(self, module: Any) -> None:
+        if next(module.children(), None) is not None:
+            raise ValueError("a norm with an adapter around it")
         self.weight = module.weight
         self.share = 1.0 / self.weight.shape[-1]
         self.epsilon = torch.tensor(float(module.variance_epsilon), device=self.weight.device)

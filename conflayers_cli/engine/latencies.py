@@ -22,7 +22,7 @@ from conflayers_cli import environment
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.outputs import write_json
 
-from . import builtin, catalogue
+from . import adapted, builtin, catalogue
 from .costs import Costs, CostTable, measure_costs
 from .decoder import Decoder
 from .device import spread_of
@@ -80,13 +80,14 @@ def costs_of(
 def key_of(model: Any) -> str:
     """What tells a model from those whose passes cost something else.
 
-    Its shape, the kinds of modules that it is made of, which say whether weights are packed, and
-    how its weights are quantised.
+    Its shape, the kinds of modules that it is made of, which say whether weights are packed, how
+    its weights are quantised, and how much of an adapter stands beside them.
     """
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     known = {**fingerprint(model.config), "modules": kinds}
-    quantised = signature(model.config)
-    return json.dumps({**known, "quantised": quantised} if quantised else known, sort_keys=True)
+    more = {"quantised": signature(model.config), "adapter": adapted.signature(model)}
+    told = {name: value for name, value in more.items() if value is not None}
+    return json.dumps({**known, **told}, sort_keys=True)
 
 
 def cost_table(

@@ -26,6 +26,9 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from conflayers_cli.engine.adapted import unwrapped
+from conflayers_cli.engine.adapters import CONFIG as ADAPTER_CONFIG
+from conflayers_cli.engine.adapters import Adapter, attach, check_merge, find_adapter
 from conflayers_cli.engine.builtin import (
     BUILTIN,
     Progress,
@@ -38,7 +41,7 @@ from conflayers_cli.engine.checkpoint import check_config, check_json, check_siz
 from conflayers_cli.engine.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.engine.dtype import check_dtype, choose_dtype
 from conflayers_cli.engine.encoding import first_line, render, token_ids
-from conflayers_cli.engine.parallel import begin, on_first, sharding
+from conflayers_cli.engine.parallel import begin, on_first, sharding, world
 from conflayers_cli.engine.quantised import check_bits, loading, told
 from conflayers_cli.engine.sketch import Sketch, sketch_of
 from conflayers_cli.engine.support import sizes_by_layer
@@ -112,12 +115,14 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a model is read from: a folder or Hub id, and the GGUF file in it if that is meant."""
+    """Where a model is read from: a folder or Hub id, and the GGUF file or adapter in it if that is
+    meant."""
 
     source: str
     place: str
     gguf: str | None = None
     on_hub: bool = False
+    adapter: Adapter | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -134,13 +139,15 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     quantize: str | None = None,
+    merge_adapter: bool | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
     A built-in name wins over a folder of that name, a local path over a Hub id. Weights come from
     safetensors or GGUF only, never from pickles. Under torchrun each process gets its part of every
-    layer (see :mod:`.parallel`).
+    layer (see :mod:`.parallel`). An adapter of PEFT is loaded with the base that it names (see
+    :mod:`.adapters`).
 
     Args:
         device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or
@@ -150,6 +157,7 @@ def load_model(
         device_map: ``auto`` spreads the layers over all devices there are, and over the host's
             memory where those are too small; None: one device.
         quantize: load a plain checkpoint's weights in fewer bits, ``int8`` or ``int4``.
+        merge_adapter: add an adapter's weights to its base's; None: where the base's are plain.
         progress: told about conversion and loading.
 
     Raises:
@@ -165,6 +173,14 @@ def load_model(
     if source in BUILTIN:  # converted by one process, for all of this machine
         on_first(lambda: ensure(source, progress))
     origin = _find(source, progress)
+    if origin.adapter is not None:
+        _check_spread(source, device_map)
+        same = {"device": device, "dtype": dtype, "quantize": quantize, "progress": progress}
+        base = _load_base(origin.adapter, source, trust_remote_code=trust_remote_code, **same)
+        return _adapted(base, origin, origin.adapter, merge_adapter, trust_remote_code)
+    if merge_adapter is not None:
+        flag = "merge" if merge_adapter else "no-merge"
+        raise InputError(f"--{flag}-adapter: {source} is no adapter: leave it out")
     if quantize and origin.gguf:
         raise InputError(f"--quantize takes safetensors, and {source} is a GGUF file")
 
@@ -192,15 +208,57 @@ def load_model(
     return as_loaded(on_device, tokenizer, source, reason)
 
 
+def _load_base(adapter: Adapter, source: str, **how: Any) -> LoadedModel:
+    """The model that an adapter was made for."""
+    try:
+        if _find(adapter.base, None).adapter is not None:
+            raise InputError(f"{adapter.base} is an adapter itself")
+        return load_model(adapter.base, **how)
+    except InputError as error:
+        raise InputError(
+            f"{source} is an adapter of {adapter.base!r}: {error}; base_model_name_or_path in its "
+            f"{ADAPTER_CONFIG} says where the base is"
+        ) from error
+
+
+def _check_spread(source: str, device_map: str | None) -> None:
+    """Refuse to share an adapter's base among devices: what an adapter adds is not shared along."""
+    if device_map or world().size > 1:
+        way = "--device-map" if device_map else "torchrun"
+        raise InputError(
+            f"{source} is an adapter, which {way} can't spread: save it merged with its base first "
+            "(merge_and_unload and save_pretrained of peft)"
+        )
+
+
+def _adapted(
+    base: LoadedModel,
+    origin: _Origin,
+    adapter: Adapter,
+    merge: bool | None,
+    trust_remote_code: bool,
+) -> LoadedModel:
+    """The base with its adapter, and with the adapter's tokenizer where that brings one."""
+    source = origin.source
+    merged = check_merge(merge, base.model.config, source)
+    model = attach(base.model, adapter, source, merge=merged)
+    with quiet_transformers():
+        own = adapter.tokenizer
+        tokenizer = _read_tokenizer(origin, trust_remote_code) if own else base.tokenizer
+    how = "merged into the weights" if merged else "beside the weights"
+    return as_loaded(model, tokenizer, source, f"{base.dtype_reason}; adapter {how}")
+
+
 def as_loaded(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> LoadedModel:
     """A model that is in memory already, with what there is to know about it.
 
     Args:
-        model: a transformers causal language model on its device.
+        model: a transformers causal language model on its device, or a `PeftModel` of one.
         tokenizer: its tokenizer; None where nobody is going to read or write text.
         name: what a profile calls it.
         dtype_reason: why it runs in its dtype.
     """
+    model = unwrapped(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -312,6 +370,8 @@ def _find(source: str, progress: Progress | None) -> _Origin:
         return _Origin(source, str(ensure(source, progress)))
     path = Path(source).expanduser()
     if source and path.is_dir():
+        if (adapter := find_adapter(str(path), {})) is not None:
+            return _Origin(source, str(path), adapter=adapter)
         _check_folder(path, source)
         return _Origin(source, str(path))
     if path.is_file():
@@ -326,7 +386,11 @@ def _find(source: str, progress: Progress | None) -> _Origin:
         raise InputError(f"no such model: {source!r}{hint} ({known})")
     if not _HUB_ID.fullmatch(source):
         raise InputError(f"no such model: {source!r} is no path and no Hugging Face id ({known})")
-    return _Origin(source, source, on_hub=True)
+    try:
+        adapter = find_adapter(source, {})
+    except OSError:  # no such model, or no way to it: told when its configuration is read
+        adapter = None
+    return _Origin(source, source, on_hub=True, adapter=adapter)
 
 
 def _check_folder(folder: Path, source: str) -> None:

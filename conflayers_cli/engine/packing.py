@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from .adapted import packable, packable_children
 from .device import spread_of
 
 _MEASURED = 8
@@ -130,7 +131,7 @@ class Packing:
         self._once = _used_once(model)
         try:
             for layer in layers:
-                for parent in list(layer.modules()):
+                for parent in list(packable(layer)):
                     self._pack_children(parent)
             self._pack_head(model)
         except BaseException:
@@ -144,7 +145,8 @@ class Packing:
         earlier = Packing.earlier(model)
         if earlier is not None or not _possible(model):
             return earlier
-        found = [m for layer in layers for m in layer.modules() if is_plain(m)]
+        parents = [parent for layer in layers for parent in packable(layer)]
+        found = [m for p in parents for _, m in packable_children(p) if is_plain(m)]
         try:
             return Packing(model, layers) if found and _faster(found) else None
         except (RuntimeError, TypeError, ValueError):  # a kind of weight that can't be packed
@@ -188,7 +190,7 @@ class Packing:
             parent._modules[name] = stand_in
 
     def _pack_children(self, parent: nn.Module) -> None:
-        children = parent.named_children()
+        children = packable_children(parent)
         linears = [name for name, child in children if is_plain(child) and child in self._once]
         for names in _MERGED:
             if not all(name in linears for name in names):

@@ -205,15 +205,24 @@ def weight_only(bits: str, device: torch.device, dtype: torch.dtype, inputs: Ite
         ) from error
 
 
-def promise(model: Any, logits: Logits, clock: Callable[[], float] | None = None) -> Promise:
+def promise(
+    model: Any,
+    logits: Logits,
+    clock: Callable[[], float] | None = None,
+    kernels: str = "quantised kernels",
+) -> Promise:
     """Find out whether a quantised model's rows keep their bits from pass to pass, at what price.
+
+    Or those of a model in half precision whose adapter computes in float32, where products take
+    other kernels.
 
     Args:
         model: the model.
         logits: runs tokens, see `rows.find_rule`.
         clock: seconds now, with the device's work done; None: the real one.
+        kernels: what rounds otherwise, where it does.
     """
-    if model.dtype == torch.float32 and not _rounds_inputs(model):
+    if model.dtype == torch.float32 and not rounds_inputs(model):
         return Promise(LOOSE)  # as with every model in float32: see `rows.RowRule`
     if rows_mix(model):
         return _broken(
@@ -223,8 +232,8 @@ def promise(model: Any, logits: Logits, clock: Callable[[], float] | None = None
     rule = find_rule(logits)
     if not rule.bitwise:
         return _broken(
-            "this model's quantised kernels round otherwise for other numbers of tokens, so drafts "
-            "may change the text where two tokens are as good as equal"
+            f"this model's {kernels} round otherwise for other numbers of tokens, so drafts may "
+            "change the text where two tokens are as good as equal"
         )
     dearer = _ratio(logits, rule.least, clock or partial(_now, model.device))
     if dearer > DEAREST:
@@ -251,10 +260,13 @@ def rows_mix(model: nn.Module) -> bool:
 
 def _threshold(module: Any) -> float:
     """From where on bitsandbytes' int8 takes an input for an outlier; 0: it has none."""
-    return float(module.state.threshold) if type(module).__name__ == "Linear8bitLt" else 0.0
+    # PEFT has adapted layers of the same name, without a state of their own.
+    state = getattr(module, "state", None) if type(module).__name__ == "Linear8bitLt" else None
+    return float(getattr(state, "threshold", 0.0))
 
 
-def _rounds_inputs(model: nn.Module) -> bool:
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether layers round what they are given, to int8 or half precision, whatever its dtype."""
     return any(type(module).__name__ in _ROUNDING for module in model.modules())
 
 

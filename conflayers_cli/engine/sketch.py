@@ -23,6 +23,7 @@ from torch import nn
 
 from conflayers_cli.errors import InputError
 
+from .adapted import Weight, weights_of
 from .device import spread_of
 from .layers import find_layers
 from .quantised import method_of
@@ -71,7 +72,8 @@ def sketch_of(model: Any) -> Sketch | None:
     Returns:
         None where this process does not hold all of the plain weights: quantised ones, those of a
         model spread over several devices or processes, those without values (meta), weights that
-        are all zero or not finite, and a model without a list of layers.
+        are all zero or not finite, those that an adapter does more to than add to them, and a model
+        without a list of layers.
     """
     if method_of(model.config) is not None or spread_of(model):
         return None
@@ -79,9 +81,9 @@ def sketch_of(model: Any) -> Sketch | None:
         weights = _sampled_weights(list(find_layers(model)))
     except InputError:  # no layers that could be left out: whoever wants to is told then
         return None
-    if not weights or not all(_holds_values(weight) for weight in weights):
+    if not weights or not all(_holds_values(weight.plain) for weight in weights):
         return None
-    taken = [_runs(weight) for weight in weights]
+    taken = [_runs(weight.whole()) for weight in weights]
     # to the host in one copy, and there to float64, which not every device has
     flat = torch.cat([runs.reshape(-1) for runs in taken]).cpu().double().numpy()
     norm = float(np.linalg.norm(flat))
@@ -95,13 +97,16 @@ def sketch_of(model: Any) -> Sketch | None:
     )
 
 
-def _sampled_weights(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+def _sampled_weights(layers: Sequence[nn.Module]) -> list[Weight]:
     """One matrix each of `TENSORS` layers: the layers evenly spaced, going round their matrices."""
-    found: list[torch.Tensor] = []
+    found: list[Weight] = []
     for number in range(TENSORS):
         layer = layers[number * len(layers) // TENSORS]
-        named = {name: p for name, p in layer.named_parameters() if p.dim() >= 2}
-        names = [name for name in sorted(named) if named[name].numel() >= RUN]
+        named = weights_of(layer)
+        if named is None:
+            return []
+        matrices = {name: w.plain for name, w in named.items() if w.plain.dim() >= 2}
+        names = [name for name in sorted(matrices) if matrices[name].numel() >= RUN]
         if names:
             found.append(named[names[number % len(names)]])
     return found

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ POLLED_S = 1.0
 """Every so often workers that were late are looked for, and nodes that are gone."""
 CONNECTED_S, ANSWERED_S = 5.0, 60.0
 """An address must take a connection within the former, and turn out to be Ray's in the latter."""
+FREED_S = 5.0
+"""What others used on the cluster is free again in so long a time after they have ended."""
 STORE_BYTES = 2**27
 """Of Ray's object store, where a cluster is started here: prompts go through it, and answers."""
 _PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
@@ -178,35 +181,41 @@ class _Hand:
     """The actor: opens its worker when the first share comes, after a restart as well.
 
     Args:
-        opening: makes the worker, in a list: Ray then leaves it where its owner keeps it.
         folder: the command's own: a relative path means the same here.
     """
 
-    def __init__(self, opening: list[Any], folder: str) -> None:
-        self._opening = opening
+    def __init__(self, folder: str) -> None:
         self._worker: Worker | None = None
         with suppress(OSError):  # another machine may lack it
             os.chdir(folder)
 
-    def do(self, shares: Sequence[Any], dtype: str | None) -> _Outcome | _Failure:
-        """Do some of the work, none of it to be made ready only."""
+    def do(
+        self, opening: Sequence[Any], shares: Sequence[Any], dtype: str | None
+    ) -> _Outcome | _Failure:
+        """Do some of the work, none of it to be made ready only.
+
+        Args:
+            opening: where Ray keeps what makes the worker.
+            shares: of the work.
+            dtype: the one to do it in; None: whichever.
+        """
         import ray
 
         try:
-            worker = self._at_hand(dtype)
+            worker = self._at_hand(opening, dtype)
             value = [worker(share) for share in shares]
         except ConfLayersError as error:
             return _Failure(str(error), isinstance(error, InputError), socket.gethostname())
         revived = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         return _Outcome(worker.place, tuple(worker.notes), value, revived)
 
-    def _at_hand(self, dtype: str | None) -> Worker:
+    def _at_hand(self, opening: Sequence[Any], dtype: str | None) -> Worker:
         import ray
 
         if self._worker is None or dtype not in (None, self._worker.place.dtype):
-            opening: Opening = ray.get(self._opening[0])
+            make: Opening = ray.get(opening[0])
             self._worker = None
-            self._worker = opening(dtype)
+            self._worker = make(dtype)
         return self._worker
 
 
@@ -215,7 +224,8 @@ class Crew:
 
     Args:
         room: what they get.
-        coming: what each of them is asked first, and the actor.
+        opening: where Ray keeps what makes a worker, in a list: so it is not sent with each share.
+        hands: the actors.
         tell: told what the user should know.
         several_nodes: whether a failure has to say where it was.
 
@@ -226,13 +236,15 @@ class Crew:
     def __init__(
         self,
         room: Room,
-        coming: dict[Any, Any],
+        opening: Sequence[Any],
+        hands: Sequence[Any],
         tell: Callable[[str], None],
         several_nodes: bool,
     ) -> None:
         self.room = room
         self.places: list[Place] = []
-        self._coming = coming
+        self._opening = opening
+        self._coming = {hand.do.remote(opening, [], None): hand for hand in hands}
         self._here: list[Any] = []
         self._tell = tell
         self._told: set[str] = set()
@@ -251,7 +263,7 @@ class Crew:
 
         pool = ActorPool(self._here)
         for share in shares:
-            pool.submit(lambda actor, share: actor.do.remote([share], self._dtype), share)
+            pool.submit(self._begin, share)
         if not self._here:
             self._join(pool, None)
         with _failures_told():
@@ -274,6 +286,9 @@ class Crew:
         while self._coming:
             self._join(None, None)
         return self.places
+
+    def _begin(self, actor: Any, share: Any) -> Any:
+        return actor.do.remote(self._opening, [share], self._dtype)
 
     @property
     def _dtype(self) -> str | None:
@@ -352,25 +367,37 @@ def crew_of(cluster: Cluster, opening: Opening, tell: Callable[[str], None]) -> 
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
         room = room_for(_sizes(nodes), cluster.workers, cluster.gpus)
+        _tell_busy(room, tell)
+        actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES)(_Hand)
+        kind = actor.options(num_cpus=room.cpus, num_gpus=room.gpus)
+        kept = [ray.put(opening)]
+        hands = [kind.remote(str(Path.cwd())) for _ in range(room.workers)]
+        try:
+            yield Crew(room, kept, hands, tell, len(nodes) > 1)
+        finally:
+            for hand in hands:
+                ray.kill(hand)
+
+
+def _tell_busy(room: Room, tell: Callable[[str], None]) -> None:
+    """Say so where others use the cluster; those that have just ended have a moment to go."""
+    import ray
+
+    deadline = time.monotonic() + FREED_S
+    while True:
         free = ray.available_resources()
         idle = int(free.get("CPU", 0)) // room.cpus
         if room.gpus:
             idle = min(idle, int(free.get("GPU", 0)))
-        if idle < room.workers:
-            tell(
-                f"note: the cluster is at other work: {idle} of {room.workers} workers can begin, "
-                "the others when there is room"
-            )
-        actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES)(_Hand)
-        kind = actor.options(num_cpus=room.cpus, num_gpus=room.gpus)
-        kept = ray.put(opening)
-        hands = [kind.remote([kept], str(Path.cwd())) for _ in range(room.workers)]
-        try:
-            coming = {hand.do.remote([], None): hand for hand in hands}
-            yield Crew(room, coming, tell, len(nodes) > 1)
-        finally:
-            for hand in hands:
-                ray.kill(hand)
+        if idle >= room.workers:
+            return
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    tell(
+        f"note: the cluster is at other work: {idle} of {room.workers} workers can begin, the "
+        "others when there is room"
+    )
 
 
 @contextmanager
@@ -417,6 +444,8 @@ def _connect(address: str) -> None:
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address}: {_last_line(error)}") from error
+    except Exception as error:  # Ray raises bare ones where its daemons don't come up in time
+        raise ConfLayersError(f"Ray could not be started: {_last_line(error)}") from error
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

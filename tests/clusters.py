@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
+import pytest
+
+# Before anybody imports Ray, as the command does it.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
 
 WORKER = "ray::_Hand"
 """How Ray names the processes of our workers."""
@@ -16,14 +20,16 @@ WORKER = "ray::_Hand"
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Within: this process is the driver of a cluster of its own."""
-    # Before Ray is imported, as the command does it.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+    """Within: this process is the driver of a cluster of its own.
+
+    Its workers keep what they measure in a folder that goes with it.
+    """
     import logging
 
     import ray
 
-    with folder() as place:
+    with folder() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONFLAYERS_CACHE", f"{place}/cache")
         ray.init(
             address="local",
             num_cpus=2,

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,8 @@ import pytest
 from conflayers_cli import distributed
 from conflayers_cli.distributed import Cluster, Crew, Place, Room, cluster_of, crew_of, room_for
 from conflayers_cli.errors import ConfLayersError, InputError
-from tests.clusters import cluster
 
 LOCAL = Cluster("local", 2)
-
-
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    pytest.importorskip("ray")
-    with cluster():
-        yield
 
 
 @dataclass
@@ -125,7 +117,7 @@ class TestCrew:
 
     def test_workers_that_differ_are_told_of(self) -> None:
         told: list[str] = []
-        crew = Crew(Room(2, 1, 0), {}, told.append, several_nodes=True)
+        crew = Crew(Room(2, 1, 0), [], [], told.append, several_nodes=True)
         for device in ("abacus", "slide rule", "slide rule"):
             place = Place("here", device, "float32", "2.0")
             crew._tell_differences(place)

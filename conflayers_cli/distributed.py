@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,13 @@ class Place:
     device: str
     dtype: str
     torch: str
+
+    def is_like(self, other: Place) -> bool:
+        """Whether both come to the same."""
+        return replace(self, host=other.host) == other
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.device}, {self.dtype}, torch {self.torch}"
 
 
 class Worker(Protocol):
@@ -186,6 +193,7 @@ class _Hand:
 
     def __init__(self, folder: str) -> None:
         self._worker: Worker | None = None
+        self._opened_in: str | None = None
         with suppress(OSError):  # another machine may lack it
             os.chdir(folder)
 
@@ -212,11 +220,13 @@ class _Hand:
     def _at_hand(self, opening: Sequence[Any], dtype: str | None) -> Worker:
         import ray
 
-        if self._worker is None or dtype not in (None, self._worker.place.dtype):
+        worker = self._worker
+        if worker is None or dtype not in (None, self._opened_in, worker.place.dtype):
             make: Opening = ray.get(opening[0])
-            self._worker = None
-            self._worker = make(dtype)
-        return self._worker
+            worker = self._worker = None  # two models might not fit
+            worker = self._worker = make(dtype)
+            self._opened_in = dtype
+        return worker
 
 
 class Crew:
@@ -228,6 +238,7 @@ class Crew:
         hands: the actors.
         tell: told what the user should know.
         several_nodes: whether a failure has to say where it was.
+        like: where all must be like, for results that are compared; None: what differs is told.
 
     Attributes:
         places: what those that have come so far run on.
@@ -240,15 +251,18 @@ class Crew:
         hands: Sequence[Any],
         tell: Callable[[str], None],
         several_nodes: bool,
+        like: Place | None = None,
     ) -> None:
         self.room = room
         self.places: list[Place] = []
         self._opening = opening
-        self._coming = {hand.do.remote(opening, [], None): hand for hand in hands}
+        dtype = None if like is None else like.dtype
+        self._coming = {hand.do.remote(opening, [], dtype): hand for hand in hands}
         self._here: list[Any] = []
         self._tell = tell
         self._told: set[str] = set()
         self._several_nodes = several_nodes
+        self._like = like
 
     def results(self, shares: Iterable[Any]) -> Iterator[Any]:
         """What each share came to, as soon as it is there, in whatever order that is.
@@ -277,15 +291,14 @@ class Crew:
                     yield value
                 self._join(pool, 0)
 
-    def gather(self) -> list[Place]:
-        """Wait for all workers: what each runs on.
+    def gather(self) -> None:
+        """Wait for all workers.
 
         Raises:
             InputError, ConfLayersError: as :meth:`results`.
         """
         while self._coming:
             self._join(None, None)
-        return self.places
 
     def _begin(self, actor: Any, share: Any) -> Any:
         return actor.do.remote(self._opening, [share], self._dtype)
@@ -293,6 +306,8 @@ class Crew:
     @property
     def _dtype(self) -> str | None:
         """The first worker's: where each is to find out by itself, they might not agree."""
+        if self._like is not None:
+            return self._like.dtype
         return self.places[0].dtype if self.places else None
 
     def _join(self, pool: Any, timeout: float | None) -> None:
@@ -306,7 +321,6 @@ class Crew:
                     return
                 actor = self._coming.pop(ready[0])
                 place = self._checked(ray.get(ready[0])).place
-                self._tell_differences(place)
                 self.places.append(place)
                 self._here.append(actor)
                 if pool is not None:
@@ -318,6 +332,7 @@ class Crew:
             where = f"on {outcome.host}: " if self._several_nodes else ""
             kind = InputError if outcome.of_input else ConfLayersError
             raise kind(f"{where}{outcome.told}")
+        self._compare(outcome.place)
         for note in outcome.notes:
             self._tell_once(note)
         if outcome.revived:
@@ -329,13 +344,18 @@ class Crew:
             self._told.add(message)
             self._tell(message)
 
-    def _tell_differences(self, place: Place) -> None:
+    def _compare(self, place: Place) -> None:
+        if self._like is not None and not place.is_like(self._like):
+            raise InputError(
+                f"a worker runs on {place}, this process on {self._like}: what they find out can't "
+                "be compared"
+            )
         first = self.places[0] if self.places else place
-        if (place.device, place.torch) != (first.device, first.torch):
+        # Found in another dtype, it is going to open its model anew for its first share.
+        if self._like is None and not replace(place, dtype=first.dtype).is_like(first):
             self._tell_once(
-                f"note: workers differ ({first.device}, torch {first.torch}; {place.device}, torch "
-                f"{place.torch}): where two tokens are as good as equal, texts may depend on which "
-                "one decodes them"
+                f"note: workers differ ({first}; {place}): where two tokens are as good as equal, "
+                "texts may depend on which one decodes them"
             )
 
     def _tell_lost(self) -> None:
@@ -351,13 +371,16 @@ class Crew:
 
 
 @contextmanager
-def crew_of(cluster: Cluster, opening: Opening, tell: Callable[[str], None]) -> Iterator[Crew]:
+def crew_of(
+    cluster: Cluster, opening: Opening, tell: Callable[[str], None], like: Place | None = None
+) -> Iterator[Crew]:
     """Within: workers on the cluster, each opened by ``opening``; behind it they are gone.
 
     Args:
         cluster: where.
         opening: is sent to every worker by value (cloudpickle).
         tell: told what the user should know.
+        like: as for `Crew`.
 
     Raises:
         InputError: the cluster can't be reached, or has no room for the workers.
@@ -373,7 +396,7 @@ def crew_of(cluster: Cluster, opening: Opening, tell: Callable[[str], None]) -> 
         kept = [ray.put(opening)]
         hands = [kind.remote(str(Path.cwd())) for _ in range(room.workers)]
         try:
-            yield Crew(room, kept, hands, tell, len(nodes) > 1)
+            yield Crew(room, kept, hands, tell, len(nodes) > 1, like)
         finally:
             for hand in hands:
                 ray.kill(hand)
@@ -439,6 +462,8 @@ def _connect(address: str) -> None:
                 ray.init(address=AUTO, **quiet)
                 return
         if address in (AUTO, LOCAL):
+            # Ray's way is to let workers stand back behind everything else that a machine does.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(address=LOCAL, **started, **quiet)
         else:
             ray.init(address=address, **quiet)

@@ -30,6 +30,7 @@ def cluster() -> Iterator[None]:
 
     with folder() as place, pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONFLAYERS_CACHE", f"{place}/cache")
+        patch.setenv("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=2,

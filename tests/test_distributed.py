@@ -120,7 +120,7 @@ class TestCrew:
         crew = Crew(Room(2, 1, 0), [], [], told.append, several_nodes=True)
         for device in ("abacus", "slide rule", "slide rule"):
             place = Place("here", device, "float32", "2.0")
-            crew._tell_differences(place)
+            crew._compare(place)
             crew.places.append(place)
         (note,) = told
         assert "abacus" in note and "slide rule" in note

@@ -1,4 +1,4 @@
-"""Prompts answered by the workers of a Ray cluster, each as one process would answer it."""
+"""What the workers of a Ray cluster do: answer prompts, and help a calibration."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.answering import Done, Facts, Prepare
+from conflayers_cli.cli.common import Loading, open_model
 from conflayers_cli.cli.terminal import note, notes_to
 from conflayers_cli.distributed import Cluster, Crew, Place, crew_of
+from conflayers_cli.errors import ConfLayersError, InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.engine.model import LoadedModel
+    from conflayers_cli.engine.plan import SkipPlan
+    from conflayers_cli.search.helpers import Helpers
+    from conflayers_cli.search.objective import Trace
+    from conflayers_cli.search.texts import Sample
 
 BATCHES = 4
 """Times ``--batch-size`` prompts in a share: the rows of one that ends are filled from it."""
@@ -30,20 +40,10 @@ class Answerer:
     """
 
     def __init__(self, prepare: Prepare, dtype: str | None) -> None:
-        import torch
-
-        from conflayers_cli.environment import device_name
-
         self.notes: list[str] = []
         with notes_to(self.notes.append):
             self._machine, self._prompts = prepare(dtype)
-        loaded = self._machine.loaded
-        self.place = Place(
-            host=socket.gethostname(),
-            device=device_name(loaded.device),
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            torch=torch.__version__,
-        )
+        self.place = place_of(self._machine.loaded)
 
     def __call__(self, share: tuple[int, int]) -> tuple[Sequence[Done], Facts]:
         """The answers to the prompts from one number to before another, and the machine's facts."""
@@ -95,3 +95,100 @@ def _of_all(latest: Facts, crew: Crew, seconds: float) -> Facts:
         f"{seconds:.1f} s in all, their start included; one of them:"
     )
     return replace(latest, told=(told, *latest.told))
+
+
+class HelperWorker:
+    """A `Helper` of a search, as a worker.
+
+    Args:
+        source, how: the model.
+        threads: of PyTorch, the searching process's: sums may be split among them.
+        dtype: which the model is loaded in.
+
+    Attributes:
+        notes, place: as of `Answerer`.
+    """
+
+    def __init__(self, source: str, how: Loading, threads: int, dtype: str | None) -> None:
+        import torch
+
+        from conflayers_cli.search.helpers import Helper
+
+        torch.set_num_threads(threads)
+        self.notes: list[str] = []
+        with notes_to(self.notes.append):
+            loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
+        self._helper = Helper(decoder)
+        self.place = place_of(loaded)
+
+    def __call__(self, share: tuple[int, str, tuple[Any, ...]]) -> tuple[int, Any]:
+        """What a method of `Helper` gives, behind the share's number."""
+        number, method, arguments = share
+        return number, getattr(self._helper, method)(*arguments)
+
+
+class CrewHelpers:
+    """`Helpers` that are the workers of a crew."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    def continuations(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        max_new_tokens: int,
+        end_tokens: frozenset[int],
+    ) -> list[list[int]]:
+        asked = [(prompt, max_new_tokens, end_tokens) for prompt in prompts]
+        return self._together("continuation", asked)
+
+    def traces(self, asked: Sequence[tuple[SkipPlan, Sample]], most_tokens: int) -> list[Trace]:
+        return self._together("trace", [(plan, sample, most_tokens) for plan, sample in asked])
+
+    def _together(self, method: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        shares = [(number, method, arguments) for number, arguments in enumerate(asked)]
+        try:
+            found = dict(self._crew.results(shares))
+        except InputError as error:  # all were ready once: the cluster has changed, not the input
+            raise ConfLayersError(str(error)) from error
+        return [found[number] for number in range(len(asked))]
+
+
+@contextmanager
+def helping_workers(
+    cluster: Cluster | None, source: str, how: Loading, loaded: LoadedModel
+) -> Iterator[Helpers | None]:
+    """Within: workers that help a search in this process, all of them ready.
+
+    Args:
+        cluster: whose they are; None: nobody helps.
+        source, how: the model.
+        loaded: the same in this process: workers must run it on the like.
+
+    Raises:
+        InputError: as `crew_of`, or a worker runs on something else.
+    """
+    if cluster is None:
+        yield None
+        return
+    import torch
+
+    opening = partial(HelperWorker, source, how, torch.get_num_threads())
+    with crew_of(cluster, opening, note, like=place_of(loaded)) as crew:
+        crew.gather()
+        yield CrewHelpers(crew)
+
+
+def place_of(loaded: LoadedModel) -> Place:
+    """What a model runs on here; of several GPUs of a kind it does not matter which."""
+    import torch
+
+    from conflayers_cli.environment import device_name
+
+    kind = loaded.device.type
+    return Place(
+        host=socket.gethostname(),
+        device=device_name(loaded.device).replace(str(loaded.device), kind, 1),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+    )

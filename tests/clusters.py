@@ -22,28 +22,43 @@ WORKER = "ray::_Hand"
 def cluster() -> Iterator[None]:
     """Within: this process is the driver of a cluster of its own.
 
-    Its workers keep what they measure in a folder that goes with it.
+    Its workers keep what they measure in a folder that goes with it. Ray waits half a minute for
+    its daemons, in which a busy machine may not get them up.
     """
-    import logging
-
     import ray
 
     with folder() as place, pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONFLAYERS_CACHE", f"{place}/cache")
         patch.setenv("RAY_worker_niceness", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=80 * 2**20,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _temp_dir=place,
-        )
+        for last in (False, False, True):
+            try:
+                _start(place)
+            except Exception:  # Ray has no kind of its own for it
+                ray.shutdown()
+                if last:
+                    raise
+            else:
+                break
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _start(place: str) -> None:
+    import logging
+
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        _temp_dir=place,
+    )
 
 
 @contextmanager

@@ -183,6 +183,8 @@ class Objective:
         wanted = [(plan, i) for plan in plans if plan for i in range(self._count(texts))]
         known = self._traces.keys() | self._ahead.keys()
         asked = [each for each in dict.fromkeys(wanted) if each not in known]
+        if not asked:
+            return
         samples = [(plan, self._samples[i]) for plan, i in asked]
         found = self._helpers.traces(samples, self._most_tokens)
         self.decoder.draft_passes += len(found)

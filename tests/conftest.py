@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import Phase, settings
+
+from tests.clusters import cluster
 
 # Examples are drawn from a fixed seed, so that what fails on one machine fails on every other; no
 # deadline, since how long an example takes says nothing about whether it is right.
@@ -24,3 +28,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell that starts the suite in the background has it ignore Ctrl-C, which is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def two_cpus() -> Iterator[None]:
+    """This process drives a Ray cluster of two CPUs, started once for all tests in it."""
+    pytest.importorskip("ray")
+    with cluster():
+        yield

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conflayers_cli.cli.common import EncodedPrompt
 from conflayers_cli.cli.drafting import rows_drafter
@@ -14,6 +15,7 @@ from conflayers_cli.cli.terminal import emit, emit_json, note, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.answer import Answer, Summary
+    from conflayers_cli.distributed import Cluster
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.draft import Drafter, RowsDrafter
     from conflayers_cli.engine.memory import PeakMemory
@@ -24,6 +26,40 @@ if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to say of a machine when its work is done.
+
+    Attributes:
+        batch_size: prompts decoded at once.
+        lossy: what was left out for good; None: nothing.
+        peak_bytes: the most memory in use over the model's weights; None: nobody watched.
+        told: sentences on the model and how it ran.
+    """
+
+    batch_size: int
+    lossy: str | None
+    peak_bytes: int | None
+    told: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """One prompt's answer.
+
+    Attributes:
+        number: the prompt's, from 0.
+        answer: to it.
+        document: what its line says of it.
+        without_text: how many of its tokens the tokenizer doesn't know, and how many it does know.
+    """
+
+    number: int
+    answer: Answer
+    document: dict[str, Any]
+    without_text: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,6 +87,25 @@ class Machine:
     batch_size: int = 1
     memory: PeakMemory | None = None
 
+    def facts(self) -> Facts:
+        """What ``--stats`` says of it, as of now."""
+        from conflayers_cli.engine.remarks import remarks
+
+        lossy = None
+        if self.skipped:
+            kept = " ".join(map(str, self.kept_layers))
+            lossy = f"lossy: decoded with layers {kept} of {self.decoder.depth} alone"
+        loaded = self.loaded
+        return Facts(
+            batch_size=self.batch_size,
+            lossy=lossy,
+            peak_bytes=self.memory.peak() if self.memory else None,
+            told=(
+                f"{loaded.name} on {loaded.place}; {loaded.dtype_reason}",
+                *remarks(self.decoder),
+            ),
+        )
+
     @property
     def kept_layers(self) -> list[int]:
         """Layers of which something is left where others are left out for good."""
@@ -67,8 +122,10 @@ class Machine:
         prompts: Sequence[EncodedPrompt],
         begin: int = 0,
         on_text: Callable[[str], None] | None = None,
+        end: int | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """Answer prompts from number ``begin`` on: (number, answer), each as soon as it is done.
+        """Answer prompts from number ``begin`` on, to before ``end`` where it is given: (number,
+        answer), each as soon as it is done.
 
         The text of the first one goes to ``on_text`` piece by piece.
 
@@ -78,7 +135,7 @@ class Machine:
         from conflayers_cli.engine.best import LogitsError
 
         try:
-            yield from self._answers(prompts, begin, on_text)
+            yield from self._answers(prompts[:end], begin, on_text)
         except LogitsError as error:
             if len(prompts) == 1:
                 raise
@@ -133,6 +190,21 @@ class Machine:
                 raise
             yield begin + number, done
 
+    def dones(
+        self, prompts: Sequence[EncodedPrompt], begin: int = 0, end: int | None = None
+    ) -> Iterator[Done]:
+        """As :meth:`answers`, with all that a file's line says."""
+        for number, answer in self.answers(prompts, begin, end=end):
+            document = {**_shortened(prompts[number]), **self.as_json(answer)}
+            yield Done(number, answer, document, self.without_text(answer))
+
+    def without_text(self, answer: Answer) -> tuple[int, int]:
+        """(tokens of the answer beyond the tokenizer's vocabulary, its size)."""
+        from conflayers_cli.engine.text import without_text
+
+        tokenizer = self.loaded.tokenizer
+        return without_text(tokenizer, answer.token_ids), len(tokenizer)
+
     def as_json(self, answer: Answer) -> dict[str, Any]:
         """An answer as JSON takes it; one that is not the model's own says so."""
         document = answer.as_json()
@@ -141,6 +213,16 @@ class Machine:
             document["skipped"] = {"attention": self.skipped.attention, "mlp": self.skipped.mlp}
             document["kept_layers"] = self.kept_layers
         return document
+
+
+class Prepare(Protocol):
+    """Makes a machine and encodes the prompts.
+
+    Args:
+        dtype: which the model is loaded in; None: as the command line says.
+    """
+
+    def __call__(self, dtype: str | None = None) -> tuple[Machine, list[EncodedPrompt]]: ...
 
 
 def answer_one(
@@ -160,7 +242,7 @@ def answer_one(
         emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{answer.text}\n")
-    _tell_textless(machine, [answer])
+    _tell_textless(*machine.without_text(answer))
     if stats:
         tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
 
@@ -171,7 +253,9 @@ def answer_file(
     output: Path | None,
     resume: bool,
     stats: bool,
-    prepare: Callable[[], tuple[Machine, list[EncodedPrompt]]],
+    prepare: Prepare,
+    cluster: Cluster | None = None,
+    batch_size: int = 1,
 ) -> None:
     """Answer a file of prompts: a JSON line each, to a file that can be continued, or stdout.
 
@@ -182,8 +266,9 @@ def answer_file(
         resume: go on behind the answers that are there.
         stats: say on stderr what it took.
         prepare: loads the model and encodes the prompts, once it is known that there is work.
+        cluster: whose workers do it; None: this process does.
+        batch_size: prompts that a machine decodes at once.
     """
-    from conflayers_cli.answer import Summary
     from conflayers_cli.outputs import JsonLines
 
     opened = JsonLines.open(output, keys, resume=resume) if output else None
@@ -193,47 +278,69 @@ def answer_file(
             note(f"{done} of {len(prompts)} prompts are answered already")
         if done == len(prompts):
             return
-        machine, encoded = prepare()
-        answers: list[Answer] = []
-        try:
-            _write_answers(machine, encoded, keys, opened, answers)
-        except KeyboardInterrupt:
-            if opened:
-                there = done + len(answers)
-                note(f"{there} of {len(prompts)} prompts are answered; --resume goes on from there")
-            raise
-    _tell_textless(machine, answers)
+        written: list[Done] = []
+        at_work = _at_work(prepare, cluster, done, len(prompts), batch_size)
+        with at_work as (dones, tell_all):
+            try:
+                _write_answers(dones, prompts, keys, opened, written)
+            except KeyboardInterrupt:
+                if opened:
+                    there = f"{done + len(written)} of {len(prompts)} prompts are answered"
+                    note(f"{there}; --resume goes on from there")
+                raise
+    known = min((done.without_text[1] for done in written), default=0)
+    _tell_textless(sum(done.without_text[0] for done in written), known)
     if stats:
-        total = Summary.total(answer.stats for answer in answers)
-        tell_stats(machine, total, len(answers), sum(a.prompt_tokens for a in answers))
+        tell_all([done.answer for done in written])
+
+
+@contextmanager
+def _at_work(
+    prepare: Prepare, cluster: Cluster | None, begin: int, end: int, batch_size: int
+) -> Iterator[tuple[Iterator[Done], Callable[[Sequence[Answer]], None]]]:
+    """The answers to come from prompt ``begin`` on, and what says in the end what they took."""
+    if cluster is not None:
+        from conflayers_cli.cli.workers import answering_workers
+
+        with answering_workers(prepare, cluster, begin, end, batch_size) as (dones, facts):
+            yield dones, partial(_tell_work, facts)
+        return
+    machine, encoded = prepare()
+    yield machine.dones(encoded, begin), partial(_tell_work, machine.facts)
+
+
+def _tell_work(facts: Callable[[], Facts], answers: Sequence[Answer]) -> None:
+    from conflayers_cli.answer import Summary
+
+    total = Summary.total(answer.stats for answer in answers)
+    _tell_figures(facts(), total, len(answers), sum(a.prompt_tokens for a in answers))
 
 
 def _write_answers(
-    machine: Machine,
-    prompts: Sequence[EncodedPrompt],
+    dones: Iterator[Done],
+    prompts: Sequence[Prompt],
     keys: Sequence[LineKey],
     output: JsonLines | None,
-    answers: list[Answer],
+    written: list[Done],
 ) -> None:
-    """Answer the prompts not yet answered, noting each answer as it is written: in order, so one
-    that is done waits for those before it.
+    """Write the answers as they come, noting each as it is written: in order, so one that is done
+    waits for those before it.
     """
     # a bar would run into the lines where both go to one terminal
     with progress_bar() if output else nullcontext(_no_progress) as tell:
         begin = output.done if output else 0
-        waiting: dict[int, Answer] = {}
+        waiting: dict[int, Done] = {}
         tell(f"{begin} of {len(prompts)} prompts", begin / len(prompts))
-        for number, done in machine.answers(prompts, begin):
-            waiting[number] = done
-            while (index := begin + len(answers)) in waiting:
-                answer = waiting.pop(index)
-                line = _line(prompts[index], keys[index], machine.as_json(answer))
+        for done in dones:
+            waiting[done.number] = done
+            while (index := begin + len(written)) in waiting:
+                line = _line(prompts[index], keys[index], waiting[index].document)
                 if output:
                     output.append(line)
                 else:
                     emit_json(line, indent=None)
-                answers.append(answer)
-            count = begin + len(answers) + len(waiting)
+                written.append(replace(waiting.pop(index), document={}))  # it is on the disk
+            count = begin + len(written) + len(waiting)
             tell(f"{count} of {len(prompts)} prompts", count / len(prompts))
 
 
@@ -254,14 +361,14 @@ def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[Lin
     return [LineKey(i, sha256(text.encode()).hexdigest()) for i, text in enumerate(requests)]
 
 
-def _line(prompt: EncodedPrompt, key: LineKey, answer: dict[str, Any]) -> dict[str, Any]:
+def _line(prompt: Prompt, key: LineKey, document: dict[str, Any]) -> dict[str, Any]:
     head = {
         "index": key.index,
         "id": prompt.id,
         "category": prompt.category,
         "request_sha256": key.request_sha256,
     }
-    return {**head, **_shortened(prompt), **answer}
+    return {**head, **document}
 
 
 def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
@@ -269,14 +376,9 @@ def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
     return {"truncated": prompt.truncated} if prompt.truncated else {}
 
 
-def _tell_textless(machine: Machine, answers: Sequence[Answer]) -> None:
+def _tell_textless(count: int, known: int) -> None:
     """Say so where a model whose vocabulary is larger than its tokenizer's has gone beyond it."""
-    from conflayers_cli.engine.text import without_text
-
-    tokenizer = machine.loaded.tokenizer
-    count = sum(without_text(tokenizer, answer.token_ids) for answer in answers)
     if count:
-        known = len(tokenizer)
         note(f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text")
 
 
@@ -286,8 +388,10 @@ def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: in
     Args:
         prompt_tokens: how many of their tokens were read.
     """
-    from conflayers_cli.engine.remarks import remarks
+    _tell_figures(machine.facts(), stats, prompts, prompt_tokens)
 
+
+def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int) -> None:
     seconds = stats.prefill_seconds + stats.decode_seconds
     speed = stats.tokens_per_second
     decoding = (
@@ -296,9 +400,9 @@ def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: in
     which = "" if prompts == 1 else f" for {prompts} prompts"
     reading = prompt_tokens / stats.prefill_seconds if stats.prefill_seconds > 0 else 0.0
     note(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
-    if machine.batch_size > 1:
+    if facts.batch_size > 1:
         note(
-            f"up to {machine.batch_size} prompts at once; reading one took "
+            f"up to {facts.batch_size} prompts at once; reading one took "
             f"{stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
@@ -307,9 +411,8 @@ def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: in
             f"first token after {stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
-    if machine.skipped:
-        kept = " ".join(map(str, machine.kept_layers))
-        note(f"lossy: decoded with layers {kept} of {machine.decoder.depth} alone")
+    if facts.lossy:
+        note(facts.lossy)
     elif stats.acceptance_rate is None:
         note("nothing drafted: one token per step")
     else:
@@ -319,9 +422,7 @@ def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: in
         )
         if stats.drafted_by:
             note(stats.drafted_by)
-    peak = machine.memory.peak() if machine.memory else None
-    if peak is not None:
-        note(f"peak memory over the model's weights: {peak / 2**20:,.0f} MiB")
-    note(f"{machine.loaded.name} on {machine.loaded.place}; {machine.loaded.dtype_reason}")
-    for remark in remarks(machine.decoder):
-        note(remark)
+    if facts.peak_bytes is not None:
+        note(f"peak memory over the model's weights: {facts.peak_bytes / 2**20:,.0f} MiB")
+    for sentence in facts.told:
+        note(sentence)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from conflayers_cli.profile import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.calibrate import Calibration
+    from conflayers_cli.search.helpers import Helpers
     from conflayers_cli.search.record import Record
     from conflayers_cli.search.settings import StandInSettings
     from conflayers_cli.search.task import Strategy
@@ -110,6 +111,8 @@ def calibrate(
     system: options.System = None,
     raw: options.Raw = False,
     truncate: options.Truncate = False,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
     seed: search_options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -134,8 +137,13 @@ def calibrate(
     maps = _stand_in_settings(stand_ins, stand_in_tokens, stand_in_rank, refining > 0)
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
+    from conflayers_cli.cli.workers import helping_workers
+    from conflayers_cli.distributed import cluster_of
     from conflayers_cli.weights import sample_of
 
+    cluster = cluster_of(ray, workers, device=device, device_map=device_map)
+    if cluster and _by_rule(strategy, data):
+        raise InputError("--ray: nothing is decoded for --strategy unified without --data")
     if model is None:
         model = DEFAULT_MODEL
         note(f"no --model given: calibrating {model}")
@@ -148,17 +156,18 @@ def calibrate(
         prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
         strategies = make_strategies(strategy, search)
         weights: list[str] = []
+        how = common.Loading(
+            device,
+            dtype,
+            trust_remote_code,
+            device_map=device_map,
+            compiled=compile_,
+            quantize=quantize,
+            merge_adapter=merge_adapter,
+        )
         loaded, decoder = common.open_model(
             model,
-            common.Loading(
-                device,
-                dtype,
-                trust_remote_code,
-                device_map=device_map,
-                compiled=compile_,
-                quantize=quantize,
-                merge_adapter=merge_adapter,
-            ),
+            how,
             lambda loaded: weights.append(sample_of(loaded.model)),
         )
         work = Work(
@@ -186,7 +195,9 @@ def calibrate(
             compiled=compile_,
         )
         journal.begin(header_of(work))
-        _conclude(work, _searched(work, journal), target, journal, as_json)
+        with helping_workers(cluster, model, how, loaded) as helpers:
+            done = _searched(work, journal, helpers)
+        _conclude(work, done, target, journal, as_json)
 
 
 def _stand_in_settings(
@@ -209,13 +220,13 @@ def _stand_in_settings(
     return StandInSettings(rank=rank) if tokens is None else StandInSettings(tokens, rank)
 
 
-def _searched(work: Work, journal: Journal) -> Calibration:
+def _searched(work: Work, journal: Journal, helpers: Helpers | None) -> Calibration:
     """Search, and have everything measured kept in the journal."""
     from conflayers_cli.search.record import Record
 
     record = Record(work.decoder, journal.entries, journal)
     try:
-        return _run(work, record)
+        return _run(work, record, helpers)
     except InputError:  # a model or prompts that can't be searched: that stays so
         journal.remove()
         raise
@@ -271,7 +282,7 @@ def _check_tensors(profile: Path) -> None:
     check_replaceable(profile, tensors_path(profile))
 
 
-def _run(work: Work, record: Record) -> Calibration:
+def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
     from conflayers_cli.cli.calibrate_display import Display
     from conflayers_cli.search.auto import auto
     from conflayers_cli.search.calibrate import calibrate as run_calibration
@@ -289,6 +300,7 @@ def _run(work: Work, record: Record) -> Calibration:
             on_trial=display.trial,
             seed=work.seed,
             recorder=record,
+            helpers=helpers,
         )
         if work.name == AUTO:
             return auto(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
 from conflayers_cli.cli.profile_fit import check_fit
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
+from conflayers_cli.distributed import cluster_of
 from conflayers_cli.engine.parallel import on_first
 from conflayers_cli.errors import InputError
 
@@ -86,6 +88,8 @@ def generate(
     resume: Resume = False,
     max_prompts: options.MaxPrompts = None,
     batch_size: options.BatchSize = None,
+    ray: options.Ray = None,
+    workers: options.Workers = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
@@ -131,6 +135,11 @@ def generate(
         flag = "--batch-size" if together else "--draft" if draft else "--lookahead"
         raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
     check_stops(stop)
+    cluster = cluster_of(ray, workers, device=device, device_map=device_map)
+    if cluster and not data:
+        raise InputError("--ray answers a file of prompts: give --data FILE")
+    if cluster and adapt:
+        raise InputError("--adapt learns from prompt to prompt, in one process: leave --ray out")
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
     how = Loading(
@@ -147,8 +156,8 @@ def generate(
         prompts = [on_first(lambda: _prompt(prompt or []))]
     learned = adapting.Learned(adapt, adapt_budget, save_profile, seed) if adapt else None
 
-    def prepare() -> tuple[Machine, list[EncodedPrompt]]:
-        loaded, decoder = open_model(source, how)
+    def prepare(dtype: str | None = None) -> tuple[Machine, list[EncodedPrompt]]:
+        loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
         drafter = None
         if skip_only_ or learned:
             if chosen:
@@ -202,7 +211,10 @@ def generate(
             elif not sampling.greedy and (chosen is not None or draft or adapt):
                 # Drafts don't change the law that an answer is drawn from, but which one is drawn.
                 settings += [repr(chosen), adapt, repr(way)]
-            answer_file(prompts, line_keys(prompts, settings), output, resume, stats, prepare)
+            answer_file(
+                *(prompts, line_keys(prompts, settings), output, resume, stats, prepare),
+                *(cluster, batch_size or 1),
+            )
         else:
             machine, encoded = prepare()
             answer_one(machine, encoded[0], stream=stream, as_json=json, stats=stats)

@@ -166,6 +166,28 @@ BatchSize = Annotated[
         show_default=False,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="Spread the prompts over the workers of a Ray cluster (HOST:PORT; auto: this "
+        "machine's, or one started here for the run), each with the whole model.",
+        rich_help_panel=_PROMPTS,
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="With --ray: how many workers; by default one per GPU, without GPUs one per machine.",
+        rich_help_panel=_PROMPTS,
+        show_default=False,
+    ),
+]
 System = Annotated[
     str | None,
     typer.Option(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ from conflayers_cli.engine.tree import TreeShape
 
 from .record import Record, label_of
 from .texts import Sample
+
+if TYPE_CHECKING:
+    from .helpers import Helpers
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SAME = 0.015
@@ -119,6 +123,7 @@ class Objective:
         samples: prompts with the model's own greedy output; those under 3 tokens are left out.
         most_tokens: positions per sample at the most.
         record: what the passes told goes through it; None: it is not kept.
+        helpers: who make the passes, all that are asked for at once; None: they are made here.
     """
 
     def __init__(
@@ -128,11 +133,16 @@ class Objective:
         samples: Sequence[Sample],
         most_tokens: int = 96,
         record: Record | None = None,
+        helpers: Helpers | None = None,
     ) -> None:
         self._record = record or Record(decoder)
+        self._helpers = helpers
+        self._ahead: dict[tuple[Hashable, int], Trace] = {}
         self.decoder = decoder
         self.costs = costs
-        self._texts = [_Text(decoder, s, most_tokens) for s in samples if len(s.output) >= 3]
+        self._samples = [sample for sample in samples if len(sample.output) >= 3]
+        self._texts = [JudgedText(decoder, sample, most_tokens) for sample in self._samples]
+        self._most_tokens = most_tokens
         self._traces: dict[tuple[Hashable, int], Trace] = {}
         self._sides: dict[tuple[Hashable, int], list[SideTrace]] = {}
         self._known: dict[tuple[Hashable, int], Score] = {}
@@ -160,11 +170,38 @@ class Objective:
         if missing:
             found = self._record.did(
                 f"{label_of(plan)}: texts {' '.join(map(str, missing))}",
-                lambda: [dict(vars(self._texts[i].trace(self.decoder, plan))) for i in missing],
+                lambda: self._traced(plan, missing),
             )
             for i, trace in zip(missing, found, strict=True):
                 self._traces[plan.key, i] = Trace(**trace)
         return [self._traces[plan.key, i] for i in range(self._count(texts))]
+
+    def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
+        """Have helpers look at plans that :meth:`score` is going to be asked about."""
+        if self._helpers is None or self._record.replaying:
+            return
+        # Maps stay here: a matrix takes longer to send than a pass takes.
+        sent = [plan for plan in dict.fromkeys(plans) if plan and not plan.stand_ins]
+        known = self._traces.keys() | self._ahead.keys()
+        texts_asked = range(self._count(texts))
+        asked = [(plan, i) for plan in sent for i in texts_asked if (plan.key, i) not in known]
+        if not asked:
+            return
+        samples = [(plan, self._samples[i]) for plan, i in asked]
+        found = self._helpers.traces(samples, self._most_tokens)
+        self.decoder.draft_passes += len(found)
+        keys = ((plan.key, i) for plan, i in asked)
+        self._ahead |= zip(keys, found, strict=True)
+
+    def _traced(self, plan: SkipPlan, missing: Sequence[int]) -> list[dict[str, Any]]:
+        """The traces of a plan along some texts, as a record keeps them."""
+        self.ahead([plan], max(missing) + 1)
+        traces = []
+        for i in missing:
+            key, text = (plan.key, i), self._texts[i]
+            here = key not in self._ahead
+            traces.append(text.trace(self.decoder, plan) if here else self._ahead.pop(key))
+        return [dict(vars(trace)) for trace in traces]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
@@ -225,7 +262,7 @@ class Objective:
         return scores
 
 
-class _Text:
+class JudgedText:
     """A sample; its prompt is read when a pass is asked for first."""
 
     def __init__(self, decoder: Decoder, sample: Sample, most_tokens: int) -> None:

@@ -133,6 +133,11 @@ class Record:
             self.commit()
         return value
 
+    @property
+    def replaying(self) -> bool:
+        """Whether outcomes of an earlier run are still to come."""
+        return bool(self._known)
+
     def meter(self) -> Meter:
         """What the calibration has taken so far; the very same where the search is replayed."""
         reading = self.did(METER, lambda: list(self._live()), hold=True)

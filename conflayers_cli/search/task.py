@@ -12,6 +12,7 @@ from conflayers_cli.engine.costs import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.plan import SkipPlan
 
+from .helpers import Helpers
 from .objective import Objective, Setting
 from .record import Record
 from .texts import Texts
@@ -71,6 +72,7 @@ class Task:
         deadline: at so many seconds of the record's meter a search ends with what it has; None:
             never.
         recorder: has what was measured kept; None: nothing is kept.
+        helpers: who do a part of the passes; None: nobody.
         record: the recorder, or one that keeps nothing; all that is measured goes through it.
         texts: the model's own continuations of the prompts, shared by all searches of a task.
     """
@@ -84,6 +86,7 @@ class Task:
     seed: int = 0
     deadline: float | None = None
     recorder: Record | None = None
+    helpers: Helpers | None = None
     record: Record = field(init=False)
     texts: Texts = field(init=False)
     _objective: Objective | None = field(init=False, default=None)
@@ -91,7 +94,8 @@ class Task:
     def __post_init__(self) -> None:
         self.record = self.recorder or Record(self.decoder)
         self.texts = Texts(
-            self.decoder, self.prompts, self.max_new_tokens, self.end_tokens, self.record
+            *(self.decoder, self.prompts, self.max_new_tokens, self.end_tokens, self.record),
+            helpers=self.helpers,
         )
 
     @property
@@ -102,7 +106,9 @@ class Task:
         """
         if self._objective is None:
             self._objective = Objective(
-                self.decoder, self.costs, self.texts.enough(), record=self.record
+                *(self.decoder, self.costs, self.texts.enough()),
+                record=self.record,
+                helpers=self.helpers,
             )
         return self._objective
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.errors import InputError
 
 from .record import Record
+
+if TYPE_CHECKING:
+    from .helpers import Helpers
 
 MOST_TEXTS = 8
 """Texts that plans are judged by."""
@@ -46,6 +49,7 @@ class Texts:
         max_new_tokens: tokens decoded per prompt at the most.
         end_tokens: ids that end an output.
         record: what is decoded goes through it; None: it is not kept.
+        helpers: who decode missing texts, all at once; None: they are decoded one by one here.
     """
 
     def __init__(
@@ -55,8 +59,11 @@ class Texts:
         max_new_tokens: int,
         end_tokens: frozenset[int],
         record: Record | None = None,
+        helpers: Helpers | None = None,
     ) -> None:
         self.record = record or Record(decoder)
+        self._helpers = helpers
+        self._ahead: dict[tuple[int, ...], list[int]] = {}
         self._decoder = decoder
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
@@ -99,10 +106,9 @@ class Texts:
         for number, prompt in enumerate(self._prompts):
             if len(texts) >= count:
                 break
-            known = self._known.get(prompt)
-            if known is None or not self._whole(known):
-                output = self.record.did(f"text {number}", partial(self._whole_of, prompt))
-                self.note(prompt, output)
+            if self._missing(prompt):
+                work = partial(self._whole_of, number, count - len(texts))
+                self.note(prompt, self.record.did(f"text {number}", work))
             sample = self._known[prompt]
             if len(sample.output) >= LEAST_TOKENS:
                 texts.append(sample)
@@ -143,10 +149,23 @@ class Texts:
         batch.run()
         return batch.outputs
 
-    def _whole_of(self, prompt: tuple[int, ...]) -> list[int]:
-        generation = self.begin(prompt)
-        list(generation)
-        return generation.output
+    def _whole_of(self, number: int, count: int) -> list[int]:
+        """A prompt's continuation; helpers decode what is missing of ``count`` from it on."""
+        prompt = self._prompts[number]
+        if self._helpers is None:
+            generation = self.begin(prompt)
+            list(generation)
+            return generation.output
+        if prompt not in self._ahead:
+            following = dict.fromkeys(self._prompts[number : number + count])
+            asked = [each for each in following if self._missing(each)]
+            found = self._helpers.continuations(asked, self._max_new_tokens, self._end_tokens)
+            self._ahead |= zip(asked, found, strict=True)
+        return self._ahead[prompt]
+
+    def _missing(self, prompt: tuple[int, ...]) -> bool:
+        known = self._known.get(prompt)
+        return known is None or not self._whole(known)
 
     def _whole(self, sample: Sample) -> bool:
         ended = bool(sample.output) and sample.output[-1] in self._end_tokens

@@ -125,7 +125,7 @@ def test_the_commands_of_the_guide_are_found() -> None:
     assert {"calibrate", "generate", "chat", "bench", "profile", "models", "doctor"} <= {
         args[0] for args in found
     }
-    assert len(found) > 20
+    assert len(found) >= 20
     assert any("…" not in line and list(arguments_in(line)) for line in inline_lines(text))
 
 

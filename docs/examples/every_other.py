@@ -1,6 +1,6 @@
 """A strategy in one file: leave out every second, third or fourth layer, whichever pays best.
 
-conflayers calibrate --model smollm2-deep --strategy every_other.py:EveryOther
+To be run with `conflayers calibrate --strategy every_other.py:EveryOther`.
 """
 
 from __future__ import annotations

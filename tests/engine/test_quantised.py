@@ -248,6 +248,22 @@ def test_bitsandbytes_checkpoints(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_llm_int8_as_it_is_by_default_is_decoded_with_and_told(plain: Path, dtype: str) -> None:
+    """In float32, too, where rounded inputs move logits by more than other kernels do."""
+    pytest.importorskip("bitsandbytes")
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(
+        plain,
+        dtype=getattr(torch, dtype),
+        quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": "cpu"},
+    )
+    decoder = Decoder(model)
+    assert decoder.caveat is not None and "llm_int8_threshold" in decoder.caveat
+    assert decoder.sub_layers == {"attention", "mlp"}
+    assert greedy(decoder, [1, 2, 3], SkipDrafter(decoder, PLAN, 4, 0.0))[1] > 0
+
+
 def test_outliers_of_one_row_change_others_in_llm_int8(plain: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli import distributed
-from conflayers_cli.distributed import Cluster, Crew, Place, Room, cluster_of, crew_of, room_for
+from conflayers_cli import ray_cluster
+from conflayers_cli.distributed import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.ray_cluster import Cluster, Room, cluster_of, room_for
 
 LOCAL = Cluster("local", 2)
 
@@ -196,7 +197,7 @@ class TestFlags:
             cluster_of("auto", None, device="auto", device_map=None)
 
     def test_a_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+        monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
         with pytest.raises(InputError, match=r"--ray needs Ray: pip install 'conflayers\[ray\]'"):
             cluster_of("auto", None, device="auto", device_map=None)
 
@@ -207,12 +208,12 @@ class TestAddress:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
             with pytest.raises(InputError, match=f"--ray {address}: can't be reached"):
-                distributed._probe(address)
+                ray_cluster._probe(address)
 
     def test_another_service_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("ray")
-        monkeypatch.setattr(distributed, "ANSWERED_S", 4.0)
+        monkeypatch.setattr(ray_cluster, "ANSWERED_S", 4.0)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
             with pytest.raises(InputError, match=f"--ray {address}: no Ray cluster answers there"):
-                distributed._probe(address)
+                ray_cluster._probe(address)

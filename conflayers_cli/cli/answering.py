@@ -15,7 +15,6 @@ from conflayers_cli.cli.terminal import emit, emit_json, note, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.answer import Answer, Summary
-    from conflayers_cli.distributed import Cluster
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.draft import Drafter, RowsDrafter
     from conflayers_cli.engine.memory import PeakMemory
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.sampling import Sampling
     from conflayers_cli.outputs import JsonLines, LineKey
     from conflayers_cli.prompts import Prompt
+    from conflayers_cli.ray_cluster import Cluster
 
 SCHEMA_VERSION = 1
 

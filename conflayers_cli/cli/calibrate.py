@@ -138,7 +138,7 @@ def calibrate(
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
     from conflayers_cli.cli.workers import helping_workers
-    from conflayers_cli.distributed import cluster_of
+    from conflayers_cli.ray_cluster import cluster_of
     from conflayers_cli.weights import sample_of
 
     cluster = cluster_of(ray, workers, device=device, device_map=device_map)

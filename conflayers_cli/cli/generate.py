@@ -26,9 +26,9 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
 from conflayers_cli.cli.profile_fit import check_fit
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
-from conflayers_cli.distributed import cluster_of
 from conflayers_cli.engine.parallel import on_first
 from conflayers_cli.errors import InputError
+from conflayers_cli.ray_cluster import cluster_of
 
 if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from conflayers_cli.cli.answering import Done, Facts, Prepare
 from conflayers_cli.cli.common import Loading, open_model
 from conflayers_cli.cli.terminal import note, notes_to
-from conflayers_cli.distributed import Cluster, Crew, Place, crew_of
+from conflayers_cli.distributed import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.ray_cluster import Cluster
 
 if TYPE_CHECKING:
     from conflayers_cli.engine.model import LoadedModel

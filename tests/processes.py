@@ -123,9 +123,7 @@ def start(
     if sys.platform == "linux":
         return _forked(zygote(), module, told, own, (stdin, stdout, stderr))
     # A job that a shell put into the background ignores SIGINT, and its children would, too.
-    heed: Callable[[], object] = functools.partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )
+    heed: Callable[[], object] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-m", module, *told],
         env=own,
@@ -181,7 +179,7 @@ def _forked(
             ours, its = os.pipe()
             given.append(its)
             own.append(its)
-            pipe = open(ours, "rb")
+            pipe = os.fdopen(ours, "rb")
         elif stream is None:
             given.append(number)
         else:

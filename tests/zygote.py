@@ -50,7 +50,7 @@ def _become(order: dict[str, Any], streams: list[int]) -> None:
             closefd=False,
         )
         if name == "stderr":
-            opened.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+            opened.reconfigure(line_buffering=True)
         setattr(sys, name, opened)
         setattr(sys, f"__{name}__", opened)
     os.environ.clear()
@@ -101,8 +101,8 @@ def serve(listener: socket.socket) -> None:
     Comes back in each of the processes, once its program has ended.
     """
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
-        if listener not in ready:
+        ready, _, _ = select.select([listener.fileno(), 0], [], [])
+        if listener.fileno() not in ready:
             os._exit(0)
         asker, _ = listener.accept()
         message, streams, _, _ = socket.recv_fds(asker, LARGEST, STREAMS)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import environment, start
+
 PATIENCE = 120
 """Seconds after which processes that wait for each other are ended, and the test fails."""
 
@@ -22,13 +20,6 @@ class Ended:
     code: int
     out: str
     err: str
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of a process of its own: one thread, no network, this checkout."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    return {**os.environ, **fixed, **more}
 
 
 def run_ranks(
@@ -51,16 +42,16 @@ def run_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-m", module, *map(str, arguments(rank))]
         pipe = subprocess.PIPE
         processes.append(
-            subprocess.Popen(command, env=environment(**told), stdout=pipe, stderr=pipe)
+            start(module, arguments(rank), env=environment(**told), stdout=pipe, stderr=pipe)
         )
     ended = []
     try:
         for process in processes:
             out, err = process.communicate(timeout=PATIENCE)
-            ended.append(Ended(process.returncode, out.decode(), err.decode()))
+            out, err = out or b"", err or b""
+            ended.append(Ended(process.wait(), out.decode(), err.decode()))
     finally:
         for process in processes:
             process.kill()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from benchmarks import kill_generate
 from benchmarks.kill_generate import Tally, check_partial, mended, timeless, torture
 from tests.cli.conftest import save_model, save_profile, write_prompts
+from tests.processes import Process, environment, start
 
 
 def line(index: int, seconds: float = 0.5, steps: int = 3) -> str:
@@ -57,7 +60,13 @@ def test_every_cut_is_mended(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="is killed otherwise")
-def test_two_kills_lose_nothing(tmp_path: Path) -> None:
+def test_two_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(arguments: Sequence[object], folder: Path) -> Process:
+        told = environment(CONFLAYERS_CACHE=str(folder / "cache"))
+        pipe = subprocess.PIPE
+        return start("conflayers_cli", arguments, env=told, stdout=pipe, stderr=pipe)
+
+    monkeypatch.setattr(kill_generate, "started", started)
     model = save_model(tmp_path / "model")
     profile = save_profile(tmp_path / "tiny.yaml", model)
     data = write_prompts(tmp_path / "p.jsonl", *(f"prompt {i}" for i in range(12)))

@@ -23,6 +23,7 @@ from conflayers_cli.engine.model import fingerprint
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, SkipSection
 from tests import tiny
+from tests.processes import Process
 
 END = "<|end|>"
 TEMPLATE = (
@@ -147,10 +148,10 @@ def start(arguments: Sequence[object], **streams: Any) -> subprocess.Popen[bytes
     return subprocess.Popen(command, env=environment, preexec_fn=heed, **streams)
 
 
-def finished(process: subprocess.Popen[bytes]) -> Result:
+def finished(process: Process) -> Result:
     """Wait for a process that writes to pipes."""
     out, err = process.communicate(timeout=120)
-    return Result(process.returncode, (out or b"").decode(), (err or b"").decode())
+    return Result(process.wait(), (out or b"").decode(), (err or b"").decode())
 
 
 def write_prompts(path: Path, *prompts: str) -> Path:

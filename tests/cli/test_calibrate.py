@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from conflayers_cli.cli.calibrate import _short_name
 from conflayers_cli.profile import Profile
+from tests.processes import start
 
-from .conftest import Run, finished, save_model, start, write_prompts
+from .conftest import Run, finished, save_model, write_prompts
 
 QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 20)
 
@@ -139,9 +140,9 @@ def test_nothing_but_a_profile_and_its_tensors_is_replaced(
 def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Path) -> None:
     target = tmp_path / "cut.yaml"
     arguments = ("calibrate", "-m", model, "--data", prompts, "-o", target, "--patience", 9999)
-    process = start(
-        (*arguments, "--max-iterations", 99999), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    endless = (*arguments, "--max-iterations", 99999)
+    pipe = subprocess.PIPE
+    process = start("conflayers_cli", endless, stdout=pipe, stderr=pipe)
     if process.stderr is None:
         pytest.fail("no stderr")
     line = ""

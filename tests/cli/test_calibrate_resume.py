@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from benchmarks import kill_calibrate
 from benchmarks.kill_calibrate import at_growth, check_end, hunted
 from conflayers_cli.cli import calibrate as module
 from conflayers_cli.cli.calibrate_journal import temporary_of
@@ -18,7 +20,9 @@ from conflayers_cli.journal import Journal
 from conflayers_cli.journal_lines import parsed
 from conflayers_cli.profile import Profile
 from conflayers_cli.search.record import Entry
+from tests import processes
 from tests.disk import limited_to
+from tests.processes import Process, environment
 from tests.ranks import run_ranks
 
 from .conftest import Result, Run, save_model, write_prompts
@@ -195,8 +199,19 @@ def test_an_interrupted_search_writes_its_best_and_can_go_on(
 
 
 def test_killed_for_real_and_resumed(
-    run: Run, asked: tuple[object, ...], journal: Path, tmp_path: Path
+    run: Run,
+    asked: tuple[object, ...],
+    journal: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def start(arguments: Sequence[object], cache: Path) -> Process:
+        told = environment(CONFLAYERS_CACHE=str(cache))
+        pipe = subprocess.PIPE
+        arguments = ("calibrate", *arguments)
+        return processes.start("conflayers_cli", arguments, env=told, stdout=pipe, stderr=pipe)
+
+    monkeypatch.setattr(kill_calibrate, "start", start)
     undisturbed = run(*asked, "-o", "other.yaml").document
     folder = tmp_path / "own"
     folder.mkdir()

@@ -19,7 +19,8 @@ from conflayers_cli.cli import chat as command
 from conflayers_cli.cli import chat_input, chat_session, terminal
 from conflayers_cli.engine.conversation import Conversation
 from conflayers_cli.prompts import as_messages, read_prompts
-from tests.cli.conftest import END, Result, Run, byte_tokenizer, save_model, start
+from tests.cli.conftest import END, Result, Run, byte_tokenizer, finished, save_model
+from tests.processes import start
 
 Type = Callable[..., Result]
 
@@ -334,7 +335,8 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         self.master, slave = pty.openpty()
-        self.process = start(["chat", *arguments], stdin=slave, stdout=slave, stderr=slave)
+        arguments = ("chat", *arguments)
+        self.process = start("conflayers_cli", arguments, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.seen = b""
 
@@ -387,11 +389,12 @@ def test_prompts_do_not_go_where_the_answers_go(model: Path) -> None:
     """On a terminal with standard output led elsewhere."""
     master, slave = pty.openpty()
     arguments = ["chat", "-m", model, "--dtype", "float32", "-n", "4"]
-    process = start(arguments, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = start("conflayers_cli", arguments, stdin=slave, stdout=pipe, stderr=pipe)
     os.close(slave)
     os.write(master, b"hi\n\x04")
-    out, err = process.communicate(timeout=90)
+    result = finished(process)
     os.close(master)
-    assert process.returncode == 0
-    assert b"> " not in out.replace(b">>", b"")
-    assert err.count(b"> ") == 2
+    assert result.code == 0
+    assert "> " not in result.out.replace(">>", "")
+    assert result.err.count("> ") == 2

@@ -18,6 +18,7 @@ import yaml
 
 from conflayers_cli.cli.main import app
 from tests.cli.conftest import Result, write_prompts
+from tests.processes import ADDRESS, zygote
 
 DOCS = Path(__file__).parents[2] / "docs"
 WORKFLOW = DOCS / "examples" / "benchmark.yml"
@@ -53,6 +54,14 @@ def shell(command: list[str], folder: Path, **variables: object) -> Result:
         command, cwd=folder, env=environment(**variables), capture_output=True, timeout=300
     )
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def conflayers() -> dict[str, str]:
+    """What makes a script call this checkout's command."""
+    if sys.platform != "linux":
+        return {"CONFLAYERS": f"{sys.executable} -m conflayers_cli"}
+    command = f"{sys.executable} -S -m tests.processes conflayers_cli"
+    return {"CONFLAYERS": command, ADDRESS: zygote()}
 
 
 def stub(folder: Path) -> Path:
@@ -132,8 +141,7 @@ def test_the_script_measures_and_tells_how_it_ended(
     tmp_path: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl", "one", "two", "three")
-    command = f"{sys.executable} -m conflayers_cli"
-    variables = {"CONFLAYERS": command, "DATA": prompts, "RUNS": 1, "TOKENS": 6}
+    variables = {"DATA": prompts, "RUNS": 1, "TOKENS": 6, **conflayers()}
     variables |= {"PROFILE": profile, "BASELINE": tmp_path / "old.json", "TOLERANCE": "99%"}
 
     first = shell([str(SCRIPT)], tmp_path, FAIL_UNDER=0, UPDATE=1, **variables)

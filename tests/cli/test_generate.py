@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from conflayers_cli.cli import terminal
 from conflayers_cli.cli.main import main
 from conflayers_cli.engine.plan import SkipPlan
+from tests import processes
 from tests.cli.conftest import Run, finished, save_model, save_profile, start, write_prompts
 
 FAST = ("--dtype", "float32", "--device", "cpu", "-n", "6")
@@ -390,7 +391,8 @@ class TestStreams:
         data = write_prompts(tmp_path / "many.jsonl", *(f"prompt {i}" for i in range(25)))
         output = tmp_path / "out.jsonl"
         arguments = ["generate", "-m", model, "--data", data, "-o", output, *FAST[:-1], "60"]
-        process = start(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        process = processes.start("conflayers_cli", arguments, stdout=pipe, stderr=pipe)
         deadline = time.monotonic() + 100
         while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -412,7 +414,8 @@ class TestStreams:
 
         master, slave = pty.openpty()
         arguments = ["generate", "Hello", "-m", model, *FAST[:-1], "60"]
-        process = start(arguments, stdout=slave, stderr=subprocess.DEVNULL)
+        null = subprocess.DEVNULL
+        process = processes.start("conflayers_cli", arguments, stdout=slave, stderr=null)
         os.close(slave)
         shown = b""
         while True:

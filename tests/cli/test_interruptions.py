@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,22 +16,9 @@ from conflayers_cli.cli import generate
 from conflayers_cli.cli.interruptions import Interruptions
 from conflayers_cli.cli.main import main
 from tests.cli.conftest import Result, Run, finished, write_prompts
+from tests.processes import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise")
-
-
-def begun(arguments: Sequence[object]) -> subprocess.Popen[bytes]:
-    """``python -m conflayers_cli`` in a process that heeds Ctrl-C."""
-    command = [sys.executable, "-m", "conflayers_cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(
-        command,
-        env=environment,
-        preexec_fn=heed,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 def grown(path: Path) -> None:
@@ -58,7 +42,9 @@ def test_signals_while_lines_are_written(
 ) -> None:
     data = write_prompts(tmp_path / "many.jsonl", *(f"prompt {i}" for i in range(400)))
     output = tmp_path / "out.jsonl"
-    process = begun(["generate", "-m", model, "--data", data, "-o", output, "-n", "20"])
+    arguments = ["generate", "-m", model, "--data", data, "-o", output, "-n", "20"]
+    pipe = subprocess.PIPE
+    process = start("conflayers_cli", arguments, stdout=pipe, stderr=pipe)
     grown(output)
     process.send_signal(number)
     if twice:

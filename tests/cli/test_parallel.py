@@ -12,7 +12,8 @@ import pytest
 
 from conflayers_cli.profile import Profile
 from tests.cli.conftest import Run, save_model, save_profile, write_prompts
-from tests.ranks import PATIENCE, Ended, environment, run_ranks
+from tests.processes import environment
+from tests.ranks import PATIENCE, Ended, run_ranks
 
 LONG = ("--max-new-tokens", 24, "--dtype", "float32")
 

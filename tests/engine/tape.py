@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from conflayers_cli.engine.runner import Read, Work
 
@@ -26,8 +25,15 @@ _FORBIDDEN = {
 }
 
 
-def _tensors(*trees: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+def _tensors(*values: Any) -> list[torch.Tensor]:
+    """Those among an operation's arguments or outputs, lists of them included."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(*value)
+    return found
 
 
 def _memory(tensors: list[torch.Tensor]) -> set[int]:
@@ -58,15 +64,19 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if why := _FORBIDDEN.get(func._schema.name):
             raise RuntimeError(f"{func}: {why}")
-        given = _tensors(args, kwargs)
+        given = _tensors(*args, *kwargs.values())
+        writes = False
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = args[place] if place < len(args) else kwargs.get(argument.name)
                 self.changed += [(t, t.clone()) for t in _tensors(written)]
+                writes = True
         output = func(*args, **kwargs)
         known = _memory(given)
         fresh = [None if _memory([t]) & known else t for t in _tensors(output)]
-        self.calls.append(_Call(func, args, kwargs, fresh))
+        # A view of memory that there is already is no work, as it is none of a graph's.
+        if writes or any(t is not None for t in fresh):
+            self.calls.append(_Call(func, args, kwargs, fresh))
         return output
 
     def undo(self) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ import torch
 from conflayers_cli.engine import builtin, catalogue
 from conflayers_cli.engine.builtin import BuiltinModel, Planted, Progress
 from conflayers_cli.errors import ConfLayersError, InputError
+from tests.processes import Process, environment, start
 
 
 @pytest.fixture
@@ -134,14 +136,29 @@ print((builtin.ensure("toy") / "config.json").read_text(), flush=True)
 """
 
 
-def _converter(how: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CONVERTER, how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def converter(tmp_path: Path) -> Callable[[str], Process]:
+    (tmp_path / "converter.py").write_text(CONVERTER)
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+
+    def start_one(how: str) -> Process:
+        own = environment(PYTHONPATH=path)
+        return start("converter", [how], env=own, stdout=subprocess.PIPE)
+
+    return start_one
 
 
-def test_one_process_converts_and_the_others_wait(cache: Path) -> None:
-    processes = [_converter("1.0") for _ in range(3)]
-    said = [process.communicate(timeout=300)[0].splitlines() for process in processes]
+def _lines(process: Process) -> list[str]:
+    out, _ = process.communicate(timeout=300)
+    assert out is not None
+    return out.decode().splitlines()
+
+
+def test_one_process_converts_and_the_others_wait(
+    cache: Path, converter: Callable[[str], Process]
+) -> None:
+    processes = [converter("1.0") for _ in range(3)]
+    said = [_lines(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [line for lines in said for line in lines].count("making") == 1
     assert len({lines[-1] for lines in said}) == 1
@@ -149,17 +166,18 @@ def test_one_process_converts_and_the_others_wait(cache: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="is killed otherwise")
-def test_a_converter_that_is_killed_is_waited_for_no_longer(cache: Path) -> None:
-    first = _converter("slow")
-    assert first.stdout is not None and first.stdout.readline() == "making\n"
-    second = _converter("0")
+def test_a_converter_that_is_killed_is_waited_for_no_longer(
+    cache: Path, converter: Callable[[str], Process]
+) -> None:
+    first = converter("slow")
+    assert first.stdout is not None and first.stdout.readline() == b"making\n"
+    second = converter("0")
     with pytest.raises(subprocess.TimeoutExpired):  # it waits, and makes nothing meanwhile
-        second.communicate(timeout=8)
+        second.wait(timeout=1)
     first.kill()
     first.wait()
     first.stdout.close()
-    said, _ = second.communicate(timeout=300)
-    assert said.splitlines() == ["making", str(second.pid)]
+    assert _lines(second) == ["making", str(second.pid)]
     assert [f.name for f in cache.iterdir()] == ["toy-v1"]
     assert (cache / "toy-v1" / "model.safetensors").read_text() == "whole"
 

@@ -226,7 +226,10 @@ def _probe(address: str) -> None:
         ) from None
     if looked.returncode:
         told = looked.stderr.decode(errors="replace").strip()
-        raise InputError(f"--ray {address}: {last_line(told) or 'this machine can not join it'}")
+        raise InputError(
+            f"--ray {address}: {last_line(told)}: the cluster has to be of this version of Ray and "
+            "this machine a part of it; where it asks for a token, RAY_AUTH_MODE=token is needed"
+        )
 
 
 def sizes_of(nodes: Iterable[Any]) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
 WORKER = "ray::_Hand"
 """How Ray names the processes of our workers."""
 
+TOKEN = secrets.token_hex(32)
+
 
 @contextmanager
 def cluster() -> Iterator[None]:
@@ -30,6 +33,7 @@ def cluster() -> Iterator[None]:
     with folder() as place, pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONFLAYERS_CACHE", f"{place}/cache")
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # else Ray makes one, in the user's home
         for last in (False, False, True):
             try:
                 _start(place)

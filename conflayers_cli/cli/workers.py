@@ -91,11 +91,15 @@ def _of_all(latest: Facts, crew: Crew, seconds: float) -> Facts:
     """A worker's facts, and that there were several."""
     hosts = len({place.host for place in crew.places})
     told = (
-        f"{len(crew.places)} workers on {hosts} machine{'s' if hosts > 1 else ''}, "
-        f"{crew.room.cpus} CPU{'s' if crew.room.cpus > 1 else ''} each, "
+        f"{_count(len(crew.places), 'worker')} on {_count(hosts, 'machine')}, "
+        f"{_count(crew.room.cpus, 'CPU')} each, "
         f"{seconds:.1f} s in all, their start included; one of them:"
     )
     return replace(latest, told=(told, *latest.told))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class HelperWorker:

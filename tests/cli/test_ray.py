@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Run, finished, save_profile, start, write_prompts
-from tests.clusters import folder, workers
+from tests.clusters import TOKEN, folder, workers
 
 pytest.importorskip("ray")
 
@@ -171,6 +171,7 @@ def test_ctrl_c_leaves_whole_lines_and_no_workers(
     command = ("generate", "-p", profile, "--data", prompts, *FAST, "-n", 400, "-o", output)
     with folder() as place:
         monkeypatch.setenv("RAY_TMPDIR", place)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
         local = ("--ray", "local", "--workers", 1)
         process = start([*command, *local], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:

@@ -1,5 +1,6 @@
 """Hill climbing finds the planted answer from a messy start."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -23,6 +24,9 @@ class Landscape:
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         return False
+
+    def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
+        """Nobody helps."""
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         self.asked += 1

@@ -45,6 +45,13 @@ def prompts(count: int, first: int = 0) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tiny.prompt(9, seed)) for seed in range(first, first + count))
 
 
+@functools.cache
+def output(prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """What the model writes, longer than any task wants it."""
+    (sample,) = Texts(decoder(), (prompt,), NEW_TOKENS, frozenset()).enough(1)
+    return sample.output
+
+
 def task(
     count: int = 6,
     *,
@@ -52,7 +59,11 @@ def task(
     tokens: int = NEW_TOKENS,
     recorder: Record | None = None,
 ) -> Task:
-    return Task(decoder(), prompts(count), costs, tokens, frozenset(), recorder=recorder)
+    """A task whose texts are known; with a recorder they are decoded when asked for."""
+    made = Task(decoder(), prompts(count), costs, tokens, frozenset(), recorder=recorder)
+    for prompt in made.prompts if recorder is None else ():
+        made.texts.note(prompt, output(prompt)[:tokens])
+    return made
 
 
 @functools.cache

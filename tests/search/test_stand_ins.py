@@ -42,6 +42,13 @@ def found_in(
     return find_stand_ins(task, before, settings, 20, on_better)
 
 
+@pytest.fixture(autouse=True)
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaying texts with every draft setting takes most of a tiny model's time."""
+    monkeypatch.setattr(objective_module, "LENGTHS", (2, 4, 8))
+    monkeypatch.setattr(objective_module, "STOPS", (0.0, 0.5))
+
+
 @dataclass
 class Seen:
     """Which prompts' texts were fitted to, and which ones plans with maps were judged by."""
@@ -170,8 +177,6 @@ def test_layers_that_hand_on_something_else(form: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("count", [6, 2 * MOST_TEXTS])
 def test_what_is_judged_by_is_never_fitted_to(count: int, seen: Seen) -> None:
     task = planted_linear.task(count, tokens=80)
-    # the search before has decoded them all
-    task.texts.enough(count)
     found = found_in(task, settings=StandInSettings(tokens=600))
     assert found.score is not None and found.tokens > 0
     prompts = set(planted_linear.prompts(count))
@@ -214,7 +219,6 @@ def test_an_interrupt_while_it_is_refined_keeps_the_best_so_far(
 
 def test_out_of_time_it_ends_with_what_it_has() -> None:
     task = planted_linear.task()
-    task.texts.enough(6)
     task.deadline = task.record.meter().seconds
     found = found_in(task)
     assert found.score is None and found.judged == 0

@@ -13,6 +13,7 @@ from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.journal import Journal
 from conflayers_cli.journal_lines import parsed
 from conflayers_cli.search import check as check_module
+from conflayers_cli.search import objective as objective_module
 from conflayers_cli.search import stand_ins as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, calibrate
@@ -61,6 +62,13 @@ def run(
         on_stage=on_stage,
         on_better=on_better,
     )
+
+
+@pytest.fixture(autouse=True)
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaying texts with every draft setting takes most of a tiny model's time."""
+    monkeypatch.setattr(objective_module, "LENGTHS", (2, 4, 8))
+    monkeypatch.setattr(objective_module, "STOPS", (0.0, 0.5))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search import objective as objective_module
 from conflayers_cli.search import stand_ins as module
 from conflayers_cli.search.objective import SAME, Score
+from conflayers_cli.search.refine import Refiner
 from conflayers_cli.search.settings import StandInSettings
 from conflayers_cli.search.stand_ins import Found, blocks_of, find_stand_ins
 from conflayers_cli.search.states import Reader
@@ -210,7 +211,7 @@ def test_an_interrupt_while_it_is_refined_keeps_the_best_so_far(
         rounds.append(best)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Refiner, "_first_gain", interrupted)
+    monkeypatch.setattr(Refiner, "_first_gain", interrupted)
     found = found_in(planted_linear.task())
     assert found.interrupted and len(rounds) == 1
     assert found.score is not None and found.score.plan == rounds[0].plan

@@ -8,7 +8,7 @@ from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 from conflayers_cli.search import texts as module
-from conflayers_cli.search.texts import LEAST_TOKENS, Stream, Texts
+from conflayers_cli.search.texts import LEAST_TOKENS, Sample, Stream, Texts
 from tests import tiny
 
 PROMPTS = tuple(tuple(tiny.prompt(9, seed)) for seed in range(3))
@@ -72,14 +72,13 @@ def test_other_texts_are_what_each_would_be_alone(monkeypatch: pytest.MonkeyPatc
     end = whole[prompts[2]][5]
     # repeats among the prompts are one text
     known = Texts(decoder, (*prompts, prompts[5]), 24, frozenset({end}))
-    judged = known.enough(1)
-    others = known.others(judged, 10_000)
-    assert judged[0].prompt == prompts[0]
+    others = known.others([Sample(prompts[0], ())], 10_000)
     assert [sample.prompt for sample in others] == prompts[1:]
     for sample in others:
         text = whole[sample.prompt]
         length = text.index(end) + 1 if end in text else len(text)
         assert list(sample.output) == text[:length]
+    assert len({len(sample.output) for sample in others}) > 1
 
 
 def test_others_are_only_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

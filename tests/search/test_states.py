@@ -97,6 +97,16 @@ def test_the_first_texts_may_be_enough(most: int | None, texts: int) -> None:
     assert tokens == [50, 63][texts - 1]
 
 
+def test_tokens_that_a_pass_repeats_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny.decoder("llama")
+    reader = Reader(decoder, [SAMPLE, OTHER], 1000)
+    expected = list(reader.chunks([0, 3]))
+    monkeypatch.setattr(decoder, "_least", lambda batch, plan: CHUNK)
+    for one, other in zip(reader.chunks([0, 3]), expected, strict=True):
+        assert len(one.weights) == len(one.states[3]) == len(other.weights)
+        torch.testing.assert_close(one.states[3], other.states[3], rtol=1e-4, atol=1e-5)
+
+
 def test_a_text_without_output_is_read_too() -> None:
     reader = Reader(tiny.decoder("llama"), [Sample((5,), ()), Sample((5, 6, 7), ())], 1000)
     assert reader.tokens == 2

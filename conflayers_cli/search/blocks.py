@@ -67,7 +67,7 @@ class Fitter:
         weight = 0.0
         for chunk in self._all(SIMILARITY_TOKENS):
             directions = [F.normalize(chunk.states[i].float(), dim=-1) for i in layers]
-            weights = chunk.weights.to(directions[0].device)[:, None]
+            weights = chunk.weights_from(0).to(directions[0].device)[:, None]
             for i in layers:
                 for j in range(i + 1, len(layers)):
                     total[i, j] += float((directions[i] * directions[j] * weights).sum())
@@ -96,7 +96,7 @@ class Fitter:
         layers = sorted({layer for block in blocks for layer in block})
         for chunk in self._all(layers=layers):
             for begin, sums in moments.items():
-                sums.add(chunk.states[begin], chunk.states, chunk.weights)
+                sums.add(chunk.states[begin], chunk.states, chunk.weights_from(begin))
         for begin, end in blocks:
             fit = moments[begin].fit(end, self._rank)
             self._known[begin, end] = StandIn(begin, end, fit.factors, fit.bias)

@@ -201,12 +201,15 @@ def find(
                     if tree is not None:
                         expected = with_tree(judge, expected, tree) or expected
                         setting = expected.setting
-                    ranges, more = _refined_ranges(task, plan, ranges, max(refine - judged, 1))
+                    most = max(refine - judged, 1)
+                    ranges, more = _refined_ranges(task, judge, plan, ranges, most)
                     judged += more
             else:
                 expected = task.objective.score(plan)
     except KeyboardInterrupt:
         interrupted = True
+        if expected is not None:
+            plan, setting = expected.plan, expected.setting
     if interrupted and expected is None and refine:
         plan = _fastest_decoded(result)
     end = task.record.meter()
@@ -290,16 +293,17 @@ def _refined(
 
 
 def _refined_ranges(
-    task: Task, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
+    task: Task, judge: Objective, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
 ) -> tuple[tuple[RangePlan, ...], int]:
     """Each range's plan, refined with what passes cost at its context; equal neighbours merged.
 
-    Also says how many plans were judged, ``most_plans`` at the most over all ranges.
+    Also says how many plans were judged, ``most_plans`` at the most over all ranges. ``judge`` is
+    who judged ``plan``: stand-ins may have been fitted to the texts that others judge by.
     """
     refined: list[RangePlan] = []
     before, judged = plan, 0
     for each in ranges:
-        objective = task.objective.at(each.from_context)
+        objective = judge.at(each.from_context)
         refiner = _refiner(
             task, objective, max(most_plans // len(ranges), 1), lambda score, judged: None
         )

@@ -164,11 +164,11 @@ class _Search:
                 out_of_time=lambda: self._task.out_of_time,
             )
             try:
-                self._take(refiner.refine(self.best.plan))
+                refiner.refine(self.best.plan)
             finally:
                 self.judged += refiner.judged
-                if refiner.best is not None:
-                    self._take(refiner.best)
+                if refiner.best is not None:  # told about on the way
+                    self.best = refiner.best
 
     def _add_run(
         self, blocks: list[Block], taken: frozenset[int], stand_ins: tuple[StandIn, ...]

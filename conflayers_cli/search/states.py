@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,11 +26,21 @@ class Chunk:
 
     Attributes:
         states: before each layer asked for (the model's depth: behind the last), ``[n, d]``.
-        weights: ``[n]``; 0 for sinks.
+        weights: ``[n]``.
+        sink_until: the last layer before which a token is a sink, int64 ``[n]``; -1: it never is.
     """
 
     states: dict[int, torch.Tensor]
     weights: torch.Tensor
+    sink_until: torch.Tensor
+
+    def weights_from(self, layer: int) -> torch.Tensor:
+        """The weights for blocks that begin at a layer, ``[n]``; 0 for sinks.
+
+        Tokens become sinks only some layers into the model: one that does so within or behind the
+        block counts for as little as one that enters it as a sink.
+        """
+        return self.weights.where(self.sink_until < layer, 0.0)
 
 
 class Reader:
@@ -68,19 +79,25 @@ class Reader:
         decoder = self._decoder
         text = torch.tensor([[*sample.prompt, *sample.output]])[:, :count]
         cache = decoder.new_cache(count)
-        found: dict[int, torch.Tensor] = {}
-
-        def show(layer: int, states: torch.Tensor) -> None:
-            found[layer] = states[0].clone()
-
         for begin in range(0, count, CHUNK):
             tokens = text[:, begin : begin + CHUNK]
             positions = torch.arange(begin, begin + tokens.shape[1])[None]
-            with torch.inference_mode(), decoder.showing_states(layers, show):
-                decoder.forward(tokens, positions, cache, last_only=True)
-            # a pass may repeat its last token
-            states = {layer: found[layer][: tokens.shape[1]] for layer in layers}
             weights = torch.ones(tokens.shape[1])
             weights[: max(0, len(sample.prompt) - begin)] = PROMPT_WEIGHT
-            weights[sinks(states[layers[0]]).to(weights.device)] = 0.0
-            yield Chunk(states, weights)
+            chunk = Chunk({}, weights, torch.full(weights.shape, -1))
+            # every layer is looked at, so that who is a sink does not depend on what is asked for
+            show = partial(_take, chunk, frozenset(layers), decoder.depth)
+            with torch.inference_mode(), decoder.showing_states(range(decoder.depth + 1), show):
+                decoder.forward(tokens, positions, cache, last_only=True)
+            yield chunk
+
+
+def _take(
+    chunk: Chunk, layers: frozenset[int], depth: int, layer: int, states: torch.Tensor
+) -> None:
+    """Note what is shown of one layer, ``[1, T, d]``; layers are shown in their order."""
+    own = states[0, : len(chunk.weights)]  # a pass may repeat its last token
+    if layer < depth:
+        chunk.sink_until[sinks(own).to(chunk.sink_until.device)] = layer
+    if layer in layers:
+        chunk.states[layer] = own.clone()

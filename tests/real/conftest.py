@@ -19,7 +19,11 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of converted models: ``CONFLAYERS_CACHE`` if it is set, else this run's own."""
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get("CONFLAYERS_CACHE"):
-            patch.setenv("CONFLAYERS_CACHE", str(tmp_path_factory.mktemp("conflayers")))
+            # Converted once, for all processes of a parallel run: their folders are side by side.
+            folder = tmp_path_factory.getbasetemp()
+            if os.environ.get("PYTEST_XDIST_WORKER"):
+                folder = folder.parent
+            patch.setenv("CONFLAYERS_CACHE", str(folder / "conflayers"))
         has_wheel = importlib.util.find_spec(WHEEL_PACKAGE) is not None
         if not has_wheel and not all(model.folder.is_dir() for model in BUILTIN.values()):
             pytest.skip(f"the wheel with the built-in model is missing: {WHEEL_COMMAND}")

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conflayers_cli.cli.main import main
+from conflayers_cli.engine.builtin import ensure
 from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import SkipDrafter
@@ -26,39 +26,36 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, st
     return captured.out, captured.err
 
 
-def planted(loaded: LoadedModel) -> set[int]:
-    config: Any = loaded.model.config
-    return set(config.conflayers_planted)
+def planted() -> set[int]:
+    config = json.loads((ensure("smollm2-deep") / "config.json").read_text())
+    return set(config["conflayers_planted"])
 
 
-def test_calibrate_generate_bench(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, smollm2_deep: LoadedModel
-) -> None:
+def test_calibrate_generate_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     profile = tmp_path / "deep.yaml"
     out, _ = run(
         capsys,
-        *("calibrate", "--model", "smollm2-deep", "--output", profile, "--max-prompts", 8),
+        *("calibrate", "--model", "smollm2-deep", "--output", profile, "--max-prompts", 4),
         *("--max-iterations", 3, "--search-interval", 12, "--max-new-tokens", 48),
-        *("--refine-limit", 60, "--json"),
+        *("--refine-limit", 12, "--json"),
     )
     trials = json.loads(out)["trials"]
     # one threshold finds nearly all of the planted layers and few others (see the worked figures)
     found = set(trials[1]["attention"])
-    assert len(found & planted(smollm2_deep)) >= 24
-    assert len(found - planted(smollm2_deep)) <= 8
+    assert len(found & planted()) >= 24
+    assert len(found - planted()) <= 8
     assert Profile.load(profile).model.depth == 60
 
-    plain, _ = run(capsys, "generate", "Name three metals.", "--model", "smollm2-deep", "-n", 24)
-    drafted, stats = run(
-        capsys, "generate", "Name three metals.", "--profile", profile, "-n", 24, "--stats"
-    )
+    asked = ("generate", "Name three metals.", "-n", 24)
+    plain, _ = run(capsys, *asked, "--model", "smollm2-deep")
+    drafted, stats = run(capsys, *asked, "--profile", profile, "--stats")
     assert drafted == plain
     assert "tokens/s" in stats
 
     out, _ = run(
         capsys,
-        *("bench", "--profile", profile, "--max-prompts", 2, "-n", 24, "--runs", 1),
-        *("--against", "transformers", "--json"),
+        *("bench", "--profile", profile, "--max-prompts", 2, "-n", 16, "--runs", 1),
+        *("--warmup", 0, "--against", "transformers", "--json"),
     )
     document = json.loads(out)
     assert set(document["arms"]) == {"vanilla", "speculative", "transformers"}
@@ -70,10 +67,10 @@ def test_calibrate_generate_bench(
 def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: SkipPlan) -> None:
     decoder = Decoder(smollm2.model)
     prompt = encode(smollm2, QUESTION, None)
-    vanilla = Generation(decoder, prompt, max_new_tokens=40)
+    vanilla = Generation(decoder, prompt, max_new_tokens=24)
     list(vanilla)
     drafter = SkipDrafter(decoder, plan, 5, 0.0)
-    speculative = Generation(decoder, prompt, max_new_tokens=40, drafter=drafter)
+    speculative = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
     steps = list(speculative)
     assert speculative.output == vanilla.output
     assert 0 < sum(s.accepted for s in steps) < sum(s.drafted for s in steps)

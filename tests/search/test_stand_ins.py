@@ -67,7 +67,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             told.fitted |= {sample.prompt for sample in samples}
             super().__init__(decoder, samples, most_tokens)
 
-    class RecordedText(objective_module._Text):
+    class RecordedText(objective_module.JudgedText):
         def __init__(self, decoder: Decoder, sample: Sample, most_tokens: int) -> None:
             super().__init__(decoder, sample, most_tokens)
             self.prompt = sample.prompt
@@ -78,7 +78,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             return super()._logits(decoder, plan)
 
     monkeypatch.setattr(module, "Reader", Recorded)
-    monkeypatch.setattr(objective_module, "_Text", RecordedText)
+    monkeypatch.setattr(objective_module, "JudgedText", RecordedText)
     return told
 
 

@@ -27,6 +27,9 @@ from rich.text import Text
 from conflayers_cli.outputs import write_atomically
 
 WIDTH = 112
+CELL = 12.2
+"""What rich's SVG gives a character."""
+_TEXT = re.compile(r'x="([\d.]+)" y=("[\d.]+") textLength="([\d.]+)"([^>]*>)((?:&#160;)+)')
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,8 +79,17 @@ def picture(lines: Sequence[str], width: int) -> str:
     for line in lines:
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title="conflayers", theme=DIMMED_MONOKAI)
+    svg = _TEXT.sub(_without_margin, svg)
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return re.sub(r"Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono", svg)
+
+
+def _without_margin(match: re.Match[str]) -> str:
+    """A text that begins with spaces, begun behind them: not all programs keep them."""
+    x, y, length, rest, spaces = match.groups()
+    margin = len(spaces) // len("&#160;") * CELL
+    shifted, shorter = float(x) + margin, float(length) - margin
+    return f'x="{shifted:g}" y={y} textLength="{shorter:g}"{rest}'
 
 
 if __name__ == "__main__":

@@ -11,6 +11,13 @@ from benchmarks.families import EXACT, LACKING, Finding, look_at, main, markdown
 from conflayers_cli.engine.decoder import Decoder
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which begin within the window and beyond it, and go beyond it."""
+    monkeypatch.setattr(families, "NEW_TOKENS", 10)
+    monkeypatch.setattr(families, "LENGTHS", (5, 20))
+
+
 @pytest.mark.parametrize(
     "family",
     [

@@ -31,6 +31,9 @@ from tests.engine import test_bfloat16
 from tests.engine.law import PLAN, SETTINGS, law, remembering
 from tests.tiny import chi_square
 
+RUNS = 2000
+"""Texts for a law; a wrong one shows among them beyond doubt (p < 1e-100)."""
+
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
 
@@ -140,7 +143,7 @@ def law_drafter(tree: bool = False) -> Recorded:
 def drawn(setting: Sampling, drafter: MixedDrafter) -> Counter[tuple[int, ...]]:
     """The first three tokens of many texts that could be longer."""
     counts: Counter[tuple[int, ...]] = Counter()
-    for seed in range(enumerated.RUNS):
+    for seed in range(RUNS):
         generation = Generation(
             remembering(),
             enumerated.PROMPT,

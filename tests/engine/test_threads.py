@@ -24,7 +24,7 @@ from tests import tiny
 from tests.engine.tape import TapeRecorder
 from tests.engine.test_runner import free
 
-COUNT = 40
+COUNT = 24
 THREADS = 4
 
 Work = Callable[[Decoder], list[list[int]]]
@@ -51,7 +51,7 @@ def single(number: int, drafter: Callable[[Decoder], Drafter | None], sampling: 
 
 def several(number: int, sampling: Sampling) -> Work:
     def work(decoder: Decoder) -> list[list[int]]:
-        requests = [BatchRequest(tiny.prompt(4 + i, 10 * number + i), 20, sampling) for i in (1, 2)]
+        requests = [BatchRequest(tiny.prompt(4 + i, 10 * number + i), 12, sampling) for i in (1, 2)]
         batch = Batch(decoder, requests, drafter=MixedDrafter(decoder, plan(number), free()))
         batch.run()
         return batch.outputs

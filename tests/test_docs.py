@@ -18,7 +18,7 @@ from conflayers_cli.cli.main import ANYWHERE, app
 ROOT = Path(__file__).parent.parent
 COMMANDS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKED = (*COMMANDS, ROOT / "benchmarks/README.md", ROOT / "profiles/README.md")
-DRAWINGS = sorted((ROOT / "docs").rglob("*.svg"))
+DRAWINGS = sorted((ROOT / "docs/drawings").glob("*.svg"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 SHELLS = ("sh", "bash", "shell", "console", "")
 ENDS = frozenset({"|", "||", "&&", ";", ">", ">>", "<", "2>", "&"})

@@ -62,7 +62,7 @@ def settings_of(
 
     return {
         "profile": str(path) if path else None,
-        "skip": profile.skip.model_dump(mode="json") if profile else None,
+        "skip": profile.skip.model_dump(mode="json", exclude_defaults=True) if profile else None,
         "draft": profile.draft.model_dump(mode="json") if profile else None,
         "ranges": [r.model_dump(mode="json") for r in profile.ranges or ()] if profile else [],
         "data": str(data) if data else None,
@@ -77,7 +77,7 @@ def lossy_settings(plan: SkipPlan, *, drafts: bool) -> dict[str, Any]:
     from conflayers_cli.profile import SkipSection
     from conflayers_cli.search.objective import PAPER
 
-    skip = SkipSection.of(plan).model_dump(mode="json")
+    skip = SkipSection.of(plan).model_dump(mode="json", exclude_defaults=True)
     return {"skip_only": skip, **({"skip": skip, "draft": asdict(PAPER)} if drafts else {})}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conflayers_cli.engine.fused import Norm
 
@@ -35,6 +35,13 @@ NAN = float("nan")
 
 # What a kernel computes with garbage, and exponentials of large numbers.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def rms_norm(weight: torch.Tensor, epsilon: float) -> torch.nn.Module:
+    """A model's norm with this weight."""
+    norm = LlamaRMSNorm(weight.numel(), epsilon)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +110,7 @@ class Adding:
         x = self.x.clone()
         if self.delta is not None:
             x[:, self.kept] += self.delta[:, self.kept]
-        norm = Norm(SimpleNamespace(weight=self.weight, variance_epsilon=self.epsilon))
+        norm = Norm(rms_norm(self.weight, self.epsilon))
         return x, norm(x[:, self.kept])
 
 
@@ -230,7 +237,7 @@ class Turning:
         parts = list(states.split((self.heads, shared, shared), dim=1))
         if self.weights is not None:
             for i, (weight, epsilon) in enumerate(zip(self.weights, self.epsilons, strict=True)):
-                norm = Norm(SimpleNamespace(weight=weight, variance_epsilon=epsilon))
+                norm = Norm(rms_norm(weight, epsilon))
                 parts[i] = norm(parts[i])
         queries, key = (
             torch.addcmul(part * self.cos, part.roll(size // 2, -1), self.sin) for part in parts[:2]

@@ -96,6 +96,16 @@ def test_the_linear_run_is_found_and_beats_leaving_it_out() -> None:
     assert with_map.speedup > without.speedup
 
 
+def test_a_runs_ends_are_moved_as_long_as_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = [(BLOCK[0] + 2, BLOCK[1] - 1)]
+    monkeypatch.setattr(module, "candidates", lambda similarity, taken: [] if taken else inner)
+    score = found_in(planted_linear.task()).score
+    assert score is not None and blocks_of(score.plan.stand_ins) == [BLOCK]
+    monkeypatch.setattr(module, "ROUNDS", 0)
+    score = found_in(planted_linear.task()).score
+    assert score is not None and blocks_of(score.plan.stand_ins) == inner
+
+
 @pytest.mark.parametrize("rank", [4, 16])
 def test_a_rank_asked_for_is_kept_to(rank: int) -> None:
     found = found_in(planted_linear.task(), settings=StandInSettings(2000, rank))

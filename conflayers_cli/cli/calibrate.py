@@ -214,7 +214,7 @@ def _stand_in_settings(
         raise InputError("--stand-ins are found in refinement: not with --no-refine")
     for flag, value in (("--stand-in-tokens", tokens), ("--stand-in-rank", rank)):
         if value is not None and not looks:
-            raise InputError(f"{flag} is about stand-ins, and nobody looks for them")
+            raise InputError(f"{flag} is about stand-ins: give --stand-ins, too")
     if not looks:
         return None
     return StandInSettings(rank=rank) if tokens is None else StandInSettings(tokens, rank)

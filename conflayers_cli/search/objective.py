@@ -252,11 +252,13 @@ class Objective:
         traces = self.traces(plan, count)
         agreement = float(np.concatenate([t.agrees for t in traces]).mean())
         draft = self.costs.draft_cost(plan, self.decoder.depth)
+        runs: list[list[int]] = [runs_of(trace.agrees).tolist() for trace in traces]
         scores = []
         for stop in STOPS:
+            chains: list[list[int]] = [_until_stop(trace, stop).tolist() for trace in traces]
             for length in LENGTHS:
                 setting = Setting(length, stop)
-                played = replay(traces, setting, draft, self.costs)
+                played = _played(chains, runs, length, draft, self.costs)
                 speedup = played.tokens * self.costs.verify_cost(1) / played.seconds
                 scores.append(Score(plan, agreement, setting, speedup, played))
         return scores
@@ -309,17 +311,27 @@ def replay(traces: Sequence[Trace], setting: Setting, draft_cost: float, costs: 
         draft_cost: seconds per drafted token.
         costs: of verification.
     """
+    runs = [runs_of(trace.agrees).tolist() for trace in traces]
+    chains = [_until_stop(trace, setting.stop_probability).tolist() for trace in traces]
+    return _played(chains, runs, setting.max_tokens, draft_cost, costs)
+
+
+def _played(
+    chains: Sequence[list[int]],
+    runs: Sequence[list[int]],
+    most: int,
+    draft_cost: float,
+    costs: Costs,
+) -> Replay:
+    """As :func:`replay`, of texts of which is known how far each draft and each agreement goes."""
     steps = drafted = accepted = tokens = 0
     seconds = 0.0
-    width_cost = [costs.verify_cost(w + 1) for w in range(setting.max_tokens + 1)]
-    for trace in traces:
-        count = len(trace.agrees)
-        chain = chain_lengths(trace, setting)
-        run = runs_of(trace.agrees)
+    width_cost = [costs.verify_cost(w + 1) for w in range(most + 1)]
+    for chain, run in zip(chains, runs, strict=True):
         at = 0
-        while at < count:
-            drafts = int(chain[at])
-            kept = min(drafts, int(run[at]))
+        while at < len(chain):
+            drafts = min(chain[at], most)
+            kept = min(drafts, run[at])
             steps += 1
             drafted += drafts
             accepted += kept
@@ -331,21 +343,22 @@ def replay(traces: Sequence[Trace], setting: Setting, draft_cost: float, costs: 
 
 def chain_lengths(trace: Trace, setting: Setting) -> npt.NDArray[np.int64]:
     """Tokens drafted when drafting begins at each position (the stop token included)."""
-    count = len(trace.probability)
-    lengths = np.zeros(count, dtype=np.int64)
-    until_stop = 0
-    for at in range(count - 1, -1, -1):
-        stops = trace.probability[at] < setting.stop_probability
-        until_stop = 1 if stops else until_stop + 1
-        lengths[at] = min(until_stop, setting.max_tokens)
-    return lengths
+    return np.minimum(_until_stop(trace, setting.stop_probability), setting.max_tokens)
+
+
+def _until_stop(trace: Trace, probability: float) -> npt.NDArray[np.int64]:
+    """As :func:`chain_lengths`, however long a draft may be."""
+    stops = trace.probability < probability
+    return _until(stops, len(stops) - 1) + 1
 
 
 def runs_of(agrees: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Length of the run of agreement that begins at each position."""
-    runs = np.zeros(len(agrees), dtype=np.int64)
-    run = 0
-    for at in range(len(agrees) - 1, -1, -1):
-        run = run + 1 if agrees[at] else 0
-        runs[at] = run
-    return runs
+    return _until(~agrees, len(agrees))
+
+
+def _until(ends: npt.NDArray[np.bool_], last: int) -> npt.NDArray[np.int64]:
+    """How far it is from each position to the first that ends something, else to the last."""
+    at = np.arange(len(ends))
+    places = np.append(np.flatnonzero(ends), last)
+    return places[np.searchsorted(places[:-1], at)] - at

@@ -150,6 +150,12 @@ class Profile(Section):
         """Whether linear maps stand in for layers: then there is a file with them."""
         return any(skip.stand_ins for skip in (self.skip, *(r.skip for r in self.ranges or ())))
 
+    @property
+    def drafts_with_int4(self) -> bool:
+        """Whether drafts use weights rounded to four bits, at any length of the context."""
+        skips = (self.skip, *(r.skip for r in self.ranges or ()))
+        return any(skip.weights == "int4" for skip in skips)
+
     def beside(self, path: Path) -> Profile:
         """The same profile, which now knows the file it is in, and so where its tensors lie."""
         if self.has_stand_ins:
@@ -186,9 +192,8 @@ class Profile(Section):
                     "a profile with stand-ins is used from its file: their matrices lie beside it"
                 )
             self._maps = read_stand_ins(self._file, self)
-        return SkipPlan.of(
-            skip.attention, skip.mlp, (self._maps[each.begin, each.end] for each in skip.stand_ins)
-        )
+        maps = (self._maps[each.begin, each.end] for each in skip.stand_ins)
+        return SkipPlan.of(skip.attention, skip.mlp, maps, skip.weights)
 
     def for_context(self, length: int) -> tuple[SkipPlan, DraftSettings]:
         """The plan and draft settings at a context of ``length`` tokens, prompt and output.

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.strict_yaml import entry_error
 
 
@@ -88,12 +88,14 @@ StandIns = Annotated[tuple[StandInSection, ...], BeforeValidator(list_to_tuple)]
 class SkipSection(Section):
     """The layers whose attention or MLP is left out; in any order on input, sorted here.
 
-    ``stand_ins`` are linear maps that run in place of some that are left out whole.
+    ``stand_ins`` are linear maps that run in place of some that are left out whole. ``weights`` are
+    those that the other layers draft with where they are not the model's own: int4, made from them.
     """
 
     attention: Layers
     mlp: Layers
     stand_ins: StandIns = ()
+    weights: Weights | None = None
 
     @field_validator("attention", "mlp", mode="after")
     @classmethod
@@ -131,12 +133,14 @@ class SkipSection(Section):
     def of(cls, plan: SkipPlan) -> SkipSection:
         """The section that says what ``plan`` says; the maps themselves are not in it."""
         maps = (StandInSection(begin=m.begin, end=m.end, rank=m.rank) for m in plan.stand_ins)
-        return cls(attention=plan.attention, mlp=plan.mlp, stand_ins=tuple(maps))
+        return cls(
+            attention=plan.attention, mlp=plan.mlp, stand_ins=tuple(maps), weights=plan.weights
+        )
 
     @property
     def left_out(self) -> SkipPlan:
         """The sub-layers left out, without the maps that stand in for some."""
-        return SkipPlan(self.attention, self.mlp)
+        return SkipPlan(self.attention, self.mlp, weights=self.weights)
 
 
 class DraftSettings(Section):

@@ -14,6 +14,17 @@ LABEL = 12
 """Columns that the names of a description's lines take."""
 
 
+def in_short(plan: SkipPlan, depth: int) -> str:
+    """How much a plan leaves out, in words, and what weights the rest drafts with."""
+    return skipped(plan, depth) + (f", {plan.weights} weights" if plan.weights else "")
+
+
+def skips(plan: SkipPlan, depth: int) -> str:
+    """What a plan leaves out, with the layers' numbers."""
+    names = layer_names(plan)
+    return in_short(plan, depth) + (f": {names}" if names else "")
+
+
 def skipped(plan: SkipPlan, depth: int) -> str:
     """How much a plan leaves out, in words."""
     single = len(plan.partial)
@@ -96,7 +107,7 @@ def description(
     depth = profile.model.depth
     lines = [title, _line("model", _sizes(profile.model)), *_plan(profile, signs)]
     for each in profile.ranges or ():
-        found = f"skips {skipped(each.skip.left_out, depth)}: {layer_names(each.skip.left_out)}"
+        found = f"skips {skips(each.skip.left_out, depth)}"
         lines.append(_line(f"from {each.from_context}", found))
         lines.append(_line("", picture(each.skip.left_out, depth, signs)))
         lines.append(_line("", _who_drafts(each.draft, each.skip.left_out)))
@@ -136,7 +147,7 @@ def _plan(profile: Profile, signs: str) -> list[str]:
         return [_line("skips", "nothing"), _line("drafts", _who_drafts(profile.draft, plan))]
     maps = profile.skip.stand_ins
     return [
-        _line("skips", f"{skipped(plan, depth)}: {layer_names(plan)}"),
+        _line("skips", skips(plan, depth)),
         _line("", picture(plan, depth, signs)),
         _line("", legend(signs)),
         *([_line("stand-ins", stand_in_names(maps))] if maps else []),

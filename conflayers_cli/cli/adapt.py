@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,9 +108,10 @@ class Learned:
 
         method = next(name for name in METHODS if name == self._method)
         start, setting = None, None
-        # The layers are where the search begins; what stands in for some it can't search.
+        # The layers are where the search begins; what stands in for some it can't search, and it
+        # knows what layers cost with their own weights.
         if profile is not None and profile.skip.left_out and profile.draft.max_tokens:
-            start = profile.skip.left_out
+            start = replace(profile.skip.left_out, weights=None)
             setting = Setting(profile.draft.max_tokens, profile.draft.stop_probability)
         self._loaded = loaded
         self._adapter = AdaptiveDrafter(

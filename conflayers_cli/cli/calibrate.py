@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conflayers_cli.cli import calibrate_options as search_options
 from conflayers_cli.cli import options
 from conflayers_cli.cli.calibrate_journal import header_of, open_journal
+from conflayers_cli.cli.calibrate_options import DraftWeights
 from conflayers_cli.cli.calibrate_profile import profile_of, tensors_path
 from conflayers_cli.cli.strategies import (
     AUTO,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.costs import Costs
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.engine.model import LoadedModel
+    from conflayers_cli.engine.plan import Weights
     from conflayers_cli.engine.tree import TreeShape
     from conflayers_cli.journal import Journal
     from conflayers_cli.profile import ModelFingerprint, Profile
@@ -70,6 +72,7 @@ class Work:
     tree: bool
     refine: int
     stand_ins: StandInSettings | None
+    draft_weights: DraftWeights
     seed: int
     quantize: str | None
     compiled: bool
@@ -78,6 +81,22 @@ class Work:
     def max_new_tokens(self) -> int:
         """Tokens per prompt: what the prompt with the least room has room for."""
         return min((prompt.max_new_tokens for prompt in self.encoded), default=0)
+
+    @property
+    def kinds(self) -> tuple[Weights | None, ...]:
+        """The weights that drafts may use, None being the model's own.
+
+        Raises:
+            InputError: there are none of the kind asked for.
+        """
+        if self.draft_weights is DraftWeights.OWN or not (self.refine and self.prompts):
+            return (None,)
+        int4 = self.decoder.stack.int4
+        if self.draft_weights is DraftWeights.INT4:
+            if int4.reason is not None:
+                raise InputError(f"--draft-weights int4: {int4.reason}")
+            return ("int4",)
+        return (None, "int4") if int4.worthwhile else (None,)
 
     @property
     def shape(self) -> TreeShape | None:
@@ -106,6 +125,7 @@ def calibrate(
     stand_ins: search_options.StandIns = False,
     stand_in_tokens: search_options.StandInTokens = None,
     stand_in_rank: search_options.StandInRank = None,
+    draft_weights: search_options.DraftWeightsOption = DraftWeights.AUTO,
     max_prompts: options.MaxPrompts = None,
     max_new_tokens: search_options.MaxNewTokens = 128,
     system: options.System = None,
@@ -135,6 +155,8 @@ def calibrate(
     check_options(strategy, search)
     refining = refine_limit if (strategy != UNIFIED if refine is None else refine) else 0
     maps = _stand_in_settings(stand_ins, stand_in_tokens, stand_in_rank, refining > 0)
+    if draft_weights is DraftWeights.INT4 and not refining:
+        raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
     from conflayers_cli.cli.workers import helping_workers
@@ -190,6 +212,7 @@ def calibrate(
             tree=tree,
             refine=refining,
             stand_ins=maps,
+            draft_weights=draft_weights,
             seed=seed,
             quantize=quantize,
             compiled=compile_,
@@ -311,6 +334,7 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
                 refine=work.refine,
                 tree=work.shape,
                 stand_ins=work.stand_ins,
+                weights=work.kinds,
                 on_stage=display.stage,
                 on_better=display.better,
             )
@@ -322,6 +346,7 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
             refine=work.refine,
             tree=work.shape,
             stand_ins=work.stand_ins,
+            weights=work.kinds,
             on_stage=display.stage,
             on_better=display.better,
         )
@@ -339,7 +364,8 @@ def _costs(work: Work, display: Display, record: Record) -> Costs:
     display.stage("measuring what passes cost")
 
     def measured() -> dict[str, Any]:
-        costs = asdict(costs_of(work.loaded, work.decoder).table.by_batch[1])
+        found = costs_of(work.loaded, work.decoder, int4="int4" in work.kinds)
+        costs = asdict(found.table.by_batch[1])
         return {**costs, "verify": list(costs["verify"].items())}
 
     found = record.did("costs", measured)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from conflayers_cli.cli.terminal import note, stderr_console
 from conflayers_cli.profile import Profile
-from conflayers_cli.profile_text import how_it_drafts, layer_names, skipped, stand_in_names
+from conflayers_cli.profile_text import how_it_drafts, in_short, skipped, skips, stand_in_names
 from conflayers_cli.search.calibrate import Calibration, Candidate
 from conflayers_cli.search.check import Check
 from conflayers_cli.search.objective import Score
@@ -82,6 +82,7 @@ class Display:
         """Refinement found a better plan."""
         self._best = (
             f"refined after {judged} sets judged: {skipped(score.plan, self._depth)} skipped, "
+            f"{f'{score.plan.weights} weights, ' if score.plan.weights else ''}"
             f"agreement {_share(score.agreement)}, {_times(score.speedup)}"
         )
         if self._live is None:
@@ -113,15 +114,14 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
         f"judged {candidate.judged} more in refining; {done.seconds:.0f} s in all"
     )
     if plan:
-        lines.append(f"skips {skipped(plan, depth)}: {layer_names(plan)}")
+        lines.append(f"skips {skips(plan, depth)}")
         lines += _stand_in_lines(profile, done)
         lines.append(how_it_drafts(profile.draft))
     else:
         lines.append("the profile skips nothing: n-grams found in the text draft, where they pay")
     for each in done.ranges:
         lines.append(
-            f"from {each.from_context} tokens of context on skips "
-            f"{skipped(each.plan, depth)}: {layer_names(each.plan)}"
+            f"from {each.from_context} tokens of context on skips {skips(each.plan, depth)}"
         )
     if done.check is not None and plan:
         lines.append(
@@ -160,7 +160,7 @@ def strategy_table(done: Calibration, depth: int) -> Table:
         table.add_row(
             "→" if candidate is done.candidate else "",
             _label(candidate),
-            skipped(candidate.plan, depth),
+            in_short(candidate.plan, depth),
             _times(candidate.expected.speedup if candidate.expected else None),
             _times(check.speedup if check else None),
             _share(check.acceptance_rate if check else None),
@@ -204,6 +204,7 @@ def _candidate_json(candidate: Candidate, check: Check | None) -> dict[str, Any]
             {"begin": each.begin, "end": each.end, "rank": each.rank}
             for each in candidate.plan.stand_ins
         ],
+        "weights": candidate.plan.weights,
         "stand_in_tokens": candidate.stand_ins.tokens if candidate.stand_ins else None,
         "refined": candidate.refined,
         "expected_speedup": candidate.expected.speedup if candidate.expected else None,

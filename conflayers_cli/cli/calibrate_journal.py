@@ -65,6 +65,7 @@ def header_of(work: Work) -> dict[str, Any]:
             "refine_limit": work.refine,
             "tree": work.tree,
             "stand_ins": None if work.stand_ins is None else asdict(work.stand_ins),
+            "draft_weights": work.draft_weights.value,
             "max_new_tokens": work.max_new_tokens,
             "budget": work.budget,
             "seed": work.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,15 @@ from conflayers_cli.cli.options import MAX_SEED
 from conflayers_cli.cli.strategies import STRATEGIES
 
 _SEARCH = "Search"
+
+
+class DraftWeights(Enum):
+    """What drafts compute with."""
+
+    AUTO = "auto"
+    OWN = "own"
+    INT4 = "int4"
+
 
 Output = Annotated[
     Path | None,
@@ -149,6 +159,15 @@ StandIns = Annotated[
         "--stand-ins/--no-stand-ins",
         help="Look for runs of layers that a linear map can stand in for, too, fitted to the "
         "model's own texts. Takes as long again as the search.",
+        rich_help_panel=_SEARCH,
+    ),
+]
+DraftWeightsOption = Annotated[
+    DraftWeights,
+    typer.Option(
+        "--draft-weights",
+        help="What drafts compute with: the model's own weights, a copy of the layers' rounded to "
+        "four bits (a quarter to a third more memory), or (auto) what is predicted to be faster.",
         rich_help_panel=_SEARCH,
     ),
 ]

@@ -142,6 +142,7 @@ def drafter_for(
     if all(mode is By.NONE for mode in modes):
         return None
     _tell_other_device(loaded, profile, path, modes, way)
+    _tell_other_weights(decoder, [plan for _, plan, _ in sections], modes, path)
     builder = _Builder(loaded, decoder, profile, way)
     drafters = [
         (begin, builder.drafter(mode, plan, draft))
@@ -197,6 +198,21 @@ def _tell_other_device(
     )
 
 
+def _tell_other_weights(
+    decoder: Decoder, plans: list[SkipPlan], modes: list[By], path: Path | None
+) -> None:
+    """A note where drafts can't be made with the weights that a profile says."""
+    drafting = zip(plans, modes, strict=True)
+    if not any(plan.weights and mode in (By.SKIP, By.MIXED) for plan, mode in drafting):
+        return
+    reason = decoder.stack.int4.reason
+    if reason is not None:
+        source = f"{path}: " if path else ""
+        note(
+            f"note: {source}drafts use the model's own weights, not int4, which is slower: {reason}"
+        )
+
+
 @dataclass
 class _Builder:
     """Makes the drafters of a profile's sections; costs are measured when the first one asks."""
@@ -210,7 +226,8 @@ class _Builder:
     @property
     def costs(self) -> CostTable:
         if self._costs is None:
-            self._costs = costs_for(self.loaded, self.decoder, self.way.rows)
+            int4 = self.profile.drafts_with_int4
+            self._costs = costs_for(self.loaded, self.decoder, self.way.rows, int4)
         return self._costs
 
     def drafter(self, mode: By, plan: SkipPlan, draft: DraftSettings) -> Drafter | None:
@@ -261,12 +278,17 @@ def _ngrams(loaded: LoadedModel, decoder: Decoder, way: Way) -> Drafter:
     return MixedDrafter(decoder, None, costs, max_tokens=MOST_DRAFTED)
 
 
-def costs_for(loaded: LoadedModel, decoder: Decoder, rows: int = 1) -> CostTable:
-    """What passes over up to so many rows cost here: measured now, or known from an earlier run."""
+def costs_for(
+    loaded: LoadedModel, decoder: Decoder, rows: int = 1, int4: bool = False
+) -> CostTable:
+    """What passes over up to so many rows cost here: measured now, or known from an earlier run.
+
+    ``int4``: those of drafts with weights of four bits, too.
+    """
     from conflayers_cli.engine.latencies import costs_of, sizes_up_to
 
     with progress_bar() as tell:
-        found = costs_of(loaded, decoder, sizes_up_to(rows), progress=tell)
+        found = costs_of(loaded, decoder, sizes_up_to(rows), progress=tell, int4=int4)
     if found.unkept:
         note(f"note: what passes cost is measured anew every time: {found.unkept}")
     return found.table

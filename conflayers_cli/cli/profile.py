@@ -102,14 +102,14 @@ app.command(name="convert", help=CONVERT_HELP)(convert)
 
 
 def _document(file: Path, profile: Profile, version: int) -> dict[str, Any]:
-    from conflayers_cli.profile_text import figures_of, picture, skipped
+    from conflayers_cli.profile_text import figures_of, in_short, picture
 
     depth = profile.model.depth
     return {
         "schema_version": 1,
         "path": str(file),
         "profile_schema_version": version,
-        "skipped": skipped(profile.skip.left_out, depth),
+        "skipped": in_short(profile.skip.left_out, depth),
         "picture": picture(profile.skip.left_out, depth),
         "figures_of": figures_of(profile),
         "tensors": _state_of_tensors(file, profile),

@@ -114,12 +114,12 @@ def _read(path: Path) -> tuple[Profile, int, int]:
 
 
 def _told(profile: Profile, version: int, tensors: int) -> str:
-    from conflayers_cli.profile_text import skipped
+    from conflayers_cli.profile_text import in_short
     from conflayers_cli.profile_versions import SCHEMA_VERSION
 
     older = [f"schema {version}"] if version != SCHEMA_VERSION else []
     beside = [f"{tensors} tensors beside it"] if profile.tensors else []
-    skips = f"skips {skipped(profile.skip.left_out, profile.model.depth)}"
+    skips = f"skips {in_short(profile.skip.left_out, profile.model.depth)}"
     return ", ".join([*older, profile.model.name, skips, *beside])
 
 

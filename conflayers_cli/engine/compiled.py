@@ -81,7 +81,8 @@ class CompiledForward(FusedForward):
         cached: Any,
         kept: tuple[bool, bool],
     ) -> torch.Tensor:
-        if x.shape not in self._shapes and len(self._shapes) == MOST_SHAPES:
+        many = x.shape not in self._shapes and len(self._shapes) == MOST_SHAPES
+        if many or id(layer) not in self._weights:  # other shapes, and rounded weights
             cos, sin, own = turns
             turns = Turns(cos[:, :, :own], sin[:, :, :own], own)
             return super()._through(layer, x, turns, attend, cached, kept)

@@ -39,6 +39,8 @@ LEAST_ROUNDS = 4
 LEAST_SHARE = 0.1
 """Of a layer's cost, for either of its sub-layers: that one of them is free is noise."""
 
+SHALLOW = 3
+"""A model with no more layers is measured by what the first and the last one cost alone."""
 FED = 8
 """Passes launched ahead, or one by one, to see what waiting for the host takes."""
 
@@ -62,6 +64,7 @@ class Costs:
         attention_per_position_and_token: what one attention sub-layer takes more for every further
             position, for each token of the width behind the first: it compares each with all.
         stand_in: one linear map in place of layers, one token.
+        int4_attention, int4_mlp: the two with weights of four bits; 0 where nobody asked.
         turnaround: between two draft passes, for the first one's token to be read and the second
             to be launched; 0 where passes can't be launched ahead.
     """
@@ -76,6 +79,13 @@ class Costs:
     attention_per_position_and_token: float = 0.0
     turnaround: float = 0.0
     stand_in: float = 0.0
+    int4_attention: float = 0.0
+    int4_mlp: float = 0.0
+
+    @property
+    def knows_int4(self) -> bool:
+        """Whether passes with weights of four bits were measured."""
+        return self.int4_mlp > 0
 
     def at(self, context: int, depth: int) -> Costs:
         """The costs with ``context`` positions in the cache of a model with ``depth`` layers."""
@@ -87,7 +97,11 @@ class Costs:
             # At a shorter context the growth is taken off again: not so much that wider is cheaper.
             seconds = self.verify[width] + depth * more + (width - 1) * wider
             verify[width] = slowest = max(slowest, seconds)
-        return replace(self, verify=verify, attention=self.attention + more, context=context)
+        int4 = max(self.int4_attention + more, 0.0) if self.knows_int4 else 0.0
+        attention = self.attention + more
+        return replace(
+            self, verify=verify, attention=attention, int4_attention=int4, context=context
+        )
 
     def verify_cost(self, width: int) -> float:
         """Seconds of a full pass over ``width`` tokens; linear between measured widths."""
@@ -102,10 +116,14 @@ class Costs:
 
     def draft_cost(self, plan: SkipPlan, depth: int, vocabulary_share: float = 1.0) -> float:
         """Seconds of one draft token under a plan, with the logits of so much of the vocabulary."""
-        attention = (depth - len(plan.attention)) * self.attention
+        rounded = plan.weights == "int4" and self.knows_int4
+        attention, mlp = self.attention, self.mlp
+        if rounded:
+            attention, mlp = self.int4_attention, self.int4_mlp
+        layers = (depth - len(plan.attention)) * attention + (depth - len(plan.mlp)) * mlp
         floor = self.floor - (1.0 - vocabulary_share) * self.head
         maps = sum(each.share for each in plan.stand_ins) * self.stand_in
-        return max(floor, 0.0) + attention + (depth - len(plan.mlp)) * self.mlp + maps
+        return max(floor, 0.0) + layers + maps
 
 
 @dataclass(frozen=True)
@@ -152,6 +170,8 @@ def _between(one: Costs, other: Costs, share: float) -> Costs:
         ),
         turnaround=mix(one.turnaround, other.turnaround),
         stand_in=mix(one.stand_in, other.stand_in),
+        int4_attention=mix(one.int4_attention, other.int4_attention),
+        int4_mlp=mix(one.int4_mlp, other.int4_mlp),
     )
 
 
@@ -163,6 +183,7 @@ def measure_costs(
     growth: bool = True,
     batch: int = 1,
     seconds: float = 4.0,
+    int4: bool = False,
 ) -> Costs:
     """Measure a model's passes, all kinds interleaved, each the lower quartile of the rounds.
 
@@ -180,6 +201,7 @@ def measure_costs(
         seconds: after which two rounds are enough if they nearly agree, `NEARLY_STABLE`: a large
             model's passes are long, and a stall of the machine is a small part of one. After three
             times that measuring ends in any case.
+        int4: measure drafts with weights of four bits, too, where there may be such.
     """
     widths = widths_for(batch)
     room = _room(decoder) - max(widths)
@@ -189,6 +211,8 @@ def measure_costs(
     long = context + longer if growth and context + longer <= room else context
     cache = _filled_cache(decoder, long + max(widths), batch)
     passes = _passes(decoder, cache, widths, context, long)
+    if int4 and decoder.stack.int4.reason is None:
+        passes |= _int4_passes(decoder, cache, context)
     typical = _quartiles(passes, rounds, seconds, decoder.runner.warm_ups)
     return agreed(_costs(typical, widths, decoder.depth, context, long))
 
@@ -208,6 +232,8 @@ def _passes(
         ("verify", width): partial(run, FULL, context, width) for width in widths
     }
     passes["none", 1] = partial(run, SkipPlan.of_layers(middle), context, 1)
+    if decoder.depth > SHALLOW:
+        passes["draft", 1] = partial(run, SkipPlan.of_layers([1]), context, 1)
     if len(decoder.sub_layers) == 2:
         passes["no mlp", 1] = partial(run, SkipPlan.of(mlp=middle), context, 1)
     if long > context:
@@ -225,6 +251,17 @@ def _passes(
         states = torch.ones((cache.batch, 1, size), dtype=decoder.dtype, device=decoder.device)
         passes["stand-in", 1] = partial(_time_module, _some_map(decoder, size), states)
     return passes
+
+
+def _int4_passes(decoder: Decoder, cache: KVCache, context: int) -> dict[Key, Callable[[], float]]:
+    """The same for drafts with weights of four bits."""
+    run = partial(_time, decoder, cache)
+    middle = range(1, decoder.depth - 1)
+    found = {("int4", 1): partial(run, SkipPlan(weights="int4"), context, 1)}
+    if len(decoder.sub_layers) == 2:
+        without = SkipPlan.of(mlp=middle, weights="int4")
+        found["int4 no mlp", 1] = partial(run, without, context, 1)
+    return dict(found)
 
 
 def _quartiles(
@@ -298,12 +335,19 @@ def _costs(
         # measured to, it is the narrower one that was disturbed.
         verify[width] = cheapest = min(cheapest, typical["verify", width])
     inner = max(depth - 2, 1)
-    full, none = verify[1], min(typical["none", 1], verify[1])
-    layer = (full - none) / inner if depth > 2 else 0.0
-    mlp = layer / 2
-    if ("no mlp", 1) in typical and depth > 2:
-        least = LEAST_SHARE * layer
-        mlp = min(max((full - typical["no mlp", 1]) / inner, least), layer - least)
+    none = min(typical["none", 1], verify[1])
+    # Drafts read their keys in smaller extents than passes that decide, so that those tell more.
+    full, more = (typical["draft", 1], depth - 3) if depth > SHALLOW else (verify[1], inner)
+    layer = max(full - none, 0.0) / more if depth > 2 else 0.0
+    floor = max(none - 2 * layer, 0.0)
+    mlp = _share_of_mlp(layer, floor + depth * layer - typical.get(("no mlp", 1), math.nan), inner)
+    int4_layer = int4_mlp = 0.0
+    if ("int4", 1) in typical:
+        full = typical["int4", 1]
+        int4_layer = max(full - floor, 0.0) / depth
+        int4_mlp = _share_of_mlp(
+            int4_layer, full - typical.get(("int4 no mlp", 1), math.nan), inner
+        )
     slope = slope_by_token = 0.0
     if long > context:
         wide = min(LONG_WIDTH, widths[-1])
@@ -314,13 +358,23 @@ def _costs(
     turnaround = 0.0
     if ("fed", FED) in typical:
         turnaround = max(typical["fed", 1] - typical["fed", FED], 0.0) / FED
-    floor = max(none - 2 * layer, 0.0)
     head = min(typical.get(("head", 1), 0.0), floor)
     verify = dict(sorted(verify.items()))
     return Costs(
         *(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token, turnaround),
         stand_in=typical.get(("stand-in", 1), 0.0),
+        int4_attention=int4_layer - int4_mlp,
+        int4_mlp=int4_mlp,
     )
+
+
+def _share_of_mlp(layer: float, saved: float, inner: int) -> float:
+    """What of a layer's cost is its MLP's, from what a pass saves without ``inner`` of them.
+
+    Half of it where that was not measured (NaN).
+    """
+    least = LEAST_SHARE * layer
+    return layer / 2 if math.isnan(saved) else min(max(saved / inner, least), layer - least)
 
 
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:

@@ -29,7 +29,7 @@ from .plan import SkipPlan
 from .pool import CachePool
 from .quantised import method_of, promise, rounds_inputs
 from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
-from .runner import CudaRecorder, GraphRunner, Pass, Recorder, Runner
+from .runner import LOOSE_EXTENT, CudaRecorder, GraphRunner, Pass, Recorder, Runner
 from .shortage import check_room, explained, is_shortage
 from .support import (
     exact_positions,
@@ -47,8 +47,6 @@ DEVICE_PREFILL_CHUNK = 1024
 LEAST_CHUNK = 64
 LARGE_CACHE = 64 * 2**20
 """Bytes from which on it is worth asking first whether there is as much memory."""
-LOOSE_EXTENT = 64
-"""Keys are read in extents of a multiple of this where bits don't matter."""
 MASK_ENTRIES = 1 << 22
 """Tokens times heads per key head times positions of one forward: bounds its mask, as far as chunks
 of `LEAST_CHUNK` tokens allow."""

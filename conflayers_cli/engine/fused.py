@@ -12,7 +12,7 @@ those of the modules (checked when a model is opened). Whoever changes modules f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .cache import KVCache
+from .int4 import Int4Weights
 from .packing import Packed, PackedLinear, alike, is_plain
 from .plan import SkipPlan
 from .stand_in import Map
@@ -132,6 +133,7 @@ class FusedForward:
             _read_layer(layer, kinds[i] if kinds else window or "full_attention", activation)
             for i, layer in enumerate(layers)
         )
+        self._rounded: tuple[Int4Weights, tuple[Layer, ...]] | None = None
 
     def __call__(
         self,
@@ -141,6 +143,7 @@ class FusedForward:
         cache: KVCache,
         plan: SkipPlan,
         keep: int,
+        int4: Int4Weights | None = None,
     ) -> torch.Tensor:
         """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all).
 
@@ -153,19 +156,33 @@ class FusedForward:
             cache: has been told where the positions are written.
             plan: what is left out.
             keep: see above.
+            int4: the weights of a plan that asks for them.
         """
         x = self.embedding(tokens)
         turns = self._turns(x, positions)
         only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
         maps = self._maps(plan, x)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers_of(plan, int4)):
             if i in maps:
                 x = maps[i](x)
             own = attend[layer.kind] if only is None else only
             kept = i not in attention_out, i not in mlp_out
             x = self._through(layer, x, turns, own, cache.layers[i], kept)
         return self.head(self.norm(x[:, -keep:] if keep else x))
+
+    def _layers_of(self, plan: SkipPlan, int4: Int4Weights | None) -> tuple[Layer, ...]:
+        """The layers, with the weights that the plan asks for."""
+        if plan.weights is None or int4 is None or int4.reason is not None:
+            return self.layers
+        if self._rounded is None or self._rounded[0] is not int4:
+            names = ("qkv", "output", "gate_up", "down")
+            layers = (
+                replace(layer, **{name: int4.product(getattr(layer, name)) for name in names})
+                for layer in self.layers
+            )
+            self._rounded = int4, tuple(layers)
+        return self._rounded[1]
 
     def _maps(self, plan: SkipPlan, like: torch.Tensor) -> dict[int, Map]:
         """What stands in for layers, by the first of them."""
@@ -272,8 +289,8 @@ def _read_layer(layer: Any, kind: str, activation: Callable[[torch.Tensor], torc
 
 def _product(linear: Any) -> Product:
     """A layer's product, without the module around it where that is no more than its packing."""
-    if isinstance(linear, PackedLinear) and len(linear.packed.sizes) == 1:
-        return linear.packed
+    if isinstance(linear, PackedLinear) and len(linear.joint.sizes) == 1:
+        return linear.joint
     product: Product = linear
     return product
 
@@ -281,7 +298,7 @@ def _product(linear: Any) -> Product:
 def _joined(linears: Sequence[Any]) -> Product:
     """One product for several layers of one input; their weights become views of one tensor."""
     if all(isinstance(linear, PackedLinear) for linear in linears):
-        packed = {linear.packed for linear in linears}
+        packed = {linear.joint for linear in linears}
         if len(packed) > 1:
             raise ValueError("packed apart")
         product: Product = packed.pop()

@@ -17,6 +17,7 @@ from torch import nn
 from . import fused
 from .cache import KVCache, SlotLayer
 from .fused import Attend, FusedForward, Layer, Turns
+from .int4 import Int4Weights
 from .plan import SkipPlan
 
 if TYPE_CHECKING:
@@ -102,9 +103,10 @@ class KernelForward(FusedForward):
         cache: KVCache,
         plan: SkipPlan,
         keep: int,
+        int4: Int4Weights | None = None,
     ) -> torch.Tensor:
         if not self._known:
-            return super().__call__(tokens, positions, attend, cache, plan, keep)
+            return super().__call__(tokens, positions, attend, cache, plan, keep, int4)
         x = self.embedding(tokens)
         turns = self._turns(x, positions)
         only = next(iter(attend.values())) if len(attend) == 1 else None
@@ -112,7 +114,7 @@ class KernelForward(FusedForward):
         maps = self._maps(plan, x)
         # What the last sub-layer gave; the next norm adds it to x.
         delta: torch.Tensor | None = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers_of(plan, int4)):
             if i in maps:
                 x, delta = maps[i](x if delta is None else x + delta), None
             before_attention, before_mlp = self._norms[i]

@@ -30,7 +30,7 @@ from .model import LoadedModel, fingerprint
 from .parallel import agreed
 from .quantised import signature
 
-FORMAT = 6
+FORMAT = 7
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 STRIDE = 4
 """From one number of rows measured to the next; between them costs are interpolated."""
@@ -66,6 +66,8 @@ def costs_of(
     decoder: Decoder,
     batches: Iterable[int] = (1,),
     progress: builtin.Progress | None = None,
+    *,
+    int4: bool = False,
 ) -> Latencies:
     """The costs of a loaded model's passes, from the cache folder as far as they are known."""
     return cost_table(
@@ -74,6 +76,7 @@ def costs_of(
         model_key=key_of(loaded.model),
         cache_folder=catalogue.cache_folder(),
         progress=progress,
+        int4=int4,
     )
 
 
@@ -97,6 +100,7 @@ def cost_table(
     model_key: str,
     cache_folder: Path | None,
     progress: builtin.Progress | None = None,
+    int4: bool = False,
 ) -> Latencies:
     """The costs of a model's passes, read where they were measured before, else measured now.
 
@@ -109,16 +113,19 @@ def cost_table(
         model_key: tells the model from others, see `key_of`.
         cache_folder: where files are kept between runs; None: nowhere.
         progress: told about measuring.
+        int4: those of drafts with weights of four bits must be known, too, where there may be such.
     """
     subject = _subject(decoder, model_key)
     path = None if cache_folder is None else _path(cache_folder, subject)
     # All ranks measure together, and go by the same figures.
     known = agreed({} if path is None else _read(path, subject))
+    if int4 and decoder.stack.int4.reason is None:
+        known = {rows: costs for rows, costs in known.items() if costs.knows_int4}
     missing = tuple(sorted({1, *batches} - known.keys()))
     for number, rows in enumerate(missing):
         if progress:
             progress("measuring what passes cost", number / len(missing))
-        known[rows] = measure_costs(decoder, batch=rows, growth=rows == 1)
+        known[rows] = measure_costs(decoder, batch=rows, growth=rows == 1, int4=int4)
         if rows > 1:
             known[rows] = _grown(known[rows], known[1], rows)
     if missing and progress:

@@ -16,6 +16,7 @@ from torch import nn
 
 from conflayers_cli.errors import InputError
 
+from .int4 import Int4Weights
 from .packing import PackedLinear
 from .parallel import agreed
 from .pass_lock import lock_of
@@ -148,6 +149,7 @@ class LayerStack:
 
     Attributes:
         lock: held by whoever runs a pass, or is at work on the modules.
+        int4: the layers' weights rounded to four bits, for drafts that ask for them.
 
     Raises:
         InputError: no list of decoder layers can be found in the model.
@@ -158,6 +160,7 @@ class LayerStack:
         self._list = find_layers(model)
         self.layers: tuple[nn.Module, ...] = tuple(self._list)
         self.depth = len(self.layers)
+        self.int4 = Int4Weights(model, self.layers)
         self.attention_name = _common_child(self.layers, _ATTENTION_NAMES)
         self.mlp_name = _common_child(self.layers, _MLP_NAMES)
         like = next(p for p in model.parameters() if p.is_floating_point())
@@ -250,6 +253,10 @@ class LayerStack:
         for i in plan.partial:
             kind: SubLayer = "attention" if i in plan.attention else "mlp"
             yield self.stub_swap(kind, i)
+        if plan.weights is not None:
+            for i in sorted(set(range(self.depth)) - set(plan.layers)):
+                for parent, name, rounded, linear in self.int4.swaps(self.layers[i]):
+                    yield _Swap(parent._modules, name, rounded, linear)
 
     def stub_swap(self, kind: SubLayer, i: int) -> _Swap:
         """The swap that leaves out one sub-layer.

@@ -39,41 +39,20 @@ _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Products of one input that are computed as one."""
 
 
-class Packed:
-    """One packed weight, which may serve several linear layers of the same input.
+class Joint:
+    """Products of one input with the weights of several linear layers, computed as one.
 
-    Args:
-        linears: the layers; their weights become empty, unless ``keep`` says that someone else
-            has use for them.
+    Attributes:
+        sizes: the layers' outputs.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], keep: bool = False) -> None:
-        self.linears = tuple(linears)
-        self.sizes = [linear.out_features for linear in linears]
-        self._keep = keep
-        weights = [linear.weight.detach() for linear in linears]
-        self._weight = _reorder(weights[0] if len(weights) == 1 else torch.cat(weights))
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-        if not keep:
-            self.drop_plain()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """The products of all layers side by side: ``[..., in] → [..., sum of sizes]``."""
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._weight, self._bias, "none", [], ""
-        )
-        return product
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        """A copy with a weight of its own, for whoever copies a model: PyTorch can't copy these."""
-        other = memo[id(self)] = object.__new__(Packed)
-        other.linears = copy.deepcopy(self.linears, memo)
-        other.sizes, other._keep, other._last = self.sizes, self._keep, None
-        other._weight = _reorder(self._weight.to_dense())
-        other._bias = None if self._bias is None else self._bias.clone()
-        return other
+        raise NotImplementedError
 
     def part(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """One layer's product; the others' are kept until the next input comes."""
@@ -86,11 +65,57 @@ class Packed:
             self._last = last
         return last[1][index]
 
+
+class Packed(Joint):
+    """One packed weight, which may serve several linear layers of the same input.
+
+    Args:
+        linears: the layers; their weights become empty, unless ``keep`` says that someone else
+            has use for them.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], keep: bool = False) -> None:
+        super().__init__([linear.out_features for linear in linears])
+        self.linears = tuple(linears)
+        self._keep = keep
+        weights = [linear.weight.detach() for linear in linears]
+        self._weight = _reorder(weights[0] if len(weights) == 1 else torch.cat(weights))
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        if not keep:
+            self.drop_plain()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self._weight, self.bias, "none", [], ""
+        )
+        return product
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        """A copy with a weight of its own, for whoever copies a model: PyTorch can't copy these."""
+        other = memo[id(self)] = object.__new__(Packed)
+        other.linears = copy.deepcopy(self.linears, memo)
+        other.sizes, other._keep, other._last = self.sizes, self._keep, None
+        other._weight = _reorder(self.dense())
+        other.bias = None if self.bias is None else self.bias.clone()
+        return other
+
+    def dense(self) -> torch.Tensor:
+        """The weights ``[sum of sizes, in]``, side by side."""
+        weight: torch.Tensor = self._weight.to_dense()
+        return weight
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights take in memory."""
+        linear = self.linears[0]
+        return sum(self.sizes) * linear.in_features * self._weight.dtype.itemsize
+
     def restore_plain(self) -> None:
         """Give the layers their weights back."""
         if self._keep:
             return
-        weights = self._weight.to_dense().split(self.sizes)
+        weights = self.dense().split(self.sizes)
         for linear, weight in zip(self.linears, weights, strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -103,18 +128,28 @@ class Packed:
             linear.weight = nn.Parameter(empty, requires_grad=False)
 
 
-class PackedLinear(nn.Module):
+class JointLinear(nn.Module):
     """Stands where a linear layer was."""
 
-    def __init__(self, packed: Packed, index: int = 0) -> None:
+    def __init__(self, joint: Joint, index: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.packed = packed
+        self.joint = joint
         self.index = index
-        self.in_features = packed.linears[index].in_features
-        self.out_features = packed.linears[index].out_features
+        self.in_features = in_features
+        self.out_features = out_features
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.packed.part(rows, self.index)
+        return self.joint.part(rows, self.index)
+
+
+class PackedLinear(JointLinear):
+    """One with packed weights."""
+
+    joint: Packed
+
+    def __init__(self, packed: Packed, index: int = 0) -> None:
+        linear = packed.linears[index]
+        super().__init__(packed, index, linear.in_features, linear.out_features)
 
 
 class Packing:
@@ -183,7 +218,7 @@ class Packing:
             parent._modules[name] = linear
 
     def _weights(self) -> list[Packed]:
-        return list(dict.fromkeys(stand_in.packed for *_, stand_in in self._places))
+        return list(dict.fromkeys(stand_in.joint for *_, stand_in in self._places))
 
     def _install(self) -> None:
         for parent, name, _, stand_in in self._places:

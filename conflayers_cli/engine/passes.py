@@ -127,7 +127,8 @@ class Passes:
         if fused is None or self.watched:
             return self._by_modules(inputs, self._masks(inputs, extent), cache, plan, keep)
         attend = self._attend(inputs, extent)
-        return fused(inputs.tokens, inputs.positions, attend, cache, plan, keep)
+        int4 = self._stack.int4 if plan.weights else None
+        return fused(inputs.tokens, inputs.positions, attend, cache, plan, keep, int4)
 
     def _attend(self, inputs: Inputs, extent: int) -> Mapping[str, Attend]:
         """The attention of each kind of layer."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from .stand_in import StandIn
+
+Weights = Literal["int4"]
+"""Weights that a draft may use in place of the model's own."""
+WEIGHTS: tuple[Weights, ...] = ("int4",)
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,19 @@ class SkipPlan:
     equal plans are equal objects and can key a dictionary.
 
     Where a run of layers is skipped whole, a linear map may stand in for it: then the residual
-    stream passes through the map.
+    stream passes through the map. The layers that run may do so with rounded weights (``weights``,
+    see :mod:`.int4`); a plan that says so is not empty, even if it leaves out nothing.
 
     Raises:
         ValueError: an index is negative, repeated, not sorted, or not an integer; stand-ins
-            overlap, are not sorted, or stand for layers that are not skipped whole.
+            overlap, are not sorted, or stand for layers that are not skipped whole; weights are of
+            an unknown kind.
     """
 
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
     stand_ins: tuple[StandIn, ...] = ()
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         for name, indices in (("attention", self.attention), ("mlp", self.mlp)):
@@ -39,6 +46,8 @@ class SkipPlan:
                 raise ValueError(f"{name}: layer indices must be integers from 0, got {indices}")
             if list(indices) != sorted(set(indices)):
                 raise ValueError(f"{name}: layer indices must be sorted and unique, got {indices}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise ValueError(f"weights: {' or '.join(WEIGHTS)} or none, got {self.weights!r}")
         replaced = [layer for stand_in in self.stand_ins for layer in stand_in.layers]
         if replaced != sorted(set(replaced)):
             raise ValueError("stand-ins must be sorted and stand for different layers")
@@ -51,6 +60,7 @@ class SkipPlan:
         attention: Iterable[int] = (),
         mlp: Iterable[int] = (),
         stand_ins: Iterable[StandIn] = (),
+        weights: Weights | None = None,
     ) -> SkipPlan:
         """A plan from indices in any order, repeats merged.
 
@@ -59,7 +69,7 @@ class SkipPlan:
         ordered = sorted(stand_ins, key=lambda stand_in: stand_in.begin)
         replaced = {layer for stand_in in ordered for layer in stand_in.layers}
         own, others = (tuple(sorted({*named, *replaced})) for named in (attention, mlp))
-        return cls(own, others, tuple(ordered))
+        return cls(own, others, tuple(ordered), weights)
 
     @classmethod
     def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
@@ -91,7 +101,7 @@ class SkipPlan:
         return cls.of_layers(i for i in range(depth) if i not in spaced)
 
     def __bool__(self) -> bool:
-        return bool(self.attention or self.mlp)
+        return bool(self.attention or self.mlp or self.weights)
 
     def __len__(self) -> int:
         """How many sub-layers are left out."""
@@ -106,7 +116,7 @@ class SkipPlan:
     def key(self) -> Hashable:
         """What tells plans apart, without the maps, which may be large."""
         maps = tuple((each.begin, each.end, each.digest) for each in self.stand_ins)
-        return self.attention, self.mlp, maps
+        return self.attention, self.mlp, maps, self.weights
 
     @property
     def replaced(self) -> frozenset[int]:

@@ -24,6 +24,8 @@ from .passes import Inputs, Passes
 from .plan import SkipPlan
 from .support import first_line, triton_errors
 
+LOOSE_EXTENT = 64
+"""Keys are read in extents of a multiple of this where bits don't matter."""
 MOST_TOKENS = 256
 """Tokens of all rows of a pass up to which it is recorded: longer ones keep the GPU busy."""
 MOST_WIDTH = 64
@@ -133,7 +135,6 @@ class Runner:
     Args:
         passes: what runs one.
         multiple: keys are read in extents of a multiple of this.
-
         reason: see below.
 
     Attributes:
@@ -166,6 +167,8 @@ class Runner:
             end: one more than the last slot written.
         """
         extent = self.extent(cache, inputs.positions.shape[1], end)
+        if kind.plan:  # drafts are guesses, whose bits may depend on how far keys are read
+            extent = min(extent, extent_for(end, LOOSE_EXTENT))
         placed = inputs.on(self.device)
         return self.passes.run(placed, cache, kind.plan, kind.keep, extent)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from conflayers_cli.engine.plan import Weights
 from conflayers_cli.engine.tree import TreeShape
 from conflayers_cli.errors import InputError
 
@@ -38,6 +39,7 @@ def auto(
     refine: int,
     tree: TreeShape | None = None,
     stand_ins: StandInSettings | None = None,
+    weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
 ) -> Calibration:
@@ -49,7 +51,7 @@ def auto(
     Args:
         strategies: in the order they run; those the time does not reach are left out.
         task: what they work on; its deadline is set anew.
-        held_out, refine, tree, stand_ins, on_stage, on_better: as for `calibrate`.
+        held_out, refine, tree, stand_ins, weights, on_stage, on_better: as for `calibrate`.
         budget: seconds.
 
     A KeyboardInterrupt ends the searches with what was found until then.
@@ -75,6 +77,7 @@ def auto(
                 refine=refine,
                 tree=tree,
                 stand_ins=stand_ins,
+                weights=weights,
                 on_stage=on_stage,
                 on_better=on_better,
             )

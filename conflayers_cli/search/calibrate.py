@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.engine.tree import TreeShape
 
 from .check import MOST_CHECKED, Check, check_by_decoding
@@ -121,6 +121,7 @@ def calibrate(
     refine: int,
     tree: TreeShape | None = None,
     stand_ins: StandInSettings | None = None,
+    weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
 ) -> Calibration:
@@ -134,6 +135,8 @@ def calibrate(
             of drafting, whatever they are worth.
         tree: side candidates that are drafted where refinement finds that they pay; None: a chain.
         stand_ins: look for linear maps in place of layers once a plan is refined; None: don't.
+        weights: those that drafts may use, the model's own (None) among them or not; whatever is
+            refined is so with those that begin best.
         on_stage: told what begins.
         on_better: told about better plans during refinement.
 
@@ -146,6 +149,7 @@ def calibrate(
         refine=refine,
         tree=tree,
         stand_ins=stand_ins,
+        weights=weights,
         on_stage=on_stage,
         on_better=on_better,
     )
@@ -173,6 +177,7 @@ def find(
     refine: int,
     tree: TreeShape | None = None,
     stand_ins: StandInSettings | None = None,
+    weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
 ) -> Candidate:
@@ -187,10 +192,12 @@ def find(
         if task.prompts and not interrupted and task.objective.texts:
             if refine:
                 on_stage("refining")
-                expected, judged, interrupted = _refined(task, result, refine, on_better)
+                expected, judged, interrupted = _refined(
+                    task, _starts(result, weights), refine, on_better
+                )
                 if stand_ins is not None and not interrupted:
                     on_stage("fitting stand-ins")
-                    found = find_stand_ins(task, expected, stand_ins, refine, on_better)
+                    found = find_stand_ins(task, expected, stand_ins, refine, on_better, weights)
                     expected, interrupted = found.score, found.interrupted
                     judged += found.judged
                 judge = (found and found.objective) or task.objective
@@ -276,14 +283,14 @@ def _refiner(task: Task, objective: Objective, refine: int, on_better: Better) -
 
 
 def _refined(
-    task: Task, result: SearchResult, most_plans: int, on_better: Better
+    task: Task, starts: Sequence[SkipPlan], most_plans: int, on_better: Better
 ) -> tuple[Score | None, int, bool]:
     """(best score of a plan that skips something, plans judged, interrupted)."""
     refiner = _refiner(task, task.objective, most_plans, on_better)
     best: Score | None = None
     interrupted = False
     try:
-        for plan in _starts(result):
+        for plan in starts:
             best = _better(best, task.objective.score(plan))
         if best is not None:
             best = _better(best, refiner.refine(best.plan))
@@ -307,7 +314,8 @@ def _refined_ranges(
         refiner = _refiner(
             task, objective, max(most_plans // len(ranges), 1), lambda score, judged: None
         )
-        starts = [objective.score(start) for start in (each.plan, before) if start]
+        with_weights = (replace(each.plan, weights=plan.weights), before)
+        starts = [objective.score(start) for start in with_weights if start]
         if not starts:
             continue
         best = refiner.refine(max(starts, key=lambda score: score.speedup).plan)
@@ -325,12 +333,15 @@ def _better(one: Score | None, other: Score | None) -> Score | None:
     return max(scores, key=lambda score: score.speedup, default=None)
 
 
-def _starts(result: SearchResult) -> list[SkipPlan]:
-    """The strategy's own plan and the others it found fastest."""
+def _starts(result: SearchResult, weights: Sequence[Weights | None]) -> list[SkipPlan]:
+    """The strategy's own plan and the others it found fastest, with all weights that there may be;
+    and those weights alone."""
     timed = [t for t in result.trials if t.speedup is not None]
     timed.sort(key=lambda t: t.speedup or 0.0, reverse=True)
     plans = dict.fromkeys([result.plan, *(t.plan for t in timed)])
-    return list(plans)[:STARTS]
+    few = (*list(plans)[:STARTS], SkipPlan())
+    each = [replace(plan, weights=kind) for kind in weights for plan in few]
+    return [plan for plan in dict.fromkeys(each) if plan]
 
 
 def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
@@ -340,10 +351,9 @@ def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
         source = "held-out" if check.held_out else "calibration"
         prompts = f"{check.prompts} {source} prompt{'s' if check.prompts > 1 else ''}"
         figure = f"{check.speedup:.2f}× vanilla, measured on {prompts}"
-        sub_layers = f"{len(plan)} sub-layer{'s' if len(plan) > 1 else ''}"
         if check.speedup >= PAYS:
-            return True, f"skipping {sub_layers} decodes at {figure}"
-        return False, f"no plan pays: the best one, skipping {sub_layers}, decodes at {figure}"
+            return True, f"{_in_words(plan)} decodes at {figure}"
+        return False, f"no plan pays: the best one, {_in_words(plan)}, decodes at {figure}"
     if candidate.interrupted:
         if plan and (expected is None or expected.speedup > 1):
             return True, "interrupted: the best plan so far, not measured by decoding"
@@ -356,6 +366,15 @@ def _conclude(candidate: Candidate, check: Check | None) -> tuple[bool, str]:
         "no plan pays: whatever is left out costs more in refused drafts than it saves "
         f"(the best one found is predicted at {expected.speedup:.2f}× vanilla)"
     )
+
+
+def _in_words(plan: SkipPlan) -> str:
+    """What a plan does, as the subject of a sentence."""
+    skipping = f"skipping {len(plan)} sub-layer{'' if len(plan) == 1 else 's'}"
+    if plan.weights is None:
+        return skipping
+    rounded = f"drafting with {plan.weights} weights"
+    return f"{rounded} and {skipping}" if len(plan) else rounded
 
 
 def _unjudged(candidate: Candidate) -> tuple[bool, str]:

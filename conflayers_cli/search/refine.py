@@ -39,7 +39,7 @@ class Move:
             attention ^= {self.layer}
         if self.mlp:
             mlp ^= {self.layer}
-        return SkipPlan.of(attention, mlp, plan.stand_ins)
+        return SkipPlan.of(attention, mlp, plan.stand_ins, plan.weights)
 
 
 class Refiner:

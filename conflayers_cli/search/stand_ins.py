@@ -7,11 +7,11 @@ were not fitted to: a map costs time, and it pays for long runs of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.engine.stand_in import StandIn
 
 from .blocks import Block, Fitter, candidates, neighbours
@@ -59,6 +59,7 @@ def find_stand_ins(
     settings: StandInSettings,
     most_plans: int,
     on_better: Callable[[Score, int], None],
+    weights: Sequence[Weights | None] = (None,),
 ) -> Found:
     """Look for a plan with stand-ins that beats the best one without.
 
@@ -68,6 +69,7 @@ def find_stand_ins(
         settings: see there.
         most_plans: judged in the refinement of the best one at the most.
         on_better: told about every better plan and the plans judged so far.
+        weights: those that drafts may use; None are the model's own.
     """
     if (reason := why_not(task.decoder)) is not None:
         return Found(before, 0, 0, reason)
@@ -78,7 +80,7 @@ def find_stand_ins(
     if reader.tokens < LEAST_TOKENS:
         return Found(before, 0, reader.tokens, f"{reader.tokens} tokens are too few to fit to")
     fitter = Fitter(task.decoder, reader, settings.rank, settings.memory)
-    search = _Search(task, objective, fitter, before, on_better)
+    search = _Search(task, objective, fitter, before, on_better, weights)
     interrupted = False
     try:
         search.run(most_plans)
@@ -133,6 +135,7 @@ class _Search:
         fitter: Fitter,
         before: Score | None,
         on_better: Callable[[Score, int], None],
+        weights: Sequence[Weights | None],
     ) -> None:
         self._task = task
         self._objective = objective
@@ -143,7 +146,7 @@ class _Search:
         self.best: Score | None = None
         self.base = objective.score(before.plan) if before is not None and before.plan else None
         # On top of what is left out anyway, where that pays, and by themselves.
-        self._bases = [SkipPlan()]
+        self._bases = [SkipPlan(weights=kind) for kind in weights]
         if self.base is not None and self.base.speedup > 1:
             self._bases.append(self.base.plan)
 
@@ -194,7 +197,8 @@ class _Search:
         found: Block | None = None
         for block, stand_in in self._fitter.maps(blocks).items():
             for base in self._bases:
-                plan = SkipPlan.of(base.attention, base.mlp, (*stand_ins, stand_in))
+                maps = (*stand_ins, stand_in)
+                plan = SkipPlan.of(base.attention, base.mlp, maps, base.weights)
                 self.judged += 1
                 if self._take(self._objective.score(plan)):
                     found = block

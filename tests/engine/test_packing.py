@@ -83,7 +83,7 @@ def test_the_weights_come_back_to_the_bit_and_go_again(tied: bool) -> None:
     assert isinstance(layer.self_attn.q_proj, PackedLinear)
     assert isinstance(model.lm_head, PackedLinear)
     held = sum(p.numel() for p in model.parameters())
-    packed = [layer.self_attn.q_proj.packed, layer.mlp.down_proj.packed]
+    packed = [layer.self_attn.q_proj.joint, layer.mlp.down_proj.joint]
     assert all(linear.weight.numel() == 0 for each in packed for linear in each.linears)
     assert held < sum(weight.numel() for weight in before.values()) / 3
     with decoder.plain():

@@ -64,7 +64,7 @@ class Costs:
         attention_per_position_and_token: what one attention sub-layer takes more for every further
             position, for each token of the width behind the first: it compares each with all.
         stand_in: one linear map in place of layers, one token.
-        int4_attention, int4_mlp: the two with weights of four bits; 0 where nobody asked.
+        int4_attention, int4_mlp, int4_floor: with weights of four bits; 0 where nobody asked.
         turnaround: between two draft passes, for the first one's token to be read and the second
             to be launched; 0 where passes can't be launched ahead.
     """
@@ -81,6 +81,7 @@ class Costs:
     stand_in: float = 0.0
     int4_attention: float = 0.0
     int4_mlp: float = 0.0
+    int4_floor: float = 0.0
 
     @property
     def knows_int4(self) -> bool:
@@ -118,10 +119,10 @@ class Costs:
         """Seconds of one draft token under a plan, with the logits of so much of the vocabulary."""
         rounded = plan.weights == "int4" and self.knows_int4
         attention, mlp = self.attention, self.mlp
-        if rounded:
-            attention, mlp = self.int4_attention, self.int4_mlp
-        layers = (depth - len(plan.attention)) * attention + (depth - len(plan.mlp)) * mlp
         floor = self.floor - (1.0 - vocabulary_share) * self.head
+        if rounded:
+            attention, mlp, floor = self.int4_attention, self.int4_mlp, self.int4_floor
+        layers = (depth - len(plan.attention)) * attention + (depth - len(plan.mlp)) * mlp
         maps = sum(each.share for each in plan.stand_ins) * self.stand_in
         return max(floor, 0.0) + layers + maps
 
@@ -172,6 +173,7 @@ def _between(one: Costs, other: Costs, share: float) -> Costs:
         stand_in=mix(one.stand_in, other.stand_in),
         int4_attention=mix(one.int4_attention, other.int4_attention),
         int4_mlp=mix(one.int4_mlp, other.int4_mlp),
+        int4_floor=mix(one.int4_floor, other.int4_floor),
     )
 
 
@@ -257,7 +259,10 @@ def _int4_passes(decoder: Decoder, cache: KVCache, context: int) -> dict[Key, Ca
     """The same for drafts with weights of four bits."""
     run = partial(_time, decoder, cache)
     middle = range(1, decoder.depth - 1)
-    found = {("int4", 1): partial(run, SkipPlan(weights="int4"), context, 1)}
+    found = {
+        ("int4", 1): partial(run, SkipPlan(weights="int4"), context, 1),
+        ("int4 none", 1): partial(run, SkipPlan.of(middle, middle, weights="int4"), context, 1),
+    }
     if len(decoder.sub_layers) == 2:
         without = SkipPlan.of(mlp=middle, weights="int4")
         found["int4 no mlp", 1] = partial(run, without, context, 1)
@@ -341,10 +346,11 @@ def _costs(
     layer = max(full - none, 0.0) / more if depth > 2 else 0.0
     floor = max(none - 2 * layer, 0.0)
     mlp = _share_of_mlp(layer, floor + depth * layer - typical.get(("no mlp", 1), math.nan), inner)
-    int4_layer = int4_mlp = 0.0
+    int4_layer = int4_mlp = int4_floor = 0.0
     if ("int4", 1) in typical:
-        full = typical["int4", 1]
-        int4_layer = max(full - floor, 0.0) / depth
+        full, none = typical["int4", 1], min(typical["int4 none", 1], typical["int4", 1])
+        int4_layer = (full - none) / inner if depth > 2 else 0.0
+        int4_floor = max(none - 2 * int4_layer, 0.0)
         int4_mlp = _share_of_mlp(
             int4_layer, full - typical.get(("int4 no mlp", 1), math.nan), inner
         )
@@ -365,6 +371,7 @@ def _costs(
         stand_in=typical.get(("stand-in", 1), 0.0),
         int4_attention=int4_layer - int4_mlp,
         int4_mlp=int4_mlp,
+        int4_floor=int4_floor,
     )
 
 

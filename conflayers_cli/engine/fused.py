@@ -133,7 +133,7 @@ class FusedForward:
             _read_layer(layer, kinds[i] if kinds else window or "full_attention", activation)
             for i, layer in enumerate(layers)
         )
-        self._rounded: tuple[Int4Weights, tuple[Layer, ...]] | None = None
+        self._rounded: tuple[Int4Weights, tuple[Layer, ...], Product] | None = None
 
     def __call__(
         self,
@@ -163,26 +163,29 @@ class FusedForward:
         only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
         maps = self._maps(plan, x)
-        for i, layer in enumerate(self._layers_of(plan, int4)):
+        layers, head = self._products(plan, int4)
+        for i, layer in enumerate(layers):
             if i in maps:
                 x = maps[i](x)
             own = attend[layer.kind] if only is None else only
             kept = i not in attention_out, i not in mlp_out
             x = self._through(layer, x, turns, own, cache.layers[i], kept)
-        return self.head(self.norm(x[:, -keep:] if keep else x))
+        return head(self.norm(x[:, -keep:] if keep else x))
 
-    def _layers_of(self, plan: SkipPlan, int4: Int4Weights | None) -> tuple[Layer, ...]:
-        """The layers, with the weights that the plan asks for."""
+    def _products(
+        self, plan: SkipPlan, int4: Int4Weights | None
+    ) -> tuple[tuple[Layer, ...], Product]:
+        """The layers and the output embedding, with the weights that the plan asks for."""
         if plan.weights is None or int4 is None or int4.reason is not None:
-            return self.layers
+            return self.layers, self.head
         if self._rounded is None or self._rounded[0] is not int4:
             names = ("qkv", "output", "gate_up", "down")
             layers = (
                 replace(layer, **{name: int4.product(getattr(layer, name)) for name in names})
                 for layer in self.layers
             )
-            self._rounded = int4, tuple(layers)
-        return self._rounded[1]
+            self._rounded = int4, tuple(layers), int4.head(self.head)
+        return self._rounded[1:]
 
     def _maps(self, plan: SkipPlan, like: torch.Tensor) -> dict[int, Map]:
         """What stands in for layers, by the first of them."""

@@ -114,7 +114,8 @@ class KernelForward(FusedForward):
         maps = self._maps(plan, x)
         # What the last sub-layer gave; the next norm adds it to x.
         delta: torch.Tensor | None = None
-        for i, layer in enumerate(self._layers_of(plan, int4)):
+        layers, head = self._products(plan, int4)
+        for i, layer in enumerate(layers):
             if i in maps:
                 x, delta = maps[i](x if delta is None else x + delta), None
             before_attention, before_mlp = self._norms[i]
@@ -127,7 +128,7 @@ class KernelForward(FusedForward):
             if i not in mlp_out:
                 normed = self._add_norm(x, delta, before_mlp)
                 delta = layer.down(self._activated(layer, layer.gate_up(normed)))
-        return self.head(self._add_norm(x, delta, self._last, keep))
+        return head(self._add_norm(x, delta, self._last, keep))
 
     def _turn(
         self,

@@ -257,6 +257,8 @@ class LayerStack:
             for i in sorted(set(range(self.depth)) - set(plan.layers)):
                 for parent, name, rounded, linear in self.int4.swaps(self.layers[i]):
                     yield _Swap(parent._modules, name, rounded, linear)
+            for parent, name, rounded, linear in self.int4.head_swaps():
+                yield _Swap(parent._modules, name, rounded, linear)
 
     def stub_swap(self, kind: SubLayer, i: int) -> _Swap:
         """The swap that leaves out one sub-layer.

@@ -241,7 +241,7 @@ class Packing:
         head = model.get_output_embeddings()
         if not is_plain(head) or head not in self._once:
             return
-        owner, name = _owner_of(model, head)
+        owner, name = owner_of(model, head)
         embedding = model.get_input_embeddings()
         tied = head.weight is getattr(embedding, "weight", None)
         self._put(owner, [name], Packed([head], keep=tied))
@@ -279,7 +279,8 @@ def alike(linears: Sequence[nn.Linear]) -> bool:
     return len(inputs) == 1 and len({linear.bias is None for linear in linears}) == 1
 
 
-def _owner_of(model: nn.Module, child: nn.Module) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, child: nn.Module) -> tuple[nn.Module, str]:
+    """(the module that a module stands in, its name there)."""
     path = next(name for name, module in model.named_modules() if module is child)
     owner, _, name = path.rpartition(".")
     return model.get_submodule(owner), name

@@ -26,6 +26,8 @@ LEAST_DEPTH = 6
 """A model with fewer layers has no run worth a map."""
 MOST_BLOCKS = 3
 """Runs that maps stand in for in one plan at the most."""
+FOLLOWED = 3
+"""The best runs whose neighbours are looked at."""
 ROUNDS, READING_ROUNDS = 8, 2
 """Rounds of looking at a run's neighbours at the most; fewer where texts are read for each."""
 LEAST_TOKENS = 256
@@ -176,42 +178,56 @@ class _Search:
     def _add_run(
         self, blocks: list[Block], taken: frozenset[int], stand_ins: tuple[StandIn, ...]
     ) -> bool:
-        """Look for one more run beside those of ``stand_ins``; whether there is one that gains."""
+        """Look for one more run beside those of ``stand_ins``; whether there is one that gains.
+
+        A round looks at the neighbours of the best few runs: where one alone is followed, the
+        search ends at the first hill it meets.
+        """
         start = self.best
-        seen: set[Block] = set()
-        chosen: Block | None = None
+        worth: dict[Block, float] = {}
+        opened: set[Block] = set()
         for _ in range(self._rounds + 1):
-            fresh = [block for block in blocks if block not in seen]
+            fresh = [block for block in dict.fromkeys(blocks) if block not in worth]
             if not fresh or self._task.out_of_time:
                 break
-            seen |= set(fresh)
-            better = self._best_of(fresh, stand_ins)
-            if better is None:
+            before = max(worth.values(), default=0.0)
+            worth |= self._judged(fresh, stand_ins)
+            if max(worth.values()) <= before * (1 + LEAST_GAIN):
                 break
-            chosen = better
-            blocks = neighbours(chosen, self._task.decoder.depth, taken)
+            best = sorted(worth, key=worth.__getitem__, reverse=True)[:FOLLOWED]
+            depth = self._task.decoder.depth
+            blocks = [
+                block
+                for each in best
+                if each not in opened
+                for block in neighbours(each, depth, taken)
+            ]
+            opened |= set(best)
         return self.best is not start
 
-    def _best_of(self, blocks: list[Block], stand_ins: tuple[StandIn, ...]) -> Block | None:
-        """The run that beats the best plan by most; None: none does."""
-        found: Block | None = None
+    def _judged(self, blocks: list[Block], stand_ins: tuple[StandIn, ...]) -> dict[Block, float]:
+        """The predicted speed-up with each of the runs added."""
+        worth: dict[Block, float] = {}
         for block, stand_in in self._fitter.maps(blocks).items():
             for base in self._bases:
                 maps = (*stand_ins, stand_in)
                 plan = SkipPlan.of(base.attention, base.mlp, maps, base.weights)
                 self.judged += 1
-                if self._take(self._objective.score(plan)):
-                    found = block
+                score = self._objective.score(plan)
+                worth[block] = max(score.speedup, worth.get(block, 0.0))
+                self._take(score)
         kept = [(each.begin, each.end) for each in self.best.plan.stand_ins] if self.best else []
         self._fitter.forget(kept)
-        return found
+        if self.best is not None and len(self._bases) > 1:
+            # With what the best one has: in a first round that is clear.
+            same = [base for base in self._bases if base.weights == self.best.plan.weights]
+            self._bases = same or self._bases
+        return worth
 
-    def _take(self, score: Score) -> bool:
-        if self.best is not None and score.speedup <= self.best.speedup * (1 + LEAST_GAIN):
-            return False
-        self.best = score
-        self._on_better(score, self.judged)
-        return True
+    def _take(self, score: Score) -> None:
+        if self.best is None or score.speedup > self.best.speedup * (1 + LEAST_GAIN):
+            self.best = score
+            self._on_better(score, self.judged)
 
 
 def blocks_of(stand_ins: Iterable[StandIn]) -> list[Block]:

@@ -5,7 +5,8 @@
 Maps are fitted to the model's texts of some prompts; agreement with the model's own greedy choice
 is taken on texts of other prompts: where the draft sees the model's own keys and values of the
 tokens before, as at the first token of a draft ("exact keys"), and where it sees its own for the
-whole text ("own keys"), as at the end of an endless one. Nothing is timed but the fitting.
+whole text ("own keys"), as at the end of an endless one. The same of drafts whose weights are
+rounded to four bits, where there may be such. Nothing is timed but the fitting.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks import common
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.prompts import builtin_prompts, read_prompts
 from conflayers_cli.search.blocks import Block, Fitter
 from conflayers_cli.search.states import Reader
@@ -92,8 +93,14 @@ def _measured(subject: common.Subject, options: Any) -> dict[str, Any]:
     blocks = [_scaled(block, decoder.depth) for block in BLOCKS]
     blocks = [block for block in dict.fromkeys(blocks) if block[1] - block[0] >= 1]
     rows: list[dict[str, Any]] = []
+    kinds: tuple[Weights | None, ...] = (None, "int4")
+    if decoder.stack.int4.reason is not None:
+        kinds = (None,)
+    for weights in kinds[1:]:
+        rows.append(_row(judge, None, None, SkipPlan(weights=weights)))
     for block in blocks:
-        rows.append({"block": block, "map": None, **_agreements(judge, _identity(block))})
+        for weights in kinds:
+            rows.append(_row(judge, block, None, replace(_identity(block), weights=weights)))
     for tokens in options.tokens:
         reader = Reader(decoder, learnt, tokens)
         fits: list[tuple[int | None, float]] = []
@@ -101,11 +108,13 @@ def _measured(subject: common.Subject, options: Any) -> dict[str, Any]:
             begin = time.perf_counter()
             maps = Fitter(decoder, reader, rank, MEMORY).maps(blocks)
             fits.append((rank, time.perf_counter() - begin))
+            whole = tokens == max(options.tokens) and rank is None
             for block, stand_in in maps.items():
-                plan = SkipPlan.of(stand_ins=[stand_in])
                 common.say(f"{reader.tokens} tokens, rank {rank or 'full'}, layers {block}")
                 told = {"tokens": reader.tokens, "rank": rank, "seconds": fits[-1][1]}
-                rows.append({"block": block, "map": told, **_agreements(judge, plan)})
+                for weights in kinds if whole else (None,):
+                    plan = SkipPlan.of(stand_ins=[stand_in], weights=weights)
+                    rows.append(_row(judge, block, told, plan))
         if reader.tokens < tokens:
             break
     positions = sum(len(sample.output) - 1 for sample in judge.samples)
@@ -136,6 +145,12 @@ def _identity(block: Block) -> SkipPlan:
     return SkipPlan.of_layers(range(*block))
 
 
+def _row(
+    judge: Judge, block: Block | None, told: dict[str, Any] | None, plan: SkipPlan
+) -> dict[str, Any]:
+    return {"block": block, "map": told, "weights": plan.weights, **_agreements(judge, plan)}
+
+
 def _agreements(judge: Judge, plan: SkipPlan) -> dict[str, Any]:
     exact, sure, among = judge.agreement(plan, exact=True)
     own, _, _ = judge.agreement(plan, exact=False)
@@ -146,16 +161,19 @@ def _table(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"{name}: agreement on {found['positions']} positions "
         f"of {found['prompts_judged_by']} prompts",
-        f"{'layers':10}{'map':>24}{'exact keys':>12}{'own keys':>10}{'p ≥ 0.5':>9}{'there':>8}",
+        f"{'layers':10}{'':>5}{'map':>24}{'exact keys':>12}{'own keys':>10}"
+        f"{'p ≥ 0.5':>9}{'there':>8}",
     ]
     for row in found["rows"]:
-        begin, end = row["block"]
+        begin, end = row["block"] or (0, 0)
         told = row["map"]
         what = "left out"
         if told:
             what = f"rank {told['rank'] or 'full'}, {told['tokens']} tok."
+        which = f"{begin}–{end - 1}" if end else "none"
         lines.append(
-            f"{f'{begin}–{end - 1}':10}{what:>24}{row['exact_keys']:>12.3f}{row['own_keys']:>10.3f}"
+            f"{which:10}{row['weights'] or '':>5}{what:>24}"
+            f"{row['exact_keys']:>12.3f}{row['own_keys']:>10.3f}"
             f"{row['sure']:>9.2f}{row['agreement_where_sure']:>8.3f}"
         )
     return "\n".join(lines)

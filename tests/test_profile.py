@@ -29,6 +29,7 @@ from conflayers_cli.profile import (
     SkipSection,
     WeightSketch,
 )
+from conflayers_cli.profile_text import description
 
 MODEL = ModelFingerprint(
     name="smollm2-deep",
@@ -277,6 +278,20 @@ def test_a_tree_may_be_written_with_whole_numbers(tmp_path: Path) -> None:
     assert Profile.load(write(tmp_path, text)).draft.tree == ((0.5, 32), (0.0, 0))
 
 
+@pytest.mark.parametrize("layers", [(), (3, 4)])
+def test_drafts_may_use_other_weights(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    plan = SkipPlan.of(layers, layers, weights="int4")
+    profile = FULL.model_copy(update={"skip": SkipSection.of(plan), "ranges": None})
+    assert "weights: int4" in profile.to_yaml()
+    profile.save(tmp_path / "p.yaml")
+    loaded = Profile.load(tmp_path / "p.yaml")
+    assert loaded.plan == plan and loaded.drafts_with_int4
+    assert not FULL.drafts_with_int4 and "weights" not in FULL.to_yaml()
+    told = "\n".join(description(loaded, title="p.yaml"))
+    numbers = ": 3 4" if layers else ""
+    assert f"skips       {len(layers)} of 60 layers, int4 weights{numbers}\n" in told
+
+
 @pytest.mark.parametrize(
     ("length", "expected"), [(1, 0), (999, 0), (1000, 1), (3999, 1), (4000, 2), (10**6, 2)]
 )
@@ -313,6 +328,8 @@ def test_without_ranges_there_is_one_plan() -> None:
         (("skip", "mlp"), {3, 77}, "skip.mlp: a set should be a list"),
         (("skip", "mlp"), None, "skip.mlp: null should be a list"),
         (("skip", "mlp"), 3, "skip.mlp: 3 should be a list"),
+        (("skip", "weights"), "int8", "skip.weights: 'int8' should be 'int4'"),
+        (("skip", "weights"), 4, "skip.weights: 4 should be 'int4'"),
         (
             ("skip", "mpl"),
             [3],
@@ -702,7 +719,8 @@ def profiles(draw: st.DrawFn) -> Profile:
     used = st.builds(
         PromptsUsed, count=SIZES, sha256=st.text("0123456789abcdef", min_size=64, max_size=64)
     )
-    skips = st.builds(SkipPlan.of, layers, layers).map(SkipSection.of)
+    weights = st.sampled_from([None, "int4"])
+    skips = st.builds(SkipPlan.of, layers, layers, weights=weights).map(SkipSection.of)
     starts = sorted(draw(st.sets(SIZES, max_size=3)))
     ranges = tuple(
         RangeSection(from_context=start, skip=draw(skips), draft=draw(drafts())) for start in starts

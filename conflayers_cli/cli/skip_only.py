@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,9 +94,11 @@ def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile |
     check_target_speedup(target_speedup)
     if target_speedup is not None:
         return SkipPlan.unified(decoder.depth, target_speedup)
-    if profile is None or not profile.plan:
+    # What is left of the model keeps its weights: rounded ones are for drafts.
+    plan = replace(profile.plan, weights=None) if profile is not None else None
+    if not plan:
         raise InputError("--skip-only: the profile leaves nothing out; give --target-speedup S")
-    return profile.plan
+    return plan
 
 
 def warning(plan: SkipPlan, depth: int) -> str:

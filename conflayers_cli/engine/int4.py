@@ -122,7 +122,7 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block = weight[here].float().unflatten(1, (groups, GROUP))
         low, high = block.aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / (LEVELS - 1)).clamp_(min=1e-8)
-        code = block.sub_(low).div_(scale).round_().clamp_(0, LEVELS - 1)
+        code = (block - low).div_(scale).round_().clamp_(0, LEVELS - 1)
         codes[here] = code.flatten(1).int()
         both = torch.cat([scale, low + scale * (LEVELS // 2)], dim=-1)
         scales[:, here] = both.transpose(0, 1).to(weight.dtype)

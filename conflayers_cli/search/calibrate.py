@@ -193,7 +193,7 @@ def find(
             if refine:
                 on_stage("refining")
                 expected, judged, interrupted = _refined(
-                    task, _starts(result, weights), refine, on_better
+                    task, _starts(result, weights), weights, refine, on_better
                 )
                 if stand_ins is not None and not interrupted:
                     on_stage("fitting stand-ins")
@@ -283,7 +283,11 @@ def _refiner(task: Task, objective: Objective, refine: int, on_better: Better) -
 
 
 def _refined(
-    task: Task, starts: Sequence[SkipPlan], most_plans: int, on_better: Better
+    task: Task,
+    starts: Sequence[SkipPlan],
+    weights: Sequence[Weights | None],
+    most_plans: int,
+    on_better: Better,
 ) -> tuple[Score | None, int, bool]:
     """(best score of a plan that skips something, plans judged, interrupted)."""
     refiner = _refiner(task, task.objective, most_plans, on_better)
@@ -294,6 +298,12 @@ def _refined(
             best = _better(best, task.objective.score(plan))
         if best is not None:
             best = _better(best, refiner.refine(best.plan))
+        for kind in weights:  # what begins best with some weights may end best with others
+            if best is None or kind == best.plan.weights:
+                continue
+            other = task.objective.score(replace(best.plan, weights=kind))
+            if other.plan and other.speedup > best.speedup:
+                best = _better(best, refiner.refine(other.plan))
     except KeyboardInterrupt:
         best, interrupted = _better(best, refiner.best), True
     return best, refiner.judged, interrupted

@@ -156,3 +156,58 @@ def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Pat
     profile = Profile.load(target)
     assert profile.measured is not None and "interrupted" in profile.measured.conclusion
     assert profile.measured.iterations >= 1
+
+
+def test_drafts_may_use_rounded_weights(
+    run: Run, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Where they are asked for; by themselves they are for models that they make faster."""
+    arguments = ("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK, "--json")
+    asked = run(*arguments, "--draft-weights", "int4")
+    assert asked.code == 0, asked.err
+    assert asked.document["candidate"]["weights"] == "int4"
+    assert run(*arguments).document["candidate"]["weights"] is None
+    (tmp_path / "int4.yaml").write_text(
+        (tmp_path / "p.yaml")
+        .read_text(encoding="utf-8")
+        .replace("skip:", "skip:\n  weights: int4")
+        .replace("by: ngram", "by: skip")
+        .replace("max_tokens: 0", "max_tokens: 4"),
+        encoding="utf-8",
+    )
+    profile = Profile.load(tmp_path / "int4.yaml")
+    assert profile.plan.weights == "int4"
+    vanilla, drafted = (
+        run("generate", "Hello", "-m", model, *more, "-n", 12, "--json")
+        for more in ((), ("-p", "int4.yaml", "--no-lookahead"))
+    )
+    assert drafted.code == 0, drafted.err
+    assert drafted.document["text"] == vanilla.document["text"]
+    assert drafted.document["stats"]["drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (("--draft-weights", "int4", "--no-refine"), "not with --no-refine"),
+        (("--draft-weights", "int3"), "'int3' is not one of 'auto', 'own', 'int4'"),
+    ],
+)
+def test_weights_that_cant_be(
+    run: Run, model: Path, prompts: Path, more: tuple[str, ...], expected: str
+) -> None:
+    result = run("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *more)
+    assert result.code == 2
+    assert expected in result.err and result.err.count("\n") == 1
+
+
+def test_where_there_is_no_kernel_it_says_so(
+    run: Run, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conflayers_cli.engine import int4
+
+    monkeypatch.setattr(int4, "_tried", lambda device, dtype: "there is no kernel here")
+    arguments = ("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK)
+    result = run(*arguments, "--draft-weights", "int4")
+    assert result.code == 2
+    assert result.err.endswith("--draft-weights int4: there is no kernel here\n")

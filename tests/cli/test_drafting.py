@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
+from conflayers_cli.engine import int4
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.mixed import MixedDrafter
@@ -263,3 +265,23 @@ def test_ranges_of_single_row_drafters_refuse_rows() -> None:
     context = SimpleNamespace(tokens=[1, 2])
     with pytest.raises(TypeError, match="one row at a time"):
         drafter.draft_rows([context], [1])  # type: ignore[list-item]
+
+
+def test_weights_that_are_not_to_be_had_here(
+    loaded: LoadedModel,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Drafts use the model's own then, and somebody says so."""
+    monkeypatch.setattr(int4, "_tried", lambda device, dtype: "there is no kernel here")
+    decoder = Decoder(loaded.model)
+    plan = SkipPlan.of_layers([2])
+    profile = profile_with(tmp_path / "p.yaml", model, replace(plan, weights="int4"), by="skip")
+    path = Path("p.yaml")
+    for way, told in ((Way(lookahead=False), True), (Way(by=By.NGRAM), False)):
+        assert drafter_for(loaded, decoder, profile, path, False, way) is not None
+        err = capsys.readouterr().err
+        note = "note: p.yaml: drafts use the model's own weights, not int4, which is slower: there"
+        assert (note in err) == told

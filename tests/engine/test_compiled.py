@@ -26,7 +26,8 @@ from tests import tiny
 BACKEND = "aot_eager"
 COMPILED = ("llama", "phi3")  # plain, and with joined weights from the start
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
-PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
+WEIGHTS = st.sampled_from([None, "int4"])
+PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen2-mixed", "qwen3", "phi3", "olmo2"
 BEHIND = "olmo2"
 """Its norms stand behind the sub-layers: all is left to the fused forward."""
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
+WEIGHTS = st.sampled_from([None, "int4"])
 CAPACITY = 64
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -143,7 +144,7 @@ def assert_same(one: Any, other: Any, tolerance: float) -> None:
 @settings(max_examples=16)
 @given(
     family=st.sampled_from(FAMILIES),
-    plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE),
+    plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS),
     rows=st.integers(1, 2),
     width=st.integers(1, 4),
     length=st.integers(1, 12),
@@ -161,7 +162,7 @@ def test_kernels_give_what_the_others_say(family: str, **sizes: Any) -> None:
 @settings(max_examples=10)
 @given(
     family=st.sampled_from([family for family in FAMILIES if family != BEHIND]),
-    plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE),
+    plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS),
     rows=st.integers(1, 2),
     width=st.integers(2, 3),
     tree=st.booleans(),

@@ -27,7 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows measured, in order; every time gives costs of its own."""
     sizes: list[int] = []
 
-    def measure(decoder: Decoder, *, batch: int, growth: bool) -> Costs:
+    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> Costs:
         assert growth == (batch == 1)
         sizes.append(batch)
         costs = replace(COSTS, floor=COSTS.floor + len(sizes))
@@ -71,7 +71,7 @@ def test_growth_is_in_proportion_to_the_rows(tmp_path: Path) -> None:
 
 
 def test_real_costs_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(decoder: Decoder, *, batch: int, growth: bool) -> Costs:
+    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> Costs:
         return measure_costs(decoder, context=8, rounds=1, batch=batch, growth=growth)
 
     monkeypatch.setattr(latencies, "measure_costs", measure)

@@ -34,7 +34,7 @@ from tests import tiny
 from tests.engine.tape import TapeRecorder
 
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
-PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
+PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=st.sampled_from([None, "int4"]))
 PLAN = SkipPlan.of_layers([1, 3])
 
 

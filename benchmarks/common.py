@@ -291,7 +291,13 @@ def say(message: str) -> None:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a benchmark was run with; of files their names, wherever they lie."""
     values = {name: value for name, value in vars(options).items() if name != "output"}
-    return {name: v.name if isinstance(v, Path) else v for name, v in values.items()}
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(each) for each in value]
+        return value.name if isinstance(value, Path) else value
+
+    return {name: named(value) for name, value in values.items()}
 
 
 def save(

@@ -7,6 +7,7 @@ Arms, in turns at each prompt:
   ngram          n-grams alone, as far as it pays
   fixed          the profile's layers, up to 25 tokens while the confidence is 0.8 (the papers' way)
   transformers, transformers-static, prompt-lookup, early-exit: `generate` in these ways
+  NAME-skip, NAME-mixed   the same two with each further profile given, by its file's name
 
 Without a profile (or with an empty one) n-grams are all that drafts.
 
@@ -35,7 +36,9 @@ OWN = ("vanilla", "mixed", "skip", "ngram", "fixed")
 ARMS = (*OWN, "transformers", "prompt-lookup", "early-exit")
 
 
-def arms_of(subject: common.Subject, wanted: Sequence[str]) -> list[Arm]:
+def arms_of(
+    subject: common.Subject, wanted: Sequence[str], beside: Sequence[Path] = ()
+) -> list[Arm]:
     """The arms asked for that this model can have; vanilla is always among them."""
     decoder, sampling, ends = subject.decoder, Sampling(), subject.loaded.end_tokens
     arms: list[Arm] = [EngineArm("vanilla", decoder, None, sampling, ends)]
@@ -44,6 +47,11 @@ def arms_of(subject: common.Subject, wanted: Sequence[str]) -> list[Arm]:
             arms.append(TransformersArm.peer(name, decoder, sampling, ends))
         elif name != "vanilla" and (subject.profile or name == "ngram"):
             arms.append(EngineArm(name, decoder, drafter_of(subject, name), sampling, ends))
+    for file in beside:
+        profile = Profile.load(file)
+        for by in (By.SKIP, By.MIXED):
+            drafter = common.drafter_of(subject, profile, by)
+            arms.append(EngineArm(f"{file.stem}-{by.value}", decoder, drafter, sampling, ends))
     return arms
 
 
@@ -114,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--profile", type=Path, help="its profile, in place of the one in the folder"
     )
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="further profiles")
     parser.add_argument("--arms", nargs="+", choices=[*OWN, *PEERS], default=list(ARMS))
     options = common.parsed(parser, arguments)
     names = [options.model] if options.model else options.models
@@ -123,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = common.mixed_up(common.prompts_of(options))
         cases = common.cases_of(subject, prompts, options.max_new_tokens)
         result = measure(
-            arms_of(subject, options.arms),
+            arms_of(subject, options.arms, options.beside),
             cases,
             subject.decoder,
             Sampling(),

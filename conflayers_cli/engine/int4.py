@@ -4,7 +4,8 @@ A pass over one token takes the time in which its weights are read. Rounded to f
 of 32, each group with a scale and a zero of its own, weights are a quarter to a third of what they
 are in half precision, and nearly as good at guessing. Only drafts use them: what decides is
 computed with the model's own weights. (Drafting with the model's own weights at lower precision:
-QSpec, arXiv 2410.11305; here it goes together with leaving layers out.)
+QuantSpec, arXiv 2502.10424, and QSpec, arXiv 2410.11305. Here it is a part of the plan, and is
+searched for together with what is left out.)
 
 The kernels are PyTorch's. The output embedding is a large part of a small model, but rounded it
 costs more agreement than all layers together: so the few likeliest tokens by the rounded one get

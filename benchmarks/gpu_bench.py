@@ -128,7 +128,7 @@ class Bench:
         known = self._tables.get(key)
         if known is None or not {1, *rows} <= set(known.by_batch):
             decoder = self.decoder(*key)
-            found = cost_table(decoder, batches=rows, model_key="", cache_folder=None)
+            found = cost_table(decoder, batches=rows, model_key="", cache_folder=None, int4=True)
             self._tables[key] = known = found.table
         return known
 

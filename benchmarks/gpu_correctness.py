@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,6 +98,8 @@ def _drafted(
     }
     refused = exactness.alone(decoder, model.bad_plan)["chain"]
     work["chain, bad plan"] = partial(_alone, decoder, refused, prompts, count)
+    rounded = exactness.alone(decoder, replace(model.plan, weights="int4"))["chain"]
+    work["chain, int4"] = partial(_alone, decoder, rounded, prompts, count)
     together = exactness.together(decoder, model.plan, TOGETHER)
     for name, drafter in together.items():
         arm = BatchArm(name, decoder, drafter, TOGETHER, Sampling(), frozenset())

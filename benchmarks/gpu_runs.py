@@ -69,6 +69,7 @@ def facts_of(decoder: Decoder) -> Result:
         **run_facts(decoder),
         "forward": None if forward is None else type(forward).__name__,
         "remarks": list(remarks(decoder)),
+        "int4": decoder.stack.int4.reason or "usable",
     }
 
 

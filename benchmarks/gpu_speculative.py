@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ def _speculative(bench: Bench, model: PlantedModel, runner: str) -> Result:
         "vanilla": None,
         "planted plan": bench.drafter(model.plan, runner=runner),
         "with n-grams": bench.drafter(model.plan, ngram=True, runner=runner),
+        "planted plan, int4": bench.drafter(replace(model.plan, weights="int4"), runner=runner),
+        "all layers, int4": bench.drafter(SkipPlan(weights="int4"), runner=runner),
         "bad plan": bench.drafter(model.bad_plan, runner=runner),
     }
     # All runs of one arm are of different texts: they are compared with vanilla's text by text.

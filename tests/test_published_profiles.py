@@ -65,7 +65,7 @@ def model_and_task(name: str) -> tuple[str, str]:
 def test_each_model_has_a_profile_for_each_task() -> None:
     wanted = {f"{model}-{task}" for model in SIZES for task in TASKS}
     assert set(LAYERS) == wanted
-    assert {path.stem for path in SHIPPED} == wanted | {"smollm2-deep"}
+    assert {path.stem for path in SHIPPED} == wanted | {"smollm2-deep", "smollm2"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -84,7 +84,8 @@ def test_a_shipped_profile_skips_a_sensible_share_of_its_model(path: Path) -> No
     profile.plan.check(depth)
     for layers in (profile.plan.attention, profile.plan.mlp):
         assert not {0, depth - 1} & set(layers)
-        assert 0.3 <= len(layers) / depth <= 0.6
+        assert 0.3 <= len(layers) / depth <= 0.6 or path.stem == "smollm2"
+    assert (profile.plan.weights == "int4") == path.stem.startswith("smollm2")
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -19,7 +19,9 @@ import transformers as hf
 
 from conflayers_cli.engine.decode import Generation, Step
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Context, Draft
+from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
+from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.stand_in import StandIn
 
 VOCABULARY = 100
@@ -157,6 +159,20 @@ class Scripted:
 
     def draft(self, context: Context, limit: int) -> Draft:
         return Draft(tuple(self.propose(context.tokens))[:limit])
+
+
+def keeps_its_text(
+    model: Decoder, plan: SkipPlan, size: int, temperature: float, seed: int
+) -> None:
+    """Drafts of ``size`` tokens under a plan: greedy output is vanilla's; sampled output ends where
+    it should."""
+    tokens, sampling = prompt(6, seed), Sampling(temperature=temperature, seed=seed)
+    drafter = SkipDrafter(model, plan, size, 0.0)
+    text = Generation(model, tokens, max_new_tokens=20, drafter=drafter, sampling=sampling)
+    assert sum(step.drafted for step in steps_of(text)) > 0
+    assert len(text.output) == 20
+    if sampling.greedy:
+        assert text.output == generated(model, tokens, 20)
 
 
 def chi_square(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:

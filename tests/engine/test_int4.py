@@ -23,6 +23,7 @@ from conflayers_cli.engine.latencies import cost_table
 from conflayers_cli.engine.layers import find_layers
 from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.packing import Packing
+from conflayers_cli.engine.passes import Inputs
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
 from tests import tiny
@@ -161,17 +162,10 @@ def test_with_the_output_embedding(
 def test_texts_stay_the_models_own(
     family: str, attention: set[int], mapped: bool, size: int, temperature: float, seed: int
 ) -> None:
-    decoder, prompt = tiny.decoder(family), tiny.prompt(6, seed)
+    decoder = tiny.decoder(family)
     maps = [tiny.stand_in(decoder, 1, 3)] if mapped else []
     plan = SkipPlan.of(attention, (), maps, "int4")
-    sampling = Sampling(temperature=temperature, seed=seed)
-    drafter = SkipDrafter(decoder, plan, size, 0.0)
-    text = Generation(decoder, prompt, max_new_tokens=20, drafter=drafter, sampling=sampling)
-    steps = tiny.steps_of(text)
-    assert sum(step.drafted for step in steps) > 0
-    assert len(text.output) == 20
-    if sampling.greedy:
-        assert text.output == tiny.generated(decoder, prompt, 20)
+    tiny.keeps_its_text(decoder, plan, size, temperature, seed)
 
 
 def test_in_bfloat16_and_in_batches() -> None:
@@ -292,3 +286,21 @@ def test_their_costs_are_measured_where_somebody_asks(tmp_path: Any) -> None:
     assert asked(False) == ((1,), False)
     assert asked(True) == ((1,), True)  # they were not known
     assert asked(True) == asked(False) == ((), True)
+
+
+def test_drafts_read_no_more_keys_than_they_have_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides reads them in extents that keep its bits the same; guesses needn't."""
+    decoder = Decoder(tiny.build(tiny.CONFIGS["llama"](), dtype=torch.bfloat16))
+    extents: list[int] = []
+    run = decoder.passes.run
+
+    def noted(inputs: Inputs, cache: KVCache, plan: SkipPlan, keep: int, extent: int) -> Any:
+        extents.append(extent)
+        return run(inputs, cache, plan, keep, extent)
+
+    monkeypatch.setattr(decoder.passes, "run", noted)
+    cache = decoder.new_cache(200)
+    decoder.prefill(torch.tensor([tiny.prompt(70)]), cache)
+    for plan in (INT4, SkipPlan.of_layers([2]), SkipPlan()):
+        decoder.forward(torch.tensor([[1]]), torch.tensor([[70]]), cache, plan)
+    assert extents == [512, 128, 128, 512]

@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.engine.batch import Batch, BatchRequest
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import SkipDrafter
 from conflayers_cli.engine.mixed import MixedDrafter
 from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.engine.sampling import Sampling
@@ -81,16 +79,8 @@ def test_texts_stay_the_models_own(
     seed: int,
 ) -> None:
     """Whatever a map drafts, greedy output is vanilla's; sampled output ends where it should."""
-    decoder, prompt = tiny.decoder(family), tiny.prompt(6, seed)
     plan = SkipPlan.of(others, (), [mapped(family, *block, rank)])
-    sampling = Sampling(temperature=temperature, seed=seed)
-    drafter = SkipDrafter(decoder, plan, size, 0.0)
-    text = Generation(decoder, prompt, max_new_tokens=20, drafter=drafter, sampling=sampling)
-    steps = tiny.steps_of(text)
-    assert sum(step.drafted for step in steps) > 0
-    assert len(text.output) == 20
-    if sampling.greedy:
-        assert text.output == tiny.generated(decoder, prompt, 20)
+    tiny.keeps_its_text(tiny.decoder(family), plan, size, temperature, seed)
 
 
 def test_in_batches_too() -> None:

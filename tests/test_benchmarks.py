@@ -181,7 +181,9 @@ def test_gpu(model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert parts["vanilla"]["eager"]["share_of_ceiling"] > 0
     assert parts["vanilla"]["eager"]["over_generate"] > 0
     arms = parts["speculative"]["eager"]["arms"]
-    assert list(arms) == ["vanilla", "planted plan", "with n-grams", "bad plan"]
+    rounded = ["planted plan, int4", "all layers, int4"]
+    assert list(arms) == ["vanilla", "planted plan", "with n-grams", *rounded, "bad plan"]
+    assert all(arms[name]["identical"] == arms[name]["texts"] > 0 for name in rounded)
     assert arms["vanilla"]["over_vanilla_in_all"] == 1
     assert parts["speculative"]["eager"]["efficiency"]["of_time"] > 0
     assert parts["idle"]["drafted"]["profile"]["work"] > 0

@@ -142,7 +142,7 @@ def drafter_for(
     if all(mode is By.NONE for mode in modes):
         return None
     _tell_other_device(loaded, profile, path, modes, way)
-    _tell_other_weights(decoder, [plan for _, plan, _ in sections], modes, path)
+    _prepare_weights(decoder, [plan for _, plan, _ in sections], modes, path)
     builder = _Builder(loaded, decoder, profile, way)
     drafters = [
         (begin, builder.drafter(mode, plan, draft))
@@ -198,15 +198,22 @@ def _tell_other_device(
     )
 
 
-def _tell_other_weights(
+def _prepare_weights(
     decoder: Decoder, plans: list[SkipPlan], modes: list[By], path: Path | None
 ) -> None:
-    """A note where drafts can't be made with the weights that a profile says."""
+    """Make the rounded weights that drafts use; a note where they can't be had."""
     drafting = zip(plans, modes, strict=True)
-    if not any(plan.weights and mode in (By.SKIP, By.MIXED) for plan, mode in drafting):
+    rounded = [p for p, mode in drafting if p.weights and mode in (By.SKIP, By.MIXED)]
+    if not rounded:
         return
     reason = decoder.stack.int4.reason
-    if reason is not None:
+    if reason is None:
+        import torch
+
+        # A first pass makes them: here it is no text's time.
+        at = torch.zeros((1, 1), dtype=torch.int64)
+        decoder.forward(at, at, decoder.new_cache(1), rounded[0])
+    else:
         source = f"{path}: " if path else ""
         note(
             f"note: {source}drafts use the model's own weights, not int4, which is slower: {reason}"

@@ -2,7 +2,7 @@
 
 Models of random weights, Llama-like, in float32, each in a process of its own: seconds for reading
 the texts and for the maps of all candidates, and memory on top of the model and one read text. The
-last row of each model has less memory than its hidden states take, so that texts are read again.
+last row has less memory than the hidden states take, so that texts are read again.
 
     python -m benchmarks.stand_in_growth --output FILE
 """
@@ -44,8 +44,7 @@ def cell(width: int, depth: int, tokens: int, mebibytes: int) -> dict[str, Any]:
     import transformers
 
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.stand_in import StandIn
-    from conflayers_cli.search.blocks import Block, Fitter, candidates
+    from conflayers_cli.search.blocks import Fitter, candidates
     from conflayers_cli.search.states import Reader
     from conflayers_cli.search.texts import Sample
 
@@ -59,9 +58,7 @@ def cell(width: int, depth: int, tokens: int, mebibytes: int) -> dict[str, Any]:
         num_key_value_heads=heads,
     )
     torch.manual_seed(0)
-    with torch.device("cpu"):
-        model = transformers.LlamaForCausalLM(config).eval()
-    decoder = Decoder(model)
+    decoder = Decoder(transformers.LlamaForCausalLM(config).eval())
     texts = torch.randint(VOCABULARY, (-(-tokens // TEXT), TEXT)).tolist()
     samples = [Sample(tuple(text[:64]), tuple(text[64:])) for text in texts]
     list(Reader(decoder, samples, TEXT).chunks([0]))  # what a pass takes is not the fit's
@@ -72,9 +69,7 @@ def cell(width: int, depth: int, tokens: int, mebibytes: int) -> dict[str, Any]:
     similarity = fitter.similarity()
     read = time.perf_counter()
     blocks = candidates(similarity)
-    maps: dict[Block, StandIn] = {}
-    for at in range(0, len(blocks), fitter.most_blocks):
-        maps |= fitter.maps(blocks[at : at + fitter.most_blocks])
+    maps = fitter.maps(blocks)
     end = time.perf_counter()
     return {
         "width": width,

@@ -14,6 +14,7 @@ the logits of the model's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -211,15 +212,8 @@ class Int4Weights:
     def head_swaps(self) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """As :meth:`swaps`, of the output embedding."""
         module = self._model.get_output_embeddings()
-        joint = module.joint if isinstance(module, JointLinear) else module
-        made = self.head(joint) if module is not None else joint
-        if made is joint:
-            return []
-        if module not in self._modules:
-            sizes = int(module.in_features), int(module.out_features)
-            self._modules[module] = JointLinear(made, 0, *sizes).eval()
-        owner, name = owner_of(self._model, module)
-        return [(owner, name, self._modules[module], module)]
+        instead = None if module is None else self._module(module, self.head)
+        return [] if instead is None else [(*owner_of(self._model, module), instead, module)]
 
     def swaps(self, layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """(parent, name, what stands in, the linear layer) of all within a decoder layer."""
@@ -229,10 +223,11 @@ class Int4Weights:
             (parent, name, instead, child)
             for parent in packable(layer)
             for name, child in packable_children(parent)
-            if (instead := self._module(child)) is not None
+            if (instead := self._module(child, self.product)) is not None
         ]
 
-    def _module(self, child: nn.Module) -> nn.Module | None:
+    def _module(self, child: nn.Module, make: Callable[[Any], Any]) -> nn.Module | None:
+        """What stands in for a linear layer, with the product made; None: nothing can."""
         if child not in self._modules:
             joint: Any = child
             index = 0
@@ -240,7 +235,7 @@ class Int4Weights:
                 joint, index = child.joint, child.index
             elif not is_plain(child):
                 return None
-            made = self.product(joint)
+            made = make(joint)
             if made is joint:
                 return None
             sizes = int(child.in_features), int(child.out_features)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Products of one input that are computed as one."""
 
 
-class Joint:
+class Joint(ABC):
     """Products of one input with the weights of several linear layers, computed as one.
 
     Attributes:
@@ -50,9 +51,9 @@ class Joint:
         self.sizes = list(sizes)
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
+    @abstractmethod
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """The products of all layers side by side: ``[..., in] → [..., sum of sizes]``."""
-        raise NotImplementedError
 
     def part(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """One layer's product; the others' are kept until the next input comes."""

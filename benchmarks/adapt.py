@@ -13,14 +13,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter
-from conflayers_cli.engine.model import encode, load_model
-from conflayers_cli.environment import describe
-from conflayers_cli.outputs import write_json
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.models.loader import encode, load_model
 from conflayers_cli.prompts import as_messages, read_prompts
-from conflayers_cli.search.adapt import METHODS, AdaptiveDrafter
+from conflayers_cli.search.online import METHODS, AdaptiveProposer
+from conflayers_cli.spec_decode.proposer import Proposer
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_json
 
 
 def main() -> None:
@@ -43,9 +43,9 @@ def main() -> None:
         for task in options.tasks
         for prompt in [p for p in prompts if p.category == task][: options.per_task]
     ]
-    adapter = AdaptiveDrafter(decoder, options.method, budget=options.budget)
+    adapter = AdaptiveProposer(decoder, options.method, budget=options.budget)
 
-    def decode(tokens: list[int], drafter: Drafter | None) -> tuple[float | None, list[int]]:
+    def decode(tokens: list[int], drafter: Proposer | None) -> tuple[float | None, list[int]]:
         """Tokens per second behind the prefill, search included; and the text."""
         generation = Generation(
             decoder,

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Case
-from conflayers_cli.bench import Spread
+from conflayers_cli.bench.runner import Spread
+from conflayers_cli.bench.systems import Case
 
 
 def measure(

@@ -12,20 +12,20 @@ from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.arms import BatchArm, Case, EngineArm
-from conflayers_cli.bench import BenchResult, Spread, measure, run_ratios
-from conflayers_cli.bench_batches import measure_batches
+from conflayers_cli.bench.batched import measure_batches
+from conflayers_cli.bench.runner import BenchResult, Spread, measure, run_ratios
+from conflayers_cli.bench.systems import BatchArm, Case, EngineArm
 from conflayers_cli.cli.common import Loading, encode_prompts, fingerprint_of, open_model
-from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter
-from conflayers_cli.engine.model import LoadedModel
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.environment import describe
-from conflayers_cli.outputs import write_json
-from conflayers_cli.profile import DraftSettings, Profile, SkipSection
+from conflayers_cli.models.loader import LoadedModel
+from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
 from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter
+from conflayers_cli.spec_decode.proposer import Proposer
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_json
 
 PROFILES = Path("profiles")
 LEAST_TOKENS = 5
@@ -182,7 +182,7 @@ def bad_profile(subject: Subject, seed: int = 0) -> Profile:
 
 def drafter_of(
     subject: Subject, profile: Profile | None, by: By | None = None, *, rows: int = 1
-) -> Drafter | None:
+) -> Proposer | None:
     """A new drafter, made as the tool makes it, with costs that are measured or known.
 
     Args:
@@ -197,7 +197,7 @@ def drafter_of(
 
 def compare(
     subject: Subject,
-    drafter: Drafter | None,
+    drafter: Proposer | None,
     cases: Sequence[Case],
     *,
     rows: int = 1,
@@ -206,7 +206,7 @@ def compare(
     warmup: int = 0,
 ) -> BenchResult:
     """Vanilla against one drafter, prompt by prompt or several prompts at once, by turns."""
-    sampling, decoder = Sampling(temperature=temperature), subject.decoder
+    sampling, decoder = SamplingParams(temperature=temperature), subject.decoder
     # Sampled texts differ: were they to end, the arms would have batches of other sizes.
     ends = subject.loaded.end_tokens if sampling.greedy else frozenset()
     if rows == 1:

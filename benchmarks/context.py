@@ -18,14 +18,14 @@ from itertools import cycle, islice
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Arm, Case, EngineArm
-from conflayers_cli.bench import Spread, measure
+from conflayers_cli.bench.hf_baselines import TransformersArm
+from conflayers_cli.bench.runner import Spread, measure
+from conflayers_cli.bench.systems import Arm, Case, EngineArm
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.memory import PeakMemory
-from conflayers_cli.engine.model import encode
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.peers import TransformersArm
+from conflayers_cli.models.loader import encode
 from conflayers_cli.prompts import plain_text
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.utils.memory import PeakMemory
 
 MIB = 2**20
 
@@ -56,7 +56,7 @@ def compare(
     subject: common.Subject, cases: Sequence[Case], memory: PeakMemory, runs: int
 ) -> dict[str, Any]:
     """The figures at one length."""
-    decoder, greedy = subject.decoder, Sampling()
+    decoder, greedy = subject.decoder, SamplingParams()
     none: frozenset[int] = frozenset()  # what the text says does not matter
     drafter = common.drafter_of(subject, subject.profile)
     vanilla = EngineArm("vanilla", decoder, None, greedy, none)

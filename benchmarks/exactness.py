@@ -24,17 +24,17 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Arm, BatchArm, Case, EngineArm, Run
-from conflayers_cli.bench import CaseRuns
-from conflayers_cli.engine.costs import Costs, CostTable
+from conflayers_cli.bench.hf_baselines import TransformersArm
+from conflayers_cli.bench.output_match import Identity, identities
+from conflayers_cli.bench.runner import CaseRuns
+from conflayers_cli.bench.systems import Arm, BatchArm, Case, EngineArm, Run
+from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.engine.tree import GREEDY_SHAPE
-from conflayers_cli.identity import Identity, identities
-from conflayers_cli.peers import TransformersArm
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 
 BAD_PLAN = SkipPlan.of([3, 7, 9, 12, 20], [7, 12, 15, 21])
 CHAIN = 6
@@ -51,22 +51,22 @@ def plan_for(decoder: Decoder) -> SkipPlan:
 
 def eager(
     decoder: Decoder, plan: SkipPlan, *, ngram: bool, rows: int, longest: int
-) -> MixedDrafter:
+) -> MixedProposer:
     """A drafter that never finds it too dear."""
     table = CostTable({rows: FREE}, decoder.depth)
-    return MixedDrafter(decoder, plan, table, ngram=ngram, max_tokens=longest)
+    return MixedProposer(decoder, plan, table, ngram=ngram, max_tokens=longest)
 
 
-def alone(decoder: Decoder, plan: SkipPlan) -> dict[str, Drafter]:
+def alone(decoder: Decoder, plan: SkipPlan) -> dict[str, Proposer]:
     """Who drafts for one prompt at a time."""
     return {
-        "chain": SkipDrafter(decoder, plan, CHAIN, 0.0),
-        "tree": SkipDrafter(decoder, plan, CHAIN, 0.0, GREEDY_SHAPE),
+        "chain": SkipProposer(decoder, plan, CHAIN, 0.0),
+        "tree": SkipProposer(decoder, plan, CHAIN, 0.0, GREEDY_SHAPE),
         "mixed": eager(decoder, plan, ngram=True, rows=1, longest=25),
     }
 
 
-def together(decoder: Decoder, plan: SkipPlan, rows: int) -> dict[str, MixedDrafter | None]:
+def together(decoder: Decoder, plan: SkipPlan, rows: int) -> dict[str, MixedProposer | None]:
     """Who drafts for several prompts at once."""
     return {
         "vanilla": None,
@@ -79,7 +79,7 @@ def decode(
     subject: common.Subject, cases: Sequence[Case], batches: Sequence[int]
 ) -> dict[tuple[str, int], list[Run]]:
     """Every output, by arm and batch size."""
-    decoder, greedy = subject.decoder, Sampling()
+    decoder, greedy = subject.decoder, SamplingParams()
     ends: frozenset[int] = frozenset()
     plan = plan_for(decoder)
     arms: list[Arm] = [EngineArm("vanilla", decoder, None, greedy, ends)]
@@ -108,7 +108,7 @@ def compared(
         CaseRuns(case, {"vanilla": (one,), "arm": (other,)})
         for case, one, other in zip(cases, vanilla, arm, strict=True)
     ]
-    return identities(["arm"], pairs, subject.decoder, Sampling())["arm"]
+    return identities(["arm"], pairs, subject.decoder, SamplingParams())["arm"]
 
 
 def run(subject: common.Subject, options: argparse.Namespace) -> list[dict[str, Any]]:

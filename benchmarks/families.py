@@ -22,18 +22,18 @@ import transformers
 
 from benchmarks.common import print_table, say
 from benchmarks.family_models import VOCABULARY, families, tiny_model
-from conflayers_cli.engine.batch import Batch, BatchRequest
-from conflayers_cli.engine.costs import Costs, CostTable
-from conflayers_cli.engine.decode import Generation
+from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.engine.tree import TreeShape
-from conflayers_cli.environment import describe
 from conflayers_cli.errors import InputError
-from conflayers_cli.outputs import write_atomically, write_json
+from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.spec_decode.tree import TreeShape
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_atomically, write_json
 
 NEW_TOKENS = 24
 LENGTHS = (5, 13, 20)
@@ -81,7 +81,7 @@ def _generated(decoder: Decoder, prompt: Sequence[int]) -> list[int]:
     return text[len(prompt) :]
 
 
-def _decoded(decoder: Decoder, prompt: Sequence[int], drafter: Drafter | None) -> list[int]:
+def _decoded(decoder: Decoder, prompt: Sequence[int], drafter: Proposer | None) -> list[int]:
     generation = Generation(decoder, prompt, max_new_tokens=NEW_TOKENS, drafter=drafter)
     list(generation)
     return generation.output
@@ -94,8 +94,8 @@ def _costs(depth: int) -> CostTable:
 
 
 def _batched(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    requests = [BatchRequest(list(prompt), NEW_TOKENS, Sampling()) for prompt in prompts]
-    drafter = MixedDrafter(decoder, LAYERS, _costs(decoder.depth))
+    requests = [BatchRequest(list(prompt), NEW_TOKENS, SamplingParams()) for prompt in prompts]
+    drafter = MixedProposer(decoder, LAYERS, _costs(decoder.depth))
     batch = Batch(decoder, requests, size=2, drafter=drafter)
     for _ in batch:
         pass
@@ -111,19 +111,21 @@ def check(decoder: Decoder) -> dict[str, str]:
     prompts = _prompts()
     expected = [_generated(decoder, prompt) for prompt in prompts]
 
-    def drafted(drafter: Drafter | None) -> str:
+    def drafted(drafter: Proposer | None) -> str:
         same = [_decoded(decoder, prompt, drafter) for prompt in prompts] == expected
         return EXACT if same else DIFFERENT
 
     by_sub_layer = len(decoder.sub_layers) == 2
     tried: dict[str, Callable[[], str]] = {
         "plain": lambda: drafted(None),
-        "whole layers": lambda: drafted(SkipDrafter(decoder, LAYERS, 4, 0.0)),
+        "whole layers": lambda: drafted(SkipProposer(decoder, LAYERS, 4, 0.0)),
         "sub-layers": lambda: (
-            drafted(SkipDrafter(decoder, SUB_LAYERS, 4, 0.0)) if by_sub_layer else LACKING
+            drafted(SkipProposer(decoder, SUB_LAYERS, 4, 0.0)) if by_sub_layer else LACKING
         ),
-        "trees": lambda: drafted(SkipDrafter(decoder, LAYERS, 4, 0.0, TREE)),
-        "n-grams and layers": lambda: drafted(MixedDrafter(decoder, LAYERS, _costs(decoder.depth))),
+        "trees": lambda: drafted(SkipProposer(decoder, LAYERS, 4, 0.0, TREE)),
+        "n-grams and layers": lambda: drafted(
+            MixedProposer(decoder, LAYERS, _costs(decoder.depth))
+        ),
         "batch": lambda: EXACT if _batched(decoder, prompts) == expected else DIFFERENT,
     }
     found = {name: run() for name, run in tried.items()}

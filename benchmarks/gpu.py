@@ -45,8 +45,8 @@ from benchmarks import (
 )
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_runs import Result
-from conflayers_cli.engine.device import find_device
-from conflayers_cli.outputs import check_target
+from conflayers_cli.models.device import find_device
+from conflayers_cli.utils.files import check_target
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from benchmarks.gpu_models import PlantedModel, Planting
 from benchmarks.gpu_runs import Result, decoder_of
 from benchmarks.gpu_shapes import SHAPES, Shape
 from benchmarks.gpu_timing import Budget, OutOfTimeError, free, median_seconds, memory_of
-from conflayers_cli.engine.costs import CostTable
+from conflayers_cli.engine.cost_cache import cost_table
+from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.latencies import cost_table
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.environment import describe
-from conflayers_cli.outputs import write_json
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_json
 
 COPIED = 1 << 30
 """Bytes of each of the buffers that are copied to find the memory's bandwidth."""
@@ -134,7 +134,7 @@ class Bench:
 
     def drafter(
         self, plan: SkipPlan, *, ngram: bool = False, rows: Sequence[int] = (1,), **which: Any
-    ) -> MixedDrafter:
+    ) -> MixedProposer:
         """Drafts as the tool does: as far as it pays, by what was measured.
 
         Args:
@@ -144,7 +144,7 @@ class Bench:
             which: of the decoders.
         """
         decoder, table = self.decoder(**which), self.costs(rows, **which)
-        return MixedDrafter(decoder, plan, table, ngram=ngram, max_tokens=MOST_DRAFTED)
+        return MixedProposer(decoder, plan, table, ngram=ngram, max_tokens=MOST_DRAFTED)
 
     def release(self) -> None:
         """Give up the model and all that hangs on it."""

@@ -13,10 +13,10 @@ from benchmarks import exactness
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
-from conflayers_cli.agreement import first_difference
-from conflayers_cli.arms import BatchArm, Case
+from conflayers_cli.bench.agreement import first_difference
+from conflayers_cli.bench.systems import BatchArm, Case
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.sampling_params import SamplingParams
 
 PROMPT = 96
 TOGETHER = 3
@@ -102,7 +102,7 @@ def _drafted(
     work["chain, int4"] = partial(_alone, decoder, rounded, prompts, count)
     together = exactness.together(decoder, model.plan, TOGETHER)
     for name, drafter in together.items():
-        arm = BatchArm(name, decoder, drafter, TOGETHER, Sampling(), frozenset())
+        arm = BatchArm(name, decoder, drafter, TOGETHER, SamplingParams(), frozenset())
         work[f"{name}, batch {TOGETHER}"] = partial(_together, arm, prompts, count)
     return {name: own for name, own in work.items() if names is None or name in names}
 

@@ -15,8 +15,8 @@ from benchmarks.gpu_models import random_prompts
 from benchmarks.gpu_runs import Result, facts_of
 from benchmarks.gpu_shapes import Shape
 from benchmarks.gpu_timing import Call, copies_of, free, median_seconds
-from conflayers_cli.engine.attention import fold_mask, folded_attention
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.kernels.attention import fold_mask, folded_attention
 
 ROWS = (1, 2, 4, 8, 16, 32)
 QUERIES = (1, 5, 9, 17)
@@ -94,7 +94,7 @@ def attentions(bench: Bench, shape: Shape) -> dict[str, Prepare]:
     """The ways to attend that there are here."""
     found: dict[str, Prepare] = {"sdpa": partial(_masked, shape)}
     try:
-        flash: Any = importlib.import_module("conflayers_cli.engine.flash")
+        flash: Any = importlib.import_module("conflayers_cli.kernels.flash_decode")
     except ImportError:
         return found
     if flash.why_not(bench.device, torch.bfloat16, shape.size) is None:

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.gpu_shapes import Shape
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.skip_plan import SkipPlan
 
 GAIN = 1.25
 """By which a product spreads its input: 0.0195 as the deviation of weights over 4096 inputs."""

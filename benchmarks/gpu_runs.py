@@ -10,13 +10,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.gpu_models import PlantedModel
-from conflayers_cli.engine.builtin import quiet_transformers
-from conflayers_cli.engine.compiling import compile_forward
-from conflayers_cli.engine.costs import clock
-from conflayers_cli.engine.decode import Generation, Step
+from conflayers_cli.engine.compile import compile_forward
+from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter
-from conflayers_cli.engine.remarks import remarks, run_facts
+from conflayers_cli.engine.run_info import remarks, run_facts
+from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.models.builtin import quiet_transformers
+from conflayers_cli.spec_decode.proposer import Proposer
 
 Result = dict[str, Any]
 
@@ -85,7 +85,7 @@ def model_facts(model: PlantedModel) -> Result:
 
 
 def decode(
-    decoder: Decoder, prompt: Sequence[int], count: int, drafter: Drafter | None = None
+    decoder: Decoder, prompt: Sequence[int], count: int, drafter: Proposer | None = None
 ) -> Decoded:
     """Decode one prompt greedily; nothing ends it early."""
     generation = Generation(decoder, prompt, max_new_tokens=count, drafter=drafter)

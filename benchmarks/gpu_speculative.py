@@ -18,17 +18,17 @@ from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, model_facts
 from benchmarks.gpu_speed import Run, by_turns
 from benchmarks.gpu_timing import back_to_back, profiled
-from conflayers_cli.arms import Arm, EngineArm
-from conflayers_cli.bench import Spread, measure
-from conflayers_cli.engine.best import best_tokens
-from conflayers_cli.engine.cache import KVCache
-from conflayers_cli.engine.costs import clock
-from conflayers_cli.engine.decode import Generation, Step
+from conflayers_cli.bench.hf_baselines import TransformersArm
+from conflayers_cli.bench.runner import Spread, measure
+from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.engine.argmax import greedy_tokens
+from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.draft import Drafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.peers import TransformersArm
+from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Proposer
 
 PROMPT = 128
 WARM_PASSES = 4
@@ -61,7 +61,7 @@ def _speculative(bench: Bench, model: PlantedModel, runner: str) -> Result:
     prompts = random_prompts(model.shape.vocabulary, PROMPT, bench.options.prompts, seed=7)
     if runner != bench.runners[0]:  # slow, and only there to compare with
         prompts, count, turns = prompts[:1], max(count // 2, 4), 1
-    drafters: dict[str, Drafter | None] = {
+    drafters: dict[str, Proposer | None] = {
         "vanilla": None,
         "planted plan": bench.drafter(model.plan, runner=runner),
         "with n-grams": bench.drafter(model.plan, ngram=True, runner=runner),
@@ -85,7 +85,7 @@ def _speculative(bench: Bench, model: PlantedModel, runner: str) -> Result:
 
 
 def _all(
-    decoder: Decoder, prompts: Iterable[Sequence[int]], count: int, drafter: Drafter | None
+    decoder: Decoder, prompts: Iterable[Sequence[int]], count: int, drafter: Proposer | None
 ) -> list[Decoded]:
     return [decode(decoder, prompt, count, drafter) for prompt in prompts]
 
@@ -141,7 +141,7 @@ def _pass_seconds(
 
     @torch.inference_mode()
     def run() -> object:
-        return best_tokens(decoder.forward(tokens, positions, cache, plan))
+        return greedy_tokens(decoder.forward(tokens, positions, cache, plan))
 
     back_to_back(decoder.device, run, WARM_PASSES)
     return statistics.median(back_to_back(decoder.device, run, PASSES) for _ in range(3))
@@ -209,7 +209,7 @@ def idle(bench: Bench, out: Result) -> None:
     decoder = bench.decoder()
     (prompt,) = random_prompts(model.shape.vocabulary, PROMPT, 1, seed=9)
     profiled(bench.device, lambda: torch.ones(8, device=bench.device).sum())  # sets itself up
-    drafters: dict[str, Drafter | None] = {"vanilla": None, "drafted": bench.drafter(model.plan)}
+    drafters: dict[str, Proposer | None] = {"vanilla": None, "drafted": bench.drafter(model.plan)}
     for name, drafter in drafters.items():
         decode(decoder, prompt, count, drafter)  # recorded, where passes are
         out[name] = found = _watched(bench, decoder, prompt, count, drafter)
@@ -224,7 +224,7 @@ def idle(bench: Bench, out: Result) -> None:
 
 
 def _watched(
-    bench: Bench, decoder: Decoder, prompt: Sequence[int], count: int, drafter: Drafter | None
+    bench: Bench, decoder: Decoder, prompt: Sequence[int], count: int, drafter: Proposer | None
 ) -> Result:
     """A decoding run under the profiler, behind its prompt, and another one as it is."""
     plain = decode(decoder, prompt, count, drafter)
@@ -253,7 +253,7 @@ def smollm2(bench: Bench, out: Result) -> None:
         prompts = common.mixed_up(common.chosen(None, None, 1))[: options.prompts]
         cases = common.cases_of(subject, prompts, options.tokens)
         drafter = common.drafter_of(subject, subject.profile)
-        greedy, ends = Sampling(), subject.loaded.end_tokens
+        greedy, ends = SamplingParams(), subject.loaded.end_tokens
         arms: list[Arm] = [
             EngineArm("vanilla", subject.decoder, None, greedy, ends),
             EngineArm("speculative", subject.decoder, drafter, greedy, ends),

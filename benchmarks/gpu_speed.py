@@ -12,14 +12,14 @@ import torch
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
-from conflayers_cli.arms import BatchArm, Case
-from conflayers_cli.bench import rotated
-from conflayers_cli.engine.costs import clock
+from conflayers_cli.bench.runner import rotated
+from conflayers_cli.bench.systems import BatchArm, Case
+from conflayers_cli.engine.cost_cache import sizes_up_to
+from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import RowsDrafter
-from conflayers_cli.engine.latencies import sizes_up_to
-from conflayers_cli.engine.memory import PeakMemory
-from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.proposer import BatchProposer
+from conflayers_cli.utils.memory import PeakMemory
 
 SHARE = 0.8
 """Of the memory's bandwidth that vanilla decoding is to reach."""
@@ -168,11 +168,11 @@ def batches(bench: Bench, out: Result) -> None:
 
 
 def _batch_speed(
-    decoder: Decoder, drafter: RowsDrafter | None, prompts: Sequence[Sequence[int]], count: int
+    decoder: Decoder, drafter: BatchProposer | None, prompts: Sequence[Sequence[int]], count: int
 ) -> float:
     """Tokens per second, prompts' passes left out."""
     cases = [Case(str(number), None, tuple(prompt), count) for number, prompt in enumerate(prompts)]
-    arm = BatchArm("batch", decoder, drafter, len(prompts), Sampling(), frozenset())
+    arm = BatchArm("batch", decoder, drafter, len(prompts), SamplingParams(), frozenset())
     runs = arm.run_all(cases)
     tokens = sum(run.stats.decode_tokens for run in runs)
     return tokens / sum(run.stats.decode_seconds for run in runs)

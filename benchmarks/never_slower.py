@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Case
-from conflayers_cli.bench import Spread
+from conflayers_cli.bench.runner import Spread
+from conflayers_cli.bench.systems import Case
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from benchmarks.paper_figures import published
 from benchmarks.paper_search import Found, Way, search
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import shown
-from conflayers_cli.arms import Arm, EngineArm
-from conflayers_cli.bench import BenchResult, Spread, measure
+from conflayers_cli.bench.hf_baselines import TransformersArm
+from conflayers_cli.bench.runner import BenchResult, Spread, measure
+from conflayers_cli.bench.systems import Arm, EngineArm
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.peers import TransformersArm
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 
 ARMS = ("vanilla", "own", "tuned", "mixed", "transformers")
 PLANNED = ("own", "tuned", "mixed")
@@ -36,8 +36,8 @@ PLANNED = ("own", "tuned", "mixed")
 def arms_of(work: Work, found: Found, amount: Amount) -> list[Arm]:
     """The arms asked for that the plans allow for; vanilla is always among them."""
     decoder, ends = work.decoder, work.loaded.end_tokens
-    sampling = Sampling(temperature=amount.temperature)
-    drafters: dict[str, Drafter | None] = {
+    sampling = SamplingParams(temperature=amount.temperature)
+    drafters: dict[str, Proposer | None] = {
         "own": _fixed(decoder, found.own),
         "tuned": _lookahead(work, found.tuned, ngram=False),
         "mixed": _lookahead(work, found.tuned, ngram=True),
@@ -53,22 +53,22 @@ def arms_of(work: Work, found: Found, amount: Amount) -> list[Arm]:
     return arms
 
 
-def _fixed(decoder: Decoder, way: Way) -> Drafter | None:
+def _fixed(decoder: Decoder, way: Way) -> Proposer | None:
     """Drafts of the papers' kind: all the side candidates that are wanted, whatever they cost."""
     setting = way.setting
     if not way.plan or setting.max_tokens == 0:
         return None
-    return SkipDrafter(
+    return SkipProposer(
         decoder, way.plan, setting.max_tokens, setting.stop_probability, setting.tree
     )
 
 
-def _lookahead(work: Work, way: Way, *, ngram: bool) -> Drafter | None:
+def _lookahead(work: Work, way: Way, *, ngram: bool) -> Proposer | None:
     """Drafts as far as they pay; None where that is n-grams alone and they are not asked for."""
     if not way.plan and not ngram:
         return None
     tree = way.setting.tree if way.plan else None
-    return MixedDrafter(work.decoder, way.plan, work.costs, ngram=ngram, tree=tree)
+    return MixedProposer(work.decoder, way.plan, work.costs, ngram=ngram, tree=tree)
 
 
 def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
         arms_of(work, found, amount),
         work.figures,
         work.decoder,
-        Sampling(temperature=amount.temperature),
+        SamplingParams(temperature=amount.temperature),
         runs=amount.runs,
         warmup=amount.warmup,
         tell=lambda message, done: common.say(f"  {done:4.0%} {message}"),

@@ -12,15 +12,15 @@ from typing import Any
 from benchmarks import common
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import REFINE
-from conflayers_cli.cli.profile_fit import check_fit
 from conflayers_cli.cli.strategies import AUTO, UNIFIED, SearchOptions, make_strategies
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.tree import GREEDY_SHAPE, SAMPLING_SHAPE
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.profile_check import check_fit
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Candidate, find
 from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.task import Task
+from conflayers_cli.search.problem import Task
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE
 
 PUBLISHED = "published"
 """The strategy that searches nothing: the layers of the ConfLayers authors' release."""

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.outputs import write_atomically
 from conflayers_cli.prompts import Prompt, read_prompts
+from conflayers_cli.utils.files import write_atomically
 
 Row = Mapping[str, Any]
 Rows = Callable[["PaperTask", str], Iterable[Row]]

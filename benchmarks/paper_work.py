@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from benchmarks import common
 from benchmarks.paper_tasks import TaskPrompts
-from conflayers_cli.arms import Case
+from conflayers_cli.bench.systems import Case
 from conflayers_cli.cli.common import encode_prompt
-from conflayers_cli.engine.costs import CostTable
+from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.model import LoadedModel
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.loader import LoadedModel
 from conflayers_cli.prompts import Prompt
-from conflayers_cli.search.task import Task
+from conflayers_cli.search.problem import Task
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ from benchmarks.paper_search import PUBLISHED, published_file
 from benchmarks.paper_tasks import TASKS, TaskPrompts
 from benchmarks.paper_work import Amount, Work
 from conflayers_cli.cli.common import Loading, open_model
-from conflayers_cli.cli.drafting import costs_for
 from conflayers_cli.cli.strategies import STRATEGIES
-from conflayers_cli.engine.device import find_device
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.outputs import check_target
+from conflayers_cli.models.device import find_device
+from conflayers_cli.spec_decode.build import costs_for
+from conflayers_cli.utils.files import check_target
 
 MODELS: Mapping[str, str] = {
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Arm, EngineArm
-from conflayers_cli.bench import BenchResult, Spread, measure
-from conflayers_cli.cli.drafting import By
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.peers import PEERS, TransformersArm
-from conflayers_cli.profile import Profile
+from conflayers_cli.bench.hf_baselines import PEERS, TransformersArm
+from conflayers_cli.bench.runner import BenchResult, Spread, measure
+from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.objective import PAPER
+from conflayers_cli.spec_decode.build import By
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 
 OWN = ("vanilla", "mixed", "skip", "ngram", "fixed")
 ARMS = (*OWN, "transformers", "prompt-lookup", "early-exit")
@@ -40,7 +40,7 @@ def arms_of(
     subject: common.Subject, wanted: Sequence[str], beside: Sequence[Path] = ()
 ) -> list[Arm]:
     """The arms asked for that this model can have; vanilla is always among them."""
-    decoder, sampling, ends = subject.decoder, Sampling(), subject.loaded.end_tokens
+    decoder, sampling, ends = subject.decoder, SamplingParams(), subject.loaded.end_tokens
     arms: list[Arm] = [EngineArm("vanilla", decoder, None, sampling, ends)]
     for name in dict.fromkeys(wanted):
         if name in PEERS:
@@ -55,11 +55,11 @@ def arms_of(
     return arms
 
 
-def drafter_of(subject: common.Subject, name: str) -> Drafter | None:
+def drafter_of(subject: common.Subject, name: str) -> Proposer | None:
     """The drafter of one of the engine's arms, which serves all prompts."""
     if name == "fixed" and subject.profile:
         plan = subject.profile.plan
-        return SkipDrafter(subject.decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
+        return SkipProposer(subject.decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
     if name == "ngram":
         return common.drafter_of(subject, None)
     return common.drafter_of(subject, subject.profile, By(name))
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             arms_of(subject, options.arms, options.beside),
             cases,
             subject.decoder,
-            Sampling(),
+            SamplingParams(),
             runs=options.runs,
             warmup=0 if options.quick else 1,
             tell=lambda message, done: common.say(f"{done:4.0%} {message}"),

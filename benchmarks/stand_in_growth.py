@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli import environment
-from conflayers_cli.outputs import write_json
+from conflayers_cli.utils import environment
+from conflayers_cli.utils.files import write_json
 
 CELLS = (
     # width, depth, tokens, MiB of memory
@@ -45,8 +45,8 @@ def cell(width: int, depth: int, tokens: int, mebibytes: int) -> dict[str, Any]:
 
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.search.blocks import Fitter, candidates
+    from conflayers_cli.search.corpus import Sample
     from conflayers_cli.search.states import Reader
-    from conflayers_cli.search.texts import Sample
 
     heads = max(width // 64, 1)
     config = transformers.LlamaConfig(

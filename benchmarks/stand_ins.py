@@ -21,11 +21,11 @@ import torch
 
 from benchmarks import common
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.prompts import builtin_prompts, read_prompts
 from conflayers_cli.search.blocks import Block, Fitter
+from conflayers_cli.search.corpus import Sample, Texts
 from conflayers_cli.search.states import Reader
-from conflayers_cli.search.texts import Sample, Texts
+from conflayers_cli.skip_plan import SkipPlan, Weights
 
 BLOCKS: tuple[Block, ...] = ((3, 9), (3, 11), (3, 15), (2, 16), (6, 9), (24, 29), (2, 18), (2, 24))
 """Of a model of 30 layers; of others the same shares of the depth."""

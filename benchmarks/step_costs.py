@@ -21,12 +21,12 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import common
-from conflayers_cli.engine.best import best_tokens
-from conflayers_cli.engine.cache import KVCache
-from conflayers_cli.engine.costs import Costs, clock
+from conflayers_cli.engine.argmax import greedy_tokens
+from conflayers_cli.engine.cost_cache import costs_of
+from conflayers_cli.engine.cost_model import Costs, clock
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.latencies import costs_of
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.skip_plan import SkipPlan
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17, 20, 23, 26)
 BLOCK = 4
@@ -47,7 +47,7 @@ def run_engine(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, w
     tokens = tokens_for(decoder, width)
     positions = torch.arange(context, context + width, device=decoder.device)[None]
     begin = clock(decoder.device)
-    best_tokens(decoder.forward(tokens, positions, cache, plan)).tolist()
+    greedy_tokens(decoder.forward(tokens, positions, cache, plan)).tolist()
     return clock(decoder.device) - begin
 
 

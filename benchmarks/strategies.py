@@ -18,24 +18,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.engine.costs import measure_costs
-from conflayers_cli.engine.decode import Generation, Step
+from conflayers_cli.engine.cost_model import measure_costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.model import LoadedModel, encode, load_model
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.environment import describe
-from conflayers_cli.outputs import write_json
+from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.models.loader import LoadedModel, encode, load_model
 from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import find
-from conflayers_cli.search.check import drafter_of
-from conflayers_cli.search.conflayers import ConfLayers
-from conflayers_cli.search.greedy import Greedy
-from conflayers_cli.search.knapsack import Knapsack
 from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.swift import Swift
-from conflayers_cli.search.task import Strategy, Task
-from conflayers_cli.search.unified import Unified
+from conflayers_cli.search.problem import Strategy, Task
+from conflayers_cli.search.strategies.conflayers import ConfLayers
+from conflayers_cli.search.strategies.greedy import Greedy
+from conflayers_cli.search.strategies.knapsack import Knapsack
+from conflayers_cli.search.strategies.swift import Swift
+from conflayers_cli.search.strategies.unified import Unified
+from conflayers_cli.search.validate import drafter_of
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_json
 
 CATEGORIES = (
     *("translation", "summarization", "qa", "math_reasoning"),

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
-from conflayers_cli.outputs import write_atomically
+from conflayers_cli.utils.files import write_atomically
 
 WIDTH = 112
 CELL = 12.2

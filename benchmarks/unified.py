@@ -16,15 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.agreement import Agreement
-from conflayers_cli.engine.batch import Batch, BatchRequest
+from conflayers_cli.bench.agreement import Agreement
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.model import LoadedModel, encode, load_model
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.environment import describe
-from conflayers_cli.outputs import write_json
+from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.models.loader import LoadedModel, encode, load_model
 from conflayers_cli.prompts import Prompt, as_messages, read_prompts
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.files import write_json
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
 WHOLE = 1.0
@@ -44,7 +44,9 @@ def requests_of(
 ) -> list[BatchRequest]:
     """The prompts as the model gets them."""
     return [
-        BatchRequest(encode(loaded, as_messages(prompt, None), None), max_new_tokens, Sampling())
+        BatchRequest(
+            encode(loaded, as_messages(prompt, None), None), max_new_tokens, SamplingParams()
+        )
         for prompt in prompts
     ]
 

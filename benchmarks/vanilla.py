@@ -10,17 +10,17 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Arm, EngineArm
-from conflayers_cli.bench import Spread, measure
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.peers import TransformersArm
+from conflayers_cli.bench.hf_baselines import TransformersArm
+from conflayers_cli.bench.runner import Spread, measure
+from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.sampling_params import SamplingParams
 
 PEERS = ("transformers", "transformers-static")
 
 
 def compare(subject: common.Subject, options: Any) -> dict[str, Any]:
     """One model's figures by category and in all; printed as a table."""
-    decoder, ends, greedy = subject.decoder, subject.loaded.end_tokens, Sampling()
+    decoder, ends, greedy = subject.decoder, subject.loaded.end_tokens, SamplingParams()
     prompts = common.mixed_up(common.prompts_of(options))
     arms: list[Arm] = [EngineArm("vanilla", decoder, None, greedy, ends)]
     arms += [TransformersArm.peer(name, decoder, greedy, ends) for name in PEERS]

@@ -15,11 +15,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.arms import Case
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.decode import Generation
-from conflayers_cli.engine.latencies import costs_of
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.bench.systems import Case
+from conflayers_cli.engine.cost_cache import costs_of
+from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.skip_plan import SkipPlan
 
 SIZES = (4096, 8192, 16_384, 24_576, 32_768)
 LONGEST = 25

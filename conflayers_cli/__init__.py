@@ -32,24 +32,24 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from conflayers_cli.answer import Answer
-    from conflayers_cli.api import Model, Stream, generate, load, stream
-    from conflayers_cli.api_options import Settings
-    from conflayers_cli.borrowed import release
-    from conflayers_cli.custom_generate import conflayers_generate
+    from conflayers_cli.api.attached_model import release
+    from conflayers_cli.api.generate import Model, Stream, generate, load, stream
+    from conflayers_cli.api.hf_generate import conflayers_generate
+    from conflayers_cli.api.hf_request import GenerateError
+    from conflayers_cli.api.options import Settings
     from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
-    from conflayers_cli.generate_request import GenerateError
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.generation.generate import Answer
+    from conflayers_cli.profile.schema import Profile
 else:
     _MODULES = {
-        "answer": ("Answer",),
-        "api": ("Model", "Stream", "generate", "load", "stream"),
-        "api_options": ("Settings",),
-        "borrowed": ("release",),
-        "custom_generate": ("conflayers_generate",),
+        "generation.generate": ("Answer",),
+        "api.generate": ("Model", "Stream", "generate", "load", "stream"),
+        "api.options": ("Settings",),
+        "api.attached_model": ("release",),
+        "api.hf_generate": ("conflayers_generate",),
         "errors": ("ConfLayersError", "ConfLayersWarning", "InputError"),
-        "generate_request": ("GenerateError",),
-        "profile": ("Profile",),
+        "api.hf_request": ("GenerateError",),
+        "profile.schema": ("Profile",),
     }
 
     def __getattr__(name: str) -> object:

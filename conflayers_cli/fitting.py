@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from conflayers_cli.engine.encoding import TooLongError
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.tokenization import TooLongError
 from conflayers_cli.prompts import Prompt
 
 GAP = " … "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from conflayers_cli.bench_document import BenchDocument
-from conflayers_cli.comparison import Comparison
+from conflayers_cli.bench.comparison import Comparison
+from conflayers_cli.bench.schema import BenchDocument
 
 
 def broken_gates(

@@ -9,8 +9,8 @@ import torch
 
 from conflayers_cli.engine.stand_in import StandIn
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile import Profile
-from conflayers_cli.profile_sections import StandInSection
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.profile.sections import StandInSection
 from conflayers_cli.profile_tensors import Tensors, read_tensors
 
 PREFIX = "stand_in"

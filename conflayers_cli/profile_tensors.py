@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
 
 MAX_BYTES = 1 << 28
 """256 MiB, and what the profile's stand-ins may take; a search's own take some hundred KiB."""

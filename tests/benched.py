@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.answer import DraftCount, Summary
-from conflayers_cli.arms import Case, Run
-from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench_document import BenchDocument
-from conflayers_cli.identity import Identity
+from conflayers_cli.bench.load import Bench
+from conflayers_cli.bench.output_match import Identity
+from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
+from conflayers_cli.bench.schema import BenchDocument
+from conflayers_cli.bench.serialize import BenchContext, bench_json
+from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.generation.generate import DraftCount, Summary
 from conflayers_cli.positions import Positions
-from conflayers_cli.report import BenchContext, bench_json
-from conflayers_cli.stored_bench import Bench
 
 SETTINGS: Mapping[str, Any] = {
     "max_new_tokens": 101,

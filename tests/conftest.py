@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import Phase, settings
 
-from tests.clusters import cluster
+from tests.cluster.clusters import cluster
 
 # Examples are drawn from a fixed seed, so that what fails on one machine fails on every other; no
 # deadline, since how long an example takes says nothing about whether it is right.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
-# For those who only ask whether anything fails (benchmarks/mutants.py): the example stays as found.
+# For those who only ask whether anything fails (tools/mutants.py): the example stays as found.
 settings.register_profile(
     "unshrunk",
     settings.get_profile("default"),

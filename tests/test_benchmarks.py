@@ -19,11 +19,11 @@ from benchmarks import (
     step_costs,
     vocabulary,
 )
-from conflayers_cli.answer import Summary
-from conflayers_cli.arms import Case, Run
-from conflayers_cli.bench import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
+from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.generation.generate import Summary
+from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
 
 

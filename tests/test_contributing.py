@@ -90,7 +90,7 @@ def test_links_lead_to_files(page: str) -> None:
 
 def test_the_page_says_what_a_strategy_is_given() -> None:
     """What the table of ``contributing.md`` names exists."""
-    from conflayers_cli.search.task import Task
+    from conflayers_cli.search.problem import Task
 
     text = (DOCS / "contributing.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`task\.(\w+)", text))

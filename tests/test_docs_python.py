@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.engine import model as loading
-from conflayers_cli.engine.packing import PackedLinear
+from conflayers_cli.kernels.packed_linear import PackedLinear
+from conflayers_cli.models import loader as loading
 from tests.cli.conftest import save_model, save_profile
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.journal import Journal
 from conflayers_cli.journal_lines import parsed
+from conflayers_cli.search.journal import Journal
 from conflayers_cli.search.record import Entry, Meter
 from tests.disk import limited_to
 

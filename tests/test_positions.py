@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from conflayers_cli.answer import Summary
-from conflayers_cli.bars import bar, marks
-from conflayers_cli.engine.decode import Step
+from conflayers_cli.generation.generate import Summary
+from conflayers_cli.generation.loop import Step
 from conflayers_cli.positions import Positions, positions_of
+from conflayers_cli.utils.bars import bar, marks
 
 
 def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:

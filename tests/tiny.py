@@ -17,12 +17,12 @@ import scipy.stats
 import torch
 import transformers as hf
 
-from conflayers_cli.engine.decode import Generation, Step
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.stand_in import StandIn
+from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
 
 VOCABULARY = 100
 DEPTH = 5
@@ -166,8 +166,8 @@ def keeps_its_text(
 ) -> None:
     """Drafts of ``size`` tokens under a plan: greedy output is vanilla's; sampled output ends where
     it should."""
-    tokens, sampling = prompt(6, seed), Sampling(temperature=temperature, seed=seed)
-    drafter = SkipDrafter(model, plan, size, 0.0)
+    tokens, sampling = prompt(6, seed), SamplingParams(temperature=temperature, seed=seed)
+    drafter = SkipProposer(model, plan, size, 0.0)
     text = Generation(model, tokens, max_new_tokens=20, drafter=drafter, sampling=sampling)
     assert sum(step.drafted for step in steps_of(text)) > 0
     assert len(text.output) == 20

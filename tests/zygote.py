@@ -24,9 +24,9 @@ HEAVY = (
     "torch._dynamo",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
-    "conflayers_cli.api",
+    "conflayers_cli.api.generate",
     "conflayers_cli.cli.main",
-    "conflayers_cli.engine.mixed",
+    "conflayers_cli.spec_decode.mixed",
     "conflayers_cli.search.calibrate",
 )
 STREAMS = 3

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.profile.schema import Profile
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.search.adapt import AdaptiveDrafter
+    from conflayers_cli.search.online import AdaptiveProposer
 
 _PANEL = "Adapting"
 DEFAULT_BUDGET = 0.05
@@ -62,7 +62,7 @@ def check_flags(
     Raises:
         InputError: an unknown method, a budget out of range, or flags that don't go together.
     """
-    from conflayers_cli.profile import check_replaceable
+    from conflayers_cli.profile.schema import check_replaceable
 
     methods = ("conflayers", "swift")
     if adapt is None:
@@ -92,19 +92,19 @@ class Learned:
         self._budget = budget or DEFAULT_BUDGET
         self._save = save
         self._seed = seed
-        self._adapter: AdaptiveDrafter | None = None
+        self._adapter: AdaptiveProposer | None = None
         self._loaded: LoadedModel | None = None
 
     def begin(
         self, loaded: LoadedModel, decoder: Decoder, profile: Profile | None
-    ) -> AdaptiveDrafter:
+    ) -> AdaptiveProposer:
         """The drafter that searches while it drafts, from the profile's plan where there is one.
 
         Raises:
             InputError: SWIFT without scikit-learn, or a model too shallow.
         """
-        from conflayers_cli.search.adapt import METHODS, AdaptiveDrafter
         from conflayers_cli.search.objective import Setting
+        from conflayers_cli.search.online import METHODS, AdaptiveProposer
 
         method = next(name for name in METHODS if name == self._method)
         start, setting = None, None
@@ -114,7 +114,7 @@ class Learned:
             start = replace(profile.skip.left_out, weights=None)
             setting = Setting(profile.draft.max_tokens, profile.draft.stop_probability)
         self._loaded = loaded
-        self._adapter = AdaptiveDrafter(
+        self._adapter = AdaptiveProposer(
             *(decoder, method),
             budget=self._budget,
             seed=self._seed,
@@ -150,11 +150,11 @@ def _depth(loaded: LoadedModel) -> int:
     return depth
 
 
-def summary(adapter: AdaptiveDrafter, depth: int) -> str:
+def summary(adapter: AdaptiveProposer, depth: int) -> str:
     """What the search came to, in one sentence."""
     state = "settled" if adapter.settled else "still searching"
     if adapter.plan:
-        from conflayers_cli.profile_text import skipped
+        from conflayers_cli.profile.describe import skipped
 
         gain = adapter.best.speed / adapter.vanilla.speed
         found = f"skipping {skipped(adapter.plan, depth)} decodes at {gain:.2f}× vanilla"
@@ -168,7 +168,7 @@ def summary(adapter: AdaptiveDrafter, depth: int) -> str:
 
 def _profile_of(
     loaded: LoadedModel,
-    adapter: AdaptiveDrafter,
+    adapter: AdaptiveProposer,
     prompts: Sequence[Prompt],
     method: str,
     budget: float,
@@ -176,7 +176,7 @@ def _profile_of(
 ) -> Profile:
     """What was found, with figures measured on the way."""
     from conflayers_cli.cli.common import environment_of, fingerprint_of
-    from conflayers_cli.profile import (
+    from conflayers_cli.profile.schema import (
         DraftSettings,
         FoundBy,
         Measured,

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conflayers_cli.cli.common import EncodedPrompt
-from conflayers_cli.cli.drafting import rows_drafter
 from conflayers_cli.cli.terminal import emit, emit_json, note, progress_bar
+from conflayers_cli.spec_decode.build import rows_drafter
 
 if TYPE_CHECKING:
-    from conflayers_cli.answer import Answer, Summary
+    from conflayers_cli.cluster.ray_cluster import Cluster
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.draft import Drafter, RowsDrafter
-    from conflayers_cli.engine.memory import PeakMemory
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.plan import SkipPlan
-    from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.outputs import JsonLines, LineKey
+    from conflayers_cli.generation.generate import Answer, Summary
+    from conflayers_cli.models.loader import LoadedModel
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.ray_cluster import Cluster
+    from conflayers_cli.sampling_params import SamplingParams
+    from conflayers_cli.skip_plan import SkipPlan
+    from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
+    from conflayers_cli.utils.files import JsonLines, LineKey
+    from conflayers_cli.utils.memory import PeakMemory
 
 SCHEMA_VERSION = 1
 
@@ -80,8 +80,8 @@ class Machine:
 
     loaded: LoadedModel
     decoder: Decoder
-    drafter: Drafter | None
-    sampling: Sampling
+    drafter: Proposer | None
+    sampling: SamplingParams
     stops: tuple[str, ...]
     skipped: SkipPlan | None = None
     batch_size: int = 1
@@ -89,7 +89,7 @@ class Machine:
 
     def facts(self) -> Facts:
         """What ``--stats`` says of it, as of now."""
-        from conflayers_cli.engine.remarks import remarks
+        from conflayers_cli.engine.run_info import remarks
 
         lossy = None
         if self.skipped:
@@ -113,7 +113,7 @@ class Machine:
         return [layer for layer in range(self.decoder.depth) if layer not in gone]
 
     @property
-    def rows_drafter(self) -> RowsDrafter | None:
+    def rows_drafter(self) -> BatchProposer | None:
         """Who drafts for prompts that are decoded together, losslessly; None: nobody."""
         return None if self.skipped is not None else rows_drafter(self.drafter)
 
@@ -132,7 +132,7 @@ class Machine:
         Raises:
             LogitsError: an answer can't go on; it names the prompt where there are several.
         """
-        from conflayers_cli.engine.best import LogitsError
+        from conflayers_cli.engine.argmax import LogitsError
 
         try:
             yield from self._answers(prompts[:end], begin, on_text)
@@ -147,10 +147,10 @@ class Machine:
         begin: int,
         on_text: Callable[[str], None] | None,
     ) -> Iterator[tuple[int, Answer]]:
-        from conflayers_cli.answer import answer, answer_batch
-        from conflayers_cli.engine.batch import BatchRequest
-        from conflayers_cli.engine.best import LogitsError
+        from conflayers_cli.engine.argmax import LogitsError
         from conflayers_cli.engine.decoder import FULL
+        from conflayers_cli.generation.batch import BatchRequest
+        from conflayers_cli.generation.generate import answer, answer_batch
 
         requests = [
             BatchRequest(
@@ -200,7 +200,7 @@ class Machine:
 
     def without_text(self, answer: Answer) -> tuple[int, int]:
         """(tokens of the answer beyond the tokenizer's vocabulary, its size)."""
-        from conflayers_cli.engine.text import without_text
+        from conflayers_cli.generation.detokenizer import without_text
 
         tokenizer = self.loaded.tokenizer
         return without_text(tokenizer, answer.token_ids), len(tokenizer)
@@ -269,7 +269,7 @@ def answer_file(
         cluster: whose workers do it; None: this process does.
         batch_size: prompts that a machine decodes at once.
     """
-    from conflayers_cli.outputs import JsonLines
+    from conflayers_cli.utils.files import JsonLines
 
     opened = JsonLines.open(output, keys, resume=resume) if output else None
     with opened or nullcontext():
@@ -300,7 +300,7 @@ def _at_work(
 ) -> Iterator[tuple[Iterator[Done], Callable[[Sequence[Answer]], None]]]:
     """The answers to come from prompt ``begin`` on, and what says in the end what they took."""
     if cluster is not None:
-        from conflayers_cli.cli.workers import answering_workers
+        from conflayers_cli.cluster.workers import answering_workers
 
         with answering_workers(prepare, cluster, begin, end, batch_size) as (dones, facts):
             yield dones, partial(_tell_work, facts)
@@ -310,7 +310,7 @@ def _at_work(
 
 
 def _tell_work(facts: Callable[[], Facts], answers: Sequence[Answer]) -> None:
-    from conflayers_cli.answer import Summary
+    from conflayers_cli.generation.generate import Summary
 
     total = Summary.total(answer.stats for answer in answers)
     _tell_figures(facts(), total, len(answers), sum(a.prompt_tokens for a in answers))
@@ -353,8 +353,8 @@ def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[Lin
     import json
     from hashlib import sha256
 
-    from conflayers_cli.outputs import LineKey
     from conflayers_cli.prompts import fingerprint
+    from conflayers_cli.utils.files import LineKey
 
     decided = json.dumps(settings)
     requests = (f"{fingerprint([prompt])} {decided}" for prompt in prompts)

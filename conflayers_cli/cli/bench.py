@@ -39,7 +39,10 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.drafting import (
+from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
+from conflayers_cli.cli.terminal import note, progress_bar
+from conflayers_cli.errors import InputError
+from conflayers_cli.spec_decode.build import (
     DraftBy,
     LookaheadOption,
     Tree,
@@ -47,21 +50,18 @@ from conflayers_cli.cli.drafting import (
     drafter_for,
     rows_drafter,
 )
-from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
-from conflayers_cli.cli.terminal import note, progress_bar
-from conflayers_cli.errors import InputError
-from conflayers_cli.plot_style import Theme
+from conflayers_cli.utils.plotting import Theme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conflayers_cli.arms import Arm, Case
-    from conflayers_cli.bench import BenchResult
+    from conflayers_cli.bench.runner import BenchResult
+    from conflayers_cli.bench.systems import Arm, Case
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.draft import Drafter
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.plan import SkipPlan
-    from conflayers_cli.engine.sampling import Sampling
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.sampling_params import SamplingParams
+    from conflayers_cli.skip_plan import SkipPlan
+    from conflayers_cli.spec_decode.proposer import Proposer
 
 HELP = """Measure what a profile gains: vanilla and speculative decoding, side by side.
 
@@ -218,7 +218,7 @@ def _check_measures_nothing(context: typer.Context) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Stored results, without what they were compared with then."""
-    from conflayers_cli.stored_bench import Bench
+    from conflayers_cli.bench.load import Bench
 
     raw = Bench.load(path).raw
     return {key: value for key, value in raw.items() if key != "comparison"}
@@ -235,24 +235,24 @@ def _check_together(
             raise InputError(f"{flag} is for one prompt at a time: leave --batch-size out")
 
 
-def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Drafter:
+def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Proposer:
     """Drafts with a plan as the papers do, where no profile says how."""
-    from conflayers_cli.engine.draft import SkipDrafter
     from conflayers_cli.search.objective import PAPER
+    from conflayers_cli.spec_decode.proposer import SkipProposer
 
-    return SkipDrafter(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
+    return SkipProposer(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
 
 
 def _arms(
     loaded: LoadedModel,
     decoder: Decoder,
-    drafter: Drafter | None,
-    sampling: Sampling,
+    drafter: Proposer | None,
+    sampling: SamplingParams,
     against: Sequence[Other],
     skipped: SkipPlan | None,
 ) -> list[Arm]:
-    from conflayers_cli.arms import EngineArm, SkipOnlyArm
-    from conflayers_cli.peers import TransformersArm
+    from conflayers_cli.bench.hf_baselines import TransformersArm
+    from conflayers_cli.bench.systems import EngineArm, SkipOnlyArm
 
     ends = loaded.end_tokens
     arms: list[Arm] = [
@@ -267,7 +267,7 @@ def _arms(
 
 
 def _cases(prompts: Sequence[EncodedPrompt], seed: int) -> list[Case]:
-    from conflayers_cli.arms import Case
+    from conflayers_cli.bench.systems import Case
 
     return [
         Case(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed + index)
@@ -279,11 +279,11 @@ def _measure(
     arms: Sequence[Arm],
     cases: Sequence[Case],
     decoder: Decoder,
-    sampling: Sampling,
+    sampling: SamplingParams,
     runs: int,
     warmup: int,
 ) -> BenchResult:
-    from conflayers_cli.bench import measure
+    from conflayers_cli.bench.runner import measure
 
     with progress_bar() as tell:
         return measure(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
@@ -292,16 +292,16 @@ def _measure(
 def _measure_batches(
     loaded: LoadedModel,
     decoder: Decoder,
-    drafter: Drafter | None,
-    sampling: Sampling,
+    drafter: Proposer | None,
+    sampling: SamplingParams,
     batch_size: int,
     cases: Sequence[Case],
     runs: int,
     warmup: int,
 ) -> BenchResult:
     """Vanilla and drafted decoding of several prompts at once."""
-    from conflayers_cli.arms import BatchArm
-    from conflayers_cli.bench_batches import measure_batches
+    from conflayers_cli.bench.batched import measure_batches
+    from conflayers_cli.bench.systems import BatchArm
 
     if len(cases) < batch_size:
         note(f"note: {len(cases)} prompts never fill a batch of {batch_size}")

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from conflayers_cli.bench import BenchResult
+    from conflayers_cli.bench.runner import BenchResult
+    from conflayers_cli.bench.serialize import BenchContext
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.draft import Drafter
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.plan import SkipPlan
-    from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.profile.schema import Profile
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.report import BenchContext
+    from conflayers_cli.sampling_params import SamplingParams
+    from conflayers_cli.skip_plan import SkipPlan
+    from conflayers_cli.spec_decode.proposer import Proposer
 
 
 def facts_of(
     loaded: LoadedModel, settings: Mapping[str, Any], prompts: Sequence[Prompt]
 ) -> BenchContext:
     """What is measured, and on what."""
-    from conflayers_cli.engine.model import fingerprint as model_fingerprint
-    from conflayers_cli.environment import describe
+    from conflayers_cli.bench.serialize import BenchContext
+    from conflayers_cli.models.loader import fingerprint as model_fingerprint
     from conflayers_cli.prompts import fingerprint
-    from conflayers_cli.report import BenchContext
+    from conflayers_cli.utils.environment import describe
 
     return BenchContext(
         model=loaded.name,
@@ -43,8 +43,8 @@ def facts_of(
 
 def document_of(result: BenchResult, facts: BenchContext, decoder: Decoder) -> dict[str, Any]:
     """The results as JSON takes them."""
-    from conflayers_cli.engine.remarks import run_facts
-    from conflayers_cli.report import bench_json
+    from conflayers_cli.bench.serialize import bench_json
+    from conflayers_cli.engine.run_info import run_facts
 
     return bench_json(result, replace(facts, engine=run_facts(decoder)))
 
@@ -54,8 +54,8 @@ def settings_of(
     path: Path | None,
     prompts: Sequence[Prompt],
     data: Path | None,
-    sampling: Sampling,
-    drafter: Drafter | None,
+    sampling: SamplingParams,
+    drafter: Proposer | None,
 ) -> dict[str, Any]:
     """What was measured, so that it can be measured again."""
     from conflayers_cli.prompts import fingerprint
@@ -74,18 +74,18 @@ def settings_of(
 
 def lossy_settings(plan: SkipPlan, *, drafts: bool) -> dict[str, Any]:
     """What the lossy arm leaves out; and how the other drafts, where it does so with this plan."""
-    from conflayers_cli.profile import SkipSection
+    from conflayers_cli.profile.schema import SkipSection
     from conflayers_cli.search.objective import PAPER
 
     skip = SkipSection.of(plan).model_dump(mode="json", exclude_defaults=True)
     return {"skip_only": skip, **({"skip": skip, "draft": asdict(PAPER)} if drafts else {})}
 
 
-def _repeatable(drafter: Drafter | None) -> bool:
+def _repeatable(drafter: Proposer | None) -> bool:
     """Whether what is drafted is the same in every run: it depends on nothing that is measured."""
-    from conflayers_cli.engine.draft import SkipDrafter
-    from conflayers_cli.engine.ranges import RangedDrafter
+    from conflayers_cli.spec_decode.by_context import ContextLengthProposer
+    from conflayers_cli.spec_decode.proposer import SkipProposer
 
-    if isinstance(drafter, RangedDrafter):
+    if isinstance(drafter, ContextLengthProposer):
         return all(_repeatable(each) for _, each in drafter.drafters)
-    return drafter is None or (isinstance(drafter, SkipDrafter) and drafter.tree is None)
+    return drafter is None or (isinstance(drafter, SkipProposer) and drafter.tree is None)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from conflayers_cli.bench.metrics import Judged
 from conflayers_cli.errors import InputError
-from conflayers_cli.judged import Judged
-from conflayers_cli.plot_style import Theme
+from conflayers_cli.utils.plotting import Theme
 
 _EXPORTS = "Results"
 _GATES = "Gates (exit code 3)"

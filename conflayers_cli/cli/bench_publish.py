@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.bench.metrics import TOLERANCE, Judged
 from conflayers_cli.cli.terminal import emit_json, emit_rich, note
-from conflayers_cli.engine.parallel import is_first
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
-from conflayers_cli.judged import TOLERANCE, Judged
-from conflayers_cli.outputs import check_target, write_atomically, write_json
-from conflayers_cli.plot_style import Theme, check_plot, save_plot
+from conflayers_cli.utils.distributed import is_first
+from conflayers_cli.utils.files import check_target, write_atomically, write_json
+from conflayers_cli.utils.plotting import Theme, check_plot, save_plot
 
 if TYPE_CHECKING:
-    from conflayers_cli.comparison import Comparison
-    from conflayers_cli.stored_bench import Bench
+    from conflayers_cli.bench.comparison import Comparison
+    from conflayers_cli.bench.load import Bench
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Exports:
             if place in places[:number]:
                 raise InputError(f"{files[number]}: is to hold two kinds of results; name another")
         if self.github:
-            from conflayers_cli.exports import check_folder
+            from conflayers_cli.bench.exporters import check_folder
 
             check_folder(self.github)
         if self.plot:
@@ -59,7 +59,7 @@ class Exports:
 
     def write(self, bench: Bench, comparison: Comparison | None) -> list[ConfLayersError]:
         """Write all that can be written; what went wrong with the others."""
-        from conflayers_cli.exports import csv_text, markdown, write_github
+        from conflayers_cli.bench.exporters import csv_text, markdown, write_github
 
         results = bench.checked
         jobs: list[Callable[[], None]] = []
@@ -118,7 +118,7 @@ class Gates:
                 if given:
                     raise InputError(f"{flag} is about --compare FILE, which is not given")
             return cls(fail_under)
-        from conflayers_cli.stored_bench import Bench
+        from conflayers_cli.bench.load import Bench
 
         tolerance = TOLERANCE if tolerance is None else tolerance
         return cls(fail_under, Bench.load(old), str(old), tolerance, judged or None)
@@ -129,7 +129,7 @@ class Gates:
         """Refuse to measure what can't be compared then; raises InputError."""
         if self.old is None:
             return
-        from conflayers_cli.compare import check_comparable
+        from conflayers_cli.bench.regression import check_comparable
 
         check_comparable(*(self.old.checked, self.old_name, model, model_hash, settings, prompts))
 
@@ -137,7 +137,7 @@ class Gates:
         """With the earlier bench, if there is one; raises InputError as `compare`."""
         if self.old is None:
             return None
-        from conflayers_cli.compare import compare
+        from conflayers_cli.bench.regression import compare
 
         return compare(
             *(bench.checked, self.old.checked, self.old_name),
@@ -163,10 +163,10 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
         ConfLayersError: something could not be written.
         GateError: a gate does not hold.
     """
-    from conflayers_cli.bench_tables import bench_tables
-    from conflayers_cli.exports import append_step_summary, markdown
+    from conflayers_cli.bench.exporters import append_step_summary, markdown
+    from conflayers_cli.bench.load import Bench
+    from conflayers_cli.bench.tables import bench_tables
     from conflayers_cli.gates import broken_gates
-    from conflayers_cli.stored_bench import Bench
 
     failures: list[ConfLayersError] = []
     bench, comparison = Bench.of(document), None
@@ -198,6 +198,6 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
 
 
 def _draw(path: Path, theme: Theme, bench: Bench) -> None:
-    from conflayers_cli.bench_plots import bench_figure
+    from conflayers_cli.bench.plots import bench_figure
 
     save_plot(path, theme, partial(bench_figure, bench.checked))

@@ -23,19 +23,19 @@ from conflayers_cli.errors import ConfLayersError, InputError
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate_display import Display
     from conflayers_cli.cli.common import EncodedPrompt
-    from conflayers_cli.engine.costs import Costs
+    from conflayers_cli.engine.cost_model import Costs
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.plan import Weights
-    from conflayers_cli.engine.tree import TreeShape
-    from conflayers_cli.journal import Journal
-    from conflayers_cli.profile import ModelFingerprint, Profile
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.profile.schema import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.calibrate import Calibration
     from conflayers_cli.search.helpers import Helpers
+    from conflayers_cli.search.journal import Journal
+    from conflayers_cli.search.problem import Strategy
     from conflayers_cli.search.record import Record
     from conflayers_cli.search.settings import StandInSettings
-    from conflayers_cli.search.task import Strategy
+    from conflayers_cli.skip_plan import Weights
+    from conflayers_cli.spec_decode.tree import TreeShape
 
 DEFAULT_MODEL = "smollm2-deep"
 DEFAULT_BUDGET = 600.0
@@ -101,7 +101,7 @@ class Work:
     @property
     def shape(self) -> TreeShape | None:
         """The side candidates to be considered, the papers'; None: not wanted."""
-        from conflayers_cli.engine.tree import GREEDY_SHAPE
+        from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 
         return GREEDY_SHAPE if self.tree else None
 
@@ -159,8 +159,8 @@ def calibrate(
         raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
     from conflayers_cli.cli import common
     from conflayers_cli.cli.terminal import note
-    from conflayers_cli.cli.workers import helping_workers
-    from conflayers_cli.ray_cluster import cluster_of
+    from conflayers_cli.cluster.ray_cluster import cluster_of
+    from conflayers_cli.cluster.workers import helping_workers
     from conflayers_cli.weights import sample_of
 
     cluster = cluster_of(ray, workers, device=device, device_map=device_map)
@@ -291,7 +291,7 @@ def _short_name(model: str) -> str:
 
 def _check_profile(profile: Path) -> None:
     """Refuse, before any work, names that the profile can't be written to."""
-    from conflayers_cli.profile import check_replaceable
+    from conflayers_cli.profile.schema import check_replaceable
 
     if profile.suffix == ".safetensors" or profile.name.startswith("."):
         raise InputError(f"--output {profile}: a name such as summ.yaml is needed")
@@ -300,7 +300,7 @@ def _check_profile(profile: Path) -> None:
 
 def _check_tensors(profile: Path) -> None:
     """The same of its tensors: only those that an older profile names are replaced."""
-    from conflayers_cli.profile import check_replaceable
+    from conflayers_cli.profile.schema import check_replaceable
 
     check_replaceable(profile, tensors_path(profile))
 
@@ -310,7 +310,7 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
     from conflayers_cli.search.auto import auto
     from conflayers_cli.search.calibrate import calibrate as run_calibration
     from conflayers_cli.search.calibrate import split_prompts
-    from conflayers_cli.search.task import Task
+    from conflayers_cli.search.problem import Task
 
     used, held_out = split_prompts([prompt.tokens for prompt in work.encoded], work.seed)
     with Display(work.decoder.depth) as display:
@@ -356,8 +356,8 @@ def _costs(work: Work, display: Display, record: Record) -> Costs:
     """What passes cost on this device; nothing is measured where no prompt asks for it."""
     from dataclasses import asdict
 
-    from conflayers_cli.engine.costs import Costs
-    from conflayers_cli.engine.latencies import costs_of
+    from conflayers_cli.engine.cost_cache import costs_of
+    from conflayers_cli.engine.cost_model import Costs
 
     if not work.prompts:
         return Costs({1: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=0)
@@ -387,7 +387,7 @@ def _tensors_of(done: Calibration, depth: int) -> bytes | None:
 
 def _write(profile: Profile, tensors: bytes | None, target: Path, journal: Journal) -> None:
     from conflayers_cli.cli.calibrate_journal import temporary_of
-    from conflayers_cli.outputs import write_atomically
+    from conflayers_cli.utils.files import write_atomically
 
     if tensors is not None:
         beside = tensors_path(target)

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from conflayers_cli.cli.terminal import note, stderr_console
-from conflayers_cli.profile import Profile
-from conflayers_cli.profile_text import how_it_drafts, in_short, skipped, skips, stand_in_names
+from conflayers_cli.profile.describe import how_it_drafts, in_short, skipped, skips, stand_in_names
+from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.calibrate import Calibration, Candidate
-from conflayers_cli.search.check import Check
 from conflayers_cli.search.objective import Score
-from conflayers_cli.search.task import Trial
+from conflayers_cli.search.problem import Trial
+from conflayers_cli.search.validate import Check
 
 ROWS = 12
 """Latest trials kept in view."""

@@ -10,7 +10,7 @@ from conflayers_cli.cli.strategies import identity_of
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate import Work
-    from conflayers_cli.journal import Journal
+    from conflayers_cli.search.journal import Journal
 
 
 def journal_path(profile: Path) -> Path:
@@ -31,7 +31,7 @@ def open_journal(profile: Path, resume: bool | None) -> Journal:
         InputError, ConfLayersError: as `Journal.open`.
     """
     from conflayers_cli.cli.terminal import note
-    from conflayers_cli.journal import Journal
+    from conflayers_cli.search.journal import Journal
 
     journal = Journal.open(journal_path(profile), profile, resume=resume, tell=note)
     if journal.entries:

@@ -10,10 +10,10 @@ from conflayers_cli.cli.strategies import AUTO
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate import Work
-    from conflayers_cli.profile import DraftSettings, Profile, RangeSection
+    from conflayers_cli.profile.schema import DraftSettings, Profile, RangeSection
     from conflayers_cli.search.calibrate import Calibration, Candidate
     from conflayers_cli.search.objective import Setting
-    from conflayers_cli.search.task import RangePlan
+    from conflayers_cli.search.problem import RangePlan
 
 
 def tensors_path(profile: Path) -> Path:
@@ -23,7 +23,7 @@ def tensors_path(profile: Path) -> Path:
 
 def profile_of(work: Work, done: Calibration, target: Path, tensors: bytes | None) -> Profile:
     """The profile of a calibration, to be written to ``target``, with these tensors beside it."""
-    from conflayers_cli.profile import Profile, SkipSection
+    from conflayers_cli.profile.schema import Profile, SkipSection
     from conflayers_cli.profile_tensors import sha256_of
 
     return Profile(
@@ -39,7 +39,7 @@ def profile_of(work: Work, done: Calibration, target: Path, tensors: bytes | Non
 
 def _range_section(each: RangePlan, done: Calibration) -> RangeSection:
     """A plan for longer contexts, as the profile takes it."""
-    from conflayers_cli.profile import RangeSection, SkipSection
+    from conflayers_cli.profile.schema import RangeSection, SkipSection
     from conflayers_cli.search.objective import PAPER
 
     return RangeSection(
@@ -55,7 +55,7 @@ def _draft_section(setting: Setting, found: Candidate) -> DraftSettings:
     Where nothing pays to be left out, n-grams may still draft. A plan that was searched for but not
     refined is kept with its method's own way of drafting.
     """
-    from conflayers_cli.profile import DraftSettings
+    from conflayers_cli.profile.schema import DraftSettings
 
     skips = setting.max_tokens > 0
     own = skips and not (found.refined or found.by_rule)
@@ -73,7 +73,7 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
     from dataclasses import asdict
 
     from conflayers_cli.cli.common import environment_of
-    from conflayers_cli.profile import FoundBy, Measured, PromptsUsed
+    from conflayers_cli.profile.schema import FoundBy, Measured, PromptsUsed
     from conflayers_cli.prompts import fingerprint
 
     check, pays, expected = done.check, bool(done.plan), done.candidate.expected

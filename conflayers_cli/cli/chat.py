@@ -18,11 +18,11 @@ from conflayers_cli.cli.common import (
     open_model,
     sampling_from,
 )
-from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
 from conflayers_cli.cli.terminal import is_terminal, note, say
-from conflayers_cli.engine.parallel import world
 from conflayers_cli.errors import InputError
+from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.utils.distributed import world
 
 HELP = """Talk with a model; each answer is the very one that the whole model would give.
 
@@ -101,7 +101,7 @@ def chat(
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
     drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
 
-    from conflayers_cli.engine.conversation import Conversation
+    from conflayers_cli.generation.prefix_cache import Conversation
 
     session = Session(
         Machine(loaded, decoder, drafter, sampling, tuple(stop or ())),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from conflayers_cli.cli.answering import Machine, tell_stats
 from conflayers_cli.cli.terminal import emit, note, say
 from conflayers_cli.errors import InputError
-from conflayers_cli.hints import did_you_mean
+from conflayers_cli.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from conflayers_cli.answer import Answer
-    from conflayers_cli.engine.conversation import Conversation
+    from conflayers_cli.generation.generate import Answer
+    from conflayers_cli.generation.prefix_cache import Conversation
 
 HELP = (
     "/help            this",
@@ -140,13 +140,13 @@ class Session:
         return tokens, begin
 
     def _encoded(self, messages: Sequence[Message]) -> list[int]:
-        from conflayers_cli.engine.model import encode
+        from conflayers_cli.models.loader import encode
 
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
         return encode(self.machine.loaded, [*first, *messages], None)
 
     def _answer(self, tokens: list[int]) -> Answer:
-        from conflayers_cli.answer import answer
+        from conflayers_cli.generation.generate import answer
 
         machine, loaded = self.machine, self.machine.loaded
         room = self.max_new_tokens
@@ -209,7 +209,7 @@ class Session:
                 self.messages = [*before, mine, theirs]
 
     def _save(self, rest: str) -> None:
-        from conflayers_cli.outputs import write_atomically
+        from conflayers_cli.utils.files import write_atomically
 
         if not rest:
             raise InputError("/save needs a file: /save FILE")

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.engine.sampling import Sampling
-    from conflayers_cli.profile import Environment, ModelFingerprint, Profile
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.profile.schema import Environment, ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
+    from conflayers_cli.sampling_params import SamplingParams
 
 
 _ADVICE = "(--truncate shortens it)"
@@ -74,8 +74,8 @@ def open_model(
         ConfLayersError: it does not fit into the memory, or can't be converted.
     """
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.model import load_model
-    from conflayers_cli.engine.shortage import explained
+    from conflayers_cli.models.loader import load_model
+    from conflayers_cli.utils.out_of_memory import explained
 
     how = how or Loading()
     advice = "--dtype bfloat16, --quantize int8 or int4, or --device-map auto takes less"
@@ -101,8 +101,8 @@ def open_model(
 
 def _compile(decoder: Decoder, tell: Callable[[str, float], None]) -> None:
     """Have the decoder's forward compiled; what the compiler makes is kept with our own files."""
-    from conflayers_cli.engine.catalogue import COMPILED, cache_folder
-    from conflayers_cli.engine.compiling import compile_forward
+    from conflayers_cli.engine.compile import compile_forward
+    from conflayers_cli.models.registry import COMPILED, cache_folder
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / COMPILED))
     tell("compiling", 0.0)
@@ -118,7 +118,7 @@ def load_profile(path: Path) -> Profile:
     Raises:
         InputError: the file can't be read or is no profile.
     """
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
 
     return Profile.load(path)
 
@@ -131,8 +131,8 @@ def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
     """
     from pydantic import ValidationError
 
-    from conflayers_cli.engine.model import fingerprint
-    from conflayers_cli.profile import ModelFingerprint
+    from conflayers_cli.models.loader import fingerprint
+    from conflayers_cli.profile.schema import ModelFingerprint
 
     values = fingerprint(loaded.model.config)
     if loaded.sketch is not None:
@@ -148,8 +148,8 @@ def environment_of(loaded: LoadedModel) -> Environment:
     """Where a profile's figures come from: this model, here."""
     import torch
 
-    from conflayers_cli.environment import device_name, versions
-    from conflayers_cli.profile import Environment
+    from conflayers_cli.profile.schema import Environment
+    from conflayers_cli.utils.environment import device_name, versions
 
     device = device_name(loaded.device)
     return Environment(
@@ -183,15 +183,15 @@ def sampling_from(
     min_p: float | None,
     repetition_penalty: float,
     seed: int,
-) -> Sampling:
+) -> SamplingParams:
     """The sampling settings of the command line, in the order of its options, checked.
 
     Raises:
         InputError: a value is outside its range.
     """
-    from conflayers_cli.engine.sampling import Sampling
+    from conflayers_cli.sampling_params import SamplingParams
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -224,7 +224,7 @@ def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: 
     Raises:
         InputError: the template refuses the messages, or no tokens come out.
     """
-    from conflayers_cli.engine.model import encode
+    from conflayers_cli.models.loader import encode
     from conflayers_cli.prompts import as_messages, plain_text
 
     if raw or not loaded.has_chat_template:
@@ -250,7 +250,7 @@ def encode_prompts(
     Raises:
         InputError: a prompt can't be encoded or fills the context; it is named.
     """
-    from conflayers_cli.engine.encoding import TooLongError
+    from conflayers_cli.models.tokenization import TooLongError
 
     context = loaded.context_length
     encoded = []
@@ -287,9 +287,9 @@ def _shortened(
     """The tokens of a prompt, ``most`` of them at the most, and how many of its text's are not
     among them.
     """
-    from conflayers_cli.engine.encoding import count_tokens
-    from conflayers_cli.engine.model import encode
     from conflayers_cli.fitting import fit, texts_of
+    from conflayers_cli.models.loader import encode
+    from conflayers_cli.models.tokenization import count_tokens
     from conflayers_cli.prompts import Message, Prompt, as_messages, plain_text
 
     if raw or not loaded.has_chat_template:

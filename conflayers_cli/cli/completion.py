@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from conflayers_cli.engine.catalogue import CATALOGUE, CONFIG_FILE
+from conflayers_cli.models.registry import CATALOGUE, CONFIG_FILE
 
 Complete = Callable[[str], list[str]]
 

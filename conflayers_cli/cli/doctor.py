@@ -9,7 +9,7 @@ from conflayers_cli.cli.terminal import emit, emit_json, one_line, progress_bar
 from conflayers_cli.errors import ConfLayersError
 
 if TYPE_CHECKING:
-    from conflayers_cli.finding import Finding
+    from conflayers_cli.doctor.finding import Finding
 
 SCHEMA_VERSION = 1
 
@@ -26,7 +26,7 @@ The exit code is 1 when something that should work does not.
 
 
 def doctor(json: options.Json = False) -> None:
-    from conflayers_cli.doctor import examine
+    from conflayers_cli.doctor.checks import examine
 
     with progress_bar() as tell:
         findings = examine(tell)

@@ -23,12 +23,12 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.drafting import DraftBy, LookaheadOption, Tree, Way, drafter_for
-from conflayers_cli.cli.profile_fit import check_fit
 from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
-from conflayers_cli.engine.parallel import on_first
+from conflayers_cli.cluster.ray_cluster import cluster_of
 from conflayers_cli.errors import InputError
-from conflayers_cli.ray_cluster import cluster_of
+from conflayers_cli.profile_check import check_fit
+from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.utils.distributed import on_first
 
 if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt
@@ -172,7 +172,7 @@ def generate(
             drafter = learned.begin(loaded, decoder, chosen)
         memory = None
         if stats:
-            from conflayers_cli.engine.memory import PeakMemory
+            from conflayers_cli.utils.memory import PeakMemory
 
             memory = PeakMemory(loaded.device)
             memory.begin()

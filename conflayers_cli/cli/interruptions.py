@@ -10,8 +10,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from conflayers_cli.engine.parallel import world
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.distributed import world
 
 INTERRUPTED = 130
 TERMINATED = 143

@@ -27,8 +27,8 @@ from conflayers_cli.cli.models import HELP as MODELS_HELP
 from conflayers_cli.cli.models import models
 from conflayers_cli.cli.profile import app as profile_app
 from conflayers_cli.cli.terminal import PROGRAM, discard, emit, quiet, say, terminal_safe
-from conflayers_cli.engine.parallel import Voice
 from conflayers_cli.errors import ConfLayersError
+from conflayers_cli.utils.distributed import Voice
 
 FAILURE = 1
 LESS_MEMORY = (
@@ -203,7 +203,7 @@ def _command_of(arguments: Sequence[str]) -> list[str]:
 def _out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:  # not imported for this
         return isinstance(error, MemoryError)
-    from conflayers_cli.engine.shortage import is_shortage
+    from conflayers_cli.utils.out_of_memory import is_shortage
 
     return is_shortage(error)
 

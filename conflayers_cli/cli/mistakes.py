@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from conflayers_cli.hints import did_you_mean
+from conflayers_cli.utils.suggest import did_you_mean
 
 _NEAR_FLAGS = re.compile(r": (?P<word>\S+) \(Possible options: (?P<flags>[^)]*)\)$")
 _NEAR_COMMAND = re.compile(r"\. Did you mean (?P<names>[^?]*)\?$")

@@ -9,12 +9,12 @@ import typer
 
 from conflayers_cli.cli import completion, options
 from conflayers_cli.cli.terminal import emit, emit_json, emit_rich, note
-from conflayers_cli.engine.catalogue import CATALOGUE, COMPILED, WHEEL_COMMAND
+from conflayers_cli.models.registry import CATALOGUE, COMPILED, WHEEL_COMMAND
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from conflayers_cli.inventory import Inventory
+    from conflayers_cli.models.inventory import Inventory
 
 SCHEMA_VERSION = 1
 
@@ -43,7 +43,7 @@ Clear = Annotated[
 
 
 def models(clear: Clear = None, json: options.Json = False) -> None:
-    from conflayers_cli import inventory
+    from conflayers_cli.models import inventory
 
     deleted: list[Path] = []
     if clear is not None:

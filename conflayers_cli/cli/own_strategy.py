@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.hints import did_you_mean
+from conflayers_cli.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from conflayers_cli.search.task import Strategy
+    from conflayers_cli.search.problem import Strategy
 
 FORM = "FILE.py:CLASS"
 _KEPT = (bool, int, float, str, type(None))

@@ -21,7 +21,7 @@ from conflayers_cli.cli.terminal import emit, emit_json, speaks_unicode
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
 
 HELP = """Read, check, compare, draw and rewrite profiles.
 
@@ -72,8 +72,8 @@ app = typer.Typer(
 
 @app.command(name="show", help=SHOW_HELP)
 def show(file: File, json: options.Json = False) -> None:
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.profile_text import ASCII, UNICODE, description
+    from conflayers_cli.profile.describe import ASCII, UNICODE, description
+    from conflayers_cli.profile.schema import Profile
 
     profile, version = Profile.load_versioned(file)
     if json:
@@ -90,7 +90,7 @@ def show(file: File, json: options.Json = False) -> None:
 
 @app.command(name="schema", help=SCHEMA_HELP)
 def schema() -> None:
-    from conflayers_cli.profile_schema import committed
+    from conflayers_cli.profile.json_schema import committed
 
     emit(committed())
 
@@ -102,7 +102,7 @@ app.command(name="convert", help=CONVERT_HELP)(convert)
 
 
 def _document(file: Path, profile: Profile, version: int) -> dict[str, Any]:
-    from conflayers_cli.profile_text import figures_of, in_short, picture
+    from conflayers_cli.profile.describe import figures_of, in_short, picture
 
     depth = profile.model.depth
     return {

@@ -13,7 +13,7 @@ from conflayers_cli.cli.terminal import emit, note
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
 
 HELP = """Rewrite a profile as the newest schema, in the form calibrate writes.
 
@@ -50,8 +50,8 @@ def convert(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    from conflayers_cli.outputs import write_atomically
-    from conflayers_cli.profile import Profile, check_replaceable
+    from conflayers_cli.profile.schema import Profile, check_replaceable
+    from conflayers_cli.utils.files import write_atomically
 
     target = _target(file, output, in_place)
     if target is not None:
@@ -86,7 +86,7 @@ def _target(file: Path, output: Path | None, in_place: bool) -> Path | None:
 def _as_json(profile: Profile) -> str:
     import json
 
-    from conflayers_cli.strict_yaml import parse_mapping
+    from conflayers_cli.utils.yaml import parse_mapping
 
     data = parse_mapping(profile.to_yaml(), Path("profile"), "profile")  # as it would be read
     return f"{json.dumps(data, ensure_ascii=False, indent=2)}\n"
@@ -101,8 +101,8 @@ def _completed(
         InputError: the model can't be loaded, or the profile is not its.
     """
     from conflayers_cli.cli.common import Loading, fingerprint_of, open_model
-    from conflayers_cli.cli.profile_fit import check_fit
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
+    from conflayers_cli.profile_check import check_fit
 
     loaded, decoder = open_model(model, Loading(device, dtype, trust_remote_code))
     here, known = fingerprint_of(loaded), profile.model

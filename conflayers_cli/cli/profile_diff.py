@@ -12,8 +12,8 @@ from conflayers_cli.cli import options
 from conflayers_cli.cli.terminal import emit, emit_json
 
 if TYPE_CHECKING:
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.profile_diff import Difference
+    from conflayers_cli.profile.diff import Difference
+    from conflayers_cli.profile.schema import Profile
 
 HELP = """Tell what differs between two profiles, key by key.
 
@@ -31,8 +31,8 @@ Second = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_d
 
 
 def diff(one: First, other: Second, json: options.Json = False) -> None:
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.profile_diff import differences
+    from conflayers_cli.profile.diff import differences
+    from conflayers_cli.profile.schema import Profile
 
     profiles = Profile.load(one), Profile.load(other)
     found = differences(*profiles)
@@ -73,7 +73,7 @@ def _change(each: Difference) -> str:
 
 
 def _shown(value: Any) -> str:
-    from conflayers_cli.strict_yaml import shown
+    from conflayers_cli.utils.yaml import shown
 
     if value is None:
         return "–"

@@ -12,8 +12,8 @@ from conflayers_cli.cli.terminal import emit, note, speaks_unicode
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.profile_curves import Drawing
+    from conflayers_cli.profile.plot_data import Drawing
+    from conflayers_cli.profile.schema import Profile
 
 HELP = """Draw a profile: what it leaves out, and how that was found.
 
@@ -37,8 +37,8 @@ Dark = Annotated[bool, typer.Option("--dark", help="With --output: for a dark pa
 
 
 def plot(file: File, output: Output = None, dark: Dark = False) -> None:
-    from conflayers_cli.profile import Profile
-    from conflayers_cli.profile_curves import drawing_of
+    from conflayers_cli.profile.plot_data import drawing_of
+    from conflayers_cli.profile.schema import Profile
     from conflayers_cli.profile_tensors import read_tensors
 
     if dark and output is None:
@@ -51,7 +51,7 @@ def plot(file: File, output: Output = None, dark: Dark = False) -> None:
     elif not drawing.curves and drawing.proposals is None and drawing.alone is None:
         note(f"note: {profile.tensors} has nothing to draw: what the profile skips is drawn")
     if output is None or form is None:
-        from conflayers_cli.profile_plot_text import lines_of
+        from conflayers_cli.profile.plot_text import lines_of
 
         lines = lines_of(drawing, unicode=speaks_unicode(sys.stdout))
         emit("".join(f"{line}\n" for line in [_title(profile), *lines]))
@@ -65,8 +65,8 @@ def _title(profile: Profile) -> str:
 
 
 def _format(output: Path) -> str:
-    from conflayers_cli.outputs import check_target
-    from conflayers_cli.profile_plot_figure import FORMATS
+    from conflayers_cli.profile.plot_figure import FORMATS
+    from conflayers_cli.utils.files import check_target
 
     form = output.suffix.lower().removeprefix(".")
     if form not in FORMATS:
@@ -77,8 +77,8 @@ def _format(output: Path) -> str:
 
 
 def _draw(output: Path, form: str, drawing: Drawing, profile: Profile, dark: bool) -> None:
-    from conflayers_cli.outputs import write_atomically
-    from conflayers_cli.profile_plot_figure import figure_bytes
+    from conflayers_cli.profile.plot_figure import figure_bytes
+    from conflayers_cli.utils.files import write_atomically
 
     write_atomically(output, figure_bytes(drawing, _title(profile), form, dark=dark))
     note(f"wrote {output}")

@@ -15,8 +15,8 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from conflayers_cli.cli.common import Loading
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.model import LoadedModel
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.profile.schema import Profile
 
 HELP = """Check profiles: keys, values, and the tensors beside them.
 
@@ -97,14 +97,14 @@ class _Checker:
 
     def _check_fit(self, profile: Profile, path: Path) -> None:
         if self._opened is not None:
-            from conflayers_cli.cli.profile_fit import check_fit
+            from conflayers_cli.profile_check import check_fit
 
             check_fit(*self._opened, profile, path, force=False)
 
 
 def _read(path: Path) -> tuple[Profile, int, int]:
     """(the profile, its file's schema version, how many tensors lie beside it)."""
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
     from conflayers_cli.profile_tensors import read_tensors
 
     profile, version = Profile.load_versioned(path)
@@ -114,8 +114,8 @@ def _read(path: Path) -> tuple[Profile, int, int]:
 
 
 def _told(profile: Profile, version: int, tensors: int) -> str:
-    from conflayers_cli.profile_text import in_short
-    from conflayers_cli.profile_versions import SCHEMA_VERSION
+    from conflayers_cli.profile.describe import in_short
+    from conflayers_cli.profile.migrations import SCHEMA_VERSION
 
     older = [f"schema {version}"] if version != SCHEMA_VERSION else []
     beside = [f"{tensors} tensors beside it"] if profile.tensors else []

@@ -13,8 +13,8 @@ from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.engine.plan import SkipPlan
-    from conflayers_cli.profile import Profile
+    from conflayers_cli.profile.schema import Profile
+    from conflayers_cli.skip_plan import SkipPlan
 
 _PANEL = "Lossy: layers left out for good"
 
@@ -89,7 +89,7 @@ def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile |
     Raises:
         InputError: a target under 1, or a profile that leaves nothing out.
     """
-    from conflayers_cli.engine.plan import SkipPlan
+    from conflayers_cli.skip_plan import SkipPlan
 
     check_target_speedup(target_speedup)
     if target_speedup is not None:
@@ -103,7 +103,7 @@ def skip_plan(decoder: Decoder, target_speedup: float | None, profile: Profile |
 
 def warning(plan: SkipPlan, depth: int) -> str:
     """What the user must know before reading the text."""
-    from conflayers_cli.profile_text import skipped
+    from conflayers_cli.profile.describe import skipped
 
     if not plan:  # a target so near 1 that all layers are kept
         return f"note: the target is met by all {depth} layers, so --skip-only leaves nothing out"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from conflayers_cli.cli.own_strategy import FORM, content_of, is_own, own_strategy
 from conflayers_cli.cli.skip_only import check_target_speedup
 from conflayers_cli.errors import InputError
-from conflayers_cli.hints import did_you_mean
+from conflayers_cli.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from conflayers_cli.search.task import Strategy
+    from conflayers_cli.search.problem import Strategy
 
 AUTO = "auto"
 UNIFIED = "unified"
@@ -81,11 +81,11 @@ def make_strategies(name: str, options: SearchOptions) -> list[Strategy]:
     Raises:
         InputError: swift without scikit-learn; a file of one's own that holds no strategy.
     """
-    from conflayers_cli.search.conflayers import ConfLayers
-    from conflayers_cli.search.greedy import Greedy
-    from conflayers_cli.search.knapsack import Knapsack
-    from conflayers_cli.search.swift import Swift, require_sklearn, sklearn_there
-    from conflayers_cli.search.unified import Unified
+    from conflayers_cli.search.strategies.conflayers import ConfLayers
+    from conflayers_cli.search.strategies.greedy import Greedy
+    from conflayers_cli.search.strategies.knapsack import Knapsack
+    from conflayers_cli.search.strategies.swift import Swift, require_sklearn, sklearn_there
+    from conflayers_cli.search.strategies.unified import Unified
 
     if is_own(name):
         return [own_strategy(name, STRATEGIES)]

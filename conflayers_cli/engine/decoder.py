@@ -11,33 +11,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
+from conflayers_cli.engine.async_decode import AsyncDecode
+from conflayers_cli.engine.batch_invariance import (
+    NOT_INVARIANT,
+    PROBED_TOKENS,
+    PROBED_WIDTHS,
+    BatchInvariance,
+    Logits,
+    probe_min_rows,
+)
+from conflayers_cli.engine.cache_pool import CachePool
+from conflayers_cli.engine.forward import ForwardRunner, ModelInput
+from conflayers_cli.engine.graph_runner import (
+    LOOSE_EXTENT,
+    CudaRecorder,
+    ForwardSpec,
+    GraphRunner,
+    Recorder,
+    Runner,
+)
+from conflayers_cli.engine.layer_skipping import LayerStack, SubLayer
 from conflayers_cli.errors import ConfLayersError, InputError
-
-from . import attention
-from .adapted import mixes_dtypes, unwrapped
-from .best import NO_TOKEN, best_tokens
-from .cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
-from .device import device_of, spread_of
-from .feed import Feed
-from .fused import FAMILIES, FusedForward
-from .kernel_forward import KernelForward
-from .layers import LayerStack, SubLayer
-from .packing import Packing
-from .parallel import agreed, world
-from .passes import Inputs, Passes
-from .plan import SkipPlan
-from .pool import CachePool
-from .quantised import method_of, promise, rounds_inputs
-from .rows import LOOSE, PROBED_TOKENS, PROBED_WIDTHS, Logits, RowRule, find_rule
-from .runner import LOOSE_EXTENT, CudaRecorder, GraphRunner, Pass, Recorder, Runner
-from .shortage import check_room, explained, is_shortage
-from .support import (
+from conflayers_cli.kernels import attention
+from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
+from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, LayerSizes, extent_for
+from conflayers_cli.kernels.packed_linear import Packing
+from conflayers_cli.kernels.triton_forward import KernelForward
+from conflayers_cli.models.device import device_of, spread_of
+from conflayers_cli.models.peft_modules import mixes_dtypes, unwrapped
+from conflayers_cli.models.quantization import method_of, promise, rounds_inputs
+from conflayers_cli.models.support import (
     exact_positions,
     first_line,
     own_attention,
     refuse_unsupported,
     triton_errors,
 )
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.distributed import agreed, world
+from conflayers_cli.utils.out_of_memory import check_room, explained, is_shortage
 
 FULL = SkipPlan()
 PREFILL_CHUNK = 256
@@ -55,7 +68,7 @@ DEVICE_MASK_ENTRIES = 1 << 26
 """The same on a GPU: 128 MiB."""
 
 if TYPE_CHECKING:
-    from .compiling import Compilation
+    from conflayers_cli.engine.compile import Compilation
 
 # Of our own code, PyTorch and triton, which builds with a C compiler that may not be there.
 _NOT_FUSED = (
@@ -70,8 +83,8 @@ class Decoder:
     """A causal language model, ready to be decoded with.
 
     The model stays the transformers class it is; its attention goes through
-    :mod:`.attention` as long as this object uses it (see :meth:`plain` for the way back). Several
-    threads may decode with one decoder, each with drafters of its own (see :mod:`.pass_lock`).
+    :mod:`conflayers_cli.kernels.attention` as long as this object uses it (see :meth:`plain` for the way back). Several
+    threads may decode with one decoder, each with drafters of its own (see :mod:`conflayers_cli.engine.model_lock`).
 
     Attributes:
         exact_positions: longest text that can be decoded exactly, None where there is no bound.
@@ -114,8 +127,8 @@ class Decoder:
         self.device = device_of(model)
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(self.config.vocab_size)
-        self.rows = RowRule.for_cpu(self.dtype) if exact else LOOSE
-        self.passes = Passes(model, self.config, self.stack)
+        self.rows = BatchInvariance.for_cpu(self.dtype) if exact else NOT_INVARIANT
+        self.passes = ForwardRunner(model, self.config, self.stack)
         multiple = EXTENT_MULTIPLE if exact else LOOSE_EXTENT
         self.runner = Runner(self.passes, multiple)
         self.compilation: Compilation | None = None
@@ -129,7 +142,7 @@ class Decoder:
         self._cache_sizes: list[LayerSizes] | None = None
         # First of all, while the model's own weights are there: packed ones replace them.
         expected = self._plain_logits()
-        if bool((best_tokens(expected) == NO_TOKEN).any()):
+        if bool((greedy_tokens(expected) == INVALID_TOKEN).any()):
             raise ConfLayersError(
                 f"{type(model).__name__} gives logits that are NaN or infinite in "
                 f"{str(self.dtype).removeprefix('torch.')}, by transformers' own forward: its "
@@ -150,7 +163,7 @@ class Decoder:
             promised = agreed(promise(model, self._sample_logits(), kernels=kernels))
             self.rows, self.caveat = promised.rows, promised.caveat
         elif wanted and self.device.type == "cuda":
-            self.rows = find_rule(self._sample_logits())
+            self.rows = probe_min_rows(self._sample_logits())
         # Of three parts or more it depends on a sum's size which two are added first.
         reordered = wanted and world().size > 2
         self.inexact = (wanted and not self.rows.bitwise) or self.caveat is not None or reordered
@@ -241,12 +254,14 @@ class Decoder:
             Logits ``[B, T, V]`` (``[B, 1, V]`` with ``last_only``) in the model's dtype.
         """
         wanted = tokens.shape[1]
-        inputs = Inputs(tokens, positions, slots)
+        inputs = ModelInput(tokens, positions, slots)
         with self.stack.lock:
             logits = self._run(inputs, cache, plan, last_only)
         return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
 
-    def _run(self, inputs: Inputs, cache: KVCache, plan: SkipPlan, last_only: bool) -> torch.Tensor:
+    def _run(
+        self, inputs: ModelInput, cache: KVCache, plan: SkipPlan, last_only: bool
+    ) -> torch.Tensor:
         """Logits of the tokens, and of those repeated behind them."""
         self._count(plan)
         batch, wanted = inputs.tokens.shape
@@ -257,7 +272,7 @@ class Decoder:
         if width < least:
             inputs = inputs.repeated(least, positions=self.passes.by_modules)
         end = int(inputs.written.max()) + 1
-        return self.runner.run(inputs, cache, Pass(plan, keep), end)
+        return self.runner.run(inputs, cache, ForwardSpec(plan, keep), end)
 
     def _least(self, batch: int, plan: SkipPlan) -> int:
         """Rows of a pass at the least. Drafts are guesses: only what decides has to have the same
@@ -265,7 +280,9 @@ class Decoder:
         """
         return 1 if plan else -(-self.rows.least // batch)
 
-    def feed(self, token: int, position: int, cache: KVCache, plan: SkipPlan = FULL) -> Feed | None:
+    def feed(
+        self, token: int, position: int, cache: KVCache, plan: SkipPlan = FULL
+    ) -> AsyncDecode | None:
         """Greedy passes over one row that the host need not wait for one by one.
 
         Args:
@@ -281,7 +298,7 @@ class Decoder:
             return None
         rows, places = self._least(1, plan), self.passes.by_modules
         count = partial(self._count, plan)
-        return Feed(runner, cache, Pass(plan), rows, places, token, position, count)
+        return AsyncDecode(runner, cache, ForwardSpec(plan), rows, places, token, position, count)
 
     def _count(self, plan: SkipPlan) -> None:
         if plan:
@@ -362,7 +379,7 @@ class Decoder:
 
     @property
     def packed(self) -> bool:
-        """Whether packed weights stand in for the model's own (see :mod:`.packing`)."""
+        """Whether packed weights stand in for the model's own (see :mod:`conflayers_cli.kernels.packed_linear`)."""
         return self._packing is not None
 
     @contextmanager
@@ -479,7 +496,7 @@ class Decoder:
         self._pool = CachePool(self.depth, self._cache_sizes, like, forget, lock)
 
     def _sample_logits(self) -> Logits:
-        """Runs the tokens of one random text, for `find_rule`.
+        """Runs the tokens of one random text, for `probe_min_rows`.
 
         On a GPU across the end of the first extent: how far keys are read may count, too.
         """
@@ -495,7 +512,7 @@ class Decoder:
             self.prefill(text[:, :start], cache)
 
         def logits(least: int, place: int, width: int) -> torch.Tensor:
-            self.rows = RowRule(least, bitwise=True)
+            self.rows = BatchInvariance(least, bitwise=True)
             here = slice(place, place + width)
             return self.forward(tokens[:, here], positions[:, here], cache)[0]
 

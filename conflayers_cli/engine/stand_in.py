@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .packing import Packed
+from conflayers_cli.kernels.packed_linear import Packed
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,7 +26,7 @@ class Map(nn.Module):
     Args:
         factors: of the product, the one to be applied first in front.
         bias: ``[d]``.
-        packed: keep the weights in the processor's order (see :mod:`.packing`).
+        packed: keep the weights in the processor's order (see :mod:`conflayers_cli.kernels.packed_linear`).
     """
 
     def __init__(self, factors: tuple[torch.Tensor, ...], bias: torch.Tensor, packed: bool) -> None:

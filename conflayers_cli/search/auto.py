@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from conflayers_cli.engine.plan import Weights
-from conflayers_cli.engine.tree import TreeShape
 from conflayers_cli.errors import InputError
-
-from .calibrate import (
+from conflayers_cli.search.calibrate import (
     Better,
     Calibration,
     Candidate,
@@ -18,9 +15,11 @@ from .calibrate import (
     decide,
     find,
 )
-from .check import Check, check_by_decoding
-from .settings import StandInSettings
-from .task import Strategy, Task
+from conflayers_cli.search.problem import Strategy, Task
+from conflayers_cli.search.settings import StandInSettings
+from conflayers_cli.search.validate import Check, check_by_decoding
+from conflayers_cli.skip_plan import Weights
+from conflayers_cli.spec_decode.tree import TreeShape
 
 SEARCHING = 0.7
 """Share of the budget for searches; the rest is for decoding with what they found."""

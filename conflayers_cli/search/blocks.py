@@ -9,9 +9,8 @@ import torch.nn.functional as F
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.stand_in import StandIn
-
-from .ridge import Moments
-from .states import Chunk, Reader
+from conflayers_cli.search.ridge import Moments
+from conflayers_cli.search.states import Chunk, Reader
 
 SIMILARITY_TOKENS = 2048
 """Tokens that tell how much blocks change the residual stream."""

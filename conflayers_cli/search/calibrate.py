@@ -6,17 +6,16 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from conflayers_cli.engine.plan import SkipPlan, Weights
-from conflayers_cli.engine.tree import TreeShape
-
-from .check import MOST_CHECKED, Check, check_by_decoding
-from .objective import VANILLA, Objective, Score, Setting
-from .refine import Refiner
-from .settings import StandInSettings
-from .side import with_tree
-from .stand_ins import Found, find_stand_ins
-from .task import RangePlan, SearchResult, Strategy, Task
-from .texts import LEAST_TOKENS
+from conflayers_cli.search.corpus import LEAST_TOKENS
+from conflayers_cli.search.local_search import Refiner
+from conflayers_cli.search.objective import VANILLA, Objective, Score, Setting
+from conflayers_cli.search.problem import RangePlan, SearchResult, Strategy, Task
+from conflayers_cli.search.settings import StandInSettings
+from conflayers_cli.search.stand_ins import Found, find_stand_ins
+from conflayers_cli.search.tree_replay import with_tree
+from conflayers_cli.search.validate import MOST_CHECKED, Check, check_by_decoding
+from conflayers_cli.skip_plan import SkipPlan, Weights
+from conflayers_cli.spec_decode.tree import TreeShape
 
 PAYS = 1.02
 """A measured speed-up under this is noise; vanilla is the answer then."""

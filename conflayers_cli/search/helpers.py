@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
-
-from .objective import JudgedText, Trace
-from .texts import Sample
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.search.corpus import Sample
+from conflayers_cli.search.objective import JudgedText, Trace
+from conflayers_cli.skip_plan import SkipPlan
 
 
 class Helpers(Protocol):

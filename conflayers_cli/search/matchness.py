@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
-from conflayers_cli.engine.best import NO_TOKEN, best_tokens
-from conflayers_cli.engine.cache import KVCache
+from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.skip_plan import SkipPlan
 
 LEAST_WINDOW = 16
 """Matchness over fewer tokens is mostly luck."""
@@ -64,8 +64,10 @@ def matchness(decoder: Decoder, plan: SkipPlan, passage: Passage, window: int) -
     positions = torch.arange(start, filled, device=device)[None]
     slots = torch.arange(filled, filled + window, device=device)[None]
     logits = decoder.forward(fed, positions, passage.cache, plan, slots=slots)[0]
-    best = best_tokens(logits)
-    read = torch.stack([(best == following).double().mean(), (best == NO_TOKEN).any().double()])
+    best = greedy_tokens(logits)
+    read = torch.stack(
+        [(best == following).double().mean(), (best == INVALID_TOKEN).any().double()]
+    )
     share, spoilt = read.tolist()
     if spoilt:  # what is no number must not stay behind the text: masks hide numbers alone
         passage.cache.clear(filled, filled + window)

@@ -19,17 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from conflayers_cli.engine.cache import KVCache
-from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.tree import TreeShape
-
-from .record import Record, label_of
-from .texts import Sample
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.search.corpus import Sample
+from conflayers_cli.search.record import Record, label_of
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.tree import TreeShape
 
 if TYPE_CHECKING:
-    from .helpers import Helpers
+    from conflayers_cli.search.helpers import Helpers
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SAME = 0.015

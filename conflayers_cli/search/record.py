@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.parallel import agreed
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.distributed import agreed
 
 METER = "meter"
 """The key of readings of the clock and of the passes counted."""

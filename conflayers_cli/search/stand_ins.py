@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan, Weights
 from conflayers_cli.engine.stand_in import StandIn
-
-from .blocks import Block, Fitter, candidates, neighbours
-from .objective import SAME, Objective, Score
-from .refine import LEAST_GAIN, Refiner
-from .settings import StandInSettings
-from .states import Reader
-from .task import Task
-from .texts import MOST_TEXTS, Sample
+from conflayers_cli.search.blocks import Block, Fitter, candidates, neighbours
+from conflayers_cli.search.corpus import MOST_TEXTS, Sample
+from conflayers_cli.search.local_search import LEAST_GAIN, Refiner
+from conflayers_cli.search.objective import SAME, Objective, Score
+from conflayers_cli.search.problem import Task
+from conflayers_cli.search.settings import StandInSettings
+from conflayers_cli.search.states import Reader
+from conflayers_cli.skip_plan import SkipPlan, Weights
 
 LEAST_DEPTH = 6
 """A model with fewer layers has no run worth a map."""

@@ -9,9 +9,8 @@ from functools import partial
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-
-from .ridge import sinks
-from .texts import Sample
+from conflayers_cli.search.corpus import Sample
+from conflayers_cli.search.ridge import sinks
 
 CHUNK = 256
 """Tokens per forward: bounds the states that are held at once."""

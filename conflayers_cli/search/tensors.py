@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .task import SearchResult, Trial
+from conflayers_cli.search.problem import SearchResult, Trial
 
 PREFIX = "trial_"
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search.objective import PAPER, Score, Setting
-from conflayers_cli.search.task import SearchResult, Task, Trial
+from conflayers_cli.search.problem import SearchResult, Task, Trial
+from conflayers_cli.skip_plan import SkipPlan
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.engine.model import fingerprint
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import DraftSettings, ModelFingerprint, Profile, SkipSection
+from conflayers_cli.models.loader import fingerprint
+from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.processes import Process
 

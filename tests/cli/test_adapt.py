@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import Profile
-
-from .conftest import Run, save_profile, write_prompts
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.skip_plan import SkipPlan
+from tests.cli.conftest import Run, save_profile, write_prompts
 
 
 @pytest.fixture

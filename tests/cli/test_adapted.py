@@ -11,10 +11,9 @@ import pytest
 import torch
 import transformers as hf
 
-from conflayers_cli.profile import Profile
-from tests.engine.test_quantised import save
-
-from .conftest import Run, byte_tokenizer, save_profile, write_prompts
+from conflayers_cli.profile.schema import Profile
+from tests.cli.conftest import Run, byte_tokenizer, save_profile, write_prompts
+from tests.models.test_quantization import save
 
 QUICK = ("--search-interval", 4, "--max-iterations", 2, "-n", 12, "--refine-limit", 4)
 

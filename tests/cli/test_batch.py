@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.engine.draft import Context, Draft
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Context, Draft
+from tests.cli.conftest import Run, save_model, write_prompts
 from tests.engine.rows import SkipRows
-
-from .conftest import Run, save_model, write_prompts
 
 TEXTS = ("Tell me.", "A somewhat longer prompt than the first one", "x", "Why?", "Go on.", "And?")
 COUNT = len(TEXTS)
@@ -38,11 +37,11 @@ class Interrupting(SkipRows):
     calls = 0
     last = 10**9
 
-    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+    def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         type(self).calls += 1
         if self.calls > self.last:
             raise KeyboardInterrupt
-        return super().draft_rows(contexts, limits)
+        return super().propose_batch(contexts, limits)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli import bench as measuring
-from conflayers_cli.arms import EngineArm
-from conflayers_cli.arms import Run as ArmRun
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.bench import runner as measuring
+from conflayers_cli.bench.systems import EngineArm
+from conflayers_cli.bench.systems import Run as ArmRun
+from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile, write_prompts
 
 FAST = ("--dtype", "float32", "--device", "cpu", "-n", "8", "--runs", "2")

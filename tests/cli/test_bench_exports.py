@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli import bench as measuring
-from conflayers_cli import exports, plot_style
+from conflayers_cli.bench import exporters
+from conflayers_cli.bench import runner as measuring
 from conflayers_cli.errors import ConfLayersError
+from conflayers_cli.utils import plotting
 from tests.benched import bench_document, saved
 from tests.cli.conftest import Run, write_prompts
 
@@ -190,7 +191,7 @@ def test_bad_input_is_told_before_anything_is_measured(
 def test_a_picture_needs_matplotlib(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(plot_style, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     result = run("bench", "--from", saved(tmp_path / "old.json"), "--plot", "a.png")
     assert (result.code, result.out) == (2, "")
     assert "--plot needs matplotlib" in result.err
@@ -202,7 +203,7 @@ def test_one_file_that_cannot_be_written_costs_nothing_else(
     def fail(*arguments: Any) -> None:
         raise ConfLayersError("github: can't be made: No space left on device")
 
-    monkeypatch.setattr(exports, "write_github", fail)
+    monkeypatch.setattr(exporters, "write_github", fail)
     stored = saved(tmp_path / "old.json")
     result = run(
         *("bench", "--from", stored, "--export-github", "github", "--plot", "a.png"),

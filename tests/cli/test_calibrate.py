@@ -11,10 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from conflayers_cli.cli.calibrate import _short_name
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
+from tests.cli.conftest import Run, finished, save_model, write_prompts
 from tests.processes import start
-
-from .conftest import Run, finished, save_model, write_prompts
 
 QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 20)
 
@@ -204,9 +203,9 @@ def test_weights_that_cant_be(
 def test_where_there_is_no_kernel_it_says_so(
     run: Run, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from conflayers_cli.engine import int4
+    from conflayers_cli.kernels import int4_linear
 
-    monkeypatch.setattr(int4, "_tried", lambda device, dtype: "there is no kernel here")
+    monkeypatch.setattr(int4_linear, "_tried", lambda device, dtype: "there is no kernel here")
     arguments = ("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK)
     result = run(*arguments, "--draft-weights", "int4")
     assert result.code == 2

@@ -12,20 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill_calibrate
-from benchmarks.kill_calibrate import at_growth, check_end, hunted
 from conflayers_cli.cli import calibrate as module
 from conflayers_cli.cli.calibrate_journal import temporary_of
-from conflayers_cli.journal import Journal
 from conflayers_cli.journal_lines import parsed
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.search.journal import Journal
 from conflayers_cli.search.record import Entry
 from tests import processes
+from tests.cli.conftest import Result, Run, save_model, write_prompts
 from tests.disk import limited_to
 from tests.processes import Process, environment
 from tests.ranks import run_ranks
-
-from .conftest import Result, Run, save_model, write_prompts
+from tools import kill_calibrate
+from tools.kill_calibrate import at_growth, check_end, hunted
 
 QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 8)
 

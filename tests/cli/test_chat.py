@@ -17,7 +17,7 @@ import pytest
 
 from conflayers_cli.cli import chat as command
 from conflayers_cli.cli import chat_input, chat_session, terminal
-from conflayers_cli.engine.conversation import Conversation
+from conflayers_cli.generation.prefix_cache import Conversation
 from conflayers_cli.prompts import as_messages, read_prompts
 from tests.cli.conftest import END, Result, Run, byte_tokenizer, finished, save_model
 from tests.processes import start

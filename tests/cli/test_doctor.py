@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from conflayers_cli import doctor, installed, self_test
-from conflayers_cli.engine.decode import Generation
+from conflayers_cli.doctor import checks, packages, self_test
+from conflayers_cli.doctor.finding import Finding, summary
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.finding import Finding, summary
+from conflayers_cli.generation.loop import Generation
 from tests.cli.conftest import Run
-from tests.engine.tape import TapeRecorder
+from tests.kernels.tape import TapeRecorder
 
 
 def broken(document: Any) -> dict[str, str]:
@@ -88,16 +88,16 @@ def test_a_check_that_fails_does_not_end_the_others(
     def fails() -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr(doctor, "_processors", fails)
+    monkeypatch.setattr(checks, "_processors", fails)
     document = run("doctor", "--json").document
     assert broken(document) == {"failed": "looking at threads failed: KeyError: 'no such thing'"}
     assert {"files", "decoding"} <= {finding["section"] for finding in document["findings"]}
 
 
 def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_processors", lambda: 1)
+    monkeypatch.setattr(checks, "_processors", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    first = next(doctor._threads())
+    first = next(checks._threads())
     assert first.problem is None
     assert "OMP_NUM_THREADS=1" in (first.advice or "")
 
@@ -105,7 +105,7 @@ def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_folder_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "file"))
-    (finding,) = doctor._files()
+    (finding,) = checks._files()
     assert "CONFLAYERS_CACHE names another" in (finding.problem or "")
 
 
@@ -116,10 +116,10 @@ def test_a_gpu_that_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built_for: str | None, said: str
 ) -> None:
     (tmp_path / "version").touch()
-    monkeypatch.setattr(doctor, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(checks, "_DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    problems = [finding.problem for finding in doctor._gpus() if finding.problem]
+    problems = [finding.problem for finding in checks._gpus() if finding.problem]
     assert len(problems) == 1
     assert said in problems[0]
 
@@ -127,14 +127,14 @@ def test_a_gpu_that_is_not_used(
 def test_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["torch>=99", 'scikit-learn>=1.5; extra == "swift"', "typer"]
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
-    problems = {f.name: f.problem for f in installed.versions() if f.problem}
+    problems = {f.name: f.problem for f in packages.versions() if f.problem}
     assert list(problems) == ["torch"]
     assert "pip install 'torch>=99'" in (problems["torch"] or "")
 
 
 def test_what_is_needed_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "_REQUIRED", ("no_such_package_here",))
-    (problem,) = [f.problem for f in installed.versions() if f.problem]
+    monkeypatch.setattr(packages, "_REQUIRED", ("no_such_package_here",))
+    (problem,) = [f.problem for f in packages.versions() if f.problem]
     assert "no_such_package_here can't be imported (it is not installed)" in problem
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.cli.drafting import By, Way, drafter_for, rows_drafter
-from conflayers_cli.engine import int4
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.model import LoadedModel, load_model
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.ranges import RangedDrafter
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile import DraftSettings, Profile
+from conflayers_cli.kernels import int4_linear
+from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.profile.schema import DraftSettings, Profile
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter
+from conflayers_cli.spec_decode.by_context import ContextLengthProposer
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests.cli.conftest import Run, save_profile, write_prompts
 
 REPEATING = "one two three four five six, one two three four five six, one two three"
@@ -76,7 +76,7 @@ def test_who_drafts(
     profile = profile_with(tmp_path / "p.yaml", model, plan, **draft)
     drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
     assert (drafter.name if drafter else None) == name
-    assert drafter is None or isinstance(drafter, MixedDrafter)
+    assert drafter is None or isinstance(drafter, MixedProposer)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_how_far(
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, **draft)
     drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
-    assert isinstance(drafter, SkipDrafter if fixed else MixedDrafter)
-    if isinstance(drafter, SkipDrafter):
+    assert isinstance(drafter, SkipProposer if fixed else MixedProposer)
+    if isinstance(drafter, SkipProposer):
         assert (drafter.max_tokens, drafter.stop_probability) == (4, 0.5)
         with pytest.raises(InputError, match="one prompt at a time"):
             rows_drafter(drafter)
@@ -117,7 +117,7 @@ def test_no_lookahead_means_skipping_alone(
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, by="mixed")
     way = Way(lookahead=False)
     drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
-    assert isinstance(drafter, SkipDrafter)
+    assert isinstance(drafter, SkipProposer)
 
 
 def test_each_range_has_its_drafter(
@@ -131,12 +131,12 @@ def test_each_range_has_its_drafter(
         )
     profile = Profile.load(path)
     drafter = drafter_for(loaded, decoder, profile, path, False, Way())
-    assert isinstance(drafter, RangedDrafter)
+    assert isinstance(drafter, ContextLengthProposer)
     kinds = [type(each) for _, each in drafter.drafters]
-    assert kinds == [MixedDrafter, SkipDrafter]
+    assert kinds == [MixedProposer, SkipProposer]
     together = drafter_for(loaded, decoder, profile, path, False, Way(rows=2))
-    assert isinstance(together, RangedDrafter)
-    assert [type(each) for _, each in together.drafters] == [MixedDrafter, MixedDrafter]
+    assert isinstance(together, ContextLengthProposer)
+    assert [type(each) for _, each in together.drafters] == [MixedProposer, MixedProposer]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_batches_draft_chains_whatever_the_profile_says(
         drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, Way(rows=rows))
         for rows in (1, 2)
     ]
-    assert [each._tree is not None for each in drafters if isinstance(each, MixedDrafter)] == [
+    assert [each._tree is not None for each in drafters if isinstance(each, MixedProposer)] == [
         True,
         False,
     ]
@@ -261,10 +261,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_ranges_of_single_row_drafters_refuse_rows() -> None:
-    drafter = RangedDrafter(((0, SimpleNamespace(name="skip")),))
+    drafter = ContextLengthProposer(((0, SimpleNamespace(name="skip")),))
     context = SimpleNamespace(tokens=[1, 2])
     with pytest.raises(TypeError, match="one row at a time"):
-        drafter.draft_rows([context], [1])  # type: ignore[list-item]
+        drafter.propose_batch([context], [1])  # type: ignore[list-item]
 
 
 def test_weights_that_are_not_to_be_had_here(
@@ -275,7 +275,7 @@ def test_weights_that_are_not_to_be_had_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Drafts use the model's own then, and somebody says so."""
-    monkeypatch.setattr(int4, "_tried", lambda device, dtype: "there is no kernel here")
+    monkeypatch.setattr(int4_linear, "_tried", lambda device, dtype: "there is no kernel here")
     decoder = Decoder(loaded.model)
     plan = SkipPlan.of_layers([2])
     profile = profile_with(tmp_path / "p.yaml", model, replace(plan, weights="int4"), by="skip")

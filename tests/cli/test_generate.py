@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from conflayers_cli.cli import terminal
 from conflayers_cli.cli.main import main
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.skip_plan import SkipPlan
 from tests import processes
 from tests.cli.conftest import Run, finished, save_model, save_profile, start, write_prompts
 

@@ -13,7 +13,7 @@ from conflayers_cli.cli import common, generate
 from conflayers_cli.errors import ConfLayersError, GateError
 from tests.cli.conftest import Run, finished, start
 
-HEAVY = ("torch", "transformers", "scipy", "numpy", "safetensors", "conflayers_cli.profile")
+HEAVY = ("torch", "transformers", "scipy", "numpy", "safetensors", "conflayers_cli.profile.schema")
 
 
 def test_version(run: Run) -> None:

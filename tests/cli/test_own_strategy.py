@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.cli import own_strategy
-from conflayers_cli.profile import Profile
-
-from .conftest import Run, write_prompts
+from conflayers_cli.profile.schema import Profile
+from tests.cli.conftest import Run, write_prompts
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "every_other.py"
 QUICK = ("-n", 32, "--refine-limit", 20, "--dtype", "float32")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
 from tests.cli.conftest import Run, save_model, save_profile, write_prompts
 from tests.processes import environment
 from tests.ranks import PATIENCE, Ended, run_ranks

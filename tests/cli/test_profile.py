@@ -14,12 +14,12 @@ import pytest
 import yaml
 from safetensors.numpy import save
 
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import Profile, SkipSection
+from conflayers_cli.profile.schema import Profile, SkipSection
 from conflayers_cli.profile_tensors import sha256_of
+from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile
-from tests.test_profile import FULL
-from tests.test_profile_versions import OLD
+from tests.profile.test_migrations import OLD
+from tests.profile.test_schema import FULL
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 TENSORS = save({"trial_speedup": np.array([1.0, 1.2])})

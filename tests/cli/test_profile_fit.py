@@ -11,9 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from conflayers_cli.cli.common import environment_of, fingerprint_of
-from conflayers_cli.engine.model import LoadedModel, load_model
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import (
+from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.profile.schema import (
     DraftSettings,
     Environment,
     Measured,
@@ -21,6 +20,7 @@ from conflayers_cli.profile import (
     RangeSection,
     SkipSection,
 )
+from conflayers_cli.skip_plan import SkipPlan
 from tests import rounding
 from tests.cli.conftest import Run, save_model
 
@@ -192,7 +192,7 @@ def test_another_device_gets_one_note_where_it_matters(
 
 
 def test_one_of_several_like_devices_is_as_good_as_another(here: Environment) -> None:
-    from conflayers_cli.cli.profile_fit import told
+    from conflayers_cli.profile_check import told
 
     one, other = (here.model_copy(update={"device": f"cuda:{n} (NVIDIA H100)"}) for n in (0, 3))
     assert told(one) == told(other) == f"cuda (NVIDIA H100) in {here.dtype}"

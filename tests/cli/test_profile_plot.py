@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from conflayers_cli.profile import Profile, SkipSection
-from conflayers_cli.profile_curves import drawing_of
-from conflayers_cli.profile_plot_text import MOST_COLUMNS, MOST_ROWS, lines_of
+from conflayers_cli.profile.plot_data import drawing_of
+from conflayers_cli.profile.plot_text import MOST_COLUMNS, MOST_ROWS, lines_of
+from conflayers_cli.profile.schema import Profile, SkipSection
 from conflayers_cli.profile_tensors import Tensors, sha256_of
 from tests.cli.conftest import Run
-from tests.test_profile import BARE
+from tests.profile.test_schema import BARE
 
 DEPTH = 12
 INNER = DEPTH - 2

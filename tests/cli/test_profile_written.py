@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
 from conflayers_cli.profile_tensors import read_tensors
 from tests.cli.conftest import Run, write_prompts
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Run, finished, save_profile, start, write_prompts
-from tests.clusters import TOKEN, folder, workers
+from tests.cluster.clusters import TOKEN, folder, workers
 
 pytest.importorskip("ray")
 
@@ -145,7 +145,7 @@ class TestCalibrate:
     def test_workers_on_something_else_are_refused(
         self, run: Run, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("conflayers_cli.environment.processor_name", lambda: "an abacus")
+        monkeypatch.setattr("conflayers_cli.utils.environment.processor_name", lambda: "an abacus")
         result = run("calibrate", "-m", model, "--data", prompts, *FAST, *RAY)
         assert (result.code, result.out) == (2, "")
         assert "this process on" in result.err and "an abacus" in result.err

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.model import load_model
-from conflayers_cli.engine.plan import SkipPlan
-
-from .conftest import Run, save_profile, write_prompts
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.skip_plan import SkipPlan
+from tests.cli.conftest import Run, save_profile, write_prompts
 
 LOSSY = ("--skip-only", "--target-speedup", "1.7")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.cli.strategies import STRATEGIES
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import Profile
-
-from .conftest import Run, write_prompts
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.skip_plan import SkipPlan
+from tests.cli.conftest import Run, write_prompts
 
 QUICK = ("-n", 32, "--refine-limit", 20, "--dtype", "float32")
 

@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conflayers_cli.bench_tables import bench_tables
+from conflayers_cli.bench.load import Bench
+from conflayers_cli.bench.tables import bench_tables
 from conflayers_cli.cli import completion, main, terminal
 from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.tables import fitting
-from conflayers_cli.hints import did_you_mean
-from conflayers_cli.stored_bench import Bench
+from conflayers_cli.utils.suggest import did_you_mean
+from tests.bench.test_serialize import document, result
 from tests.cli.conftest import Run, start
-from tests.test_report import document, result
 
 COMMANDS = {command.name: command for command in main.app.registered_commands}
 PAGES = {"": main.HELP, **{name or "": str(command.help) for name, command in COMMANDS.items()}}

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.encoding import TooLongError
 from conflayers_cli.errors import InputError
 from conflayers_cli.fitting import GAP, cut, fit, texts_of
+from conflayers_cli.models.tokenization import TooLongError
 from conflayers_cli.prompts import Message, Prompt
 from tests.cli.conftest import Run, save_model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.profile import Profile
+from conflayers_cli.profile.schema import Profile
 from tests.cli.conftest import Run, save_profile
 
 PROFILES = Path(__file__).parents[2] / "profiles"

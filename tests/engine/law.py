@@ -24,12 +24,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from conflayers_cli.engine.cache import KVCache
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.draft import Drafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampler, Sampling, accept_sampled
+from conflayers_cli.engine.sampler import Sampler
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Proposer
+from conflayers_cli.spec_decode.rejection_sampler import accept_sampled
 from tests import tiny
 
 VOCABULARY = 8
@@ -37,11 +39,11 @@ PROMPT = (1, 2, 3)
 RUNS = 4000
 LENGTH = 3
 SETTINGS = {
-    "temperature 0.7": Sampling(0.7),
-    "top-p 0.8": Sampling(1.0, top_p=0.8),
-    "top-k 5": Sampling(1.0, top_k=5),
-    "min-p 0.15": Sampling(1.0, min_p=0.15),
-    "repetition penalty 1.3": Sampling(1.0, repetition_penalty=1.3),
+    "temperature 0.7": SamplingParams(0.7),
+    "top-p 0.8": SamplingParams(1.0, top_p=0.8),
+    "top-k 5": SamplingParams(1.0, top_k=5),
+    "min-p 0.15": SamplingParams(1.0, min_p=0.15),
+    "repetition penalty 1.3": SamplingParams(1.0, repetition_penalty=1.3),
 }
 TRUNCATED = ("top-p 0.8", "top-k 5", "min-p 0.15")
 PLAN = SkipPlan.of_layers([1])
@@ -122,7 +124,7 @@ def remembering() -> Remembering:
 
 
 @functools.cache
-def next_token(text: tuple[int, ...], setting: Sampling) -> torch.Tensor:
+def next_token(text: tuple[int, ...], setting: SamplingParams) -> torch.Tensor:
     """The target's distribution behind a text, by transformers alone."""
     chain = LogitsProcessorList()
     if setting.repetition_penalty != 1:
@@ -141,7 +143,7 @@ def next_token(text: tuple[int, ...], setting: Sampling) -> torch.Tensor:
 
 
 @functools.cache
-def law(setting: Sampling) -> dict[tuple[int, ...], float]:
+def law(setting: SamplingParams) -> dict[tuple[int, ...], float]:
     probabilities: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         probabilities = {
@@ -163,13 +165,13 @@ def start_of(generation: Generation) -> tuple[tuple[int, ...], int, int]:
 
 
 def sample(
-    setting: Sampling, drafter: Drafter | None
+    setting: SamplingParams, drafter: Proposer | None
 ) -> tuple[Counter[tuple[int, ...]], float | None]:
     """(counts of the starts, share of drafts kept)."""
     counts: Counter[tuple[int, ...]] = Counter()
     drafted = accepted = 0
     for seed in range(RUNS):
-        own_seed = Sampling(**{**vars(setting), "seed": seed})
+        own_seed = SamplingParams(**{**vars(setting), "seed": seed})
         generation = Generation(
             remembering(), PROMPT, max_new_tokens=4, sampling=own_seed, drafter=drafter
         )

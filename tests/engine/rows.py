@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Context, Draft
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Context, Draft
 
 
 def assert_rows_are_fresh(decoder: Decoder, contexts: Sequence[Context]) -> None:
@@ -52,7 +52,7 @@ class Guesses:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
 
-    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+    def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         if self.check:
             assert_rows_are_fresh(self.decoder, contexts)
         lengths = tuple(len(context.tokens) for context in contexts)
@@ -87,7 +87,7 @@ class SkipRows:
     size: int
     name: str = "skip"
 
-    def draft_rows(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+    def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         chains: list[list[int]] = [[] for _ in contexts]
         laws: list[list[torch.Tensor]] = [[] for _ in contexts]
         # The longest drafts differ from row to row.

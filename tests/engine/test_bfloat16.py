@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from conflayers_cli.engine.attention import attention_forward
-from conflayers_cli.engine.cache import KVCache, extent_for
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Context, Draft, SkipDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.tree import GREEDY_SHAPE
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.kernels.attention import attention_forward
+from conflayers_cli.kernels.kv_cache import KVCache, extent_for
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 from tests import tiny
 
 VOCABULARY = 500
@@ -58,7 +58,7 @@ def decoder(shape: str = "grouped") -> Decoder:
 def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, seed: int) -> None:
     prompt = tiny.prompt(length, seed, VOCABULARY)
     vanilla = Generation(decoder(), prompt, max_new_tokens=24)
-    drafter = SkipDrafter(decoder(), plan, size, 0.0)
+    drafter = SkipProposer(decoder(), plan, size, 0.0)
     speculative = Generation(decoder(), prompt, max_new_tokens=24, drafter=drafter)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
@@ -72,7 +72,7 @@ def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
     """A leaf's key lies elsewhere than vanilla's when the token behind it is first guessed."""
     prompt = tiny.prompt(3 + seed % 40, seed, VOCABULARY)
     vanilla = Generation(decoder(shape), prompt, max_new_tokens=96)
-    drafter = SkipDrafter(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
+    drafter = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
     speculative = Generation(decoder(shape), prompt, max_new_tokens=96, drafter=drafter)
     tiny.steps_of(vanilla)
     steps = tiny.steps_of(speculative)
@@ -162,7 +162,7 @@ def test_attention_bits_do_not_depend_on_rows_or_extent(further: int, heads: int
 def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:
     """The tests above would hold trivially in float32; and drafts must not all be right."""
     assert decoder().dtype == torch.bfloat16
-    drafter = SkipDrafter(decoder(), SkipPlan.of_layers([2]), 4, 0.0)
+    drafter = SkipProposer(decoder(), SkipPlan.of_layers([2]), 4, 0.0)
     generation = Generation(
         decoder(), tiny.prompt(20, 0, VOCABULARY), max_new_tokens=40, drafter=drafter
     )
@@ -185,7 +185,7 @@ def test_without_exactness_passes_are_as_small_as_they_can_be(
         right(cache, slots, extent)
 
     monkeypatch.setattr(KVCache, "announce", announce)
-    drafter = SkipDrafter(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
+    drafter = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
     generation = Generation(loose, prompt, max_new_tokens=40, drafter=drafter)
     tiny.steps_of(generation)
     assert len(generation.output) == 40
@@ -202,7 +202,7 @@ def of_family(family: str) -> Decoder:
 def test_every_family_is_exact(family: str, seed: int) -> None:
     prompt = tiny.prompt(5 + 9 * seed, seed)
     vanilla = Generation(of_family(family), prompt, max_new_tokens=40)
-    drafter = SkipDrafter(of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0)
+    drafter = SkipProposer(of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0)
     speculative = Generation(of_family(family), prompt, max_new_tokens=40, drafter=drafter)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)

@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from conflayers_cli.engine import attention
-from conflayers_cli.engine.cache import EXTENT_MULTIPLE, KVCache, extent_for
-from conflayers_cli.engine.pass_lock import PassLock
-from conflayers_cli.engine.pool import CachePool
+from conflayers_cli.engine.cache_pool import CachePool
+from conflayers_cli.engine.model_lock import ModelLock
+from conflayers_cli.kernels import attention
+from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, extent_for
 
 HEADS, DIM, LAYERS = 2, 4, 2
 # On both sides of the end of the first extent.
@@ -39,7 +39,7 @@ class Slots(RuleBasedStateMachine):
     def begin(self, batch: int, pooled: bool) -> None:
         self.batch, self.writes = batch, 0
         sizes = [((HEADS, DIM), (HEADS, DIM))] * LAYERS
-        pool = CachePool(LAYERS, sizes, torch.empty(0), lambda number: None, PassLock())
+        pool = CachePool(LAYERS, sizes, torch.empty(0), lambda number: None, ModelLock())
         self.pool = pool if pooled else None
         self.take()
 

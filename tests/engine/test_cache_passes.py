@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from transformers import DynamicCache
 
-from conflayers_cli.engine import attention
-from conflayers_cli.engine.cache import KVCache
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.kernels import attention
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
-from tests.engine.tape import TapeRecorder
+from tests.kernels.tape import TapeRecorder
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from transformers import MistralConfig
 
 from conflayers_cli.engine import decoder as decoder_module
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
 WHOLE, SUB_LAYERS = SkipPlan.of_layers([1, 3]), SkipPlan.of([1], [2, 3])

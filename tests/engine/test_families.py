@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conflayers_cli.engine.decode import Generation
-from conflayers_cli.engine.draft import SkipDrafter
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 
 COUNT = 20
@@ -63,7 +63,7 @@ def test_greedy_output_is_generates(family: str, length: int) -> None:
     for i, plan in enumerate(WHOLE if family in WHOLE_ONLY else WHOLE + PARTIAL):
         # every plan with drafts of both sizes, one of them behind each prompt
         size = (1, 4)[(i + LENGTHS.index(length)) % 2]
-        drafter = SkipDrafter(decoder, plan, max_tokens=size, stop_probability=0.0)
+        drafter = SkipProposer(decoder, plan, max_tokens=size, stop_probability=0.0)
         generation = Generation(decoder, prompt, max_new_tokens=COUNT, drafter=drafter)
         for step in generation:
             drafted += step.drafted

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from conflayers_cli.engine.cache import KVCache
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 from tests import tiny
 
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
@@ -51,8 +51,8 @@ def test_skip_drafts(
     seed: int,
 ) -> None:
     decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
-    sampling = Sampling(repetition_penalty=penalty)
-    drafter = SkipDrafter(decoder, plan, size, stop)
+    sampling = SamplingParams(repetition_penalty=penalty)
+    drafter = SkipProposer(decoder, plan, size, stop)
     got = output(decoder, prompt, count, sampling=sampling, drafter=drafter)
     assert got == output(decoder, prompt, count, sampling=sampling)
     assert len(got) == count
@@ -67,7 +67,7 @@ def test_skip_drafts(
 def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], penalty: float) -> None:
     """Drafts right and wrong in any pattern, of any length, none at all included."""
     decoder, prompt, count = tiny.decoder("llama"), tiny.prompt(10, 2), 24
-    sampling = Sampling(repetition_penalty=penalty)
+    sampling = SamplingParams(repetition_penalty=penalty)
     expected = output(decoder, prompt, count, sampling=sampling)
 
     def propose(text: list[int]) -> list[int]:
@@ -98,7 +98,7 @@ def test_rotations_that_depend_on_the_length_of_a_pass(kind: str) -> None:
     assert decoder.exact_positions == trained
     for seed in range(3):
         prompt = tiny.prompt(8, seed)
-        drafter = SkipDrafter(decoder, SkipPlan.of_layers([2]), 7, 0.0)
+        drafter = SkipProposer(decoder, SkipPlan.of_layers([2]), 7, 0.0)
         speculative = output(decoder, prompt, trained - 8, drafter=drafter)
         assert speculative == tiny.generated(decoder, prompt, trained - 8)
         with pytest.raises(InputError, match="beyond 32"):
@@ -118,12 +118,12 @@ def assert_cache_is_fresh(generation: Generation) -> None:
             )
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("plan", [SkipPlan.of_layers([1, 3]), SkipPlan.of([2], [1, 2])])
-def test_the_cache_after_every_step(family: str, plan: SkipPlan, sampling: Sampling) -> None:
+def test_the_cache_after_every_step(family: str, plan: SkipPlan, sampling: SamplingParams) -> None:
     decoder = tiny.decoder(family)
-    drafter = SkipDrafter(decoder, plan, 4, 0.0)
+    drafter = SkipProposer(decoder, plan, 4, 0.0)
     generation = Generation(
         decoder, tiny.prompt(9, 4), max_new_tokens=24, sampling=sampling, drafter=drafter
     )
@@ -143,7 +143,7 @@ def test_the_cache_after_drafts_all_kept_and_all_refused() -> None:
             at = len(text) - len(prompt)
             return [(t + offset) % tiny.VOCABULARY for t in expected[at : at + 5]]
 
-        drafter: Drafter = tiny.Scripted(propose)
+        drafter: Proposer = tiny.Scripted(propose)
         generation = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
         for step in generation:
             assert step.accepted == (step.drafted if kept else 0)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile_sections import SkipSection
+from conflayers_cli.profile.sections import SkipSection
+from conflayers_cli.skip_plan import SkipPlan
 
 FEW = st.lists(st.integers(0, 3), max_size=5)  # so few that many are equal
 ANYTHING = st.lists(

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 
-from conflayers_cli.engine import decode
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.draft import SkipDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
+from conflayers_cli.generation import loop
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 from tests.engine.law import (
     PLAN,
@@ -29,8 +29,8 @@ from tests.engine.law import (
 from tests.tiny import chi_square
 
 
-def skip(plan: SkipPlan, stop_probability: float = 0.0) -> SkipDrafter:
-    return SkipDrafter(remembering(), plan, max_tokens=2, stop_probability=stop_probability)
+def skip(plan: SkipPlan, stop_probability: float = 0.0) -> SkipProposer:
+    return SkipProposer(remembering(), plan, max_tokens=2, stop_probability=stop_probability)
 
 
 each_setting = pytest.mark.parametrize("name", SETTINGS)
@@ -79,7 +79,7 @@ def test_without_drafts() -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sample with the residual replaced by p itself."""
-    monkeypatch.setattr(decode, "accept_sampled", accept_without_residual)
+    monkeypatch.setattr(loop, "accept_sampled", accept_without_residual)
     counts, _ = sample(SETTINGS["temperature 0.7"], skip(PLAN))
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8
 
@@ -89,7 +89,7 @@ def test_the_remembering_decoder_changes_nothing(name: str) -> None:
     """With equal seeds, the decoder itself says the same, step by step."""
     plain = Decoder(copy.deepcopy(model()))
     for seed in range(10):
-        setting = Sampling(**{**vars(SETTINGS[name]), "seed": seed})
+        setting = SamplingParams(**{**vars(SETTINGS[name]), "seed": seed})
         starts = [
             start_of(
                 Generation(
@@ -97,7 +97,7 @@ def test_the_remembering_decoder_changes_nothing(name: str) -> None:
                     PROMPT,
                     max_new_tokens=4,
                     sampling=setting,
-                    drafter=SkipDrafter(decoder, PLAN, 2, 0.0),
+                    drafter=SkipProposer(decoder, PLAN, 2, 0.0),
                 )
             )
             for decoder in (plain, remembering())

@@ -18,15 +18,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from conflayers_cli.engine.sampling import Sampler, Sampling
+from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import InputError
+from conflayers_cli.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 VOCABULARY = 40
 
 
 def theirs(
-    setting: Sampling, logits: torch.Tensor, seen: list[int], *, greedy: bool = False
+    setting: SamplingParams, logits: torch.Tensor, seen: list[int], *, greedy: bool = False
 ) -> torch.Tensor:
     """The distribution (or scores) transformers would have, in the order ``generate`` applies."""
     chain = LogitsProcessorList()
@@ -50,7 +51,7 @@ def random_logits(seed: int, rows: int = 3, vocabulary: int = VOCABULARY) -> tor
     return torch.randn(rows, vocabulary, generator=generator) * 3
 
 
-def sampler(setting: Sampling, seen: list[int] | None = None) -> Sampler:
+def sampler(setting: SamplingParams, seen: list[int] | None = None) -> Sampler:
     one = Sampler(setting, VOCABULARY, CPU)
     one.saw(seen or [])
     return one
@@ -75,7 +76,7 @@ def test_the_distribution_is_transformers(
     seen: list[int],
     seed: int,
 ) -> None:
-    setting = Sampling(temperature, top_k, top_p, min_p, penalty)
+    setting = SamplingParams(temperature, top_k, top_p, min_p, penalty)
     logits = random_logits(seed)
     got = sampler(setting, seen).distribution(logits)
     torch.testing.assert_close(got, theirs(setting, logits, seen), rtol=1e-4, atol=1e-5)
@@ -84,15 +85,17 @@ def test_the_distribution_is_transformers(
 @pytest.mark.parametrize(
     "setting",
     [
-        Sampling(0.7),
-        Sampling(1.0, top_k=5),
-        Sampling(1.0, top_p=0.8),
-        Sampling(1.0, min_p=0.1),
-        Sampling(1.0, repetition_penalty=1.3),
+        SamplingParams(0.7),
+        SamplingParams(1.0, top_k=5),
+        SamplingParams(1.0, top_p=0.8),
+        SamplingParams(1.0, min_p=0.1),
+        SamplingParams(1.0, repetition_penalty=1.3),
     ],
-    ids=lambda s: ", ".join(f"{k}={v}" for k, v in vars(s).items() if v != vars(Sampling())[k]),
+    ids=lambda s: ", ".join(
+        f"{k}={v}" for k, v in vars(s).items() if v != vars(SamplingParams())[k]
+    ),
 )
-def test_every_transform_alone(setting: Sampling) -> None:
+def test_every_transform_alone(setting: SamplingParams) -> None:
     logits, seen = random_logits(1), [3, 3, 17]
     got = sampler(setting, seen).distribution(logits)
     torch.testing.assert_close(got, theirs(setting, logits, seen), rtol=1e-5, atol=1e-6)
@@ -102,7 +105,7 @@ def test_every_transform_alone(setting: Sampling) -> None:
 
 def test_half_precision_logits_are_taken_in_float32() -> None:
     logits = random_logits(2).bfloat16()
-    setting = Sampling(0.7, top_p=0.9, repetition_penalty=1.2)
+    setting = SamplingParams(0.7, top_p=0.9, repetition_penalty=1.2)
     got = sampler(setting, [1, 2]).distribution(logits)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, theirs(setting, logits.float(), [1, 2]), rtol=1e-4, atol=1e-6)
@@ -111,29 +114,31 @@ def test_half_precision_logits_are_taken_in_float32() -> None:
 def test_tokens_tied_at_the_top_k_border_all_stay() -> None:
     """As in transformers: no token is preferred for its place."""
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
-    got = Sampler(Sampling(1.0, top_k=2), 5, CPU).distribution(logits)
+    got = Sampler(SamplingParams(1.0, top_k=2), 5, CPU).distribution(logits)
     assert (got > 0).tolist() == [[True, True, True, True, False]]
 
 
 def test_top_p_among_ties_keeps_as_few_as_needed() -> None:
-    got = Sampler(Sampling(1.0, top_p=0.45), 5, CPU).distribution(torch.zeros(1, 5))
+    got = Sampler(SamplingParams(1.0, top_p=0.45), 5, CPU).distribution(torch.zeros(1, 5))
     assert int((got > 0).sum()) == 3
 
 
 def test_top_p_ends_where_the_sum_is_reached_exactly() -> None:
     """As in transformers: a half is reached by two tokens of a quarter each, no third is needed."""
-    setting, logits = Sampling(1.0, top_p=0.5), torch.zeros(1, 4)
+    setting, logits = SamplingParams(1.0, top_p=0.5), torch.zeros(1, 4)
     got = Sampler(setting, 4, CPU).distribution(logits)
     assert int((got > 0).sum()) == int((theirs(setting, logits, [0]) > 0).sum()) == 2
 
 
-@pytest.mark.parametrize("setting", [Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6)])
-def test_one_choice_left_is_the_best_token(setting: Sampling) -> None:
+@pytest.mark.parametrize(
+    "setting", [SamplingParams(), SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-6)]
+)
+def test_one_choice_left_is_the_best_token(setting: SamplingParams) -> None:
     logits = random_logits(3, rows=1)
     for penalty in (1.0, 1.5):
-        best = theirs(Sampling(repetition_penalty=penalty), logits, [7], greedy=True).argmax()
+        best = theirs(SamplingParams(repetition_penalty=penalty), logits, [7], greedy=True).argmax()
         chosen = sampler(
-            Sampling(setting.temperature, setting.top_k, setting.top_p, None, penalty), [7]
+            SamplingParams(setting.temperature, setting.top_k, setting.top_p, None, penalty), [7]
         ).choose(logits)
         assert chosen == int(best)
 
@@ -147,7 +152,7 @@ def test_rows_are_penalised_for_the_drafts_before_them(
     seen: list[int], drafted: list[int], seed: int
 ) -> None:
     """Row i has seen the text and i drafts: the same as one row at a time, each with its text."""
-    setting = Sampling(1.0, repetition_penalty=1.4)
+    setting = SamplingParams(1.0, repetition_penalty=1.4)
     logits = random_logits(seed, rows=len(drafted) + 1)
     one = sampler(setting, seen)
     together = one.distribution(logits, drafted)
@@ -162,7 +167,7 @@ def test_rows_are_penalised_for_the_drafts_before_them(
 
 def test_a_seed_settles_everything() -> None:
     def draws(seed: int) -> list[int]:
-        one = sampler(Sampling(1.0, seed=seed))
+        one = sampler(SamplingParams(1.0, seed=seed))
         return [one.choose(torch.zeros(1, VOCABULARY)) for _ in range(20)]
 
     assert draws(1) == draws(1)
@@ -189,9 +194,9 @@ def test_a_seed_settles_everything() -> None:
 )
 def test_values_outside_their_range(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        Sampling(**values)
+        SamplingParams(**values)
 
 
 def test_values_at_the_ends_of_their_range() -> None:
-    assert Sampling(0, 1, 1.0, 0.0, 0.1).greedy
-    assert not Sampling(0.01, 1, 1e-9, 1.0, 10.0).greedy
+    assert SamplingParams(0, 1, 1.0, 0.0, 0.1).greedy
+    assert not SamplingParams(0.01, 1, 1e-9, 1.0, 10.0).greedy

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.batch import Batch, BatchRequest
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
 from conflayers_cli.engine.stand_in import StandIn
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
 from tests import tiny
-from tests.engine import simulated
+from tests.spec_decode import simulated
 
 
 @functools.cache
@@ -86,9 +86,11 @@ def test_texts_stay_the_models_own(
 def test_in_batches_too() -> None:
     decoder = tiny.decoder("llama")
     plan = SkipPlan.of(stand_ins=[mapped("llama", 1, 3)])
-    drafter = MixedDrafter(decoder, plan, simulated.costs(0.05, 0.001), ngram=False, max_tokens=5)
+    drafter = MixedProposer(decoder, plan, simulated.costs(0.05, 0.001), ngram=False, max_tokens=5)
     prompts = [tiny.prompt(length, length) for length in (3, 9, 5)]
-    batch = Batch(decoder, [BatchRequest(p, 16, Sampling()) for p in prompts], drafter=drafter)
+    batch = Batch(
+        decoder, [BatchRequest(p, 16, SamplingParams()) for p in prompts], drafter=drafter
+    )
     batch.run()
     assert batch.outputs == [tiny.generated(decoder, prompt, 16) for prompt in prompts]
     assert sum(step.drafted for steps in batch.steps for step in steps) > 0

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from conflayers_cli.engine.batch import Batch, BatchRequest
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import Drafter, SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.pass_lock import lock_of
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.engine.sampling import Sampling
-from conflayers_cli.engine.tree import TreeShape
+from conflayers_cli.engine.model_lock import lock_of
+from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.spec_decode.tree import TreeShape
 from tests import tiny
-from tests.engine.tape import TapeRecorder
-from tests.engine.test_runner import free
+from tests.engine.test_graph_runner import free
+from tests.kernels.tape import TapeRecorder
 
 COUNT = 24
 THREADS = 4
@@ -34,7 +34,9 @@ def plan(number: int) -> SkipPlan:
     return SkipPlan.of_layers([1 + number % 3])
 
 
-def single(number: int, drafter: Callable[[Decoder], Drafter | None], sampling: Sampling) -> Work:
+def single(
+    number: int, drafter: Callable[[Decoder], Proposer | None], sampling: SamplingParams
+) -> Work:
     def work(decoder: Decoder) -> list[list[int]]:
         generation = Generation(
             decoder,
@@ -49,10 +51,10 @@ def single(number: int, drafter: Callable[[Decoder], Drafter | None], sampling: 
     return work
 
 
-def several(number: int, sampling: Sampling) -> Work:
+def several(number: int, sampling: SamplingParams) -> Work:
     def work(decoder: Decoder) -> list[list[int]]:
         requests = [BatchRequest(tiny.prompt(4 + i, 10 * number + i), 12, sampling) for i in (1, 2)]
-        batch = Batch(decoder, requests, drafter=MixedDrafter(decoder, plan(number), free()))
+        batch = Batch(decoder, requests, drafter=MixedProposer(decoder, plan(number), free()))
         batch.run()
         return batch.outputs
 
@@ -72,15 +74,17 @@ def plainly(decoder: Decoder) -> list[list[int]]:
     return [tiny.generated(decoder, tiny.prompt(6, 3), 12)]
 
 
-SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=11)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, seed=11)
 WORK: list[Work] = [
-    single(0, lambda d: None, Sampling()),
-    single(1, lambda d: SkipDrafter(d, plan(1), 4, 0.0), Sampling()),
-    single(2, lambda d: SkipDrafter(d, plan(2), 3, 0.0, tree=TreeShape(((0.0, 2),))), Sampling()),
-    single(3, lambda d: MixedDrafter(d, plan(3), free(turnaround=9.0)), Sampling()),
-    single(4, lambda d: SkipDrafter(d, plan(4), 4, 0.0), SAMPLED),
-    single(5, lambda d: MixedDrafter(d, None, free()), Sampling(repetition_penalty=1.2)),
-    several(6, Sampling()),
+    single(0, lambda d: None, SamplingParams()),
+    single(1, lambda d: SkipProposer(d, plan(1), 4, 0.0), SamplingParams()),
+    single(
+        2, lambda d: SkipProposer(d, plan(2), 3, 0.0, tree=TreeShape(((0.0, 2),))), SamplingParams()
+    ),
+    single(3, lambda d: MixedProposer(d, plan(3), free(turnaround=9.0)), SamplingParams()),
+    single(4, lambda d: SkipProposer(d, plan(4), 4, 0.0), SAMPLED),
+    single(5, lambda d: MixedProposer(d, None, free()), SamplingParams(repetition_penalty=1.2)),
+    several(6, SamplingParams()),
     several(7, SAMPLED),
     observed,
     plainly,
@@ -148,7 +152,7 @@ def test_what_fails_in_one_thread_leaves_the_others_right() -> None:
                 decoder,
                 tiny.prompt(8),
                 max_new_tokens=8,
-                drafter=SkipDrafter(decoder, draft, 4, 0.0),
+                drafter=SkipProposer(decoder, draft, 4, 0.0),
             )
             with pytest.raises(BrokenError):
                 generation.step()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.engine import encoding, templates
-from conflayers_cli.engine.encoding import TooLongError, count_tokens, render, token_ids
 from conflayers_cli.errors import InputError
+from conflayers_cli.models import chat_template, tokenization
+from conflayers_cli.models.tokenization import TooLongError, count_tokens, render, token_ids
 from tests.cli.conftest import TEMPLATE, byte_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -66,7 +66,7 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
 def test_a_template_that_grows(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    monkeypatch.setattr(encoding, "bounded", partial(templates.bounded, memory=1 << 26))
+    monkeypatch.setattr(tokenization, "bounded", partial(chat_template.bounded, memory=1 << 26))
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(InputError, match="too much memory"):
         render(tokenizer(template), CHAT)
@@ -98,13 +98,13 @@ def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    whole = encoding._tokenised
+    whole = tokenization._tokenised
 
     def counted(tokenizer: Any, text: str, special: bool) -> list[int]:
         seen.append(len(text))
         return whole(tokenizer, text, special)
 
-    monkeypatch.setattr(encoding, "_tokenised", counted)
+    monkeypatch.setattr(tokenization, "_tokenised", counted)
     with pytest.raises(TooLongError, match="is too long: 1,000,000 characters, over 20 tokens"):
         ids("a" * 1_000_000)
     assert seen == [160]
@@ -114,7 +114,7 @@ def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(
 
 
 def test_a_long_text_of_few_tokens_is_no_long_one() -> None:
-    from tests.engine.test_model import _tokenizer
+    from tests.models.test_loader import _tokenizer
 
     few = _tokenizer(None)  # a word that it doesn't know is one token
     text = "hello " + "x" * 100_000 + " world"
@@ -129,8 +129,8 @@ def test_tokens_that_the_model_does_not_know() -> None:
 
 
 def test_tokens_are_counted_in_pieces_or_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "PIECE", 10)
-    monkeypatch.setattr(encoding, "PIECES", 8)
+    monkeypatch.setattr(tokenization, "PIECE", 10)
+    monkeypatch.setattr(tokenization, "PIECES", 8)
     tokenizer = byte_tokenizer(None)
     assert [count_tokens(tokenizer, "a" * length) for length in (0, 9, 10, 80)] == [0, 9, 10, 80]
     assert count_tokens(tokenizer, "aé" * 20) == 60  # two bytes, two tokens

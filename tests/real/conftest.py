@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.engine.builtin import BUILTIN
-from conflayers_cli.engine.catalogue import WHEEL_COMMAND, WHEEL_PACKAGE
-from conflayers_cli.engine.model import LoadedModel, load_model
+from conflayers_cli.models.builtin import BUILTIN
+from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.registry import WHEEL_COMMAND, WHEEL_PACKAGE
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from conflayers_cli.engine import builtin
-from conflayers_cli.engine.builtin import BUILTIN, ensure
-from conflayers_cli.engine.model import LoadedModel, encode, fingerprint, load_model
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.models import builtin
+from conflayers_cli.models.builtin import BUILTIN, ensure
+from conflayers_cli.models.loader import LoadedModel, encode, fingerprint, load_model
+from conflayers_cli.skip_plan import SkipPlan
 
 PLANTED = (
     *(3, 4, 6, 8, 10, 11, 14, 15, 16, 18, 19, 21, 22, 23, 26),

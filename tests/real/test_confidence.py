@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.model import LoadedModel, load_model
-from conflayers_cli.search.confidence import measure_confidence, select_layers
-from tests.search.test_confidence import EXAMPLE
+from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.search.strategies.layer_confidence import measure_confidence, select_layers
+from tests.search.strategies.test_layer_confidence import EXAMPLE
 
 
 def test_confidence_equals_the_worked_example(smollm2: LoadedModel) -> None:

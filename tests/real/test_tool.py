@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.engine.builtin import ensure
-from conflayers_cli.engine.decode import Generation
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.draft import SkipDrafter
-from conflayers_cli.engine.model import LoadedModel, encode
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.profile import Profile
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.models.builtin import ensure
+from conflayers_cli.models.loader import LoadedModel, encode
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import SkipProposer
 
 pytestmark = pytest.mark.usefixtures("real_cache")
 QUESTION = [{"role": "user", "content": "Name three uses of copper, one sentence each."}]
@@ -69,7 +69,7 @@ def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: Skip
     prompt = encode(smollm2, QUESTION, None)
     vanilla = Generation(decoder, prompt, max_new_tokens=24)
     list(vanilla)
-    drafter = SkipDrafter(decoder, plan, 5, 0.0)
+    drafter = SkipProposer(decoder, plan, 5, 0.0)
     speculative = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
     steps = list(speculative)
     assert speculative.output == vanilla.output

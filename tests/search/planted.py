@@ -6,9 +6,9 @@ import functools
 
 import transformers as hf
 
-from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.search.task import OnTrial, Task, nobody
+from conflayers_cli.search.problem import OnTrial, Task, nobody
 from tests import tiny
 
 DEPTH = 12

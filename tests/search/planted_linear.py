@@ -6,12 +6,12 @@ import functools
 
 import transformers as hf
 
-from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.search.corpus import Texts
 from conflayers_cli.search.objective import Objective
+from conflayers_cli.search.problem import Task
 from conflayers_cli.search.record import Record
-from conflayers_cli.search.task import Task
-from conflayers_cli.search.texts import Texts
 from tests import tiny
 
 DEPTH = 10

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.errors import InputError
 from conflayers_cli.search import auto as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration
-from conflayers_cli.search.check import Check
-from conflayers_cli.search.greedy import Greedy
 from conflayers_cli.search.objective import Setting
-from conflayers_cli.search.task import SearchResult, Strategy, Task
-from conflayers_cli.search.unified import Unified
-
-from . import planted
+from conflayers_cli.search.problem import SearchResult, Strategy, Task
+from conflayers_cli.search.strategies.greedy import Greedy
+from conflayers_cli.search.strategies.unified import Unified
+from conflayers_cli.search.validate import Check
+from conflayers_cli.skip_plan import SkipPlan
+from tests.search import planted
 
 
 def run(strategies: Sequence[Strategy], budget: float = 1000.0, refine: int = 0) -> Calibration:

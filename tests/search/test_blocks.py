@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search import blocks as module
 from conflayers_cli.search.blocks import Block, Fitter, candidates, neighbours
+from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.ridge import RIDGE, Moments
 from conflayers_cli.search.states import Chunk, Reader
-from conflayers_cli.search.texts import Sample
 from tests import tiny
 
 SIZE, DEPTH = 6, 7

@@ -4,17 +4,17 @@ from itertools import pairwise
 
 import pytest
 
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.draft import SkipDrafter
-from conflayers_cli.engine.mixed import MixedDrafter
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.calibrate import Calibration, calibrate, split_prompts
-from conflayers_cli.search.check import Check, check_by_decoding, drafter_of
-from conflayers_cli.search.conflayers import ConfLayers
 from conflayers_cli.search.objective import PAPER, VANILLA, Setting
-from conflayers_cli.search.task import RangePlan, SearchResult, Task
-from conflayers_cli.search.unified import Unified
+from conflayers_cli.search.problem import RangePlan, SearchResult, Task
+from conflayers_cli.search.strategies.conflayers import ConfLayers
+from conflayers_cli.search.strategies.unified import Unified
+from conflayers_cli.search.validate import Check, check_by_decoding, drafter_of
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 
 CHEAP_DRAFTS = Costs({1: 10.0, 26: 11.0}, floor=0.01, attention=0.01, mlp=0.01, context=256)
@@ -119,8 +119,8 @@ def test_with_lookahead_the_check_drafts_as_far_as_it_pays() -> None:
     task, setting = small_task(), Setting(3, 0.0)
     plan = SkipPlan.of_layers([2])
     fixed, ahead = (drafter_of(task, plan, setting, lookahead=way) for way in (False, True))
-    assert isinstance(fixed, SkipDrafter)
-    assert isinstance(ahead, MixedDrafter) and ahead.name == "skip"
+    assert isinstance(fixed, SkipProposer)
+    assert isinstance(ahead, MixedProposer) and ahead.name == "skip"
     assert drafter_of(task, SkipPlan(), setting, lookahead=True) is None
     (check,) = check_by_decoding(task, [(plan, setting)], (), lookahead=True)
     assert check is not None and check.speedup > 0

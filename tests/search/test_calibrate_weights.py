@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.plan import SkipPlan, Weights
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.search import auto as auto_module
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, calibrate
-from conflayers_cli.search.check import Check
+from conflayers_cli.search.problem import RangePlan, Task
 from conflayers_cli.search.settings import StandInSettings
 from conflayers_cli.search.stand_ins import blocks_of
-from conflayers_cli.search.task import RangePlan, Task
+from conflayers_cli.search.validate import Check
+from conflayers_cli.skip_plan import SkipPlan, Weights
 from tests.search import planted, planted_linear
 from tests.search.test_stand_ins_calibrated import BLOCK, Fixed
 

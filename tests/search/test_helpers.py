@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search.calibrate import Candidate, find
-from conflayers_cli.search.conflayers import ConfLayers
+from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.helpers import Helper
-from conflayers_cli.search.knapsack import Knapsack
 from conflayers_cli.search.objective import Trace
+from conflayers_cli.search.problem import Strategy, Task
 from conflayers_cli.search.record import Entry, Record
-from conflayers_cli.search.task import Strategy, Task
-from conflayers_cli.search.texts import Sample
+from conflayers_cli.search.strategies.conflayers import ConfLayers
+from conflayers_cli.search.strategies.knapsack import Knapsack
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted
 

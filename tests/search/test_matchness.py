@@ -2,9 +2,9 @@
 
 import torch
 
-from conflayers_cli.engine.decode import Generation
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.generation.loop import Generation
 from conflayers_cli.search.matchness import LEAST_WINDOW, matchness, window_of
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
 

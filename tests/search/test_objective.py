@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.plan import SkipPlan
+from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.objective import Objective, Setting, Trace, replay
-from conflayers_cli.search.texts import Sample
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
 COSTS = Costs({1: 10.0, 2: 11.0, 4: 15.0}, floor=1.0, attention=0.5, mlp=0.5, context=256)

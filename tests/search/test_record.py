@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from conflayers_cli.engine.decode import Generation
+from conflayers_cli.generation.loop import Generation
 from conflayers_cli.search.record import Entry, Meter, Outcome, Record
 from tests import tiny
 

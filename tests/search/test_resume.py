@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.tree import GREEDY_SHAPE
-from conflayers_cli.journal import Journal
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.journal_lines import parsed
-from conflayers_cli.search import check as check_module
+from conflayers_cli.search import validate as check_module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, Candidate, calibrate
-from conflayers_cli.search.check import Check
-from conflayers_cli.search.conflayers import ConfLayers
-from conflayers_cli.search.greedy import Greedy
-from conflayers_cli.search.knapsack import Knapsack
+from conflayers_cli.search.journal import Journal
+from conflayers_cli.search.problem import Strategy, Task, Trial
 from conflayers_cli.search.record import Entry, Record
-from conflayers_cli.search.swift import Swift
-from conflayers_cli.search.task import Strategy, Task, Trial
-from conflayers_cli.search.unified import Unified
+from conflayers_cli.search.strategies.conflayers import ConfLayers
+from conflayers_cli.search.strategies.greedy import Greedy
+from conflayers_cli.search.strategies.knapsack import Knapsack
+from conflayers_cli.search.strategies.swift import Swift
+from conflayers_cli.search.strategies.unified import Unified
+from conflayers_cli.search.validate import Check
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 from tests import tiny
 
 # drafts are cheap, so that plans pay; attention grows with the context, so that ranges differ

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from conflayers_cli.engine.costs import Costs
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.plan import SkipPlan
 from conflayers_cli.search import objective as objective_module
 from conflayers_cli.search import stand_ins as module
+from conflayers_cli.search.corpus import MOST_TEXTS, Sample
+from conflayers_cli.search.local_search import Refiner
 from conflayers_cli.search.objective import SAME, Score
-from conflayers_cli.search.refine import Refiner
+from conflayers_cli.search.problem import Task
 from conflayers_cli.search.settings import StandInSettings
 from conflayers_cli.search.stand_ins import Found, blocks_of, find_stand_ins
 from conflayers_cli.search.states import Reader
-from conflayers_cli.search.task import Task
-from conflayers_cli.search.texts import MOST_TEXTS, Sample
+from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted_linear
 

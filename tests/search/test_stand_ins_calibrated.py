@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.engine.costs import Costs
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.journal import Journal
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.journal_lines import parsed
-from conflayers_cli.search import check as check_module
 from conflayers_cli.search import objective as objective_module
 from conflayers_cli.search import stand_ins as module
+from conflayers_cli.search import validate as check_module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, calibrate
-from conflayers_cli.search.check import Check
+from conflayers_cli.search.journal import Journal
 from conflayers_cli.search.objective import Objective, Score, Setting
+from conflayers_cli.search.problem import RangePlan, SearchResult, Task
 from conflayers_cli.search.record import Entry
 from conflayers_cli.search.settings import StandInSettings
 from conflayers_cli.search.stand_ins import blocks_of
-from conflayers_cli.search.task import RangePlan, SearchResult, Task
+from conflayers_cli.search.validate import Check
+from conflayers_cli.skip_plan import SkipPlan
 from tests.search import planted_linear
 from tests.search.planted_linear import IDENTITY, LINEAR
 from tests.search.test_resume import Dying, KilledError, Ticking, close, told

@@ -10,8 +10,8 @@ import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search import states as module
+from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.states import PROMPT_WEIGHT, Chunk, Reader
-from conflayers_cli.search.texts import Sample
 from tests import tiny
 
 CHUNK = 16

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from conflayers_cli.engine.plan import SkipPlan
-from conflayers_cli.search.task import SearchResult, Trial
+from conflayers_cli.search.problem import SearchResult, Trial
 from conflayers_cli.search.tensors import tensors_of, trial_tensors
+from conflayers_cli.skip_plan import SkipPlan
 
 TRIALS = (
     Trial(0, SkipPlan.of_layers([1, 3]), 10, 40, 30, 1.25, "best so far", {"lambda": 0.0}),

@@ -1,0 +1,120 @@
+"""Drafters for Python callers: who drafts, by what they say and without a word on the terminal."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+from conflayers_cli.cli.terminal import notes_to
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
+from conflayers_cli.models.loader import LoadedModel
+from conflayers_cli.profile.schema import Profile
+from conflayers_cli.spec_decode.build import By, Way, drafter_for
+from conflayers_cli.spec_decode.proposer import Proposer
+
+DraftBy: TypeAlias = Literal["skip", "ngram", "mixed", "none"]
+ProfileLike: TypeAlias = "str | Path | Profile"
+
+_FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
+
+
+class Opened(Protocol):
+    """A model with the engine on it."""
+
+    @property
+    def loaded(self) -> LoadedModel: ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def drafters(self) -> dict[Hashable, Proposer | None]:
+        """Those made before, which know what was accepted of their drafts."""
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """Within: the engine may decode."""
+
+
+@contextmanager
+def in_python(stacklevel: int = 4) -> Iterator[None]:
+    """Within: what the command line would note is warned of, and errors name keywords, not flags.
+
+    Args:
+        stacklevel: of the warnings; as it is, they are the caller's of the function with the block.
+    """
+    notes: list[str] = []
+    try:
+        with notes_to(notes.append):
+            yield
+    except ConfLayersError as error:
+        error.args = tuple(in_python_words(str(each)) for each in error.args)
+        raise
+    finally:
+        for note in notes:
+            warnings.warn(in_python_words(note), ConfLayersWarning, stacklevel=stacklevel)
+
+
+def in_python_words(message: str) -> str:
+    """A message with keywords in place of the command line's flags, which have the same names."""
+    return _FLAG.sub(lambda flag: flag[2].replace("-", "_") + "=False" * bool(flag[1]), message)
+
+
+def drafter_of(
+    model: Opened,
+    profile: ProfileLike | None,
+    draft: DraftBy | None,
+    lookahead: bool | None,
+    force: bool,
+    *,
+    tree: bool | None = None,
+    greedy: bool = True,
+    rows: int = 1,
+) -> Proposer | None:
+    """Who drafts, None where nobody does; the same one for the same wishes.
+
+    Args:
+        model: to be at work.
+        profile: a profile or its file.
+        draft: who drafts; None: as the profile says, without one nobody.
+        lookahead, tree, greedy, rows: as for `Way`.
+        force: take a profile of another model of the same depth.
+
+    Raises:
+        InputError: there is no such profile or way, it contradicts itself, or the profile does not
+            fit.
+    """
+    try:
+        by = None if draft is None else By(draft)
+    except ValueError:
+        allowed = ", ".join(each.value for each in By)
+        raise InputError(f"draft {draft!r}: allowed is one of {allowed}") from None
+    way, known = Way(by, lookahead, tree, greedy, rows), model.drafters
+    if profile is None or isinstance(profile, Profile):
+        path, chosen = None if profile is None else Path("the profile"), profile
+        way.check(path)
+    else:
+        path = Path(profile)
+        way.check(path)
+        if (file := (_version(path), way)) in known:  # it needs not be read again
+            return known[file]
+        chosen = Profile.load(path)
+    key = (chosen and chosen.model_dump_json(), way)
+    if key not in known:
+        known[key] = drafter_for(model.loaded, model.decoder, chosen, path, force, way)
+    if chosen is not profile:
+        known[file] = known[key]
+    return known[key]
+
+
+def _version(path: Path) -> tuple[Hashable, ...]:
+    """What tells a file from what it was before; its name alone where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return (path,)
+    return path.absolute(), state.st_ino, state.st_mtime_ns, state.st_size

@@ -1,0 +1,269 @@
+"""The Python API: load a model, generate, stream.
+
+```python
+from conflayers_cli import generate, load
+
+model = load("smollm2-deep")
+print(generate(model, "Why is the sky blue?", "deep.yaml").text)
+```
+
+It says nothing on the terminal: what the command line notes on stderr is a `ConfLayersWarning`
+here, and what it fails with an `InputError` or another `ConfLayersError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Unpack, overload
+
+from conflayers_cli.api.attached_model import borrow
+from conflayers_cli.api.drafters import Opened, ProfileLike, drafter_of, in_python
+from conflayers_cli.api.options import (
+    ManyPrompts,
+    OnePrompt,
+    Options,
+    Settings,
+    as_prompts,
+    is_one,
+    settings_of,
+)
+from conflayers_cli.cli.answering import Machine
+from conflayers_cli.cli.common import (
+    EncodedPrompt,
+    Loading,
+    encode_prompts,
+    open_model,
+    sampling_from,
+)
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.errors import InputError
+from conflayers_cli.generation.generate import Answer, answering
+from conflayers_cli.models.loader import LoadedModel, as_loaded
+from conflayers_cli.prompts import Prompt
+from conflayers_cli.spec_decode.proposer import Proposer
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A model that was loaded for the engine, which keeps it."""
+
+    loaded: LoadedModel
+    decoder: Decoder
+    drafters: dict[Hashable, Proposer | None] = field(default_factory=dict)
+
+    def at_work(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model ready to be decoded with: a handle, nothing needs to be closed.
+
+    Attributes:
+        loaded: the transformers model, its tokenizer, and what is known of them.
+        opened: the engine on it, as it has to be by now.
+    """
+
+    loaded: LoadedModel
+    opened: Callable[[], Opened] = field(repr=False)
+
+
+def load(
+    model: str | Any,
+    *,
+    tokenizer: Any = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    exact: bool = True,
+    compiled: bool = False,
+    device_map: str | None = None,
+    quantize: str | None = None,
+    merge_adapter: bool | None = None,
+    trust_remote_code: bool = False,
+    in_place: bool = False,
+) -> Model:
+    """A model by its name, or the engine on one that is loaded already.
+
+    Args:
+        model: ``smollm2``, ``smollm2-deep``, a folder, a GGUF file or a Hugging Face id; or a
+            transformers causal language model, or a `PeftModel` of one. Such a one stays where it
+            is, in its dtype, and is as it was whenever nothing is being decoded (see `Borrowed`).
+        tokenizer: of a transformers model; not to be given otherwise.
+        device, dtype, device_map, quantize, merge_adapter, trust_remote_code: as for `load_model`.
+        exact: half-precision passes give a token the same bits whatever is checked beside it.
+        compiled: compile the layers, where steps then are quicker; the bits are given up.
+        in_place: don't hold a given model's weights twice, see `Borrowed`.
+
+    Raises:
+        InputError: there is no such model, or it can't be decoded exactly.
+        ConfLayersError: it does not fit into the memory.
+    """
+    with in_python():
+        if not isinstance(model, str):
+            if tokenizer is None:
+                raise InputError("tokenizer: is needed with a model that is loaded already")
+            borrowing = partial(borrow, model, exact=exact, in_place=in_place)
+            known = borrowing().loaded
+            return Model(as_loaded(model, tokenizer, known.name, known.dtype_reason), borrowing)
+        if tokenizer is not None:
+            raise InputError("tokenizer: comes with the model; give both loaded, or a name alone")
+        how = Loading(
+            *(device, dtype, trust_remote_code, exact),
+            *(device_map, compiled, quantize, merge_adapter),
+        )
+        owned = _Owned(*open_model(model, how))
+        return Model(owned.loaded, lambda: owned)
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+    model: Model,
+    prompt: OnePrompt,
+    profile: ProfileLike | None = None,
+    **options: Unpack[Options],
+) -> Answer: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: ManyPrompts,
+    profile: ProfileLike | None = None,
+    **options: Unpack[Options],
+) -> list[Answer]: ...
+
+
+def generate(
+    model: Model,
+    prompt: OnePrompt | ManyPrompts,
+    profile: ProfileLike | None = None,
+    **options: Unpack[Options],
+) -> Answer | list[Answer]:
+    """Decode one prompt, or several, to the end.
+
+    Args:
+        model: from `load`.
+        prompt: a text, a chat, or a list of either. A text is put into the model's chat template,
+            if it has one, unless ``raw``.
+        profile: what `calibrate` wrote, or its file; None: nobody drafts unless ``draft`` says so.
+        options: see `Settings`.
+
+    Returns:
+        The answer; for a list of prompts a list of answers in their order.
+
+    Raises:
+        InputError: wrong options, a prompt that can't be read or is too long, a profile of another
+            model.
+        ConfLayersError: a failure while decoding.
+    """
+    settings = settings_of(options)
+    prompts = as_prompts(prompt)
+    with in_python():
+        opened = model.opened()
+        with opened.at_work():
+            machine, encoded = _prepared(model, opened, prompts, profile, settings)
+            done = dict(machine.answers(encoded))
+    answers = [done[number] for number in range(len(prompts))]
+    return answers[0] if is_one(prompt) else answers
+
+
+class Stream(Iterator[str]):
+    """An answer's text, piece by piece, none of them empty; they add up to the text.
+
+    Whoever has had enough stops asking; the model can be used again at once.
+
+    Attributes:
+        answer: the whole answer, once the last piece was given; None before.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.answer = self.answer or end.value
+            raise
+
+    def close(self) -> None:
+        """Decode no further."""
+        self._pieces.close()
+
+
+def stream(
+    model: Model,
+    prompt: OnePrompt,
+    profile: ProfileLike | None = None,
+    **options: Unpack[Options],
+) -> Stream:
+    """Decode a prompt while its text is read.
+
+    Args:
+        model, prompt, profile, options: as for `generate`, for one prompt.
+
+    Raises:
+        InputError, ConfLayersError: as `generate`; what is wrong with the arguments at once.
+    """
+    settings = settings_of(options)
+    if not is_one(prompt):
+        raise InputError("stream: takes one prompt, generate takes a list")
+    with in_python():
+        opened = model.opened()
+        with opened.at_work():
+            machine, (encoded,) = _prepared(model, opened, as_prompts(prompt), profile, settings)
+
+    def pieces() -> Generator[str, None, Answer]:
+        with opened.at_work():
+            return (
+                yield from answering(
+                    *(machine.decoder, machine.loaded.tokenizer, encoded.tokens),
+                    max_new_tokens=encoded.max_new_tokens,
+                    sampling=machine.sampling,
+                    drafter=machine.drafter,
+                    end_tokens=machine.loaded.end_tokens,
+                    stops=machine.stops,
+                )
+            )
+
+    return Stream(pieces())
+
+
+def _prepared(
+    model: Model,
+    opened: Opened,
+    prompts: Sequence[Prompt],
+    profile: ProfileLike | None,
+    settings: Settings,
+) -> tuple[Machine, list[EncodedPrompt]]:
+    """Who answers, and the prompts as the model gets them."""
+    sampling = sampling_from(
+        settings.temperature,
+        settings.top_p,
+        settings.top_k,
+        settings.min_p,
+        settings.repetition_penalty,
+        settings.seed,
+    )
+    stops = settings.stops
+    encoded = encode_prompts(
+        model.loaded,
+        prompts,
+        system=settings.system,
+        raw=settings.raw,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    drafter = drafter_of(
+        *(opened, profile, settings.draft, settings.lookahead, settings.force),
+        tree=settings.tree,
+        greedy=sampling.greedy,
+        rows=settings.batch_size,
+    )
+    machine = Machine(
+        *(model.loaded, opened.decoder, drafter, sampling, stops), batch_size=settings.batch_size
+    )
+    return machine, encoded

@@ -1,0 +1,192 @@
+"""A bench as files for other tools: Markdown, CSV, and what github-action-benchmark reads."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from conflayers_cli.bench.comparison import Comparison
+from conflayers_cli.bench.schema import OWN, SPECULATIVE, VANILLA, BenchDocument
+from conflayers_cli.bench.tables import (
+    arm_rows,
+    category_rows,
+    closing,
+    comparison_rows,
+    headline,
+    label,
+)
+from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.utils.distributed import is_first
+from conflayers_cli.utils.files import check_target, write_json
+from conflayers_cli.utils.statistics import Interval
+
+BIGGER, SMALLER = "customBiggerIsBetter.json", "customSmallerIsBetter.json"
+"""Named after the action's ``tool`` that reads each."""
+_MARKDOWN = re.compile(r"^[-+]|[\\`*_\[\]#|~]")
+CSV_COLUMNS = (
+    *("prompt", "category", "arm", "run", "tokens_per_second"),
+    *("prompt_tokens", "tokens", "drafted", "accepted"),
+)
+
+
+def markdown(bench: BenchDocument, comparison: Comparison | None = None) -> str:
+    """The terminal's tables as GitHub's Markdown, and what the bench ran with below them."""
+    parts = [f"### {_escaped(headline(bench))}", _table(arm_rows(bench))]
+    if len(bench.categories) > 1:
+        parts.append(_table(category_rows(bench)))
+    parts.append("\n".join(f"- {_escaped(line.strip())}" for line in closing(bench)))
+    if comparison:
+        parts += [f"#### {_escaped(comparison.headline)}", _table(comparison_rows(comparison))]
+        parts.append("\n".join(f"- {_escaped(line)}" for line in comparison.remarks))
+    ran = {**bench.environment, "device": bench.device, "dtype": bench.dtype}
+    ran = {key: value for key, value in ran.items() if value is not None}
+    listed = "\n".join(f"- {_escaped(key)}: {_escaped(str(ran[key]))}" for key in ran)
+    parts.append(f"<details><summary>Measured with</summary>\n\n{listed}\n\n</details>")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    heading, *body = rows
+    rule = ("---", *["---:"] * (len(heading) - 1))
+    lines = [tuple(map(_escaped, heading)), rule, *(tuple(map(_escaped, row)) for row in body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return html.escape(_MARKDOWN.sub(r"\\\g<0>", label(text)), quote=False)
+
+
+def csv_text(bench: BenchDocument) -> str:
+    """A line for every prompt (or queue of prompts decoded together), arm and run.
+
+    Counts are those of the speculative arm's first run; a queue has none.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for prompt in bench.prompts:
+        counts = (prompt.prompt_tokens, prompt.tokens, prompt.drafted, prompt.accepted)
+        for arm, run, speed in _runs(prompt.tokens_per_second):
+            drafts = counts if arm == SPECULATIVE else (*counts[:1], "", "", "")
+            writer.writerow((prompt.id, prompt.category or "", arm, run, speed, *drafts))
+    for queue in bench.queues:
+        for arm, run, speed in _runs(queue.tokens_per_second):
+            writer.writerow((queue.prompts, "", arm, run, speed, "", "", "", ""))
+    return out.getvalue()
+
+
+def _runs(speeds: dict[str, list[float | None]]) -> Iterable[tuple[str, int, float | str]]:
+    for arm, of_arm in speeds.items():
+        for number, speed in enumerate(of_arm, 1):
+            yield arm, number, "" if speed is None else speed
+
+
+def github(bench: BenchDocument) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Entries of github-action-benchmark: those where more is better, those where less is.
+
+    Source: its README, "Run this action with a custom benchmark": an array of objects with name,
+    unit, value and, where known, range and extra.
+    """
+    extra = headline(bench)
+    speculative = bench.speculative
+    bigger = [
+        _entry("speed-up over vanilla", "×", bench.speedup.value, extra),
+        *(
+            _entry(f"decoding, {label(name)}", "tokens/s", _speed(bench, name), extra)
+            for name in bench.arms
+        ),
+        _entry("accepted drafts", "%", _alone(speculative.acceptance_rate, 100), extra),
+        _entry("tokens per step", "tokens", _alone(speculative.tokens_per_step), extra),
+    ]
+    waits = {name: bench.arms[name].time_to_first_token_s for name in (VANILLA, SPECULATIVE)}
+    peaks = {name: arm.peak_memory_bytes for name, arm in bench.arms.items() if name in OWN}
+    smaller = [
+        *(
+            _entry(f"first token, {name}", "ms", _alone(wait, 1000), extra)
+            for name, wait in waits.items()
+        ),
+        *(
+            _entry(f"peak memory over the weights, {name}", "MiB", _alone(peak, 2**-20), extra)
+            for name, peak in peaks.items()
+        ),
+    ]
+    return [entry for entry in bigger if entry], [entry for entry in smaller if entry]
+
+
+def _alone(value: float | None, scale: float = 1.0) -> Interval:
+    return Interval(None if value is None else value * scale, None, None)
+
+
+def _speed(bench: BenchDocument, arm: str) -> Interval:
+    speed = bench.arms[arm].tokens_per_second
+    return Interval(speed.median, speed.min, speed.max)
+
+
+def _entry(name: str, unit: str, figure: Interval, extra: str) -> dict[str, Any]:
+    """One figure; nothing where it is not known, since the action takes only numbers."""
+    if figure.median is None:
+        return {}
+    entry: dict[str, Any] = {"name": name, "unit": unit, "value": round(figure.median, 4)}
+    if figure.low is not None and figure.high is not None:
+        entry["range"] = f"{figure.low:.4g}–{figure.high:.4g}"
+    return {**entry, "extra": extra}
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that neither is there nor can be made in one that is.
+
+    Raises:
+        InputError: its parent does not exist, or it is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file, a folder is needed")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.resolve().parent} does not exist")
+    for name in (BIGGER, SMALLER) if path.is_dir() else ():
+        check_target(path / name)
+
+
+def write_github(folder: Path, bench: BenchDocument) -> None:
+    """Write both arrays into a folder, which is made if need be.
+
+    Raises:
+        InputError, ConfLayersError: as `check_folder` and `write_json`.
+    """
+    check_folder(folder)
+    if not is_first():
+        return
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfLayersError(f"{folder}: can't be made: {error.strerror or error}") from error
+    for name, entries in zip((BIGGER, SMALLER), github(bench), strict=True):
+        write_json(folder / name, entries)
+
+
+def append_step_summary(text: str) -> None:
+    """Add Markdown to the page of a GitHub job's step, where there is one: all of it or nothing.
+
+    Raises:
+        ConfLayersError: it can't be written.
+    """
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path or not is_first():
+        return
+    try:
+        with Path(path).open("ab", buffering=0) as file:  # an append is then one write
+            before = os.fstat(file.fileno()).st_size
+            data = f"{text}\n".encode()
+            if file.write(data) != len(data):
+                file.truncate(before)
+                raise OSError("the disk is full")
+    except OSError as error:
+        raise ConfLayersError(
+            f"GITHUB_STEP_SUMMARY: {path}: can't be written: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,173 @@
+"""What transformers itself offers, as arms of a bench: `generate`, plain or drafting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.errors import InputError
+from conflayers_cli.generation.generate import Summary
+from conflayers_cli.models.builtin import quiet_transformers
+from conflayers_cli.sampling_params import SamplingParams
+
+PEERS: Mapping[str, Callable[[int], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "transformers": lambda depth: {},
+        "transformers-static": lambda depth: {"cache_implementation": "static"},
+        "prompt-lookup": lambda depth: {"prompt_lookup_num_tokens": 10},
+        "early-exit": lambda depth: {"assistant_early_exit": max(depth // 2, 1)},
+    }
+)
+"""By name: what they add to the settings of `generate`, for a model of so many layers."""
+
+# What transformers raises where a model can't be decoded in one of its ways.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class TransformersArm:
+    """``model.generate`` of transformers, as a user would call it, with the same settings.
+
+    Attributes:
+        decoder: the model.
+        sampling: how tokens are chosen.
+        end_tokens: ids that end an output.
+        name: the arm's.
+        more: what else `generate` is to be told.
+    """
+
+    decoder: Decoder
+    sampling: SamplingParams
+    end_tokens: frozenset[int]
+    name: str = "transformers"
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def peer(
+        cls, name: str, decoder: Decoder, sampling: SamplingParams, end_tokens: frozenset[int]
+    ) -> TransformersArm:
+        """One of :data:`PEERS`."""
+        return cls(decoder, sampling, end_tokens, name, PEERS[name](decoder.depth))
+
+    def run(self, case: Case) -> Run:
+        """Decode the prompt once.
+
+        The model has its plain weights meanwhile; getting them back is not part of the times.
+
+        Raises:
+            InputError: transformers can't decode this model in this way.
+        """
+        device = self.decoder.device
+        prompt = torch.tensor([case.tokens], device=device)
+        packed = _weight_bytes(self.decoder.model)
+        with self.decoder.plain() as model, _own_settings(model), _seeded(case.seed, device):
+            twice = _weight_bytes(model) - packed
+            stopwatch = _Stopwatch(device, len(case.tokens))
+            try:
+                output = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=self._config(case.max_new_tokens),
+                    stopping_criteria=StoppingCriteriaList([stopwatch]),
+                )
+            except _FAILURES as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(
+                    f"{self.name}: transformers can't decode this model so: {reason}"
+                ) from error
+        tokens = tuple(output[0, len(case.tokens) :].tolist())
+        return Run(tokens, stopwatch.summary(), weights_twice_bytes=twice)
+
+    def _config(self, max_new_tokens: int) -> Any:
+        settings = self.sampling
+        ends = sorted(self.end_tokens)
+        config: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": not settings.greedy,
+            "repetition_penalty": settings.repetition_penalty,
+            "eos_token_id": ends or None,
+            "pad_token_id": ends[0] if ends else 0,
+        }
+        if not settings.greedy:
+            config |= {
+                "temperature": settings.temperature,
+                "top_k": settings.top_k or 0,  # 50 would be the default
+                "top_p": 1.0 if settings.top_p is None else settings.top_p,
+                "min_p": settings.min_p,
+            }
+        return GenerationConfig(**config, **self.more)
+
+
+class _Stopwatch(StoppingCriteria):
+    """Notes time and length behind every step, which may give several tokens; stops nothing.
+
+    Drafts are made by calls of `generate` within `generate`, which are not given it.
+    """
+
+    def __init__(self, device: torch.device, prompt_length: int) -> None:
+        self._device = device
+        self._lengths = [prompt_length]
+        self._times = [clock(device)]
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self._times.append(clock(self._device))
+        self._lengths.append(input_ids.shape[1])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def summary(self) -> Summary:
+        """The first step reads the prompt, whatever it drafts; the others are decoding."""
+        return Summary(
+            prefill_seconds=self._times[1] - self._times[0],
+            decode_seconds=self._times[-1] - self._times[1],
+            tokens=self._lengths[-1] - self._lengths[0],
+            decode_tokens=self._lengths[-1] - self._lengths[1],
+            steps=len(self._times) - 2,
+        )
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Within: the model has no generation settings of its own, which would fill in for ours.
+
+    Early exit changes the depth in the model's configuration and, should it fail, leaves it so.
+    """
+    kept, config = model.generation_config, model.config.get_text_config()
+    depth = config.num_hidden_layers
+    model.generation_config = GenerationConfig()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        model.generation_config = kept
+        config.num_hidden_layers = depth
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within: torch's own random numbers start from ``seed``; they go on as before behind it."""
+    devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

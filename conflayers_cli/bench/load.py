@@ -1,0 +1,106 @@
+"""A bench's document from a file: what is not one is told in one line that names the place."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from conflayers_cli.bench.schema import SCHEMA_VERSION, BenchDocument
+from conflayers_cli.errors import InputError
+from conflayers_cli.prompts import read_text
+from conflayers_cli.utils.yaml import first_problem, shown
+
+MAX_BYTES = 64 * 2**20
+"""A document of 10,000 prompts and 5 runs has a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench's document: as it is, and checked.
+
+    Attributes:
+        raw: all keys, to be passed on.
+        checked: what is read of them.
+    """
+
+    raw: dict[str, Any]
+    checked: BenchDocument
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Bench:
+        """A document just made.
+
+        Raises:
+            ValidationError: it isn't what it should be.
+        """
+        return cls(document, BenchDocument.model_validate(document))
+
+    @classmethod
+    def load(cls, path: Path) -> Bench:
+        """A stored document.
+
+        Raises:
+            InputError: the file can't be read, is larger than `MAX_BYTES`, is not JSON, or is not a
+                bench's document of this schema version. One line, which names the place.
+        """
+        document = _parse(read_text(path, MAX_BYTES), path)
+        _check_version(document, path)
+        try:
+            return cls.of(document)
+        except ValidationError as error:
+            problem = first_problem(error, BenchDocument).removeprefix(": ")
+            raise InputError(f"{path}: {problem}") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """JSON with what no document of ours has refused: infinities, and halves of characters."""
+    try:
+        document = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        text.encode()
+        json.dumps(document, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg[:1].lower()}{error.msg[1:]}"
+        raise InputError(
+            f"{path}:{error.lineno}: is not valid JSON: {problem} (column {error.colno})"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: has half a surrogate pair, which is no text") from None
+    except ValueError:
+        raise InputError(f"{path}: has a number that is none or has too many digits") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: is no result of 'conflayers bench': {shown(document)}")
+    return document
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse(digits)
+
+
+def _check_version(document: dict[str, Any], path: Path) -> None:
+    version = document.get("schema_version")
+    if not isinstance(version, int) or "arms" not in document:
+        raise InputError(
+            f"{path}: is no result of 'conflayers bench' (its --export-json or --json)"
+        )
+    if version < SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version {shown(version)} has no figures of single prompts; measure it "
+            "again with this version"
+        )
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version {shown(version)} is newer than what is read here "
+            f"({SCHEMA_VERSION}); use a newer conflayers"
+        )

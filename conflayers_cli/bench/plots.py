@@ -1,0 +1,216 @@
+"""A bench as a picture: speeds by category, acceptance by place in the draft, a token's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import scipy.stats
+
+from conflayers_cli.bench.schema import SPECULATIVE, VANILLA, BenchDocument, PromptPart, QueuePart
+from conflayers_cli.bench.tables import label
+from conflayers_cli.utils.plotting import GREEN, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW, Theme
+from conflayers_cli.utils.statistics import LEAST_RATIOS, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALL = "all prompts"
+MOST_CATEGORIES = 24
+LONGEST_NAME = 16
+MOST_PLACES = 30
+_ROW, _LINES, _BARS, _AROUND = 0.24, 1.25, 0.55, 0.62
+"""Inches: a category, the lines, the bars, and what stands around a panel's data."""
+_DRAFTERS = {"skip": 0, "ngram": 1}
+"""Always drawn alike, whoever drafted first."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def bench_figure(bench: BenchDocument, theme: Theme) -> Figure:
+    """The picture of a bench; panels for which it has no figures are left out.
+
+    To be called with the style of :mod:`conflayers_cli.utils.plotting` in force.
+    """
+    from matplotlib.figure import Figure
+
+    rows = _speeds(bench)
+    panels: list[tuple[float, Callable[[Axes], None]]] = [
+        (_ROW * max(2, len(rows)), lambda axes: _draw_speeds(axes, bench, rows, theme))
+    ]
+    if any(any(part.drafted) for part in bench.speculative.by_position.values()):
+        panels.append((_LINES, lambda axes: _draw_positions(axes, bench, theme)))
+    if _times(bench):
+        panels.append((_BARS, lambda axes: _draw_times(axes, bench, theme)))
+    heights = [height + _AROUND for height, _ in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
+    for place, (_, draw) in enumerate(panels):
+        draw(figure.add_subplot(grid[place]))
+    return figure
+
+
+def _speeds(bench: BenchDocument) -> dict[str, dict[str, Interval]]:
+    """Tokens per second and their intervals, by category and arm; all prompts come last."""
+    groups: dict[str, Sequence[PromptPart | QueuePart]] = {}
+    names = list(bench.categories)[:MOST_CATEGORIES] if len(bench.categories) > 1 else []
+    for name in names:
+        groups[_short(name)] = [prompt for prompt in bench.prompts if prompt.category == name]
+    groups[ALL] = bench.timed
+    return {
+        name: {arm: speed_interval(group, arm) for arm in bench.arms}
+        for name, group in groups.items()
+    }
+
+
+def speed_interval(timed: Sequence[PromptPart | QueuePart], arm: str) -> Interval:
+    """The median tokens per second of some prompts, as tables have it, with its 95 % interval.
+
+    It is over the prompts' own medians; where there are fewer than `LEAST_RATIOS` prompts, the
+    interval is over all runs. Where queues of prompts were timed, both are.
+    """
+    runs = [[speed for speed in each.tokens_per_second.get(arm, ()) if speed] for each in timed]
+    medians = [middle for of_one in runs if (middle := Interval.of(of_one).median)]
+    together = any(isinstance(each, QueuePart) for each in timed)
+    pooled = Interval.of([speed for of_one in runs for speed in of_one])
+    if together:
+        return pooled
+    whole = Interval.of(medians)
+    if len(medians) >= LEAST_RATIOS or whole.median is None or pooled.low is None:
+        return whole
+    high = pooled.low if pooled.high is None else pooled.high
+    return Interval(whole.median, min(pooled.low, whole.median), max(high, whole.median))
+
+
+def _draw_speeds(
+    axes: Axes, bench: BenchDocument, rows: dict[str, dict[str, Interval]], theme: Theme
+) -> None:
+    arms = list(bench.arms)
+    step = min(0.32, 0.6 / max(1, len(arms) - 1))  # nearer to one another than to the next row
+    for number, arm in enumerate(arms):
+        colour = _arm_colour(arm, number, theme)
+        shift = (number - (len(arms) - 1) / 2) * step
+        for row, (name, by_arm) in enumerate(rows.items()):
+            figure = by_arm[arm]
+            if figure.median is None:
+                continue
+            y = row + shift
+            if figure.low is not None and figure.high is not None:
+                axes.plot([figure.low, figure.high], [y, y], color=colour, linewidth=1.4)
+            axes.plot(
+                *([figure.median], [y]),
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=colour,
+                markerfacecolor=theme.paper if arm == VANILLA else colour,
+                markersize=4,
+                linestyle="none",
+                label=label(arm) if name == ALL else None,
+            )
+    if len(rows) > 1:
+        axes.axhline(len(rows) - 1.5, color=theme.grid, linewidth=0.6)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("tokens/s (median, 95 % interval)")
+    _head(axes, "Decoding speed", columns=min(3, len(arms)))
+
+
+def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    counted = bench.speculative.by_position.items()
+    drafters = {name: part for name, part in counted if any(part.drafted)}
+    order = sorted(drafters, key=lambda name: _DRAFTERS.get(name, len(_DRAFTERS)))
+    for number, name in enumerate(order):
+        part = drafters[name]
+        places, rates, below, above = [], [], [], []
+        for place, (kept, drafted) in enumerate(zip(part.accepted, part.drafted, strict=True), 1):
+            if not drafted or place > MOST_PLACES:
+                continue
+            interval = scipy.stats.binomtest(kept, drafted).proportion_ci(method="wilson")
+            rate = 100 * kept / drafted
+            places.append(place + (number - (len(drafters) - 1) / 2) * 0.16)
+            rates.append(rate)
+            below.append(max(0.0, rate - 100 * float(interval.low)))
+            above.append(max(0.0, 100 * float(interval.high) - rate))
+        colour = {"skip": theme.blue, "ngram": ORANGE}.get(name, (GREEN, VERMILLION)[number % 2])
+        axes.errorbar(
+            *(places, rates, [below, above]),
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=3.5,
+            linewidth=1.2,
+            elinewidth=0.7,
+            linestyle=("-", "--", ":")[number % 3],
+            color=colour,
+            label=label(name),
+        )
+    axes.set_ylim(0, 105)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    axes.set_xlabel("place in the draft")
+    axes.set_ylabel("accepted (%)")
+    _head(axes, "Accepted drafts", columns=len(drafters))
+
+
+def _times(bench: BenchDocument) -> dict[str, tuple[float, float]]:
+    """Milliseconds of a token, drafting and verifying, by arm; empty where nobody drafted."""
+    parts = {name: bench.arms[name].decoding for name in (SPECULATIVE, VANILLA)}
+    return {
+        name: (1000 * part.draft_seconds / part.tokens, 1000 * part.verify_seconds / part.tokens)
+        for name, part in parts.items()
+        if part is not None and part.tokens
+    }
+
+
+def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
+    times = _times(bench)
+    names = list(times)
+    drafting = [times[name][0] for name in names]
+    verifying = [times[name][1] for name in names]
+    axes.barh(
+        *(names, drafting, 0.6),
+        color=ORANGE,
+        edgecolor=theme.paper,
+        hatch="////",
+        label="drafting",
+    )
+    axes.barh(names, verifying, 0.6, left=drafting, color=theme.blue, label="full passes")
+    for row, name in enumerate(names):
+        total = sum(times[name])
+        behind = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}
+        axes.annotate(
+            *(f"{total:.1f}", (total, row)),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            bbox=behind,
+        )
+    axes.set_xlim(0, max(sum(time) for time in times.values()) * 1.16 or 1.0)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("milliseconds per token")
+    _head(axes, "Where a token's time goes", columns=2)
+
+
+def _head(axes: Axes, title: str, columns: int) -> None:
+    """A title, and the legend between it and the data."""
+    handles, _ = axes.get_legend_handles_labels()
+    lines = -(-len(handles) // columns)
+    axes.set_title(title, pad=4 + 11 * lines)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.0)
+
+
+def _arm_colour(arm: str, number: int, theme: Theme) -> str:
+    if arm == VANILLA:
+        return theme.grey
+    if arm == SPECULATIVE:
+        return theme.blue
+    return (GREEN, VERMILLION, PURPLE, ORANGE, YELLOW)[number % 5]
+
+
+def _short(name: str) -> str:
+    shown = label(name)
+    return shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"

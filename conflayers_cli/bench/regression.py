@@ -1,0 +1,288 @@
+"""A bench against an earlier one: what changed, and whether that is a regression.
+
+Speeds are compared prompt by prompt, as ratios of new over old, so that what makes one prompt
+quicker than another cancels out (see :class:`conflayers_cli.utils.statistics.Change`). By default the speed-up over
+vanilla is judged: vanilla ran by turns with it in the same process, so that a slower machine, or
+one that is busy, cancels out, too. Tokens per second have no such partner.
+
+**The rule.** A figure is a regression where new/old is under 1 − tolerance *and* its 95 % interval
+lies below 1. Noise alone then fails a job less than one time in forty, whatever the tolerance; and
+a drop beyond the tolerance is not excused by an interval that merely reaches up to it. What is
+under the tolerance by an interval that includes 1 is "unclear": told, and no failure. Counts that
+come out the same in every run have no interval: under the tolerance is a regression.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from conflayers_cli.bench.comparison import Comparison, Row, Verdict
+from conflayers_cli.bench.metrics import TOLERANCE, Judged
+from conflayers_cli.bench.schema import SPECULATIVE, VANILLA, BenchDocument, PromptPart, QueuePart
+from conflayers_cli.errors import InputError
+from conflayers_cli.utils.statistics import CONFIDENCE, LEAST_RATIOS, Change
+from conflayers_cli.utils.yaml import shown
+
+_SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize")
+"""Settings that decide what is decoded; others decide how, which one may want to compare."""
+_SAME_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MACHINE = ("processor", "gpu", "threads", "platform")
+_SOFTWARE = ("conflayers", "torch", "transformers", "python")
+_HOW = ("exact", "compile", "device_map", "merge_adapter")
+_DRAFTING = ("skip", "draft", "ranges", "draft_by", "lookahead", "tree", "target_speedup")
+
+
+def compare(
+    new: BenchDocument,
+    old: BenchDocument,
+    name: str,
+    *,
+    tolerance: float = TOLERANCE,
+    judged: Sequence[Judged] | None = None,
+) -> Comparison:
+    """Compare a bench with an earlier one of the same model and, at least in part, prompts.
+
+    Args:
+        new, old: the two.
+        name: the old one's, for messages.
+        tolerance: the share by which a figure may be lower, from 0 to under 1.
+        judged: what a regression is judged by; None: the speed-up and, where drafts depend on
+            nothing that is measured, acceptance.
+
+    Raises:
+        InputError: they are of different models, work or prompts, or tokens per second are to be
+            judged on different machines.
+    """
+    ours = [prompt.sha256 for prompt in new.prompts]
+    check_comparable(old, name, new.model, new.model_hash, new.settings, ours)
+    repeatable = all(bench.settings.get("repeatable_drafts") is True for bench in (new, old))
+    same_machine = not _differing(_machine(new), _machine(old))
+    if judged is None:
+        judged = [Judged.SPEEDUP, *([Judged.ACCEPTANCE] if repeatable else [])]
+    if Judged.SPEED in judged and not same_machine:
+        raise InputError(
+            f"--judge speed: {name} was measured on another machine, and tokens per second of two "
+            "machines can't be compared"
+        )
+    pairs = _paired(new, old)
+    if new.queues or old.queues or len(pairs) == 1:
+        speedup = Change.unpaired(*(_run_ratios(bench, pairs, i) for i, bench in _both(new, old)))
+        speed = Change.unpaired(*(_run_speeds(bench, pairs, i) for i, bench in _both(new, old)))
+    else:
+        speedup = _paired_change(pairs, _speedup)
+        speed = _paired_change(pairs, _speed)
+    changes = {
+        Judged.SPEEDUP: speedup,
+        Judged.ACCEPTANCE: _acceptance(pairs, certain=repeatable),
+        Judged.SPEED: speed,
+    }
+    rows = tuple(
+        Row(
+            which,
+            change,
+            verdict_of(change, tolerance, certain=repeatable and which is Judged.ACCEPTANCE),
+            which in judged,
+        )
+        for which, change in changes.items()
+    )
+    remarks = tuple(_remarks(new, old, len(pairs), rows, repeatable))
+    return Comparison(name, len(pairs), tolerance, rows, remarks)
+
+
+Pair = tuple[PromptPart, PromptPart]
+Timed = Sequence[PromptPart | QueuePart]
+
+
+def _both(new: BenchDocument, old: BenchDocument) -> Iterable[tuple[int, BenchDocument]]:
+    return enumerate((new, old))
+
+
+def check_comparable(
+    old: BenchDocument,
+    name: str,
+    model: str,
+    model_hash: str,
+    settings: Mapping[str, Any],
+    prompts: Sequence[str],
+) -> None:
+    """Refuse to compare what has nothing to do with an earlier bench.
+
+    Args:
+        old, name: the earlier one, and its name for messages.
+        model, model_hash, settings: of the other one, as its document has them.
+        prompts: SHA-256 of what its prompts say.
+
+    Raises:
+        InputError: they are of different models, work or prompts.
+    """
+    if model_hash != old.model_hash:
+        raise InputError(
+            f"{name}: is of another model ({old.model}, configuration {old.model_hash}; this is "
+            f"{model}, {model_hash})"
+        )
+    ours, theirs = _work(settings), _work(old.settings)
+    if different := _differing(ours, theirs):
+        told = ", ".join(f"{k} {shown(theirs[k])} (this: {shown(ours[k])})" for k in different)
+        raise InputError(f"{name}: was measured with other settings: {told}")
+    there = [prompt.sha256 for prompt in old.prompts]
+    if not set(prompts) & set(there):
+        raise InputError(f"{name}: was measured with other prompts, none of them is the same")
+    if ours["batch_size"] != 1 and sorted(prompts) != sorted(there):
+        raise InputError(f"{name}: was measured with other prompts, and they decode together")
+
+
+def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
+    sampling = settings.get("sampling")
+    sampling = sampling if isinstance(sampling, dict) else {}
+    return {
+        **{key: settings.get(key) for key in _SAME_WORK},
+        **{key: sampling.get(key) for key in _SAME_SAMPLING},
+    }
+
+
+def _machine(bench: BenchDocument) -> dict[str, Any]:
+    known = {key: bench.environment.get(key) for key in _MACHINE}
+    return {"device": bench.device, "dtype": bench.dtype, **known}
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in one if one[key] != other[key]]
+
+
+def _paired(new: BenchDocument, old: BenchDocument) -> list[Pair]:
+    """The prompts that both have, by what they say; the n-th of equal ones with the n-th."""
+    there = _keyed(old.prompts)
+    return [(prompt, there[key]) for key, prompt in _keyed(new.prompts).items() if key in there]
+
+
+def _keyed(prompts: Sequence[PromptPart]) -> dict[tuple[str, int], PromptPart]:
+    seen: Counter[str] = Counter()
+    found = {}
+    for prompt in prompts:
+        found[prompt.sha256, seen[prompt.sha256]] = prompt
+        seen[prompt.sha256] += 1
+    return found
+
+
+def _middle(prompt: PromptPart, arm: str) -> float | None:
+    """Median tokens per second of the runs."""
+    speeds = [speed for speed in prompt.tokens_per_second.get(arm, ()) if speed]
+    return statistics.median(speeds) if speeds else None
+
+
+def _speed(prompt: PromptPart) -> float | None:
+    return _middle(prompt, SPECULATIVE)
+
+
+def _speedup(prompt: PromptPart) -> float | None:
+    ours, theirs = _middle(prompt, SPECULATIVE), _middle(prompt, VANILLA)
+    return ours / theirs if ours and theirs else None
+
+
+def _paired_change(pairs: Sequence[Pair], figure: Callable[[PromptPart], float | None]) -> Change:
+    figures = [(figure(one), figure(other)) for one, other in pairs]
+    both = [(one, other) for one, other in figures if one and other]
+    return Change.paired([one for one, _ in both], [other for _, other in both])
+
+
+def _run_speeds(bench: BenchDocument, pairs: Sequence[Pair], side: int) -> list[float]:
+    """Of single runs of queues, or of the only prompt."""
+    timed: Timed = bench.queues or [pair[side] for pair in pairs]
+    return [
+        speed for each in timed for speed in each.tokens_per_second.get(SPECULATIVE, ()) if speed
+    ]
+
+
+def _run_ratios(bench: BenchDocument, pairs: Sequence[Pair], side: int) -> list[float]:
+    """The same over vanilla's runs that took place beside them."""
+    timed: Timed = bench.queues or [pair[side] for pair in pairs]
+    runs = (
+        zip(*(each.tokens_per_second.get(arm, ()) for arm in (SPECULATIVE, VANILLA)), strict=False)
+        for each in timed
+    )
+    return [ours / theirs for both in runs for ours, theirs in both if ours and theirs]
+
+
+def _acceptance(pairs: Sequence[Pair], *, certain: bool) -> Change:
+    """Of all drafts together; its interval, where there is one, by a bootstrap over prompts."""
+    counts = np.array(
+        [(n.accepted, n.drafted, o.accepted, o.drafted) for n, o in pairs], dtype=np.float64
+    )
+    kept, drafted, kept_before, drafted_before = counts.sum(axis=0)
+    new = float(kept / drafted) if drafted else None
+    old = float(kept_before / drafted_before) if drafted_before else None
+    if new is None or not old:
+        return Change(old, new, None)
+    if certain or len(pairs) < LEAST_RATIOS:
+        return Change(old, new, new / old)
+    found = scipy.stats.bootstrap(
+        tuple(counts.T),
+        _ratio_of_rates,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    known = bool(np.isfinite([found.low, found.high]).all())  # not where a draw drafted nothing
+    ends = (float(found.low), float(found.high)) if known else (None, None)
+    return Change(old, new, new / old, *ends)
+
+
+def _ratio_of_rates(new: Any, drafted: Any, old: Any, drafted_before: Any, axis: int) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (new.sum(axis) / drafted.sum(axis)) / (old.sum(axis) / drafted_before.sum(axis))
+
+
+def verdict_of(change: Change, tolerance: float, *, certain: bool) -> Verdict:
+    """By the rule of this module.
+
+    Args:
+        change: new over old.
+        tolerance: the share by which new may be lower.
+        certain: the figure comes out the same in every run.
+    """
+    if change.ratio is None:
+        return "unknown"
+    if change.ratio >= 1 - tolerance:
+        return "held"
+    if certain or (change.high is not None and change.high < 1):
+        return "regression"
+    return "unclear"
+
+
+def _remarks(
+    new: BenchDocument, old: BenchDocument, pairs: int, rows: Sequence[Row], repeatable: bool
+) -> Iterable[str]:
+    if new.model != old.model:
+        yield f"the model's name was {old.model}; by its configuration it is the same"
+    if pairs < max(len(new.prompts), len(old.prompts)):
+        yield (
+            f"{pairs} prompts are the same; {len(new.prompts) - pairs} new and "
+            f"{len(old.prompts) - pairs} old ones are left out"
+        )
+    ours, theirs = _machine(new), _machine(old)
+    if different := _differing(ours, theirs):
+        told = ", ".join(f"{k} {shown(theirs[k])} → {shown(ours[k])}" for k in different)
+        yield f"measured elsewhere: {told}; tokens/s can't be compared, speed-ups with caution"
+    for keys, where in ((_SOFTWARE, "environment"), (_HOW, "settings"), (_DRAFTING, "settings")):
+        parts = [{key: getattr(b, where).get(key) for key in keys} for b in (new, old)]
+        if different := _differing(*parts):
+            yield f"not the same: {', '.join(different)}"
+    if not repeatable:
+        yield "how much is drafted depends on measured times, so acceptance varies from run to run"
+    for row in (row for row in rows if row.judged):
+        if row.verdict == "unclear":
+            yield (
+                f"{row.figure.label}: lower than tolerated, but that may be noise; more prompts or "
+                "--runs would tell"
+            )
+        certain = repeatable and row.figure is Judged.ACCEPTANCE
+        if row.change.ratio is not None and row.change.low is None and not certain:
+            yield f"{row.figure.label}: too few prompts and runs to tell any change from noise"

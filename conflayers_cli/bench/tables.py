@@ -1,0 +1,257 @@
+"""A bench for people on a terminal: tables, bars, and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from conflayers_cli.bench.comparison import Comparison, Row
+from conflayers_cli.bench.metrics import Judged
+from conflayers_cli.bench.schema import (
+    SKIP_ONLY,
+    SPECULATIVE,
+    VANILLA,
+    AgreementPart,
+    BenchDocument,
+    DecodingPart,
+)
+from conflayers_cli.utils.bars import bar, marks
+from conflayers_cli.utils.statistics import Interval
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+PEERS = {
+    "transformers": "transformers' generate",
+    "transformers-static": "transformers' generate with a static cache",
+    "prompt-lookup": "transformers' prompt lookup",
+    "early-exit": "transformers' early exit",
+}
+BAR = 16
+"""Characters of the longest bar."""
+
+
+def bench_tables(
+    bench: BenchDocument, comparison: Comparison | None = None
+) -> list[RenderableType]:
+    """Who was how fast, where, whether the outputs are the same, and what changed."""
+    parts: list[RenderableType] = [plain(headline(bench)), _table(arm_rows(bench))]
+    if len(bench.categories) > 1:
+        parts.append(_category_table(bench))
+    parts += [plain(line) for line in (*closing(bench), *charts(bench))]
+    if comparison:
+        parts += ["", plain(label(comparison.headline)), _table(comparison_rows(comparison))]
+        parts += [plain(label(line)) for line in comparison.remarks]
+    return parts
+
+
+def headline(bench: BenchDocument) -> str:
+    """What was measured, in one line."""
+    count, queues = len(bench.prompts), len(bench.queues)
+    together = f", {bench.batch_size} at once" if queues else ""
+    if queues > 1:
+        together += f" in {queues} queues"
+    return label(
+        f"{bench.model} on {bench.device}, {bench.dtype}: {count} "
+        f"prompt{'s' if count > 1 else ''}{together}, up to "
+        f"{bench.settings.get('max_new_tokens')} new tokens, {bench.settings.get('runs')} runs"
+    )
+
+
+def arm_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
+    """A heading, and a row for every arm."""
+    yield (
+        *("arm", "tokens/s", "min–max", "first token", "tokens", "accepted", "tokens/step"),
+        *("speed-up", "95 % interval"),
+    )
+    for name, arm in bench.arms.items():
+        speed = arm.tokens_per_second
+        speedup = bench.speedup_of(name) or Interval(None, None, None)
+        yield (
+            label(name),
+            number(speed.median, ".1f"),
+            between(speed.min, speed.max, ".1f"),
+            f"{arm.time_to_first_token_s * 1000:.0f} ms",
+            str(arm.tokens),
+            number(arm.acceptance_rate, ".1%"),
+            number(arm.tokens_per_step, ".2f"),
+            number(speedup.median, ".2f", "×"),
+            between(speedup.low, speedup.high, ".2f"),
+        )
+
+
+def category_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
+    """A heading, and a row for every category."""
+    yield (
+        *("category", "prompts", "vanilla", "speculative", "accepted", "tokens/step", "speed-up"),
+    )
+    for name, row in bench.categories.items():
+        yield (
+            label(name),
+            str(row.prompts),
+            number(row.vanilla.tokens_per_second, ".1f"),
+            number(row.speculative.tokens_per_second, ".1f"),
+            number(row.acceptance_rate, ".1%"),
+            number(row.tokens_per_step, ".2f"),
+            number(row.speedup, ".2f", "×"),
+        )
+
+
+def comparison_rows(comparison: Comparison) -> Iterable[tuple[str, ...]]:
+    """A heading, and a row for every figure compared."""
+    yield "figure", "old", "new", "new/old", "95 % interval", "verdict"
+    for row in comparison.rows:
+        form, unit = _FORMS[row.figure]
+        yield (
+            row.figure.label,
+            number(row.change.old, form, unit),
+            number(row.change.new, form, unit),
+            number(row.change.ratio, ".3f"),
+            between(row.change.low, row.change.high, ".3f"),
+            _verdict(row),
+        )
+
+
+_FORMS = {
+    Judged.SPEEDUP: (".2f", "×"),
+    Judged.ACCEPTANCE: (".1%", ""),
+    Judged.SPEED: (".1f", ""),
+}
+
+
+def _verdict(row: Row) -> str:
+    return row.verdict if row.judged else f"({row.verdict}, not judged)"
+
+
+def closing(bench: BenchDocument) -> Iterable[str]:
+    """Sentences below the tables."""
+    drafters = bench.speculative.by_drafter
+    if len(drafters) > 1:
+        parts = (
+            f"{label(name)} {did.drafted} ({did.accepted / max(1, did.drafted):.1%} accepted)"
+            for name, did in drafters.items()
+        )
+        yield f"drafted by: {', '.join(parts)}"
+    for name, speedup in bench.speedup_over.items():
+        yield f"speed-up over {PEERS.get(name, label(name))}: {_interval(speedup.value)}"
+    identical = {SPECULATIVE: bench.identical_outputs, **bench.identical_to}
+    for name, identity in identical.items():
+        if identity is None:
+            continue
+        yield (
+            f"{label(name)}: {identity.matching} of {identity.total} outputs identical to vanilla's"
+        )
+        for parted in identity.divergences:
+            yield (
+                f"  {label(parted.id)}: from token {parted.position} on ({parted.vanilla} and "
+                f"{parted.other}; the two best logits differ by {parted.gap:.2g})"
+            )
+    if bench.skip_only:
+        yield from _lossy(bench.skip_only.agreement)
+    if bench.identical_outputs is None:
+        yield "outputs are sampled, so they are not compared"
+    if bench.peak_memory_bytes is not None:
+        theirs = bench.arms.get("transformers")
+        peak = theirs.peak_memory_bytes if theirs else None
+        compared = "" if peak is None else f" (transformers: {peak / 2**20:,.0f} MiB)"
+        yield (
+            f"peak memory over the model's weights: {bench.peak_memory_bytes / 2**20:,.0f} MiB"
+            f"{compared}; keys and values: {bench.kv_cache_bytes / 2**20:.0f} MiB"
+        )
+
+
+def charts(bench: BenchDocument) -> Iterable[str]:
+    """Where a token's time goes, and how far into a draft tokens are accepted, as bars."""
+    times = {
+        name: part
+        for name in (VANILLA, SPECULATIVE)
+        if (part := bench.arms[name].decoding) is not None and part.tokens
+    }
+    longest = max((sum(_per_token(part)) for part in times.values()), default=0.0)
+    if longest > 0:
+        yield "time of a token:"
+    for name, part in times.items() if longest > 0 else ():
+        drafting, verifying = _per_token(part)
+        split = f" (drafting {drafting:.1f}, verifying {verifying:.1f})" if drafting else ""
+        drawn = bar((drafting + verifying) / longest, BAR)
+        yield f"  {name:<11} {drawn:<{BAR}} {drafting + verifying:.1f} ms{split}"
+    rates = {name: part.value.rates for name, part in bench.speculative.by_position.items()}
+    rates = {name: found for name, found in rates.items() if any(r is not None for r in found)}
+    if rates:
+        yield "accepted by place in the draft, from the first on:"
+    for name, found in rates.items():
+        drafted = bench.speculative.by_position[name].drafted
+        known = [(k, rate) for k, rate in enumerate(found) if rate is not None]
+        (first, begin), (last, end) = known[0], known[-1]
+        yield (
+            f"  {label(name):<11} {marks(found)} {begin:.0%} of {drafted[first]} … "
+            f"{end:.0%} of {drafted[last]}"
+        )
+
+
+def _per_token(part: DecodingPart) -> tuple[float, float]:
+    """Milliseconds of drafting and of verifying."""
+    scale = 1000 / part.tokens
+    return part.draft_seconds * scale, part.verify_seconds * scale
+
+
+def _lossy(agreement: AgreementPart | None) -> Iterable[str]:
+    yield f"{SKIP_ONLY} is lossy: its output is not the model's own"
+    if agreement:
+        parted = agreement.first_divergence
+        others = "" if parted is None else f"; the others part at token {parted:.0f} in the median"
+        yield (
+            f"  of its tokens {agreement.equal:.1%} equal vanilla's, ROUGE-2 "
+            f"{agreement.rouge_2:.2f}, {agreement.identical} of {agreement.prompts} outputs the "
+            f"same{others}"
+        )
+
+
+def _category_table(bench: BenchDocument) -> Table:
+    heading, *rows = category_rows(bench)
+    speedups = [category.speedup or 0.0 for category in bench.categories.values()]
+    longest = max(speedups) or 1.0
+    drawn = [bar(speedup / longest, BAR) for speedup in speedups]
+    return _table([(*heading, ""), *((*row, b) for row, b in zip(rows, drawn, strict=True))])
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    (first, *others), *body = rows
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right" if name else "left")
+    for row in body:
+        table.add_row(*map(plain, row))
+    return table
+
+
+def plain(text: str) -> RenderableType:
+    """Text that holds no markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def label(text: str) -> str:
+    """A name out of a file, harmless to a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def between(low: float | None, high: float | None, form: str) -> str:
+    """Two ends, or a dash where there are none."""
+    return "–" if low is None or high is None else f"{low:{form}}–{high:{form}}"
+
+
+def _interval(interval: Interval) -> str:
+    ends = between(interval.low, interval.high, ".2f")
+    return f"{number(interval.median, '.2f', '×')} ({ends})"

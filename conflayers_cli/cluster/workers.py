@@ -1,0 +1,199 @@
+"""What the workers of a Ray cluster do: answer prompts, and help a calibration."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from conflayers_cli.cli.answering import Done, Facts, Prepare
+from conflayers_cli.cli.common import Loading, open_model
+from conflayers_cli.cli.terminal import note, notes_to
+from conflayers_cli.cluster.ray_cluster import Cluster
+from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
+from conflayers_cli.errors import ConfLayersError, InputError
+
+if TYPE_CHECKING:
+    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.search.corpus import Sample
+    from conflayers_cli.search.helpers import Helpers
+    from conflayers_cli.search.objective import Trace
+    from conflayers_cli.skip_plan import SkipPlan
+
+BATCHES = 4
+"""Times ``--batch-size`` prompts in a share: the rows of one that ends are filled from it."""
+
+
+class Answerer:
+    """A machine that answers shares of the prompts.
+
+    Args:
+        prepare: makes it and encodes all prompts, so that what is wrong with one is told at once.
+        dtype: which the model is loaded in; None: as the command line says.
+
+    Attributes:
+        notes: what there was to say of that.
+        place: what it runs on.
+    """
+
+    def __init__(self, prepare: Prepare, dtype: str | None) -> None:
+        self.notes: list[str] = []
+        with notes_to(self.notes.append):
+            self._machine, self._prompts = prepare(dtype)
+        self.place = place_of(self._machine.loaded)
+
+    def __call__(self, share: tuple[int, int]) -> tuple[Sequence[Done], Facts]:
+        """The answers to the prompts from one number to before another, and the machine's facts."""
+        begin, end = share
+        with notes_to(self.notes.append):
+            dones = list(self._machine.dones(self._prompts, begin, end))
+        return dones, self._machine.facts()
+
+
+@contextmanager
+def answering_workers(
+    prepare: Prepare, cluster: Cluster, begin: int, end: int, batch_size: int
+) -> Iterator[tuple[Iterator[Done], Callable[[], Facts]]]:
+    """Within: the answers to the prompts from number ``begin`` to before ``end``, as they are done,
+    and behind the last one what there is to say of the workers.
+
+    Args:
+        prepare: goes to every worker.
+        cluster: whose workers they are.
+        begin, end: as said.
+        batch_size: prompts that a worker decodes at once.
+
+    Raises:
+        InputError: as `crew_of`.
+    """
+    size = batch_size * BATCHES if batch_size > 1 else 1
+    shares = [(first, min(first + size, end)) for first in range(begin, end, size)]
+    started = time.perf_counter()
+    with crew_of(cluster, partial(Answerer, prepare), note) as crew:
+        facts: list[Facts] = []
+        yield _dones(crew, shares, started, facts), lambda: facts[-1]
+
+
+def _dones(
+    crew: Crew, shares: Sequence[tuple[int, int]], started: float, facts: list[Facts]
+) -> Iterator[Done]:
+    """The answers; the facts that come with the last of them are left in ``facts``."""
+    for dones, latest in crew.results(shares):
+        yield from dones
+        facts[:] = [_of_all(latest, crew, time.perf_counter() - started)]
+
+
+def _of_all(latest: Facts, crew: Crew, seconds: float) -> Facts:
+    """A worker's facts, and that there were several."""
+    hosts = len({place.host for place in crew.places})
+    told = (
+        f"{_count(len(crew.places), 'worker')} on {_count(hosts, 'machine')}, "
+        f"{_count(crew.room.cpus, 'CPU')} each, "
+        f"{seconds:.1f} s in all, their start included; one of them:"
+    )
+    return replace(latest, told=(told, *latest.told))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class HelperWorker:
+    """A `Helper` of a search, as a worker.
+
+    Args:
+        source, how: the model.
+        threads: of PyTorch, the searching process's: sums may be split among them.
+        dtype: which the model is loaded in.
+
+    Attributes:
+        notes, place: as of `Answerer`.
+    """
+
+    def __init__(self, source: str, how: Loading, threads: int, dtype: str | None) -> None:
+        import torch
+
+        from conflayers_cli.search.helpers import Helper
+
+        torch.set_num_threads(threads)
+        self.notes: list[str] = []
+        with notes_to(self.notes.append):
+            loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
+        self._helper = Helper(decoder)
+        self.place = place_of(loaded)
+
+    def __call__(self, share: tuple[int, str, tuple[Any, ...]]) -> tuple[int, Any]:
+        """What a method of `Helper` gives, behind the share's number."""
+        number, method, arguments = share
+        return number, getattr(self._helper, method)(*arguments)
+
+
+class CrewHelpers:
+    """`Helpers` that are the workers of a crew."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    def continuations(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        max_new_tokens: int,
+        end_tokens: frozenset[int],
+    ) -> list[list[int]]:
+        asked = [(prompt, max_new_tokens, end_tokens) for prompt in prompts]
+        return self._together("continuation", asked)
+
+    def traces(self, asked: Sequence[tuple[SkipPlan, Sample]], most_tokens: int) -> list[Trace]:
+        return self._together("trace", [(plan, sample, most_tokens) for plan, sample in asked])
+
+    def _together(self, method: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        shares = [(number, method, arguments) for number, arguments in enumerate(asked)]
+        try:
+            found = dict(self._crew.results(shares))
+        except InputError as error:  # all were ready once: the cluster has changed, not the input
+            raise ConfLayersError(str(error)) from error
+        return [found[number] for number in range(len(asked))]
+
+
+@contextmanager
+def helping_workers(
+    cluster: Cluster | None, source: str, how: Loading, loaded: LoadedModel
+) -> Iterator[Helpers | None]:
+    """Within: workers that help a search in this process, all of them ready.
+
+    Args:
+        cluster: whose they are; None: nobody helps.
+        source, how: the model.
+        loaded: the same in this process: workers must run it on the like.
+
+    Raises:
+        InputError: as `crew_of`, or a worker runs on something else.
+    """
+    if cluster is None:
+        yield None
+        return
+    import torch
+
+    opening = partial(HelperWorker, source, how, torch.get_num_threads())
+    with crew_of(cluster, opening, note, like=place_of(loaded)) as crew:
+        crew.gather()
+        yield CrewHelpers(crew)
+
+
+def place_of(loaded: LoadedModel) -> Place:
+    """What a model runs on here; of several GPUs of a kind it does not matter which."""
+    import torch
+
+    from conflayers_cli.utils.environment import device_name
+
+    kind = loaded.device.type
+    return Place(
+        host=socket.gethostname(),
+        device=device_name(loaded.device).replace(str(loaded.device), kind, 1),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+    )

@@ -1,0 +1,1 @@
+"""From a request to its text: sequences, batches, the decode loop."""

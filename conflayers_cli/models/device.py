@@ -1,0 +1,101 @@
+"""Which device a model runs on, or which ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.utils.distributed import world
+
+_OFFLOADED = ("cpu", "disk")
+
+
+def find_device(spec: str) -> torch.device:
+    """The device that ``spec`` names: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Under torchrun it is the one that this process has been given.
+
+    Raises:
+        InputError: there is no such device, here or at all.
+    """
+    here = world()
+    if here.size > 1 and torch.cuda.is_available():
+        if spec not in ("auto", "cuda", f"cuda:{here.local_rank}"):
+            raise InputError(
+                f"--device {spec}: under torchrun every process has a CUDA device of its own: "
+                "leave --device out (CUDA_VISIBLE_DEVICES= hides them)"
+            )
+        return torch.device("cuda", here.local_rank)
+    if spec == "auto":
+        spec = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(spec)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {spec!r}: auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "mps":
+        if here.size > 1:
+            raise InputError("torchrun shares a model among CUDA devices or on the CPU, not on MPS")
+        if not torch.backends.mps.is_available():
+            raise InputError("no MPS device here (--device auto takes what there is)")
+        return device
+    if device.type != "cuda":
+        raise InputError(f"unsupported device {spec!r}: auto, cpu, cuda, cuda:N or mps")
+    if not torch.cuda.is_available():
+        raise InputError("no CUDA device here (--device auto takes what there is)")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InputError(f"no device {spec!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def check_device_map(spec: str | None, device: str) -> None:
+    """Refuse a device map that is none, or one beside what else says where a model goes.
+
+    Raises:
+        InputError: the message names the flags.
+    """
+    if spec is None:
+        return
+    if spec != "auto":
+        raise InputError(f"--device-map {spec}: the only map is auto")
+    if device != "auto":
+        raise InputError(
+            f"--device-map auto and --device {device}: both say where the model goes; give one"
+        )
+    if world().size > 1:
+        raise InputError(
+            "--device-map auto gives whole layers to devices, torchrun a part of every layer: "
+            "use one of the two"
+        )
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its tokens and gives its logits.
+
+    For one that is spread over several devices that is where its first layers compute.
+    """
+    places = list((getattr(model, "hf_device_map", None) or {}).values())
+    if not places:
+        device: torch.device = model.device
+        return device
+    first = next((place for place in places if place not in _OFFLOADED), "cpu")
+    return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
+
+
+def spread_of(model: Any) -> str | None:
+    """How a model is spread over several devices, in words; None: it is on one.
+
+    What passes cost depends on it, and so does which ways of running them there are.
+    """
+    if (size := world().size) > 1:
+        return f"a part of every layer on each of {size} processes"
+    places = Counter(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(places) < 2 and not places.keys() & {"disk"}:
+        return None
+    named = {(f"cuda:{place}" if place.isdigit() else place): n for place, n in places.items()}
+    return "whole layers on " + ", ".join(f"{place} ({n})" for place, n in named.items())

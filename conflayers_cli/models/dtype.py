@@ -1,0 +1,154 @@
+"""Which dtype a model runs in: as asked for, or what is fast on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.utils.suggest import did_you_mean
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+SLOWER = 1.1
+"""bfloat16 is refused from this many times float32's time on: a margin that noise doesn't cross."""
+
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_WORKING_SET = 48 * 2**20
+"""Bytes of weights that the products go through: more than most caches hold, as a model is."""
+_BLOCK = 4 * 2**20
+"""Bytes of weights at the most that are timed at once."""
+_ROUNDS = 5
+# A pass of one token runs two rows in half precision (see `rows.RowRule`), and one in float32.
+_ROWS = ((torch.float32, 1), (torch.bfloat16, 2))
+
+Measure = Callable[[PreTrainedConfig], float]
+
+
+def check_dtype(spec: str) -> None:
+    """Raise InputError unless ``spec`` is ``auto`` or names a dtype."""
+    if spec != "auto" and spec not in DTYPES:
+        names = ("auto", *DTYPES)
+        hint = did_you_mean(spec, names)
+        raise InputError(f"unknown dtype {spec!r}: {', '.join(names)}{hint}")
+
+
+def choose_dtype(
+    spec: str, device: torch.device, config: PreTrainedConfig, measure: Measure | None = None
+) -> tuple[torch.dtype, str]:
+    """The dtype that ``spec`` names on ``device``, and a sentence that says which and why.
+
+    ``auto`` on a processor with bfloat16 instructions is bfloat16 unless a step's products measure
+    slower in it than in float32, `SLOWER` times or more.
+
+    Args:
+        spec: ``auto`` or a key of `DTYPES`.
+        device: where the model will run.
+        config: the model's, for its sizes.
+        measure: bfloat16's time in float32's; None: `time_products`.
+
+    Raises:
+        InputError: no such dtype.
+    """
+    check_dtype(spec)
+    if spec != "auto":
+        return DTYPES[spec], f"{spec}, as asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bfloat16: the GPU computes in it"
+        return torch.float16, "float16: the GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float16, "float16: usual on MPS"
+    # Not in every PyTorch that works otherwise.
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    instructions = next((name for name in _BF16_INSTRUCTIONS if abilities.get(name)), None)
+    if instructions is None:
+        return torch.float32, "float32: the processor has no bfloat16 instructions"
+    ratio = (measure or time_products)(config)
+    found = f"a step's products take {ratio:.2f} of float32's time (measured)"
+    if ratio >= SLOWER:
+        return torch.float32, f"float32: in bfloat16 {found}, despite {instructions} instructions"
+    return torch.bfloat16, f"bfloat16: the processor has {instructions} instructions, and {found}"
+
+
+@torch.inference_mode()
+def time_products(config: PreTrainedConfig) -> float:
+    """bfloat16's time in float32's for the products of gated MLPs of the model's sizes.
+
+    Both dtypes go through the same bytes, which hold twice as many bfloat16 weights, in blocks that
+    take less than a millisecond, by turns. Compared is the time per weight, the lower quartile over
+    all blocks and rounds: what else the machine does hits many, but not all of them. All of it on
+    one thread: several wait for each other, on a busy machine for longer than any product takes.
+    Takes about 70 ms.
+    """
+    hidden, inner, layers = _sizes(config)
+    size = min(_WORKING_SET, layers * 3 * hidden * inner * torch.float32.itemsize)
+    # Filled, not empty: memory never written to is one and the same page of zeros.
+    memory = torch.full((size // torch.bfloat16.itemsize,), 0.01, dtype=torch.bfloat16)
+    blocks = {dtype: _carve(memory.view(dtype), hidden, inner) for dtype, _ in _ROWS}
+    times: dict[torch.dtype, list[float]] = {dtype: [] for dtype, _ in _ROWS}
+    with _one_thread():
+        for round_ in range(_ROUNDS + 1):
+            for dtype, rows in _ROWS:
+                found = _times_per_weight(blocks[dtype], rows)
+                if round_:  # the first round warms up
+                    times[dtype] += found
+    one, other = (sorted(times[dtype])[len(times[dtype]) // 4] for dtype, _ in _ROWS)
+    return other / one
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Hidden size, intermediate size and layers; families differ in their names for them."""
+    text = config.get_text_config()
+
+    def size(*names: str) -> int | None:
+        values = (getattr(text, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+    hidden = size("hidden_size", "n_embd", "d_model") or 1024
+    inner = size("intermediate_size", "ffn_dim", "n_inner", "d_ff") or 4 * hidden
+    return hidden, inner, size("num_hidden_layers", "n_layer") or 1
+
+
+_Blocks = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _carve(memory: torch.Tensor, hidden: int, inner: int) -> _Blocks:
+    """Gate and up ``[2·I, H]`` and down ``[H, I]``, as many as fit, of a whole layer or a part."""
+    most = min(_BLOCK // memory.itemsize, memory.numel()) // (3 * hidden)
+    rows = max(1, min(inner, most))
+    layer = 3 * hidden * rows
+    blocks = []
+    for begin in range(0, memory.numel() - layer + 1, layer):
+        up, down = memory[begin : begin + layer].split((2 * hidden * rows, hidden * rows))
+        blocks.append((up.view(2 * rows, hidden), down.view(hidden, rows)))
+    return blocks
+
+
+def _times_per_weight(blocks: _Blocks, rows: int) -> list[float]:
+    """Seconds of the products of ``rows`` rows with each block, by the number of its weights."""
+    states = torch.full((rows, blocks[0][0].shape[1]), 0.1, dtype=blocks[0][0].dtype)
+    times = []
+    for up, down in blocks:
+        begin = time.perf_counter()
+        F.linear(F.linear(states, up)[:, : down.shape[1]], down)
+        times.append((time.perf_counter() - begin) / (up.numel() + down.numel()))
+    return times

@@ -1,0 +1,1 @@
+"""Profiles: which layers a draft leaves out, and how it was found."""

@@ -1,0 +1,200 @@
+"""A profile in words and in one-line pictures, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile
+from conflayers_cli.profile.sections import StandInSection
+from conflayers_cli.skip_plan import SkipPlan
+
+UNICODE = "█▀▄·"
+ASCII = "#^_."
+LABEL = 12
+"""Columns that the names of a description's lines take."""
+
+
+def in_short(plan: SkipPlan, depth: int) -> str:
+    """How much a plan leaves out, in words, and what weights the rest drafts with."""
+    return skipped(plan, depth) + (f", {plan.weights} weights" if plan.weights else "")
+
+
+def skips(plan: SkipPlan, depth: int) -> str:
+    """What a plan leaves out, with the layers' numbers."""
+    names = layer_names(plan)
+    return in_short(plan, depth) + (f": {names}" if names else "")
+
+
+def skipped(plan: SkipPlan, depth: int) -> str:
+    """How much a plan leaves out, in words."""
+    single = len(plan.partial)
+    sub_layers = f"{single} single sub-layer{'s' if single > 1 else ''}"
+    if single and not plan.layers:
+        return f"{sub_layers} of {depth} layers"
+    return f"{len(plan.layers)} of {depth} layers" + (f" and {sub_layers}" if single else "")
+
+
+def layer_names(plan: SkipPlan) -> str:
+    """The layers that a plan leaves out, by number."""
+    whole = set(plan.layers)
+    parts = [" ".join(map(str, plan.layers))] if whole else []
+    for name, indices in (("attention", plan.attention), ("mlp", plan.mlp)):
+        single = [i for i in indices if i not in whole]
+        if single:
+            parts.append(f"{name} of {' '.join(map(str, single))}")
+    return ", ".join(parts)
+
+
+def picture(plan: SkipPlan, depth: int, signs: str = UNICODE) -> str:
+    """A plan as one sign for each layer.
+
+    Args:
+        plan: what is left out.
+        depth: how many layers there are.
+        signs: for a layer that runs, one whose attention alone runs, one whose MLP alone does, and
+            one that is left out.
+    """
+    attention, mlp = set(plan.attention), set(plan.mlp)
+    return "".join(signs[2 * (i in attention) + (i in mlp)] for i in range(depth))
+
+
+def legend(signs: str = UNICODE) -> str:
+    """What the signs of `picture` mean."""
+    both, attention, mlp, neither = tuple(signs)
+    return f"{both} runs  {attention} attention alone  {mlp} MLP alone  {neither} left out"
+
+
+def stand_in_names(stand_ins: Sequence[StandInSection]) -> str:
+    """Which layers linear maps stand in for."""
+    named = [
+        f"{each.begin}–{each.end - 1}" + (f" (rank {each.rank})" if each.rank else "")
+        for each in stand_ins
+    ]
+    maps = "a linear map" if len(named) == 1 else "linear maps"
+    return f"{maps} in place of layers {' and '.join(named)}"
+
+
+def how_it_drafts(draft: DraftSettings) -> str:
+    """One line about the draft settings of a plan that leaves something out."""
+    leaves = ", with side candidates where they pay" if draft.tree else ""
+    fixed = f"up to {draft.max_tokens} tokens, stops under probability {draft.stop_probability:g}"
+    if draft.lookahead is False:
+        return f"drafts {fixed}{leaves}"
+    also = "" if draft.by == "skip" else ", n-grams too"
+    return f"drafts as far as it pays{leaves}{also} (--no-lookahead: {fixed})"
+
+
+def figures_of(profile: Profile) -> str | None:
+    """The device and dtype that a profile's figures belong to; None: it does not say."""
+    there = profile.environment
+    if there is None:
+        return None
+    threads = f", {there.threads} threads" if there.threads else ""
+    return f"{there.device} in {there.dtype}{threads}"
+
+
+def description(
+    profile: Profile, *, title: str, tensors: str | None = None, signs: str = UNICODE
+) -> list[str]:
+    """What a profile says, a line for each thing it says, the first one its title.
+
+    Args:
+        profile: the profile.
+        title: the file and its schema version.
+        tensors: what is to be said of the tensors' file.
+        signs: of the picture, as for `picture`.
+    """
+    depth = profile.model.depth
+    lines = [title, _line("model", _sizes(profile.model)), *_plan(profile, signs)]
+    for each in profile.ranges or ():
+        found = f"skips {skips(each.skip.left_out, depth)}"
+        lines.append(_line(f"from {each.from_context}", found))
+        lines.append(_line("", picture(each.skip.left_out, depth, signs)))
+        lines.append(_line("", _who_drafts(each.draft, each.skip.left_out)))
+    if profile.source is not None:
+        lines.append(_line("source", profile.source))
+    lines += _found(profile)
+    if tensors is not None:
+        lines.append(_line("tensors", tensors))
+    return lines
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{LABEL}}{text}"
+
+
+def _sizes(model: ModelFingerprint) -> str:
+    heads = model.attention_heads
+    if heads is not None and model.key_value_heads not in (None, heads):
+        grouped = f" ({model.key_value_heads} for keys and values)"
+    else:
+        grouped = ""
+    parts = [
+        model.architecture,
+        f"{model.depth} layers",
+        None if model.hidden_size is None else f"hidden size {model.hidden_size}",
+        None if heads is None else f"{heads} heads{grouped}",
+        None if model.intermediate_size is None else f"MLP {model.intermediate_size}",
+        None if model.vocabulary is None else f"vocabulary {model.vocabulary:,}",
+        "other sizes not known" if model.lacks_sizes else None,
+    ]
+    return f"{model.name}: {', '.join(part for part in parts if part is not None)}"
+
+
+def _plan(profile: Profile, signs: str) -> list[str]:
+    plan, depth = profile.skip.left_out, profile.model.depth
+    if not plan:
+        return [_line("skips", "nothing"), _line("drafts", _who_drafts(profile.draft, plan))]
+    maps = profile.skip.stand_ins
+    return [
+        _line("skips", skips(plan, depth)),
+        _line("", picture(plan, depth, signs)),
+        _line("", legend(signs)),
+        *([_line("stand-ins", stand_in_names(maps))] if maps else []),
+        _line("drafts", _who_drafts(profile.draft, plan)),
+    ]
+
+
+def _who_drafts(draft: DraftSettings, plan: SkipPlan) -> str:
+    skips = bool(plan) and draft.max_tokens > 0
+    if draft.by == "none" or (draft.by in (None, "skip") and not skips):
+        return "nothing: decoding is plain decoding"
+    if draft.by == "ngram" or not skips:
+        return "n-grams found in the text, where they pay"
+    return how_it_drafts(draft).removeprefix("drafts ")
+
+
+def _found(profile: Profile) -> list[str]:
+    found, measured, there = profile.found_by, profile.measured, profile.environment
+    lines = []
+    if found is not None:
+        refined = "refined" if found.refined else "not refined"
+        settings = ", ".join(f"{key} {_plain(value)}" for key, value in found.settings.items())
+        lines.append(_line("found by", f"{found.strategy}, {refined}; {settings or 'no settings'}"))
+        used = f"{found.prompts.count} (sha256 {found.prompts.sha256[:12]}…), seed {found.seed}"
+        lines.append(_line("prompts", used))
+    device = figures_of(profile) or "a device that is not named"
+    if measured is not None:
+        figures = (
+            (measured.measured_speedup, "{:.2f}× vanilla"),
+            (measured.expected_speedup, "{:.2f}× expected"),
+            (measured.acceptance_rate, "acceptance {:.1%}"),
+            (measured.tokens_per_step, "{:.2f} tokens per step"),
+        )
+        told = [form.format(value) for value, form in figures if value is not None]
+        lines.append(_line("measured", f"{', '.join(told) or 'nothing'}; on {device}"))
+        lines.append(_line("", measured.conclusion))
+        effort = f"{measured.iterations} sets in {measured.seconds:.0f} s"
+        lines.append(_line("searched", effort))
+    elif there is not None:
+        lines.append(_line("found on", device))
+    if there is not None:
+        versions = f"conflayers {there.conflayers}, torch {there.torch}, "
+        versions += f"transformers {there.transformers}, Python {there.python}"
+        lines.append(_line("with", versions))
+    return [line for line in lines if line.strip()]
+
+
+def _plain(value: object) -> str:
+    names: dict[object, str] = {None: "–", True: "yes", False: "no"}
+    return names[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,269 @@
+"""A profile's drawing as a figure for papers and pages, by matplotlib.
+
+As wide as a column of a paper, 3.4 inches; how it looks is said in :mod:`.profile_plot_look`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.profile.plot_data import Curve, Drawing, Proposals, Values
+from conflayers_cli.profile_plot_look import DARK, LIGHT, Look, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS: Final = ("png", "svg", "pdf")
+WIDTH = 3.4
+DPI = 300
+
+# In inches. Places are given, not solved for: what a solver finds differs in the last digits from
+# run to run, and panels about layers have to lie in line.
+_LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.13
+_FOOT = 0.03
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One panel: its axes' height, what room numbers and a name take below it, in inches."""
+
+    height: float
+    below: float
+    draw: Callable[[Axes, Look], None]
+
+
+def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
+    """The figure as a file's content; the same for the same profile, every time.
+
+    Args:
+        drawing: what there is to draw.
+        title: above it, one line.
+        form: one of `FORMATS`.
+        dark: for a dark page.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            "pictures are drawn by matplotlib, which is missing: pip install 'conflayers[plot]' "
+            "(without --output the picture is plain text)"
+        ) from None
+    look = DARK if dark else LIGHT
+    with mpl.rc_context(style(look)):
+        panels = _panels(drawing)
+        height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
+        figure = Figure(figsize=(WIDTH, height))
+        top = height - _TITLE
+        for panel in panels:
+            top -= _HEAD + panel.height
+            width = WIDTH - _LEFT - _RIGHT
+            place = (_LEFT / WIDTH, top / height, width / WIDTH, panel.height / height)
+            panel.draw(figure.add_axes(place), look)
+            top -= panel.below
+        figure.text(
+            *(0.05 / WIDTH, 1 - 0.05 / height, _fitting(title)), fontsize=8, ha="left", va="top"
+        )
+        return _saved(figure, form)
+
+
+def _saved(figure: Figure, form: str) -> bytes:
+    # Without dates: files under version control change only where the picture does.
+    metadata: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    content = BytesIO()
+    figure.savefig(content, format=form, dpi=DPI, metadata=metadata.get(form))
+    return content.getvalue()
+
+
+def _fitting(title: str) -> str:
+    """The title down to what a column has room for."""
+    return title if len(title) <= 62 else f"{title[:61]}…"
+
+
+def _panels(drawing: Drawing) -> list[_Panel]:
+    both = _TICKS + _NAME
+    panels = [_Panel(0.3, _TICKS, lambda axes, look: _draw_plan(axes, look, drawing.left_out))]
+    if (found := drawing.proposals) is not None:
+        panels.append(_Panel(0.9, _TICKS, lambda axes, look: _draw_proposal(axes, look, found)))
+        rows = min(max(0.055 * len(found.z), 0.5), 1.6)
+        panels.append(_Panel(rows, both, lambda axes, look: _draw_heat(axes, look, found)))
+    if (alone := drawing.alone) is not None:
+        panels.append(_Panel(0.9, both, lambda axes, look: _draw_alone(axes, look, alone)))
+    for curve in drawing.curves:
+        panels.append(_curve_panel(curve, curve is drawing.curves[-1]))
+    return panels
+
+
+def _curve_panel(curve: Curve, last: bool) -> _Panel:
+    below = _TICKS + _NAME if last else 0.04
+    return _Panel(0.45, below, lambda axes, look: _draw_curve(axes, look, curve, last))
+
+
+def _draw_plan(axes: Axes, look: Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    depth = left_out.shape[1]
+    colours = ListedColormap([look.main, look.faint])
+    axes.pcolormesh(
+        np.arange(depth + 1) - 0.5,
+        np.arange(3) - 0.5,
+        left_out.astype(float),
+        cmap=colours,
+        vmin=0,
+        vmax=1,
+        edgecolors=look.paper,
+        linewidth=0.4 if depth <= 100 else 0,
+    )
+    axes.set_yticks([0, 1], ["attention", "MLP"])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    count, of = int(left_out.sum()), f"{2 * depth} sub-layers"
+    if (left_out[0] == left_out[1]).all():
+        count, of = count // 2, f"{depth} layers"
+    axes.set_title(f"left out while drafting (grey): {count} of {of}")
+
+
+def _draw_proposal(axes: Axes, look: Look, found: Proposals) -> None:
+    z, threshold = found.z[found.shown], found.threshold[found.shown]
+    out = found.selected[found.shown]
+    layers = np.arange(1, len(z) + 1)
+    axes.step(layers, threshold, where="mid", color=look.line, linewidth=0.9, label="threshold")
+    for which, colour, marker, label in (
+        (~out, look.main, "o", "kept"),
+        (out, look.out, "v", "left out"),
+    ):
+        axes.plot(
+            *(layers[which], z[which], marker),
+            color=colour,
+            markersize=2.6,
+            markeredgewidth=0,
+            linestyle="none",
+            label=label,
+        )
+    axes.set_xlim(-0.5, len(z) + 1.5)
+    axes.set_title(f"z of proposal {found.shown + 1}")
+    _legend(axes)
+
+
+def _draw_heat(axes: Axes, look: Look, found: Proposals) -> None:
+    count, inner = found.confidence.shape
+    scale = float(np.quantile(found.confidence, 0.98)) or 1.0
+    mesh = axes.pcolormesh(
+        np.arange(inner + 1) + 0.5,
+        np.arange(count + 1) + 0.5,
+        found.confidence,
+        cmap="cividis",
+        vmin=0,
+        vmax=scale,
+        rasterized=True,
+    )
+    rows, columns = np.nonzero(found.selected)
+    axes.plot(
+        columns + 1,
+        rows + 1,
+        linestyle="none",
+        marker="o",
+        markersize=float(np.clip(60 / max(count, inner / 2), 0.6, 1.6)),
+        markeredgewidth=0.25,
+        markeredgecolor="#000000",
+        markerfacecolor="#ffffff",
+    )
+    axes.set_xlim(-0.5, inner + 1.5)
+    axes.set_ylim(count + 0.5, 0.5)
+    _whole_ticks(axes, "y")
+    axes.set_xlabel("layer", labelpad=1)
+    axes.set_title("confidence, proposal by proposal (dots: left out)")
+    bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.015, 0, 0.025, 1)))
+    bar.outline.set_visible(False)
+
+
+def _draw_alone(axes: Axes, look: Look, alone: Values) -> None:
+    layers = np.arange(alone.shape[1])
+    for row, colour, marker, label in (
+        (0, look.main, "o", "attention"),
+        (1, look.out, "v", "MLP"),
+    ):
+        axes.plot(
+            *(layers, alone[row]),
+            marker=marker,
+            markersize=2.6,
+            markeredgewidth=0,
+            linestyle="none",
+            color=colour,
+            label=label,
+        )
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_xlabel("layer", labelpad=1)
+    axes.set_title("agreement, one left out")
+    _percent(axes)
+    _legend(axes)
+
+
+def _draw_curve(axes: Axes, look: Look, curve: Curve, last: bool) -> None:
+    sets = np.arange(1, len(curve.values) + 1)
+    known = np.isfinite(curve.values)
+    axes.plot(
+        *(sets[known], curve.values[known]),
+        marker="o" if len(sets) <= 60 else "",
+        markersize=2.2,
+        markeredgewidth=0,
+        linewidth=0.8,
+        color=look.main,
+    )
+    title = curve.name
+    if curve.times:
+        best = int(np.nanargmax(curve.values))
+        axes.axhline(1, color=look.faint, linewidth=0.7, zorder=0)
+        axes.plot(sets[best], curve.values[best], "D", color=look.out, markersize=3.4, zorder=3)
+        title = f"{title} over vanilla, {curve.values[best]:.2f}× at best"
+    else:
+        _percent(axes)
+    axes.set_xlim(0.5, len(sets) + 0.5)
+    axes.margins(y=0.2)
+    axes.set_title(title)
+    _whole_ticks(axes, "x")
+    if last:
+        axes.set_xlabel("set of layers looked at", labelpad=1)
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def _legend(axes: Axes) -> None:
+    """Right above the panel, beside its title."""
+    axes.legend(
+        frameon=False,
+        ncols=3,
+        loc="lower right",
+        bbox_to_anchor=(1.01, 1.0),
+        borderpad=0,
+        borderaxespad=0.2,
+        handlelength=1.1,
+        handletextpad=0.3,
+        columnspacing=0.7,
+    )
+
+
+def _percent(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    low, high = axes.dataLim.intervaly
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if high - low < 0.05 else 0))
+
+
+def _whole_ticks(axes: Axes, which: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))

@@ -1,0 +1,1 @@
+"""Methods that choose a plan, one file each."""

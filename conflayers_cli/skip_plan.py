@@ -1,0 +1,141 @@
+"""Which sub-layers a draft leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from conflayers_cli.engine.stand_in import StandIn
+
+Weights = Literal["int4"]
+"""Weights that a draft may use in place of the model's own."""
+WEIGHTS: tuple[Weights, ...] = ("int4",)
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """The attention and MLP sub-layers, by layer index, that a draft leaves out.
+
+    The residual stream passes a skipped sub-layer unchanged. A layer whose two sub-layers are both
+    named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so that
+    equal plans are equal objects and can key a dictionary.
+
+    Where a run of layers is skipped whole, a linear map may stand in for it: then the residual
+    stream passes through the map. The layers that run may do so with rounded weights (``weights``,
+    see :mod:`conflayers_cli.kernels.int4_linear`); a plan that says so is not empty, even if it leaves out nothing.
+
+    Raises:
+        ValueError: an index is negative, repeated, not sorted, or not an integer; stand-ins
+            overlap, are not sorted, or stand for layers that are not skipped whole; weights are of
+            an unknown kind.
+    """
+
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        for name, indices in (("attention", self.attention), ("mlp", self.mlp)):
+            if not isinstance(indices, tuple):
+                raise ValueError(f"{name}: a tuple of layer indices is needed, got {indices!r}")
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+                raise ValueError(f"{name}: layer indices must be integers from 0, got {indices}")
+            if list(indices) != sorted(set(indices)):
+                raise ValueError(f"{name}: layer indices must be sorted and unique, got {indices}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise ValueError(f"weights: {' or '.join(WEIGHTS)} or none, got {self.weights!r}")
+        replaced = [layer for stand_in in self.stand_ins for layer in stand_in.layers]
+        if replaced != sorted(set(replaced)):
+            raise ValueError("stand-ins must be sorted and stand for different layers")
+        if not set(replaced) <= set(self.layers):
+            raise ValueError("stand-ins must stand for layers that are skipped whole")
+
+    @classmethod
+    def of(
+        cls,
+        attention: Iterable[int] = (),
+        mlp: Iterable[int] = (),
+        stand_ins: Iterable[StandIn] = (),
+        weights: Weights | None = None,
+    ) -> SkipPlan:
+        """A plan from indices in any order, repeats merged.
+
+        The layers of stand-ins are skipped whether they are named or not.
+        """
+        ordered = sorted(stand_ins, key=lambda stand_in: stand_in.begin)
+        replaced = {layer for stand_in in ordered for layer in stand_in.layers}
+        own, others = (tuple(sorted({*named, *replaced})) for named in (attention, mlp))
+        return cls(own, others, tuple(ordered), weights)
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
+        """A plan that skips whole layers."""
+        indices = tuple(sorted(set(layers)))
+        return cls(indices, indices)
+
+    @classmethod
+    def balanced(cls, depth: int) -> SkipPlan:
+        """Every second layer, 1, 3, 5, …, never the last (ConfLayers' starting set)."""
+        return cls.of_layers(range(1, depth - 1, 2))
+
+    @classmethod
+    def unified(cls, depth: int, speedup: float) -> SkipPlan:
+        """Evenly spaced layers kept, the rest skipped (Unified Layer Skipping, arXiv 2404.06954).
+
+        Args:
+            depth: L, layers of the model.
+            speedup: the target ratio S; max(2, round(L / S)) layers are kept, both ends among them.
+
+        Raises:
+            ValueError: the ratio is under 1 or no finite number.
+        """
+        if not (math.isfinite(speedup) and speedup >= 1):
+            raise ValueError("allowed is a finite number from 1 on")
+        kept = min(max(2, round(depth / speedup)), depth)
+        steps = max(kept - 1, 1)
+        spaced = {round(i * (depth - 1) / steps) for i in range(kept)}
+        return cls.of_layers(i for i in range(depth) if i not in spaced)
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.mlp or self.weights)
+
+    def __len__(self) -> int:
+        """How many sub-layers are left out."""
+        return len(self.attention) + len(self.mlp)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers skipped whole."""
+        return tuple(sorted(set(self.attention) & set(self.mlp)))
+
+    @property
+    def key(self) -> Hashable:
+        """What tells plans apart, without the maps, which may be large."""
+        maps = tuple((each.begin, each.end, each.digest) for each in self.stand_ins)
+        return self.attention, self.mlp, maps, self.weights
+
+    @property
+    def replaced(self) -> frozenset[int]:
+        """The layers that stand-ins stand for."""
+        return frozenset(layer for stand_in in self.stand_ins for layer in stand_in.layers)
+
+    @property
+    def partial(self) -> tuple[int, ...]:
+        """The layers of which just one sub-layer is skipped."""
+        return tuple(sorted(set(self.attention) ^ set(self.mlp)))
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError unless the plan fits a model of ``depth`` layers.
+
+        The first and the last layer are never skipped (ALGORITHMS: ConfLayers, SWIFT).
+        """
+        named = set(self.attention) | set(self.mlp)
+        if named and not 1 <= min(named) <= max(named) <= depth - 2:
+            raise ValueError(
+                f"layers {min(named)}–{max(named)} named, but of a model with {depth} layers only "
+                f"1–{depth - 2} may be skipped (the first and the last never)"
+            )

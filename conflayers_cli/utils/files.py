@@ -1,0 +1,229 @@
+"""Result files: a document written whole or not at all, and JSON lines that can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.utils.distributed import is_first, on_first
+from conflayers_cli.utils.file_lock import try_lock
+
+
+@dataclass(frozen=True)
+class LineKey:
+    """What says that a line of an output answers a certain prompt with certain settings."""
+
+    index: int
+    request_sha256: str
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path that no file can be written to, before any work is done.
+
+    Raises:
+        InputError: its folder does not exist, or it is a folder or a device.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise InputError(f"{path}: the folder {target.parent} does not exist")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path}: is a folder or a device, a file is needed")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise _unwritable(path, error) from error
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document: all of it or, on failure, nothing.
+
+    Raises:
+        InputError: as `check_target`.
+        ConfLayersError: the file can't be written.
+    """
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
+    write_atomically(path, f"{text}\n")
+
+
+def write_atomically(path: Path, content: str | bytes, *, temporary: str | None = None) -> None:
+    """Replace ``path`` by a file with ``content``, so that no reader ever sees half of it.
+
+    Text is written as UTF-8. Of several processes of one torchrun the first writes.
+
+    Args:
+        path: the file.
+        content: of it.
+        temporary: what the content is written to first, in the file's folder, for who alone writes
+            there and may have been killed before: what is left is overwritten. By default a name
+            that nobody has.
+
+    Raises:
+        InputError: as `check_target`.
+        ConfLayersError: the file can't be written.
+    """
+    if not is_first():
+        return
+    check_target(path)
+    target = Path(os.path.realpath(path))  # write through a link, don't replace it
+    beside = target.parent / (temporary or f".conflayers-{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            # opened like any new file, so that the user's umask decides who may read it
+            with beside.open("wb" if temporary else "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+class JsonLines:
+    """A file of one JSON object per prompt, in order, each appended whole.
+
+    Use `open`; ``done`` lines were there already. Of several processes of one torchrun the
+    first has the file. No other may write to it meanwhile (see `engine.locks`).
+    """
+
+    def __init__(self, path: Path, file: BinaryIO | None, done: int) -> None:
+        self._path = path
+        self._file = file
+        self._size = 0 if file is None else os.fstat(file.fileno()).st_size
+        self.done = done
+
+    @classmethod
+    def open(cls, path: Path, keys: Sequence[LineKey], *, resume: bool) -> JsonLines:
+        """Begin an output for the prompts that ``keys`` name, or go on with one.
+
+        A last line without its line end was cut off in the writing and is dropped.
+
+        Raises:
+            InputError: the file can't be made there; another process is writing to it; it has
+                content and ``resume`` is not set; or a line of it is not the answer to the prompt
+                in its place.
+            ConfLayersError: the file can't be read or written.
+        """
+        opened: list[JsonLines] = []
+
+        def begin() -> int:
+            opened.append(cls._open(path, keys, resume))
+            return opened[0].done
+
+        done = on_first(begin)
+        return opened[0] if opened else cls(path, None, done)
+
+    @classmethod
+    def _open(cls, path: Path, keys: Sequence[LineKey], resume: bool) -> JsonLines:
+        check_target(path)
+        try:
+            file = path.open("a+b", buffering=0)  # an append is then one write of the system
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            if try_lock(file) is False:
+                raise InputError(f"{path}: another process is writing to it")
+            file.seek(0)
+            content = file.read()
+            if content and not resume:
+                raise InputError(
+                    f"{path}: holds something already; --resume goes on behind its last line"
+                )
+            whole = content.rfind(b"\n") + 1
+            lines = content[:whole].split(b"\n")[:-1]
+            _check_lines(path, lines, keys)
+            if whole < len(content):
+                file.truncate(whole)
+        except OSError as error:
+            file.close()
+            raise _unwritable(path, error) from error
+        except InputError:
+            file.close()
+            raise
+        return cls(path, file, len(lines))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line, and return once it is on the disk.
+
+        Raises:
+            ConfLayersError: it can't be written, or the file is not what it was any more; the
+                lines before it stay whole.
+        """
+        if self._file is None:
+            return
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        data = f"{text}\n".encode()
+        try:
+            self._check_unchanged(self._file)
+            try:
+                rest = memoryview(data)
+                while rest:  # where a part is written the next call says why
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+            self._size += len(data)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        """Raise ConfLayersError where lines would go to a file that nobody finds, or into somebody
+        else's.
+        """
+        ours = os.fstat(file.fileno())
+        try:
+            same = os.path.samestat(ours, self._path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ConfLayersError(
+                f"{self._path}: was removed or replaced while it was being written"
+            )
+        if ours.st_size != self._size:
+            raise ConfLayersError(
+                f"{self._path}: was changed by somebody else while it was being written"
+            )
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _check_lines(path: Path, lines: Sequence[bytes], keys: Sequence[LineKey]) -> None:
+    if len(lines) > len(keys):
+        raise InputError(
+            f"{path}: has {len(lines)} lines, more than there are prompts: {len(keys)}"
+        )
+    for number, (line, key) in enumerate(zip(lines, keys, strict=False), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}:{number}: is not JSON; it can't be resumed") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: is not an answer; it can't be resumed")
+        found = (record.get("index"), record.get("request_sha256"))
+        if found != (key.index, key.request_sha256):
+            raise InputError(
+                f"{path}:{number}: answers another prompt than number {number} of the prompt file, "
+                "or was made with other settings; it can't be resumed"
+            )
+
+
+def _unwritable(path: Path, error: OSError) -> ConfLayersError:
+    return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")

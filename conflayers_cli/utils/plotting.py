@@ -1,0 +1,134 @@
+"""How pictures look: one column wide, legible in print, in grey and to the colour-blind.
+
+Colours are those of Okabe and Ito, "Color Universal Design" (2008). Pictures are drawn without
+matplotlib's global state, and written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.utils.files import check_target, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 3.4
+"""Inches: a column of a two-column page."""
+SUFFIXES = (".png", ".svg", ".pdf")
+DPI = 300
+
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+
+class Theme(Enum):
+    """On what the picture stands."""
+
+    LIGHT = "light"
+    DARK = "dark"
+
+    @property
+    def paper(self) -> str:
+        return "#FFFFFF" if self is Theme.LIGHT else "#121417"
+
+    @property
+    def ink(self) -> str:
+        return "#1A1A1A" if self is Theme.LIGHT else "#ECECEC"
+
+    @property
+    def grey(self) -> str:
+        """What is there to compare with."""
+        return "#6E6E6E" if self is Theme.LIGHT else "#A8A8A8"
+
+    @property
+    def grid(self) -> str:
+        return "#DDDDDD" if self is Theme.LIGHT else "#34383E"
+
+    @property
+    def blue(self) -> str:
+        """What a picture is about: the darker blue is lost on a dark ground."""
+        return BLUE if self is Theme.LIGHT else SKY
+
+
+def check_plot(path: Path, flag: str = "--plot") -> None:
+    """Refuse a picture that can't be drawn, before any work is done.
+
+    Raises:
+        InputError: an unknown format, a place where no file can be, or no matplotlib.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{flag} {path}: the name must end with {', '.join(SUFFIXES)}")
+    check_target(path)
+    if find_spec("matplotlib") is None:
+        raise InputError(
+            f"{flag} needs matplotlib: pip install matplotlib (this package's extra `plot`)"
+        )
+
+
+def save_plot(path: Path, theme: Theme, draw: Callable[[Theme], Figure]) -> None:
+    """Draw a picture and write it in the format that its name says; the same figures give the same
+    bytes.
+
+    Args:
+        path: ends with one of `SUFFIXES`.
+        theme: light or dark.
+        draw: gives the figure; called with the style in force.
+
+    Raises:
+        InputError, ConfLayersError: as `check_plot` and `write_atomically`.
+    """
+    import matplotlib as mpl
+
+    check_plot(path)
+    form = path.suffix.lower()[1:]
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
+        with mpl.rc_context(_style(theme)):
+            draw(theme).savefig(drawn, format=form, dpi=DPI, metadata=dated)
+    write_atomically(path, drawn.getvalue())
+
+
+def _style(theme: Theme) -> Any:
+    """matplotlib's settings, from its own defaults on: nobody's matplotlibrc has a say."""
+    import matplotlib as mpl
+
+    ink = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.ink
+    )
+    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper)
+    sizes = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8.0)
+    small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7.0)
+    return {
+        **{key: value for key, value in mpl.rcParamsDefault.items() if "backend" not in key},
+        **ink,
+        **paper,
+        **sizes,
+        **small,
+        "text.parse_math": False,  # a "$" in a name is a "$"
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.linewidth": 0.6,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "hatch.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.handlelength": 1.4,
+        "legend.borderpad": 0.0,
+        "pdf.fonttype": 42,
+        "svg.hashsalt": "conflayers",
+    }

@@ -1,0 +1,286 @@
+"""What passes cost: reading the figures, and measuring some."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from conflayers_cli.engine import cost_model as costs_module
+from conflayers_cli.engine.cost_model import (
+    LEAST_ROUNDS,
+    WIDTHS,
+    Costs,
+    CostTable,
+    measure_costs,
+    widths_for,
+)
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.stand_in import Map
+from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
+from conflayers_cli.skip_plan import SkipPlan
+from tests import tiny
+
+COSTS = Costs({1: 2.0, 4: 5.0, 8: 7.0}, floor=0.5, attention=0.25, mlp=0.125, context=64)
+
+
+@pytest.mark.parametrize(
+    ("width", "seconds"),
+    [(1, 2.0), (2, 3.0), (3, 4.0), (4, 5.0), (6, 6.0), (8, 7.0), (16, 14.0)],
+)
+def test_verify_cost_is_linear_between_widths(width: int, seconds: float) -> None:
+    assert COSTS.verify_cost(width) == pytest.approx(seconds)
+
+
+def test_verify_cost_does_not_depend_on_the_order_of_the_widths() -> None:
+    backwards = Costs({8: 7.0, 4: 5.0, 1: 2.0}, 0.5, 0.25, 0.125, 64)
+    assert [backwards.verify_cost(w) for w in range(1, 20)] == [
+        COSTS.verify_cost(w) for w in range(1, 20)
+    ]
+
+
+def test_verify_cost_of_a_single_width() -> None:
+    assert Costs({2: 3.0}, 0, 0, 0, 1).verify_cost(1) == 3.0
+    assert Costs({2: 3.0}, 0, 0, 0, 1).verify_cost(4) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("plan", "seconds"),
+    [
+        (SkipPlan(), 0.5 + 8 * 0.375),
+        (SkipPlan.of_layers([1, 2]), 0.5 + 6 * 0.375),
+        (SkipPlan(attention=(3,)), 0.5 + 8 * 0.375 - 0.25),
+        (SkipPlan.of([1, 2], [2, 3, 4]), 0.5 + 6 * 0.25 + 5 * 0.125),
+    ],
+)
+def test_draft_cost_is_what_is_left(plan: SkipPlan, seconds: float) -> None:
+    assert COSTS.draft_cost(plan, depth=8) == pytest.approx(seconds)
+
+
+def test_costs_at_another_context() -> None:
+    costs = Costs({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, attention_per_position=0.001)
+    longer = costs.at(164, depth=8)
+    assert longer.attention == pytest.approx(0.35)
+    assert longer.verify_cost(1) == pytest.approx(2.8)
+    assert longer.context == 164
+    assert longer.at(64, depth=8).attention == pytest.approx(0.25)
+    assert costs.at(0, depth=8).attention == pytest.approx(0.186)
+
+
+def test_wider_passes_grow_more_with_the_context() -> None:
+    costs = Costs(
+        {1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, 0.001, attention_per_position_and_token=0.0001
+    )
+    longer = costs.at(164, depth=8)
+    assert longer.verify_cost(1) == pytest.approx(2.8)
+    assert longer.verify_cost(4) == pytest.approx(5.8 + 3 * 0.08)
+    assert longer.attention == pytest.approx(0.35)
+    shorter = costs.at(0, depth=8)
+    assert shorter.verify_cost(4) == pytest.approx(5.0 - 0.512 - 3 * 0.0512)
+
+
+def test_wider_is_not_cheaper_at_a_shorter_context() -> None:
+    costs = Costs({1: 2.0, 9: 2.1}, 0.5, 0.25, 0.125, 100, attention_per_position_and_token=0.001)
+    assert costs.at(0, depth=8).verify == {1: 2.0, 9: 2.0}
+
+
+def test_a_table_is_linear_between_numbers_of_rows() -> None:
+    one = Costs({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, 0.001, 0.0625, 0.0001)
+    four = Costs({1: 4.0, 2: 6.0}, 1.0, 0.5, 0.25, 64, 0.004, 0.125, 0.0004)
+    table = CostTable({4: four, 1: one}, depth=8)
+    assert table.at(1, 64) == one
+    assert table.at(4, 64) == table.at(9, 64) == four
+    between = table.at(2, 64)
+    assert between.verify == pytest.approx({1: 8 / 3, 2: 4.0, 4: (2 * 5.0 + 12.0) / 3})
+    assert between.floor == pytest.approx(2 / 3)
+    assert between.head == pytest.approx(0.25 / 3)
+    assert between.attention_per_position_and_token == pytest.approx(0.0002)
+    assert table.at(1, 164) == one.at(164, 8)
+
+
+def test_a_smaller_vocabulary_takes_off_its_share_of_the_head() -> None:
+    costs = replace(COSTS, head=0.4)
+    assert costs.draft_cost(SkipPlan(), 8, 0.25) == pytest.approx(0.2 + 8 * 0.375)
+    assert replace(COSTS, head=0.9).draft_cost(SkipPlan(), 8, 0.25) == pytest.approx(8 * 0.375)
+
+
+@pytest.mark.parametrize(
+    ("rows", "widths"),
+    [
+        (1, WIDTHS),
+        (2, (1, 2, 3, 5, 9, 17, 26)),
+        (4, (1, 2, 3, 5, 9)),
+        (16, (1, 2, 3, 5)),
+        (64, (1, 2, 5)),
+    ],
+)
+def test_widths_for_rows(rows: int, widths: tuple[int, ...]) -> None:
+    assert widths_for(rows) == widths
+
+
+def test_a_model_with_little_room_is_measured_in_it() -> None:
+    costs = measure_costs(tiny.decoder("gpt2"), rounds=1)  # learned positions, 256 of them
+    assert costs.context == 256 - max(WIDTHS)
+    assert costs.attention_per_position == 0.0
+    assert measure_costs(tiny.decoder("llama"), context=20, rounds=1).context == 20
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_measured_costs_are_whole(family: str, batch: int) -> None:
+    costs = measure_costs(tiny.decoder(family), context=40, rounds=2, batch=batch)
+    assert tuple(costs.verify) == widths_for(batch)
+    ordered = list(costs.verify.values())
+    assert ordered == sorted(ordered)
+    assert ordered[0] > 0 and math.isfinite(ordered[-1])
+    assert min(costs.floor, costs.attention, costs.mlp, costs.head) >= 0
+    assert costs.head <= costs.floor
+    assert costs.context == 40
+    if family == "opt":  # its sub-layers can't be told apart
+        assert costs.attention == costs.mlp
+
+
+class Clockwork:
+    """Seconds by what a pass contains, and by how often it was run."""
+
+    FLOOR, ATTENTION, MLP, ROW, HEAD, MAP = 0.5, 0.25, 0.125, 0.01, 0.0625, 0.03125
+    POSITION, BOTH = 2e-4, 1e-5
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, depth: int = tiny.DEPTH) -> None:
+        self.depth = depth
+        self.runs: list[tuple[int, int, int]] = []
+        self.late: dict[int, float] = {}
+        monkeypatch.setattr(costs_module, "_time", self.time)
+        monkeypatch.setattr(costs_module, "_time_module", self.module)
+
+    def time(
+        self, decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int
+    ) -> float:
+        self.runs.append((cache.batch, context, width))
+        layers = (self.depth - len(plan.attention)) * (
+            self.ATTENTION + (context - 8) * (self.POSITION + (width - 1) * self.BOTH)
+        )
+        layers += (self.depth - len(plan.mlp)) * self.MLP
+        disturbance = self.late.get(width, 0.0) if not plan and context == 8 else 0.0
+        return self.FLOOR + layers + self.ROW * (width - 1) + disturbance
+
+    def module(self, module: torch.nn.Module, states: torch.Tensor) -> float:
+        return self.MAP if isinstance(module, Map) else self.HEAD
+
+
+def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that runs by what a pass contains, the figures come out as put in."""
+    clockwork = Clockwork(monkeypatch)
+    decoder = Decoder(
+        tiny.build(hf.LlamaConfig(**tiny.LLAMA_LIKE | {"max_position_embeddings": 2048}))
+    )
+    costs = measure_costs(decoder, context=8, rounds=1)
+    got = (costs.floor, costs.attention, costs.mlp, costs.head, costs.stand_in)
+    expected = (
+        *(clockwork.FLOOR, clockwork.ATTENTION, clockwork.MLP, clockwork.HEAD),
+        clockwork.MAP,
+    )
+    assert got == pytest.approx(expected)
+    assert costs.attention_per_position == pytest.approx(clockwork.POSITION)
+    assert costs.attention_per_position_and_token == pytest.approx(clockwork.BOTH)
+    full = 0.5 + tiny.DEPTH * 0.375
+    assert costs.verify == pytest.approx({w: full + clockwork.ROW * (w - 1) for w in WIDTHS})
+    assert costs.draft_cost(SkipPlan(), tiny.DEPTH) == pytest.approx(costs.verify_cost(1))
+    mapped = SkipPlan.of(stand_ins=[tiny.stand_in(decoder, 1, 3, rank=4)])
+    without = costs.draft_cost(SkipPlan.of_layers([1, 2]), tiny.DEPTH)
+    size = decoder.config.hidden_size
+    assert costs.draft_cost(mapped, tiny.DEPTH) == pytest.approx(without + 8 / size * clockwork.MAP)
+    # at the same place of its extent, whole extents further on
+    assert {at for _, at, _ in clockwork.runs} == {8, 8 + EXTENT_MULTIPLE}
+
+
+def test_growth_is_left_out_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork = Clockwork(monkeypatch)
+    costs = measure_costs(tiny.decoder("llama"), context=8, rounds=1, growth=False, batch=4)
+    assert costs.attention_per_position == costs.attention_per_position_and_token == 0
+    assert {(rows, at) for rows, at, _ in clockwork.runs} == {(4, 8)}
+
+
+def test_a_disturbed_pass_is_no_dearer_than_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork = Clockwork(monkeypatch)
+    clockwork.late = {1: 7.0, 5: 9.0}
+    costs = measure_costs(tiny.decoder("llama"), context=8, rounds=1)
+    full = 0.5 + tiny.DEPTH * 0.375
+    assert costs.verify_cost(1) == costs.verify_cost(2) == pytest.approx(full + 0.01)
+    assert costs.verify_cost(5) == pytest.approx(full + 0.08)
+    assert costs.verify_cost(17) == pytest.approx(full + 0.16)
+
+
+def test_neither_sub_layer_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clockwork, "MLP", 0.0)
+    Clockwork(monkeypatch)
+    costs = measure_costs(tiny.decoder("llama"), context=8, rounds=1)
+    assert (costs.attention, costs.mlp) == pytest.approx((0.225, 0.025))
+
+
+def test_measuring_ends_when_nothing_changes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork = Clockwork(monkeypatch)
+    measure_costs(tiny.decoder("llama"), context=8, rounds=50)
+    rounds = clockwork.runs.count((1, 8, 26))
+    assert rounds == LEAST_ROUNDS + 2  # one warms up, one confirms
+
+
+@pytest.mark.parametrize(
+    ("lessens", "seconds", "rounds"),
+    [
+        (0.99, 100, 7),  # never stable: as many as were allowed
+        (0.99, 2, 5),  # nearly stable, and late
+        (0.95, 2, 7),  # not even that, and not yet too late
+        (0.95, 0.9, 5),  # too late
+        (0.95, 0, 3),
+    ],
+)
+def test_measuring_ends_late_at_the_latest(
+    monkeypatch: pytest.MonkeyPatch, lessens: float, seconds: float, rounds: int
+) -> None:
+    clockwork = Clockwork(monkeypatch)
+    monkeypatch.setattr(clockwork, "late", _Drifting(lessens))
+    seen = itertools.count()  # the time is looked at before the first and behind every counted one
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seen)))
+    measure_costs(tiny.decoder("llama"), context=8, rounds=6, seconds=seconds)
+    assert clockwork.runs.count((1, 8, 26)) == rounds
+
+
+class _Drifting(dict[int, float]):
+    """A disturbance that lessens all the time, so that no quartile ever stays."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self._factor, self._now = factor, 100.0
+
+    def get(self, key: int, default: object = None) -> float:
+        self._now *= self._factor
+        return self._now
+
+
+def test_logits_of_many_tokens_are_not_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny.decoder("llama")
+    seen: dict[int, set[bool]] = {}
+    forward = decoder.forward
+
+    def spy(tokens: torch.Tensor, *args: Any, last_only: bool = False) -> torch.Tensor:
+        if args[0][0, 0] == 8:  # the passes that are measured, not the one that fills the cache
+            seen.setdefault(tokens.numel(), set()).add(last_only)
+        return forward(tokens, *args, last_only=last_only)
+
+    monkeypatch.setattr(decoder, "forward", spy)
+    measure_costs(decoder, context=8, rounds=1, batch=32)
+    assert seen == {32: {False}, 64: {False}, 160: {True}}
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    decoder = tiny.decoder("llama")
+    tokens, positions = torch.tensor([tiny.prompt(6)]), torch.arange(6)[None]
+    before = decoder.forward(tokens, positions, decoder.new_cache(6))
+    measure_costs(decoder, context=8, rounds=1)
+    assert torch.equal(decoder.forward(tokens, positions, decoder.new_cache(6)), before)

@@ -1,0 +1,208 @@
+"""A chat's turns on one cache: each answer is what its whole conversation, read anew, gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.errors import InputError
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.prefix_cache import Conversation, common_length
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from tests import tiny
+from tests.engine import test_bfloat16
+from tests.kernels.tape import TapeRecorder
+from tests.spec_decode.test_mixed import mixed
+
+PLAN = SkipPlan.of_layers([1, 3])
+DRAFTERS: dict[str, Callable[[Decoder], Proposer | None]] = {
+    "none": lambda decoder: None,
+    "skip": lambda decoder: SkipProposer(decoder, PLAN, 5, 0.0),
+    "tree": lambda decoder: SkipProposer(decoder, PLAN, 5, 0.0, GREEDY_SHAPE),
+    "ngram": lambda decoder: mixed(decoder, None),
+    "mixed": lambda decoder: mixed(decoder, PLAN, tree=GREEDY_SHAPE),
+}
+
+
+def fresh(decoder: Decoder, prompt: list[int], count: int, **more: object) -> list[int]:
+    """What plain decoding of the whole text gives."""
+    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+    tiny.steps_of(generation)
+    return generation.output
+
+
+def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: int = 4) -> int:
+    """Turns of a chat, some left early, some with earlier parts rendered anew; tokens kept."""
+    conversation = Conversation(decoder)
+    vocabulary = decoder.vocabulary
+    text: list[int] = []
+    kept = 0
+    for turn in range(turns):
+        if turn == 2:  # as a template does that leaves thoughts out
+            text = text[: len(text) // 2] + text[len(text) // 2 + 2 :]
+        text = [*text, *tiny.prompt(7 + turn, seed + turn, vocabulary)]
+        generation = conversation.begin(text, max_new_tokens=16, drafter=drafter)
+        kept += generation.filled
+        for _ in islice(generation, 3 if turn == 1 else None):
+            pass
+        expected = fresh(decoder, text, 16)
+        assert generation.output == expected[: len(generation.output)]
+        assert len(generation.output) == 16 or turn == 1
+        text = [*text, *generation.output]
+    return kept
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "gpt-oss", "qwen2-mixed"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_turn_is_that_of_a_fresh_decode(family: str, drafter: str) -> None:
+    decoder = tiny.decoder(family)
+    # all but what is new and the last token, and in the third turn what was rendered anew
+    assert check_turns(decoder, DRAFTERS[drafter](decoder), seed=5) > 60
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), drafter=st.sampled_from(list(DRAFTERS)))
+def test_in_bfloat16_to_the_bit(seed: int, drafter: str) -> None:
+    decoder = test_bfloat16.decoder()
+    check_turns(decoder, DRAFTERS[drafter](decoder), seed)
+
+
+def test_with_recorded_passes_while_the_cache_grows() -> None:
+    """A longer cache is other memory, which passes recorded before know nothing of."""
+    config = LlamaConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 2048})
+    decoder = Decoder(tiny.build(config), recorder=TapeRecorder())
+    conversation = Conversation(decoder)
+    drafter = SkipProposer(decoder, PLAN, 4, 0.0)
+    text: list[int] = []
+    capacities = []
+    for turn in range(4):
+        text = [*text, *tiny.prompt(220, turn)]
+        generation = conversation.begin(text, max_new_tokens=40, drafter=drafter)
+        tiny.steps_of(generation)
+        assert generation.output == fresh(decoder, text, 40)
+        text = generation.tokens
+        capacities.append(generation.cache.capacity)
+    assert capacities == [512, 1024, 1024, 2048]
+
+
+def test_a_longer_text_than_the_cache_holds() -> None:
+    decoder = test_bfloat16.decoder()
+    conversation = Conversation(decoder, limit=1024)
+    text = tiny.prompt(480, 1, decoder.vocabulary)
+    first = conversation.begin(text, max_new_tokens=8)
+    tiny.steps_of(first)
+    text = [*text, *first.output, *tiny.prompt(40, 2, decoder.vocabulary)]
+    second = conversation.begin(text, max_new_tokens=8)
+    tiny.steps_of(second)
+    assert second.cache.capacity > first.cache.capacity
+    assert second.filled == 487
+    assert second.output == fresh(decoder, text, 8)
+
+
+@pytest.mark.parametrize("drafter", ["none", "skip", "mixed"])
+@pytest.mark.parametrize("passes", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interruption_around_a_pass(
+    monkeypatch: pytest.MonkeyPatch, drafter: str, passes: int, written: bool
+) -> None:
+    """Whatever Ctrl-C cut off, what is said to be held is held: nothing wrong is built upon it."""
+    decoder = tiny.decoder("gemma2")
+    conversation = Conversation(decoder)
+    text = tiny.prompt(9, passes)
+    tiny.steps_of(conversation.begin(text, max_new_tokens=6))
+    text = [*conversation.held, *tiny.prompt(11, passes + 1)]
+    left, drafts = passes, DRAFTERS[drafter](decoder)
+    run = decoder.runner.run
+
+    def interrupted(*arguments: object, **more: object) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if not left and not written:
+            raise KeyboardInterrupt
+        logits = run(*arguments, **more)  # type: ignore[arg-type]
+        if not left:
+            raise KeyboardInterrupt
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.runner, "run", interrupted)
+        cut = conversation.begin(text, max_new_tokens=40, drafter=drafts)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.steps_of(cut)
+    assert conversation.held == cut.tokens[:-1] if cut.output else text[: cut.filled]
+    text = [*text, *cut.output, *tiny.prompt(5, passes + 2)]
+    assert cut.filled > 0
+    again = conversation.begin(text, max_new_tokens=12, drafter=drafts)
+    tiny.steps_of(again)
+    assert again.output == fresh(decoder, text, 12)
+
+
+def test_only_what_is_new_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny.decoder("llama")
+    conversation = Conversation(decoder)
+    first = conversation.begin(tiny.prompt(30), max_new_tokens=4)
+    tiny.steps_of(first)
+    read: list[int] = []
+    prefill = decoder.prefill
+
+    def spying(tokens: torch.Tensor, *arguments: object, **more: object) -> torch.Tensor:
+        read.append(tokens.shape[1])
+        return prefill(tokens, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder, "prefill", spying)
+    # the answer's last token has not been run yet
+    tiny.steps_of(conversation.begin([*first.tokens, 7, 8], max_new_tokens=1))
+    tiny.steps_of(conversation.begin([*first.tokens, 7, 8], max_new_tokens=1))
+    assert read == [3, 1]
+
+
+def test_sampled_answers_and_penalties_know_the_whole_text() -> None:
+    decoder = tiny.decoder("llama")
+    sampling = SamplingParams(temperature=0.9, repetition_penalty=1.5, seed=4)
+    conversation = Conversation(decoder)
+    first = conversation.begin(tiny.prompt(20), max_new_tokens=12)
+    tiny.steps_of(first)
+    text = [*first.tokens, 3, 4]
+    second = conversation.begin(text, max_new_tokens=20, sampling=sampling)
+    tiny.steps_of(second)
+    assert second.filled > 20
+    assert second.output == fresh(decoder, text, 20, sampling=sampling)
+
+
+def test_a_refused_text_costs_nothing_of_what_is_held() -> None:
+    conversation = Conversation(tiny.decoder("llama"))
+    tiny.steps_of(conversation.begin(tiny.prompt(8), max_new_tokens=4))
+    held = conversation.held
+    with pytest.raises(InputError, match="token id 100"):
+        conversation.begin([*held, 100], max_new_tokens=4)
+    with pytest.raises(InputError, match="no tokens"):
+        conversation.begin([], max_new_tokens=4)
+    assert conversation.held == held != []
+
+
+def test_a_cache_that_does_not_fit() -> None:
+    decoder = tiny.decoder("llama")
+    cache = decoder.new_cache(100)
+    for filled, memory in ((5, cache), (-1, cache), (1, None)):
+        with pytest.raises(ValueError, match="of 5 prompt tokens"):
+            Generation(decoder, [1] * 5, max_new_tokens=2, cache=memory, filled=filled)
+    with pytest.raises(ValueError, match="positions for a text of"):
+        Generation(decoder, [1] * 5, max_new_tokens=cache.capacity, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 5], [1, 6], 1), ([2], [1], 0)],
+)
+def test_common_length(one: list[int], other: list[int], shared: int) -> None:
+    assert common_length(one, other) == shared

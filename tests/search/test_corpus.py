@@ -1,0 +1,127 @@
+"""The texts that searches judge by, and the stream they decode along."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.search import corpus as module
+from conflayers_cli.search.corpus import LEAST_TOKENS, Sample, Stream, Texts
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.proposer import SkipProposer
+from tests import tiny
+
+PROMPTS = tuple(tuple(tiny.prompt(9, seed)) for seed in range(3))
+
+
+def texts(ends: frozenset[int] = frozenset(), tokens: int = 24) -> Texts:
+    return Texts(tiny.decoder("llama"), PROMPTS, tokens, ends)
+
+
+def test_texts_are_what_the_model_writes_in_the_order_of_the_prompts() -> None:
+    found = texts().enough(2)
+    assert [sample.prompt for sample in found] == list(PROMPTS[:2])
+    for sample in found:
+        expected = tiny.generated(tiny.decoder("llama"), sample.prompt, 24)
+        assert list(sample.output) == expected
+
+
+def test_what_a_stream_decoded_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = texts()
+    stream = Stream(known, PROMPTS)
+    drafter = SkipProposer(tiny.decoder("llama"), SkipPlan.of_layers([2]), 4, 0.0)
+    while stream.previous is None:
+        stream.step(drafter)
+
+    begun: list[tuple[int, ...]] = []
+    begin = known.begin
+
+    def counted(prompt: tuple[int, ...]) -> object:
+        begun.append(prompt)
+        return begin(prompt)
+
+    monkeypatch.setattr(known, "begin", counted)
+    first, second = known.enough(2)
+    assert begun == [PROMPTS[1]]
+    assert list(first.output) == tiny.generated(tiny.decoder("llama"), PROMPTS[0], 24)
+    assert list(second.output) == tiny.generated(tiny.decoder("llama"), PROMPTS[1], 24)
+
+
+def test_a_text_cut_off_by_the_end_of_a_search_is_decoded_to_its_end() -> None:
+    known = texts()
+    stream = Stream(known, PROMPTS)
+    for _ in range(3):
+        stream.step(None)
+    stream.note()
+    assert len(known.enough(1)[0].output) == 24
+
+
+def test_short_texts_are_passed_over() -> None:
+    first = tiny.generated(tiny.decoder("llama"), PROMPTS[0], 24)
+    end = first[2]
+    found = texts(frozenset({end})).enough(3)
+    assert all(len(sample.output) >= LEAST_TOKENS for sample in found)
+    assert PROMPTS[0] not in [sample.prompt for sample in found]
+
+
+def test_other_texts_are_what_each_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 3)
+    decoder = tiny.decoder("llama")
+    prompts = [tuple(tiny.prompt(length, length)) for length in (9, 4, 30, 1, 17, 6, 12)]
+    whole = {prompt: tiny.generated(decoder, prompt, 24) for prompt in prompts}
+    end = whole[prompts[2]][5]
+    # repeats among the prompts are one text
+    known = Texts(decoder, (*prompts, prompts[5]), 24, frozenset({end}))
+    others = known.others([Sample(prompts[0], ())], 10_000)
+    assert [sample.prompt for sample in others] == prompts[1:]
+    for sample in others:
+        text = whole[sample.prompt]
+        length = text.index(end) + 1 if end in text else len(text)
+        assert list(sample.output) == text[:length]
+    assert len({len(sample.output) for sample in others}) > 1
+
+
+def test_others_are_only_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = texts()
+    judged = known.enough(1)
+    assert known.others(judged, 0) == ()
+    (one,) = known.others(judged, 9 + 24)
+    assert one.prompt == PROMPTS[1]
+    decoded: list[tuple[int, ...]] = []
+    together = known._decoded_together
+
+    def noted(numbers: Sequence[int]) -> list[list[int]]:
+        decoded.append(tuple(numbers))
+        return together(numbers)
+
+    monkeypatch.setattr(known, "_decoded_together", noted)
+    both = known.others(judged, 9 + 24 + 1)
+    assert [sample.prompt for sample in both] == list(PROMPTS[1:])
+    assert both[0] is one and decoded == [(2,)], "what is known is not decoded again"
+
+
+def test_a_stream_goes_round_and_round() -> None:
+    stream = Stream(texts(tokens=4), PROMPTS)
+    seen = []
+    for _ in range(4 * len(PROMPTS)):
+        stream.step(None)
+        seen.append(tuple(stream.current.tokens[:9]))
+    assert list(dict.fromkeys(seen)) == list(PROMPTS)
+    assert seen[-1] == seen[2]
+
+
+def test_prompts_that_end_at_once_are_an_error() -> None:
+    every = frozenset(range(tiny.VOCABULARY))
+    with pytest.raises(InputError, match="ends with its first token"):
+        Stream(texts(every), PROMPTS).step(None)
+
+
+def test_the_window_comes_from_the_longer_text() -> None:
+    stream = Stream(texts(tokens=40), PROMPTS)
+    while stream.previous is None:
+        stream.step(None)
+    assert len(stream.current.output) < 32
+    assert stream.window_source(100) is stream.previous
+    for _ in range(32):
+        stream.step(None)
+    assert stream.window_source(100) is stream.current

@@ -1,0 +1,300 @@
+"""The mixed drafter on real (tiny) models: output stays the model's own, whoever drafts.
+
+How much it drafts is a matter of costs; here they are such that drafting looks worth while.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.sampler import Sampler
+from conflayers_cli.engine.token_choice import Asked, Choice, choices
+from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode import mixed as mixed_drafts
+from conflayers_cli.spec_decode.history import REMEMBERED
+from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.proposer import Context, Draft
+from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
+from tests import tiny
+from tests.engine import law as enumerated
+from tests.engine import test_bfloat16
+from tests.engine.law import PLAN, SETTINGS, law, remembering
+from tests.tiny import chi_square
+
+RUNS = 2000
+"""Texts for a law; a wrong one shows among them beyond doubt (p < 1e-100)."""
+
+MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
+PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
+
+
+def costs(draft: float = 0.1, slope: float = 0.01) -> CostTable:
+    """A full pass takes a second; drafts and further tokens next to nothing."""
+    verify = {width: 1.0 + slope * (width - 1) for width in (1, 2, 64)}
+    return CostTable({1: Costs(verify, draft, 0.0, 0.0, 64)}, tiny.DEPTH)
+
+
+def repetitive(length: int, seed: int, vocabulary: int = tiny.VOCABULARY) -> list[int]:
+    """A prompt in which n-grams come again."""
+    part = tiny.prompt(max(2, length // 3), seed, vocabulary)
+    return (part * 4)[:length]
+
+
+def mixed(decoder: Decoder, plan: SkipPlan | None, **more: object) -> MixedProposer:
+    return MixedProposer(decoder, plan, costs(), **{"prior": 0.9, **more})  # type: ignore[arg-type]
+
+
+def decoded(
+    decoder: Decoder, prompt: list[int], count: int, **more: object
+) -> tuple[list[int], list[Step]]:
+    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+    steps = tiny.steps_of(generation)
+    return generation.output, steps
+
+
+@settings(max_examples=40)
+@given(
+    family=st.sampled_from(["llama", "mistral", "gemma2"]),
+    plan=PLANS,
+    ngram=st.booleans(),
+    tree=st.sampled_from([None, GREEDY_SHAPE]),
+    count=st.integers(1, 30),
+    length=st.integers(1, 30),
+    penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    most=st.integers(1, 25),
+    seed=st.integers(0, 1000),
+)
+def test_greedy_output_is_vanillas(
+    family: str,
+    plan: SkipPlan,
+    ngram: bool,
+    tree: TreeShape | None,
+    count: int,
+    length: int,
+    penalty: float,
+    most: int,
+    seed: int,
+) -> None:
+    decoder, prompt = tiny.decoder(family), repetitive(length, seed)
+    sampling = SamplingParams(repetition_penalty=penalty)
+    drafter = mixed(decoder, plan, ngram=ngram, tree=tree, max_tokens=most)
+    for _ in range(2):  # the second time it knows more
+        got, steps = decoded(decoder, prompt, count, sampling=sampling, drafter=drafter)
+        assert got == decoded(decoder, prompt, count, sampling=sampling)[0]
+        assert len(got) == count
+        assert all(step.accepted <= step.drafted <= most for step in steps)
+
+
+@settings(max_examples=15)
+@given(
+    plan=PLANS,
+    tree=st.sampled_from([None, GREEDY_SHAPE]),
+    length=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_in_bfloat16_too(plan: SkipPlan, tree: TreeShape | None, length: int, seed: int) -> None:
+    decoder = test_bfloat16.decoder()
+    prompt = repetitive(length, seed, test_bfloat16.VOCABULARY)
+    drafter = mixed(decoder, plan, tree=tree)
+    got, _ = decoded(decoder, prompt, 30, drafter=drafter)
+    assert got == decoded(decoder, prompt, 30)[0]
+
+
+def test_end_tokens_and_budget() -> None:
+    decoder, prompt = tiny.decoder("llama"), repetitive(18, 1)
+    text, _ = decoded(decoder, prompt, 40)
+    for end in set(text[5:30]):
+        drafter = mixed(decoder, SkipPlan.of_layers([2]))
+        got, steps = decoded(decoder, prompt, 40, drafter=drafter, end_tokens=frozenset([end]))
+        assert got == text[: text.index(end) + 1]
+        assert steps[-1].finish == "stop"
+
+
+each_setting = pytest.mark.parametrize("name", SETTINGS)
+
+
+class Recorded(MixedProposer):
+    """Keeps what it drafted."""
+
+    def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
+        drafts = super().propose_batch(contexts, limits)
+        self.drafts = [*getattr(self, "drafts", []), *drafts]
+        return drafts
+
+
+def law_drafter(tree: bool = False) -> Recorded:
+    """Costs under which n-grams draft a token or two and the skipped model goes on behind them; one
+    drafter for thousands of texts.
+    """
+    shape = SAMPLING_SHAPE if tree else None
+    return Recorded(remembering(), PLAN, costs(0.01, 0.12), tree=shape)
+
+
+def drawn(setting: SamplingParams, drafter: MixedProposer) -> Counter[tuple[int, ...]]:
+    """The first three tokens of many texts that could be longer."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(RUNS):
+        generation = Generation(
+            remembering(),
+            enumerated.PROMPT,
+            max_new_tokens=7,
+            sampling=replace(setting, seed=seed),
+            drafter=drafter,
+        )
+        counts[enumerated.start_of(generation)[0]] += 1
+    return counts
+
+
+@pytest.fixture
+def repeating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The enumerated law behind a prompt in which n-grams come again."""
+    monkeypatch.setattr(enumerated, "PROMPT", (6, 3, 0, 6, 3, 0, 6, 3))
+    law.cache_clear()
+    yield
+    law.cache_clear()
+
+
+@each_setting
+@pytest.mark.parametrize("tree", [False, True], ids=["chains", "trees"])
+@pytest.mark.usefixtures("repeating")
+def test_sampled_output_has_the_targets_law(name: str, tree: bool) -> None:
+    drafter = law_drafter(tree)
+    assert chi_square(drawn(SETTINGS[name], drafter), law(SETTINGS[name])) > 1e-4
+    by = [draft.sources for draft in drafter.drafts if draft.tokens]
+    judged = sum(each[0] == "ngram" and "skip" in each for each in by)
+    assert min(judged, sum(each[0] == "skip" for each in by)) > 100
+
+
+@pytest.mark.usefixtures("repeating")
+def test_a_wrong_law_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """n-grams' tokens passed off as drawn by the skipped model."""
+
+    def taken(
+        logits: torch.Tensor, asked: Sequence[Asked], *, rows: bool = False
+    ) -> list[Iterator[Choice]]:
+        each = asked[0]
+        chosen = list(choices(logits, asked, rows=rows)[0])
+        for i, token in enumerate(each.drafted[len(each.drafted) - each.count + 1 :]):
+            chosen[i] = replace(chosen[i], token=token)
+        return [iter(chosen)]
+
+    monkeypatch.setattr(mixed_drafts, "choices", taken)
+    counts = drawn(SETTINGS["temperature 0.7"], law_drafter())
+    assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(0.7, seed=1)], ids=["greedy", "sampled"]
+)
+def test_both_draft_and_say_so(sampling: SamplingParams) -> None:
+    decoder = tiny.decoder("llama")
+    drafter = Recorded(decoder, SkipPlan.of_layers([2]), costs(), prior=0.9)
+    for seed in range(4):
+        decoded(decoder, repetitive(24, seed), 40, sampling=sampling, drafter=drafter)
+    drafts = [draft for draft in drafter.drafts if draft.tokens]
+    assert drafter.name == "mixed"
+    sources = {source for draft in drafts for source in draft.sources}
+    assert sources == {"skip", "ngram"}
+    assert any(len(set(draft.sources)) == 2 for draft in drafts)
+    for draft in drafts:
+        assert len(draft.sources) == len(draft.tokens)
+        if sampling.greedy or (set(draft.sources) == {"ngram"} and draft.distribution is None):
+            assert draft.distribution is None
+            continue
+        assert draft.distribution is not None
+        torch.testing.assert_close(
+            draft.distribution.sum(-1), torch.ones(len(draft.tokens)), rtol=1e-4, atol=1e-4
+        )
+        for row, token, source in zip(draft.distribution, draft.tokens, draft.sources, strict=True):
+            assert row[token] > 0
+            assert source == "ngram" or row[token] < 1
+
+
+def test_names() -> None:
+    decoder, plan = tiny.decoder("llama"), SkipPlan.of_layers([2])
+    assert mixed(decoder, None).name == mixed(decoder, SkipPlan()).name == "ngram"
+    assert mixed(decoder, plan, ngram=False).name == "skip"
+
+
+def test_nothing_drafted_is_vanilla() -> None:
+    """Where drafts cost more than they can gain, no pass of the skipped model is run."""
+    decoder = tiny.decoder("llama")
+    drafter = MixedProposer(decoder, SkipPlan.of_layers([2]), costs(2.0, 1.0), ngram=False)
+    before = decoder.draft_passes
+    _, steps = decoded(decoder, tiny.prompt(9), 40, drafter=drafter)
+    assert decoder.draft_passes == before
+    assert all(step.drafter in ("prefill", "none") for step in steps)
+
+
+def row_of(decoder: Decoder, cache: object, text: list[int], sampling: SamplingParams) -> Context:
+    sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
+    sampler.saw(text)
+    return Context(list(text), cache, sampler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(), SamplingParams(repetition_penalty=1.2)],
+    ids=["greedy", "penalty"],
+)
+def test_rows_draft_as_they_would_alone(sampling: SamplingParams) -> None:
+    """Rows of different lengths share the passes; none disturbs another, and a limit of 0 holds."""
+    decoder, plan = tiny.decoder("llama"), SkipPlan.of_layers([2])
+    prompts = [repetitive(length, length) for length in (21, 9, 30, 14)]
+    limits = [6, 0, 3, 6]
+    cache = decoder.new_cache(64, batch=len(prompts))
+    padded = torch.tensor([(prompt[:-1] + [0] * 30)[:30] for prompt in prompts])
+    decoder.prefill(padded, cache)
+    filled = [layer.keys.clone() for layer in cache.layers]
+    contexts = [row_of(decoder, cache, prompt, sampling) for prompt in prompts]
+    together = mixed(decoder, plan, max_tokens=8).propose_batch(contexts, limits)
+    for layer, before in zip(cache.layers, filled, strict=True):
+        for i, prompt in enumerate(prompts):
+            assert torch.equal(layer.keys[i, :, : len(prompt) - 1], before[i, :, : len(prompt) - 1])
+    assert not together[1].tokens
+    assert sum(bool(draft.tokens) for draft in together) == 3
+    for prompt, limit, draft in zip(prompts, limits, together, strict=True):
+        assert len(draft.tokens) <= limit
+        own = decoder.new_cache(64)
+        decoder.prefill(torch.tensor([prompt[:-1]]), own)
+        chain = check_chain(decoder, plan, row_of(decoder, own, prompt, sampling), draft)
+        assert chain == [
+            token
+            for token, source in zip(draft.tokens, draft.sources, strict=True)
+            if source == "skip"
+        ]
+
+
+def check_chain(decoder: Decoder, plan: SkipPlan, context: Context, draft: Draft) -> list[int]:
+    """The skipped model's choices where it drafted, by one pass over the whole chain."""
+    tokens = torch.tensor([[context.tokens[-1], *draft.tokens]])
+    last = len(context.tokens) - 1
+    positions = torch.arange(last, last + tokens.shape[1])[None]
+    logits = decoder.forward(tokens, positions, context.cache, plan)[0]
+    best = context.sampler.scores(logits, draft.tokens).argmax(-1).tolist()
+    return [best[i] for i, source in enumerate(draft.sources) if source == "skip"]
+
+
+def test_texts_are_forgotten_but_those_at_hand() -> None:
+    decoder = tiny.decoder("llama")
+    drafter = mixed(decoder, None)
+    contexts = [
+        row_of(decoder, decoder.new_cache(64), tiny.prompt(6, i), SamplingParams())
+        for i in range(40)
+    ]
+    for context in contexts:
+        drafter.draft(context, 4)
+    assert len(drafter._texts) == REMEMBERED
+    drafter.propose_batch(contexts[:20], [4] * 20)
+    assert all(context.tokens in drafter._texts for context in contexts[:20])

@@ -1,0 +1,139 @@
+"""Trees against an enumeration of their paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conflayers_cli.engine.sampler import Sampler
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.proposer import Context, Draft
+from conflayers_cli.spec_decode.tree import TreeShape, leaves_beside
+from tests import tiny
+
+CPU = torch.device("cpu")
+SIZE = 8
+Path = tuple[int, ...]
+TOKENS = st.integers(0, SIZE - 1)
+SIDES = st.lists(TOKENS, max_size=3, unique=True)
+TREES = st.lists(st.tuples(TOKENS, SIDES), max_size=5).map(
+    lambda places: Draft(
+        tuple(token for token, _ in places), leaves=tuple(tuple(side) for _, side in places)
+    )
+)
+
+
+def paths_of(draft: Draft) -> list[Path]:
+    """Every way from the text to a node: the chain's first, then each leaf's, place by place."""
+    paths = [draft.tokens[: i + 1] for i in range(len(draft.tokens))]
+    for i, side in enumerate(draft.leaves):
+        paths += [(*draft.tokens[:i], leaf) for leaf in side]
+    return paths
+
+
+@given(TREES)
+def test_nodes_and_parents_are_the_paths(draft: Draft) -> None:
+    """A node is the last token of its path; its parent's row is that of the path before it."""
+    paths = paths_of(draft)
+    assert draft.width == len(draft.nodes) == len(draft.parents) == len(paths)
+    assert draft.nodes == tuple(path[-1] for path in paths)
+    walked: list[Path] = [()]
+    for node, parent in zip(draft.nodes, draft.parents, strict=True):
+        assert parent < len(walked)
+        walked.append((*walked[parent], node))
+    assert walked[1:] == paths
+    assert all(parent <= len(draft.tokens) for parent in draft.parents)  # leaves have no successors
+
+
+@given(tokens=st.integers(0, 3), leaves=st.integers(0, 4), sources=st.integers(0, 4))
+def test_entries_that_are_not_one_for_each_token_are_refused(
+    tokens: int, leaves: int, sources: int
+) -> None:
+    entries: dict[str, Any] = {"leaves": ((),) * leaves, "sources": ("skip",) * sources}
+    if leaves in (0, tokens) and sources in (0, tokens):
+        assert Draft((1,) * tokens, **entries).width == tokens
+    else:
+        with pytest.raises(ValueError, match=f"for {tokens} tokens"):
+            Draft((1,) * tokens, **entries)
+
+
+@dataclass(frozen=True)
+class Once:
+    """Drafts one and the same."""
+
+    drafted: Draft
+    name: str = "once"
+
+    def draft(self, context: Context, limit: int) -> Draft:
+        return self.drafted
+
+
+@settings(max_examples=40)
+@given(draft=TREES, length=st.integers(1, 9))
+def test_a_tree_is_verified_in_its_places(draft: Draft, length: int) -> None:
+    """A node's position is the text's length and that of its path before it; its slot is the next
+    one free, counted from the pending token: for the chain the same.
+    """
+    decoder, seen = tiny.decoder("llama"), list[list[list[int]]]()
+    forward = decoder.forward
+
+    def noting(
+        tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, **more: Any
+    ) -> torch.Tensor:
+        places = (tokens, positions, more.get("slots", positions))
+        seen.append([each[0].tolist() for each in places])
+        return forward(tokens, positions, cache, **more)
+
+    drafter = Once(draft)
+    one = Generation(decoder, tiny.prompt(length), max_new_tokens=20, drafter=drafter)
+    one.step()
+    filled, pending = len(one.tokens) - 1, one.tokens[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "forward", noting)
+        one.step()
+    ((tokens, positions, slots),) = seen
+    paths = [(), *paths_of(draft)]
+    assert tokens == [pending, *draft.nodes]
+    assert positions == [filled + len(path) for path in paths]
+    assert slots == [filled + row for row in range(len(paths))]
+
+
+@settings(max_examples=200)
+@given(
+    weights=st.lists(
+        st.lists(st.integers(0, 5), min_size=SIZE, max_size=SIZE).filter(lambda w: sum(w) > 0),
+        min_size=1,
+        max_size=4,
+    ),
+    rungs=st.tuples(st.integers(0, 4), st.integers(0, 10)),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_leaves_are_others_of_the_draft(
+    weights: list[list[int]], rungs: tuple[int, int], temperature: float, seed: int
+) -> None:
+    """As many as the shape wants and the draft has; greedy ones are its next best, in order."""
+    rows = torch.tensor([[w / sum(own) for w in own] for own in weights])
+    sampler = Sampler(SamplingParams(temperature, seed=seed), SIZE, CPU)
+    chain = [
+        max(range(SIZE), key=own.__getitem__) if temperature == 0 else sampler.draw(row)
+        for own, row in zip(weights, rows, strict=True)
+    ]
+    shape = TreeShape(((0.5, rungs[0]), (0.0, rungs[1])))
+    for token, side, own in zip(
+        chain, leaves_beside(chain, rows, sampler, shape), weights, strict=True
+    ):
+        wanted = rungs[0] if max(own) / sum(own) > 0.5 else rungs[1]
+        possible = [t for t in range(SIZE) if own[t] and t != token]
+        assert len(side) == len(set(side)) == min(wanted, len(possible))
+        assert set(side) <= set(possible)
+        if temperature == 0:
+            best = sorted((own[t] for t in possible), reverse=True)
+            assert [own[leaf] for leaf in side] == best[: len(side)]

@@ -1,0 +1,1 @@
+"""What tries to break the project: fuzzing, mutants, kills, soak."""

@@ -15,7 +15,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.profile.schema import Profile
 
 MAX_BYTES = 1 << 28
-"""256 MiB, and what the profile's stand-ins may take; a search's own take some hundred KiB."""
+"""256 MiB; a search's tensors take some hundred KiB."""
 
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -40,17 +40,14 @@ def read_tensors(path: Path, profile: Profile) -> Tensors:
         return {}
     beside = path.with_name(profile.tensors)
     try:
-        if beside.stat().st_size > (most := MAX_BYTES + _largest_maps(profile)):
-            raise InputError(f"{beside}: is larger than {most >> 20} MiB: not a calibration's")
+        if beside.stat().st_size > MAX_BYTES:
+            raise InputError(f"{beside}: is larger than {MAX_BYTES >> 20} MiB: not a calibration's")
         content = beside.read_bytes()
     except FileNotFoundError:
-        if profile.has_stand_ins:
-            advice = "copy it there, or calibrate anew: what stands in for layers is in it"
-        else:
-            keys = "keys tensors and tensors_sha256" if profile.tensors_sha256 else "key"
-            advice = f"without the file, take the {keys} out"
+        keys = "keys tensors and tensors_sha256" if profile.tensors_sha256 else "key"
         raise InputError(
-            f"{path}: tensors: {profile.tensors} is not beside it ({advice})"
+            f"{path}: tensors: {profile.tensors} is not beside it "
+            f"(without the file, take the {keys} out)"
         ) from None
     except OSError as error:
         raise InputError(f"{beside}: can't be read: {error.strerror or error}") from None
@@ -63,13 +60,6 @@ def read_tensors(path: Path, profile: Profile) -> Tensors:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{beside}: is no safetensors file: {error}") from None
-
-
-def _largest_maps(profile: Profile) -> int:
-    """Bytes that the linear maps of a profile take at the most."""
-    skips = (profile.skip, *(section.skip for section in profile.ranges or ()))
-    blocks = {(each.begin, each.end) for skip in skips for each in skip.stand_ins}
-    return 4 * len(blocks) * (profile.model.hidden_size or 0) * (profile.model.hidden_size or 0)
 
 
 def shaped(tensors: Tensors, name: str, *shape: int | None) -> npt.NDArray[np.float64] | None:

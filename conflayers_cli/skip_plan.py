@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from conflayers_cli.engine.stand_in import StandIn
+from typing import Literal
 
 Weights = Literal["int4"]
 """Weights that a draft may use in place of the model's own."""
@@ -23,19 +20,16 @@ class SkipPlan:
     named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so that
     equal plans are equal objects and can key a dictionary.
 
-    Where a run of layers is skipped whole, a linear map may stand in for it: then the residual
-    stream passes through the map. The layers that run may do so with rounded weights (``weights``,
-    see :mod:`conflayers_cli.kernels.int4_linear`); a plan that says so is not empty, even if it leaves out nothing.
+    The layers that run may do so with rounded weights (``weights``, see :mod:`conflayers_cli.kernels.int4_linear`); a plan that
+    says so is not empty, even if it leaves out nothing.
 
     Raises:
-        ValueError: an index is negative, repeated, not sorted, or not an integer; stand-ins
-            overlap, are not sorted, or stand for layers that are not skipped whole; weights are of
-            an unknown kind.
+        ValueError: an index is negative, repeated, not sorted, or not an integer; weights are of an
+            unknown kind.
     """
 
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
-    stand_ins: tuple[StandIn, ...] = ()
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
@@ -48,28 +42,16 @@ class SkipPlan:
                 raise ValueError(f"{name}: layer indices must be sorted and unique, got {indices}")
         if self.weights is not None and self.weights not in WEIGHTS:
             raise ValueError(f"weights: {' or '.join(WEIGHTS)} or none, got {self.weights!r}")
-        replaced = [layer for stand_in in self.stand_ins for layer in stand_in.layers]
-        if replaced != sorted(set(replaced)):
-            raise ValueError("stand-ins must be sorted and stand for different layers")
-        if not set(replaced) <= set(self.layers):
-            raise ValueError("stand-ins must stand for layers that are skipped whole")
 
     @classmethod
     def of(
         cls,
         attention: Iterable[int] = (),
         mlp: Iterable[int] = (),
-        stand_ins: Iterable[StandIn] = (),
         weights: Weights | None = None,
     ) -> SkipPlan:
-        """A plan from indices in any order, repeats merged.
-
-        The layers of stand-ins are skipped whether they are named or not.
-        """
-        ordered = sorted(stand_ins, key=lambda stand_in: stand_in.begin)
-        replaced = {layer for stand_in in ordered for layer in stand_in.layers}
-        own, others = (tuple(sorted({*named, *replaced})) for named in (attention, mlp))
-        return cls(own, others, tuple(ordered), weights)
+        """A plan from indices in any order, repeats merged."""
+        return cls(tuple(sorted(set(attention))), tuple(sorted(set(mlp))), weights)
 
     @classmethod
     def of_layers(cls, layers: Iterable[int]) -> SkipPlan:
@@ -111,17 +93,6 @@ class SkipPlan:
     def layers(self) -> tuple[int, ...]:
         """The layers skipped whole."""
         return tuple(sorted(set(self.attention) & set(self.mlp)))
-
-    @property
-    def key(self) -> Hashable:
-        """What tells plans apart, without the maps, which may be large."""
-        maps = tuple((each.begin, each.end, each.digest) for each in self.stand_ins)
-        return self.attention, self.mlp, maps, self.weights
-
-    @property
-    def replaced(self) -> frozenset[int]:
-        """The layers that stand-ins stand for."""
-        return frozenset(layer for stand_in in self.stand_ins for layer in stand_in.layers)
 
     @property
     def partial(self) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from benchmarks import (
     gpu,
     never_slower,
     speculative,
-    stand_in_growth,
     step_costs,
     vocabulary,
 )
@@ -286,27 +285,6 @@ def test_prefix_reuse_saves_no_more_than_the_further_tokens_cost(
     assert found["seconds"] == pytest.approx(prefix / 40 * 20)
     assert found["of_verification"] == pytest.approx(prefix / 40 * 20 / 60)
     assert step_costs.prefix_reuse(costs, plan, 2)["seconds"] == pytest.approx(prefix / 40 * 10)
-
-
-@pytest.mark.parametrize("result", ["stand_ins"], indirect=True)
-def test_stand_ins(result: dict[str, Any]) -> None:
-    (found,) = result["models"].values()
-    alone = found["rows"][0]
-    assert alone["block"] is None and alone["weights"] == "int4"
-    kinds = {(row["weights"], row["map"] is not None) for row in found["rows"]}
-    assert kinds == {(None, False), (None, True), ("int4", False), ("int4", True)}
-    for row in found["rows"]:
-        assert 0 <= row["exact_keys"] <= 1 and 0 <= row["own_keys"] <= 1
-    assert alone["exact_keys"] > 0.5
-
-
-def test_what_fitting_takes(tmp_path: Path) -> None:
-    output = tmp_path / "growth.json"
-    stand_in_growth.main(["--quick", "--output", str(output)])
-    rows = json.loads(output.read_text())["rows"]
-    assert [row["states_kept"] for row in rows] == [True, False]
-    assert [row["tokens"] for row in rows] == [400, 800]
-    assert all(row["fitting_seconds"] > 0 and row["blocks"] == 5 for row in rows)
 
 
 def test_further_profiles_have_arms_of_their_own(

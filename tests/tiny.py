@@ -18,7 +18,6 @@ import torch
 import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.stand_in import StandIn
 from conflayers_cli.generation.loop import Generation, Step
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -198,14 +197,3 @@ def chi_square(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:
         seen[-1] += rare_seen
         expected[-1] += rare
     return float(scipy.stats.chisquare(seen, expected, sum_check=False).pvalue)
-
-
-def stand_in(
-    model: Decoder, begin: int, end: int, *, rank: int | None = None, seed: int = 0
-) -> StandIn:
-    """A random map in place of some layers, about as strong as one of them."""
-    size = int(model.config.hidden_size)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(size, size)] if rank is None else [(rank, size), (size, rank)]
-    factors = (torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes)
-    return StandIn(begin, end, tuple(factors), torch.randn(size, generator=generator) * 0.1)

@@ -110,8 +110,8 @@ class Learned:
         start, setting = None, None
         # The layers are where the search begins; what stands in for some it can't search, and it
         # knows what layers cost with their own weights.
-        if profile is not None and profile.skip.left_out and profile.draft.max_tokens:
-            start = replace(profile.skip.left_out, weights=None)
+        if profile is not None and profile.plan and profile.draft.max_tokens:
+            start = replace(profile.plan, weights=None)
             setting = Setting(profile.draft.max_tokens, profile.draft.stop_probability)
         self._loaded = loaded
         self._adapter = AdaptiveProposer(

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from conflayers_cli.search.journal import Journal
     from conflayers_cli.search.problem import Strategy
     from conflayers_cli.search.record import Record
-    from conflayers_cli.search.settings import StandInSettings
     from conflayers_cli.skip_plan import Weights
     from conflayers_cli.spec_decode.tree import TreeShape
 
@@ -71,7 +70,6 @@ class Work:
     budget: float
     tree: bool
     refine: int
-    stand_ins: StandInSettings | None
     draft_weights: DraftWeights
     seed: int
     quantize: str | None
@@ -122,9 +120,6 @@ def calibrate(
     refine: search_options.Refine = None,
     refine_limit: search_options.RefineLimit = 500,
     tree: search_options.Tree = True,
-    stand_ins: search_options.StandIns = False,
-    stand_in_tokens: search_options.StandInTokens = None,
-    stand_in_rank: search_options.StandInRank = None,
     draft_weights: search_options.DraftWeightsOption = DraftWeights.AUTO,
     max_prompts: options.MaxPrompts = None,
     max_new_tokens: search_options.MaxNewTokens = 128,
@@ -154,7 +149,6 @@ def calibrate(
     )
     check_options(strategy, search)
     refining = refine_limit if (strategy != UNIFIED if refine is None else refine) else 0
-    maps = _stand_in_settings(stand_ins, stand_in_tokens, stand_in_rank, refining > 0)
     if draft_weights is DraftWeights.INT4 and not refining:
         raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
     from conflayers_cli.cli import common
@@ -211,7 +205,6 @@ def calibrate(
             budget=budget or DEFAULT_BUDGET,
             tree=tree,
             refine=refining,
-            stand_ins=maps,
             draft_weights=draft_weights,
             seed=seed,
             quantize=quantize,
@@ -221,26 +214,6 @@ def calibrate(
         with helping_workers(cluster, model, how, loaded) as helpers:
             done = _searched(work, journal, helpers)
         _conclude(work, done, target, journal, as_json)
-
-
-def _stand_in_settings(
-    looks: bool, tokens: int | None, rank: int | None, refining: bool
-) -> StandInSettings | None:
-    """How stand-ins are looked for; None: nobody looks.
-
-    Raises:
-        InputError: flags that contradict each other.
-    """
-    from conflayers_cli.search.settings import StandInSettings
-
-    if looks and not refining:
-        raise InputError("--stand-ins are found in refinement: not with --no-refine")
-    for flag, value in (("--stand-in-tokens", tokens), ("--stand-in-rank", rank)):
-        if value is not None and not looks:
-            raise InputError(f"{flag} is about stand-ins: give --stand-ins, too")
-    if not looks:
-        return None
-    return StandInSettings(rank=rank) if tokens is None else StandInSettings(tokens, rank)
 
 
 def _searched(work: Work, journal: Journal, helpers: Helpers | None) -> Calibration:
@@ -333,7 +306,6 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
                 budget=work.budget,
                 refine=work.refine,
                 tree=work.shape,
-                stand_ins=work.stand_ins,
                 weights=work.kinds,
                 on_stage=display.stage,
                 on_better=display.better,
@@ -345,7 +317,6 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
             held_out,
             refine=work.refine,
             tree=work.shape,
-            stand_ins=work.stand_ins,
             weights=work.kinds,
             on_stage=display.stage,
             on_better=display.better,
@@ -376,12 +347,9 @@ def _tensors_of(done: Calibration, depth: int) -> bytes | None:
     """What goes beside the profile, as a safetensors file; None where there is nothing."""
     from safetensors.torch import save
 
-    from conflayers_cli.profile_stand_ins import stand_in_tensors
     from conflayers_cli.search.tensors import tensors_of
 
-    plans = (done.plan, *(each.plan for each in done.ranges))
-    maps = stand_in_tensors(each for plan in plans for each in plan.stand_ins)
-    found = {**tensors_of(done.result, depth), **maps}
+    found = tensors_of(done.result, depth)
     return save(found) if found else None
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conflayers_cli.cli.terminal import note, stderr_console
-from conflayers_cli.profile.describe import how_it_drafts, in_short, skipped, skips, stand_in_names
+from conflayers_cli.profile.describe import how_it_drafts, in_short, skipped, skips
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.calibrate import Calibration, Candidate
 from conflayers_cli.search.objective import Score
@@ -115,7 +115,6 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     )
     if plan:
         lines.append(f"skips {skips(plan, depth)}")
-        lines += _stand_in_lines(profile, done)
         lines.append(how_it_drafts(profile.draft))
     else:
         lines.append("the profile skips nothing: n-grams found in the text draft, where they pay")
@@ -132,20 +131,6 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     if target:
         lines.append(f"wrote {target}")
     return lines
-
-
-def _stand_in_lines(profile: Profile, done: Calibration) -> list[str]:
-    """What stands in for layers, or why nothing does."""
-    from conflayers_cli.profile_stand_ins import stored_bytes
-
-    found, maps = done.candidate.stand_ins, done.plan.stand_ins
-    if found is None:
-        return []
-    if not maps:
-        return [f"no linear map stands in for layers: {found.reason}"] if found.reason else []
-    size = stored_bytes(maps) / 2**20
-    named = stand_in_names(profile.skip.stand_ins)
-    return [f"{named}, fitted to {found.tokens:,} tokens ({size:.1f} MiB)"]
 
 
 def strategy_table(done: Calibration, depth: int) -> Table:
@@ -200,12 +185,7 @@ def _candidate_json(candidate: Candidate, check: Check | None) -> dict[str, Any]
         "settings": asdict(candidate.method),  # type: ignore[call-overload]
         "attention": candidate.plan.attention,
         "mlp": candidate.plan.mlp,
-        "stand_ins": [
-            {"begin": each.begin, "end": each.end, "rank": each.rank}
-            for each in candidate.plan.stand_ins
-        ],
         "weights": candidate.plan.weights,
-        "stand_in_tokens": candidate.stand_ins.tokens if candidate.stand_ins else None,
         "refined": candidate.refined,
         "expected_speedup": candidate.expected.speedup if candidate.expected else None,
         "measured_speedup": check.speedup if check else None,

@@ -47,7 +47,6 @@ def header_of(work: Work) -> dict[str, Any]:
 
     Not the model's name, nor the profile's: files may have moved.
     """
-    from dataclasses import asdict
 
     from conflayers_cli.cli.common import environment_of
 
@@ -64,7 +63,6 @@ def header_of(work: Work) -> dict[str, Any]:
             **_settings(work),
             "refine_limit": work.refine,
             "tree": work.tree,
-            "stand_ins": None if work.stand_ins is None else asdict(work.stand_ins),
             "draft_weights": work.draft_weights.value,
             "max_new_tokens": work.max_new_tokens,
             "budget": work.budget,

@@ -153,15 +153,6 @@ RefineLimit = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
-StandIns = Annotated[
-    bool,
-    typer.Option(
-        "--stand-ins/--no-stand-ins",
-        help="Look for runs of layers that a linear map can stand in for, too, fitted to the "
-        "model's own texts. Takes as long again as the search.",
-        rich_help_panel=_SEARCH,
-    ),
-]
 DraftWeightsOption = Annotated[
     DraftWeights,
     typer.Option(
@@ -169,29 +160,6 @@ DraftWeightsOption = Annotated[
         help="What drafts compute with: the model's own weights, a copy of the layers' rounded to "
         "four bits (a quarter to a third more memory), or (auto) what is predicted to be faster.",
         rich_help_panel=_SEARCH,
-    ),
-]
-StandInTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--stand-in-tokens",
-        min=1,
-        metavar="N",
-        help="Tokens of prompts and outputs that maps are fitted to at the most (20000).",
-        rich_help_panel=_SEARCH,
-        show_default=False,
-    ),
-]
-StandInRank = Annotated[
-    int | None,
-    typer.Option(
-        "--stand-in-rank",
-        min=1,
-        metavar="R",
-        help="Bound the rank of a map's matrix, and so its size: a quarter of the model's width "
-        "loses little.",
-        rich_help_panel=_SEARCH,
-        show_default=False,
     ),
 ]
 MaxNewTokens = Annotated[

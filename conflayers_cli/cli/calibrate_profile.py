@@ -82,10 +82,6 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
         "refine_limit": work.refine,
         "max_new_tokens": work.max_new_tokens,
     }
-    if work.stand_ins is not None and work.stand_ins.rank is not None:
-        settings["stand_in_rank"] = work.stand_ins.rank
-    if done.candidate.stand_ins is not None and done.plan.stand_ins:
-        settings["stand_in_tokens"] = done.candidate.stand_ins.tokens
     if any(prompt.truncated for prompt in work.encoded):
         settings["truncate"] = True
     if work.name == AUTO:

@@ -110,6 +110,6 @@ def _completed(
     if not known.lacks_sizes and "intermediate_size" in missing:
         missing.remove("intermediate_size")  # beside known sizes it says that there is none
     filled = known.model_copy(update={name: getattr(here, name) for name in missing})
-    completed = Profile.model_validate({**dict(profile), "model": filled}).beside(file)
+    completed = Profile.model_validate({**dict(profile), "model": filled})
     check_fit(loaded, decoder, completed, file, force=False)
     return completed

@@ -119,7 +119,7 @@ def _told(profile: Profile, version: int, tensors: int) -> str:
 
     older = [f"schema {version}"] if version != SCHEMA_VERSION else []
     beside = [f"{tensors} tensors beside it"] if profile.tensors else []
-    skips = f"skips {in_short(profile.skip.left_out, profile.model.depth)}"
+    skips = f"skips {in_short(profile.plan, profile.model.depth)}"
     return ", ".join([*older, profile.model.name, skips, *beside])
 
 

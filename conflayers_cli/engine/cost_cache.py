@@ -29,7 +29,7 @@ from conflayers_cli.utils import environment
 from conflayers_cli.utils.distributed import agreed
 from conflayers_cli.utils.files import write_json
 
-FORMAT = 7
+FORMAT = 8
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 STRIDE = 4
 """From one number of rows measured to the next; between them costs are interpolated."""

@@ -14,7 +14,6 @@ import torch
 
 from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.stand_in import StandIn
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import agreed
@@ -63,7 +62,6 @@ class Costs:
         head: the logits of one token, which are part of ``floor``.
         attention_per_position_and_token: what one attention sub-layer takes more for every further
             position, for each token of the width behind the first: it compares each with all.
-        stand_in: one linear map in place of layers, one token.
         int4_attention, int4_mlp, int4_floor: with weights of four bits; 0 where nobody asked.
         turnaround: between two draft passes, for the first one's token to be read and the second
             to be launched; 0 where passes can't be launched ahead.
@@ -78,7 +76,6 @@ class Costs:
     head: float = 0.0
     attention_per_position_and_token: float = 0.0
     turnaround: float = 0.0
-    stand_in: float = 0.0
     int4_attention: float = 0.0
     int4_mlp: float = 0.0
     int4_floor: float = 0.0
@@ -123,8 +120,7 @@ class Costs:
         if rounded:
             attention, mlp, floor = self.int4_attention, self.int4_mlp, self.int4_floor
         layers = (depth - len(plan.attention)) * attention + (depth - len(plan.mlp)) * mlp
-        maps = sum(each.share for each in plan.stand_ins) * self.stand_in
-        return max(floor, 0.0) + layers + maps
+        return max(floor, 0.0) + layers
 
 
 @dataclass(frozen=True)
@@ -170,7 +166,6 @@ def _between(one: Costs, other: Costs, share: float) -> Costs:
             one.attention_per_position_and_token, other.attention_per_position_and_token
         ),
         turnaround=mix(one.turnaround, other.turnaround),
-        stand_in=mix(one.stand_in, other.stand_in),
         int4_attention=mix(one.int4_attention, other.int4_attention),
         int4_mlp=mix(one.int4_mlp, other.int4_mlp),
         int4_floor=mix(one.int4_floor, other.int4_floor),
@@ -248,10 +243,7 @@ def _passes(
     if isinstance(features := getattr(head, "in_features", None), int):
         shape = (cache.batch, decoder.rows.least, features)
         states = torch.ones(shape, dtype=decoder.dtype, device=decoder.device)
-        passes["head", 1] = partial(_time_module, head, states)
-    if isinstance(size := getattr(decoder.config, "hidden_size", None), int):
-        states = torch.ones((cache.batch, 1, size), dtype=decoder.dtype, device=decoder.device)
-        passes["stand-in", 1] = partial(_time_module, _some_map(decoder, size), states)
+        passes["head", 1] = partial(_time_head, head, states)
     return passes
 
 
@@ -367,8 +359,15 @@ def _costs(
     head = min(typical.get(("head", 1), 0.0), floor)
     verify = dict(sorted(verify.items()))
     return Costs(
-        *(verify, floor, layer - mlp, mlp, context, slope, head, slope_by_token, turnaround),
-        stand_in=typical.get(("stand-in", 1), 0.0),
+        verify=verify,
+        floor=floor,
+        attention=layer - mlp,
+        mlp=mlp,
+        context=context,
+        attention_per_position=slope,
+        head=head,
+        attention_per_position_and_token=slope_by_token,
+        turnaround=turnaround,
         int4_attention=int4_layer - int4_mlp,
         int4_mlp=int4_mlp,
         int4_floor=int4_floor,
@@ -406,17 +405,10 @@ def _time_fed(decoder: Decoder, cache: KVCache, context: int, ahead: int) -> flo
     return clock(decoder.device) - begin
 
 
-def _some_map(decoder: Decoder, size: int) -> torch.nn.Module:
-    """A linear map of hidden states, of full rank."""
-    nothing = torch.zeros((size, size), dtype=decoder.dtype)
-    stand_in = StandIn(0, 1, (nothing,), nothing[0].clone())
-    return stand_in.on(decoder.device, decoder.dtype, decoder.packed)
-
-
 @torch.inference_mode()
-def _time_module(module: torch.nn.Module, states: torch.Tensor) -> float:
+def _time_head(head: torch.nn.Module, states: torch.Tensor) -> float:
     begin = clock(states.device)
-    module(states)
+    head(states)
     return clock(states.device) - begin
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from subprocess import SubprocessError
@@ -213,12 +213,6 @@ class Decoder:
             plan.check(self.depth)
         except ValueError as error:
             raise InputError(f"skip plan does not fit the model: {error}") from error
-        for stand_in in plan.stand_ins:
-            if stand_in.size != (size := self.config.hidden_size):
-                raise InputError(
-                    f"skip plan does not fit the model: what stands in for layers {stand_in.begin}–"
-                    f"{stand_in.end - 1} maps {stand_in.size} features, and the model has {size}"
-                )
         if plan.partial and len(self.sub_layers) < 2:
             raise InputError(
                 "this model's sub-layers can't be left out one by one, only whole layers; "
@@ -364,22 +358,9 @@ class Decoder:
                 for handle in handles:
                     handle.remove()
 
-    @contextmanager
-    def showing_states(
-        self, layers: Iterable[int], show: Callable[[int, torch.Tensor], None]
-    ) -> Iterator[None]:
-        """Within: the hidden states ``[B, T, d]`` before each of the layers named are shown, those
-        behind the last one under ``depth``. Passes may repeat their last token."""
-
-        def shown(layer: int, states: torch.Tensor) -> None:
-            show(layer, agreed(states.to(self.device)))
-
-        with self.stack.showing(layers, shown):
-            yield
-
     @property
     def packed(self) -> bool:
-        """Whether packed weights stand in for the model's own (see :mod:`conflayers_cli.kernels.packed_linear`)."""
+        """Whether packed weights run in place of the model's own (see :mod:`conflayers_cli.kernels.packed_linear`)."""
         return self._packing is not None
 
     @contextmanager

@@ -6,7 +6,7 @@ sub-layer by a stub of zeros, in the module tables themselves, and put back afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from conflayers_cli.engine.model_lock import lock_of
-from conflayers_cli.engine.stand_in import StandIn
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels.int4_linear import Int4Weights
-from conflayers_cli.kernels.packed_linear import PackedLinear
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import agreed
 
@@ -57,19 +55,6 @@ class _PassThrough(nn.Module):
         if self.arity == 0:
             return hidden_states
         return (hidden_states, *(None,) * (self.arity - 1))
-
-
-class _Mapped(_PassThrough):
-    """Stands where the first of the layers is that a linear map stands in for."""
-
-    def __init__(self, arity: int, original: nn.Module, stand_in: StandIn, packed: bool) -> None:
-        super().__init__(arity, original)
-        self.stand_in = stand_in
-        self.packed = packed
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        run = self.stand_in.on(hidden_states.device, hidden_states.dtype, self.packed)
-        return super().forward(run(hidden_states))
 
 
 class _InPlace(_PassThrough):
@@ -124,16 +109,16 @@ class _Zero(nn.Module):
 class _Swap:
     table: MutableMapping[str, Any]
     key: str
-    stand_in: nn.Module
+    replacement: nn.Module
     original: nn.Module
 
 
 @contextmanager
 def _swapped(swaps: tuple[_Swap, ...]) -> Iterator[None]:
-    """Within: the stand-ins are in place. Always restored."""
+    """Within: the replacements are in place. Always restored."""
     try:
         for swap in swaps:
-            swap.table[swap.key] = swap.stand_in
+            swap.table[swap.key] = swap.replacement
         yield
     finally:
         for swap in swaps:
@@ -179,11 +164,6 @@ class LayerStack:
                 yield
             finally:
                 self.watched -= 1
-
-    @property
-    def packed(self) -> bool:
-        """Whether the layers' weights are packed (see :mod:`conflayers_cli.kernels.packed_linear`)."""
-        return any(isinstance(m, PackedLinear) for m in self.layers[0].modules())
 
     def sub_layer(self, kind: SubLayer, layer: int) -> nn.Module | None:
         """The attention or MLP module of a layer, None where the model has no such child."""
@@ -239,16 +219,10 @@ class LayerStack:
             yield
 
     def _swaps_of(self, plan: SkipPlan) -> Iterator[_Swap]:
-        maps = {stand_in.begin: stand_in for stand_in in plan.stand_ins}
         for i in plan.layers:
             layer = self.layers[i]
-            arity = self._arity.get(layer, 0)
-            instead = (
-                _Mapped(arity, layer, maps[i], self.packed)
-                if i in maps
-                else _PassThrough(arity, layer)
-            )
-            yield _Swap(self._list._modules, str(i), instead, layer)
+            skipped = _PassThrough(self._arity.get(layer, 0), layer)
+            yield _Swap(self._list._modules, str(i), skipped, layer)
         for i in plan.partial:
             kind: SubLayer = "attention" if i in plan.attention else "mlp"
             yield self.stub_swap(kind, i)
@@ -299,39 +273,10 @@ class LayerStack:
         """
         swaps = []
         for i, layer in enumerate(self.layers):
-            stand_in = _InPlace(self._arity.get(layer, 0), layer, i, run)
-            swaps.append(_Swap(self._list._modules, str(i), stand_in, layer))
+            replacement = _InPlace(self._arity.get(layer, 0), layer, i, run)
+            swaps.append(_Swap(self._list._modules, str(i), replacement, layer))
         with self.watching(), _swapped(tuple(swaps)):
             yield
-
-    @contextmanager
-    def showing(
-        self, layers: Iterable[int], show: Callable[[int, torch.Tensor], None]
-    ) -> Iterator[None]:
-        """Within: the hidden states ``[B, T, d]`` before each of the layers are shown; before the
-        layer ``depth`` means behind the last."""
-
-        def before(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                show(layer, args[0] if args else kwargs["hidden_states"])
-
-            return hook
-
-        def behind(module: nn.Module, args: Any, output: Any) -> None:
-            show(self.depth, output[0] if isinstance(output, tuple) else output)
-
-        with self.watching():
-            handles = [
-                self.layers[i].register_forward_pre_hook(before(i), with_kwargs=True)
-                if i < self.depth
-                else self.layers[-1].register_forward_hook(behind)
-                for i in layers
-            ]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
     @contextmanager
     def stubbed(self, layer: int) -> Iterator[None]:

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from conflayers_cli.engine.stand_in import Map
 from conflayers_cli.kernels.int4_linear import Int4Weights
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.kernels.packed_linear import Packed, PackedLinear, alike, is_plain
+from conflayers_cli.kernels.packed_linear import PackedLinear, alike, is_plain
 from conflayers_cli.skip_plan import SkipPlan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
@@ -162,11 +161,8 @@ class FusedForward:
         turns = self._turns(x, positions)
         only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
-        maps = self._maps(plan, x)
         layers, head = self._products(plan, int4)
         for i, layer in enumerate(layers):
-            if i in maps:
-                x = maps[i](x)
             own = attend[layer.kind] if only is None else only
             kept = i not in attention_out, i not in mlp_out
             x = self._through(layer, x, turns, own, cache.layers[i], kept)
@@ -186,12 +182,6 @@ class FusedForward:
             )
             self._rounded = int4, tuple(layers), int4.head(self.head)
         return self._rounded[1:]
-
-    def _maps(self, plan: SkipPlan, like: torch.Tensor) -> dict[int, Map]:
-        """What stands in for layers, by the first of them."""
-        packed = isinstance(self.layers[0].output, Packed)
-        stand_ins = plan.stand_ins
-        return {each.begin: each.on(like.device, like.dtype, packed) for each in stand_ins}
 
     def _through(
         self,

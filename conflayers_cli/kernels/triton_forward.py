@@ -111,13 +111,10 @@ class KernelForward(FusedForward):
         turns = self._turns(x, positions)
         only = next(iter(attend.values())) if len(attend) == 1 else None
         attention_out, mlp_out = set(plan.attention), set(plan.mlp)
-        maps = self._maps(plan, x)
         # What the last sub-layer gave; the next norm adds it to x.
         delta: torch.Tensor | None = None
         layers, head = self._products(plan, int4)
         for i, layer in enumerate(layers):
-            if i in maps:
-                x, delta = maps[i](x if delta is None else x + delta), None
             before_attention, before_mlp = self._norms[i]
             if i not in attention_out:
                 normed = self._add_norm(x, delta, before_attention)

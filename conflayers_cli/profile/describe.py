@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile
-from conflayers_cli.profile.sections import StandInSection
 from conflayers_cli.skip_plan import SkipPlan
 
 UNICODE = "█▀▄·"
@@ -64,16 +61,6 @@ def legend(signs: str = UNICODE) -> str:
     return f"{both} runs  {attention} attention alone  {mlp} MLP alone  {neither} left out"
 
 
-def stand_in_names(stand_ins: Sequence[StandInSection]) -> str:
-    """Which layers linear maps stand in for."""
-    named = [
-        f"{each.begin}–{each.end - 1}" + (f" (rank {each.rank})" if each.rank else "")
-        for each in stand_ins
-    ]
-    maps = "a linear map" if len(named) == 1 else "linear maps"
-    return f"{maps} in place of layers {' and '.join(named)}"
-
-
 def how_it_drafts(draft: DraftSettings) -> str:
     """One line about the draft settings of a plan that leaves something out."""
     leaves = ", with side candidates where they pay" if draft.tree else ""
@@ -107,10 +94,10 @@ def description(
     depth = profile.model.depth
     lines = [title, _line("model", _sizes(profile.model)), *_plan(profile, signs)]
     for each in profile.ranges or ():
-        found = f"skips {skips(each.skip.left_out, depth)}"
+        found = f"skips {skips(each.skip.plan, depth)}"
         lines.append(_line(f"from {each.from_context}", found))
-        lines.append(_line("", picture(each.skip.left_out, depth, signs)))
-        lines.append(_line("", _who_drafts(each.draft, each.skip.left_out)))
+        lines.append(_line("", picture(each.skip.plan, depth, signs)))
+        lines.append(_line("", _who_drafts(each.draft, each.skip.plan)))
     if profile.source is not None:
         lines.append(_line("source", profile.source))
     lines += _found(profile)
@@ -142,15 +129,13 @@ def _sizes(model: ModelFingerprint) -> str:
 
 
 def _plan(profile: Profile, signs: str) -> list[str]:
-    plan, depth = profile.skip.left_out, profile.model.depth
+    plan, depth = profile.plan, profile.model.depth
     if not plan:
         return [_line("skips", "nothing"), _line("drafts", _who_drafts(profile.draft, plan))]
-    maps = profile.skip.stand_ins
     return [
         _line("skips", skips(plan, depth)),
         _line("", picture(plan, depth, signs)),
         _line("", legend(signs)),
-        *([_line("stand-ins", stand_in_names(maps))] if maps else []),
         _line("drafts", _who_drafts(profile.draft, plan)),
     ]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from math import floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import (
-    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -41,9 +39,6 @@ from conflayers_cli.utils.yaml import (
     parse_mapping,
     shown,
 )
-
-if TYPE_CHECKING:
-    from conflayers_cli.engine.stand_in import StandIn
 
 __all__ = [
     "DraftSettings",
@@ -89,8 +84,6 @@ class Profile(Section):
     environment: Environment | None = None
     tensors: str | None = None
     tensors_sha256: Sha256 | None = None
-    _file: Path | None = PrivateAttr(default=None)
-    _maps: dict[tuple[int, int], StandIn] = PrivateAttr(default_factory=dict)
 
     @field_validator("skip", "ranges", mode="before")
     @classmethod
@@ -137,74 +130,21 @@ class Profile(Section):
             raise PydanticCustomError("hash", "should be left out where tensors names no file")
         return sha256
 
-    @model_validator(mode="after")
-    def _maps_are_known(self) -> Profile:
-        if self.has_stand_ins and (self.tensors is None or self.tensors_sha256 is None):
-            raise entry_error(
-                "skip.stand_ins", "tensors should name the file with their matrices, and its hash"
-            )
-        return self
-
-    @property
-    def has_stand_ins(self) -> bool:
-        """Whether linear maps stand in for layers: then there is a file with them."""
-        return any(skip.stand_ins for skip in (self.skip, *(r.skip for r in self.ranges or ())))
-
     @property
     def drafts_with_int4(self) -> bool:
         """Whether drafts use weights rounded to four bits, at any length of the context."""
         skips = (self.skip, *(r.skip for r in self.ranges or ()))
         return any(skip.weights == "int4" for skip in skips)
 
-    def beside(self, path: Path) -> Profile:
-        """The same profile, which now knows the file it is in, and so where its tensors lie."""
-        if self.has_stand_ins:
-            self._file = path
-        return self
-
     @property
     def plan(self) -> SkipPlan:
-        """The sub-layers to leave out, as the engine takes them, with what stands in for some.
-
-        Raises:
-            InputError: the maps' file is missing or another one.
-        """
-        return self._complete(self.skip)
+        """The sub-layers to leave out, as the engine takes them."""
+        return self.skip.plan
 
     def plans(self) -> list[tuple[int, SkipPlan, DraftSettings]]:
-        """(context from which on, plan, draft settings): its own, from 0, and those of the ranges.
-
-        Raises:
-            InputError: as `plan`.
-        """
-        own = [(0, self.plan, self.draft)]
-        ranges = ((r.from_context, self._complete(r.skip), r.draft) for r in self.ranges or ())
-        return [*own, *ranges]
-
-    def _complete(self, skip: SkipSection) -> SkipPlan:
-        if not skip.stand_ins:
-            return skip.left_out
-        from conflayers_cli.profile_stand_ins import read_stand_ins
-
-        if not self._maps:
-            if self._file is None:
-                raise InputError(
-                    "a profile with stand-ins is used from its file: their matrices lie beside it"
-                )
-            self._maps = read_stand_ins(self._file, self)
-        maps = (self._maps[each.begin, each.end] for each in skip.stand_ins)
-        return SkipPlan.of(skip.attention, skip.mlp, maps, skip.weights)
-
-    def for_context(self, length: int) -> tuple[SkipPlan, DraftSettings]:
-        """The plan and draft settings at a context of ``length`` tokens, prompt and output.
-
-        They are those of the last of the ``ranges`` that begins at ``length`` or before; the
-        profile's own where none does.
-        """
-        for section in reversed(self.ranges or ()):
-            if length >= section.from_context:
-                return self._complete(section.skip), section.draft
-        return self.plan, self.draft
+        """(first context, plan, draft settings): the profile's own, from 0, and each range's."""
+        ranges = ((r.from_context, r.skip.plan, r.draft) for r in self.ranges or ())
+        return [(0, self.plan, self.draft), *ranges]
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -228,7 +168,7 @@ class Profile(Section):
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         try:
-            return cls.model_validate(data).beside(path), version
+            return cls.model_validate(data), version
         except ValidationError as error:
             raise InputError(f"{path}: {first_problem(error, cls)}") from None
 

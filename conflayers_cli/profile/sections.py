@@ -11,8 +11,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
-    ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -66,36 +66,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class StandInSection(Section):
-    """A linear map in place of the layers ``begin`` … ``end - 1``; it lies in the tensors' file.
-
-    ``rank`` is that of its matrix where it was bounded.
-    """
-
-    begin: Size
-    end: Size
-    rank: Size | None = None
-
-    @property
-    def layers(self) -> range:
-        """The layers it stands for."""
-        return range(self.begin, self.end)
-
-
-StandIns = Annotated[tuple[StandInSection, ...], BeforeValidator(list_to_tuple)]
-
-
 class SkipSection(Section):
     """The layers whose attention or MLP is left out; in any order on input, sorted here.
 
-    ``stand_ins`` are linear maps that run in place of some that are left out whole. ``weights`` are
-    those that the other layers draft with where they are not the model's own: int4, made from them.
+    ``weights`` are those that the other layers draft with where they are not the model's own: int4,
+    made from them.
     """
 
     attention: Layers
     mlp: Layers
-    stand_ins: StandIns = ()
     weights: Weights | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_linear_maps(cls, section: object) -> object:
+        if isinstance(section, dict) and "stand_ins" in section:
+            raise entry_error(
+                "stand_ins",
+                "linear maps in place of layers are no longer supported: calibrate again, to a new "
+                "file",
+            )
+        return section
 
     @field_validator("attention", "mlp", mode="after")
     @classmethod
@@ -107,40 +98,15 @@ class SkipSection(Section):
             seen.add(layer)
         return tuple(sorted(layers))
 
-    @field_validator("stand_ins", mode="after")
-    @classmethod
-    def _of_layers_left_out(
-        cls, stand_ins: tuple[StandInSection, ...], info: ValidationInfo
-    ) -> tuple[StandInSection, ...]:
-        whole = set(info.data.get("attention", ())) & set(info.data.get("mlp", ()))
-        taken: set[int] = set()
-        for position, each in enumerate(stand_ins):
-            named = f"layers {each.begin}–{each.end - 1}"
-            if each.end <= each.begin:
-                raise entry_error(f"{position}.end", f"{each.end} should be over {each.begin}")
-            # before anything is made of it: a range may be as long as numbers go
-            if each.end - each.begin > len(whole) or not whole.issuperset(each.layers):
-                raise entry_error(
-                    str(position),
-                    f"stands for {named}, allowed are those that attention and mlp both name",
-                )
-            if taken & set(each.layers):
-                raise entry_error(str(position), f"stands for {named}, and so does another")
-            taken |= set(each.layers)
-        return tuple(sorted(stand_ins, key=lambda each: each.begin))
-
     @classmethod
     def of(cls, plan: SkipPlan) -> SkipSection:
-        """The section that says what ``plan`` says; the maps themselves are not in it."""
-        maps = (StandInSection(begin=m.begin, end=m.end, rank=m.rank) for m in plan.stand_ins)
-        return cls(
-            attention=plan.attention, mlp=plan.mlp, stand_ins=tuple(maps), weights=plan.weights
-        )
+        """The section that says what ``plan`` says."""
+        return cls(attention=plan.attention, mlp=plan.mlp, weights=plan.weights)
 
     @property
-    def left_out(self) -> SkipPlan:
-        """The sub-layers left out, without the maps that stand in for some."""
-        return SkipPlan(self.attention, self.mlp, weights=self.weights)
+    def plan(self) -> SkipPlan:
+        """What the section says, as the engine takes it."""
+        return SkipPlan(self.attention, self.mlp, self.weights)
 
 
 class DraftSettings(Section):

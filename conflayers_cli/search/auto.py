@@ -16,7 +16,6 @@ from conflayers_cli.search.calibrate import (
     find,
 )
 from conflayers_cli.search.problem import Strategy, Task
-from conflayers_cli.search.settings import StandInSettings
 from conflayers_cli.search.validate import Check, check_by_decoding
 from conflayers_cli.skip_plan import Weights
 from conflayers_cli.spec_decode.tree import TreeShape
@@ -37,7 +36,6 @@ def auto(
     budget: float,
     refine: int,
     tree: TreeShape | None = None,
-    stand_ins: StandInSettings | None = None,
     weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
@@ -50,7 +48,7 @@ def auto(
     Args:
         strategies: in the order they run; those the time does not reach are left out.
         task: what they work on; its deadline is set anew.
-        held_out, refine, tree, stand_ins, weights, on_stage, on_better: as for `calibrate`.
+        held_out, refine, tree, weights, on_stage, on_better: as for `calibrate`.
         budget: seconds.
 
     A KeyboardInterrupt ends the searches with what was found until then.
@@ -75,7 +73,6 @@ def auto(
                 task,
                 refine=refine,
                 tree=tree,
-                stand_ins=stand_ins,
                 weights=weights,
                 on_stage=on_stage,
                 on_better=on_better,

@@ -10,8 +10,6 @@ from conflayers_cli.search.corpus import LEAST_TOKENS
 from conflayers_cli.search.local_search import Refiner
 from conflayers_cli.search.objective import VANILLA, Objective, Score, Setting
 from conflayers_cli.search.problem import RangePlan, SearchResult, Strategy, Task
-from conflayers_cli.search.settings import StandInSettings
-from conflayers_cli.search.stand_ins import Found, find_stand_ins
 from conflayers_cli.search.tree_replay import with_tree
 from conflayers_cli.search.validate import MOST_CHECKED, Check, check_by_decoding
 from conflayers_cli.skip_plan import SkipPlan, Weights
@@ -41,7 +39,6 @@ class Candidate:
         seconds: wall time of search and refinement.
         full_passes, draft_passes: passes of the whole model, and with layers left out, spent.
         by_rule: there were no prompts to judge by, and none were needed.
-        stand_ins: what came of looking for linear maps in place of layers; None: nobody looked.
     """
 
     method: Strategy
@@ -55,9 +52,7 @@ class Candidate:
     seconds: float
     full_passes: int
     draft_passes: int
-
     by_rule: bool = False
-    stand_ins: Found | None = None
 
     @property
     def strategy(self) -> str:
@@ -119,7 +114,6 @@ def calibrate(
     *,
     refine: int,
     tree: TreeShape | None = None,
-    stand_ins: StandInSettings | None = None,
     weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
@@ -133,7 +127,6 @@ def calibrate(
         refine: plans judged in refinement at the most; 0 keeps the strategy's own plan and its way
             of drafting, whatever they are worth.
         tree: side candidates that are drafted where refinement finds that they pay; None: a chain.
-        stand_ins: look for linear maps in place of layers once a plan is refined; None: don't.
         weights: those that drafts may use, the model's own (None) among them or not; whatever is
             refined is so with those that begin best.
         on_stage: told what begins.
@@ -147,7 +140,6 @@ def calibrate(
         task,
         refine=refine,
         tree=tree,
-        stand_ins=stand_ins,
         weights=weights,
         on_stage=on_stage,
         on_better=on_better,
@@ -175,7 +167,6 @@ def find(
     *,
     refine: int,
     tree: TreeShape | None = None,
-    stand_ins: StandInSettings | None = None,
     weights: Sequence[Weights | None] = (None,),
     on_stage: Stage,
     on_better: Better,
@@ -185,7 +176,6 @@ def find(
     result = strategy.search(task)
     plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
     expected: Score | None = None
-    found: Found | None = None
     judged, interrupted = 0, result.interrupted
     try:
         if task.prompts and not interrupted and task.objective.texts:
@@ -194,21 +184,14 @@ def find(
                 expected, judged, interrupted = _refined(
                     task, _starts(result, weights), weights, refine, on_better
                 )
-                if stand_ins is not None and not interrupted:
-                    on_stage("fitting stand-ins")
-                    found = find_stand_ins(task, expected, stand_ins, refine, on_better, weights)
-                    expected, interrupted = found.score, found.interrupted
-                    judged += found.judged
-                judge = (found and found.objective) or task.objective
                 if expected is not None:
-                    expected = judge.modest(expected.plan)
+                    expected = task.objective.modest(expected.plan)
                     plan, setting = expected.plan, expected.setting
                 if expected is not None and not interrupted:
                     if tree is not None:
-                        expected = with_tree(judge, expected, tree) or expected
+                        expected = with_tree(task.objective, expected, tree) or expected
                         setting = expected.setting
-                    most = max(refine - judged, 1)
-                    ranges, more = _refined_ranges(task, judge, plan, ranges, most)
+                    ranges, more = _refined_ranges(task, plan, ranges, max(refine - judged, 1))
                     judged += more
             else:
                 expected = task.objective.score(plan)
@@ -232,7 +215,6 @@ def find(
         full_passes=end.full_passes - begin.full_passes,
         draft_passes=end.draft_passes - begin.draft_passes,
         by_rule=not task.prompts,
-        stand_ins=found,
     )
 
 
@@ -309,17 +291,16 @@ def _refined(
 
 
 def _refined_ranges(
-    task: Task, judge: Objective, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
+    task: Task, plan: SkipPlan, ranges: Sequence[RangePlan], most_plans: int
 ) -> tuple[tuple[RangePlan, ...], int]:
     """Each range's plan, refined with what passes cost at its context; equal neighbours merged.
 
-    Also says how many plans were judged, ``most_plans`` at the most over all ranges. ``judge`` is
-    who judged ``plan``: stand-ins may have been fitted to the texts that others judge by.
+    Also says how many plans were judged, ``most_plans`` at the most over all ranges.
     """
     refined: list[RangePlan] = []
     before, judged = plan, 0
     for each in ranges:
-        objective = judge.at(each.from_context)
+        objective = task.objective.at(each.from_context)
         refiner = _refiner(
             task, objective, max(most_plans // len(ranges), 1), lambda score, judged: None
         )

@@ -11,10 +11,8 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.loop import Finish, Generation, Step
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.record import Record
 from conflayers_cli.spec_decode.proposer import Proposer
 
@@ -25,8 +23,6 @@ MOST_TEXTS = 8
 """Texts that plans are judged by."""
 LEAST_TOKENS = 16
 """A shorter output says too little to judge by."""
-TOGETHER = 16
-"""Texts decoded at once where nobody waits for the first."""
 FEW_TOKENS = 32
 """A window shorter than this says little: the previous prompt's end is used instead."""
 
@@ -112,41 +108,6 @@ class Texts:
             if len(sample.output) >= LEAST_TOKENS:
                 texts.append(sample)
         return tuple(texts)
-
-    def others(self, judged: Sequence[Sample], tokens: int) -> tuple[Sample, ...]:
-        """The texts of further prompts, in their order, up to so many tokens; decoded together.
-
-        Args:
-            judged: texts whose prompts are left out.
-            tokens: of all prompts and outputs.
-        """
-        taken = {sample.prompt for sample in judged}
-        chosen: list[int] = []
-        for number, prompt in enumerate(self._prompts):
-            if tokens <= 0:
-                break
-            if prompt not in taken:
-                taken.add(prompt)
-                chosen.append(number)
-                tokens -= len(prompt) + self._max_new_tokens
-        missing = [n for n in chosen if self._prompts[n] not in self._known]
-        for begin in range(0, len(missing), TOGETHER):
-            numbers = missing[begin : begin + TOGETHER]
-            key = f"texts {' '.join(map(str, numbers))}"
-            outputs = self.record.did(key, partial(self._decoded_together, numbers))
-            for number, output in zip(numbers, outputs, strict=True):
-                self.note(self._prompts[number], output)
-        samples = (self._known[self._prompts[number]] for number in chosen)
-        return tuple(sample for sample in samples if sample.output)
-
-    def _decoded_together(self, numbers: Sequence[int]) -> list[list[int]]:
-        requests = [
-            BatchRequest(self._prompts[number], self._max_new_tokens, SamplingParams())
-            for number in numbers
-        ]
-        batch = Batch(self._decoder, requests, end_tokens=self._end_tokens)
-        batch.run()
-        return batch.outputs
 
     def _whole_of(self, number: int, count: int) -> list[int]:
         """A prompt's continuation; helpers decode what is missing of ``count`` from it on."""

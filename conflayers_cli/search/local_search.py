@@ -38,7 +38,7 @@ class Move:
             attention ^= {self.layer}
         if self.mlp:
             mlp ^= {self.layer}
-        return SkipPlan.of(attention, mlp, plan.stand_ins, plan.weights)
+        return SkipPlan.of(attention, mlp, plan.weights)
 
 
 class Refiner:
@@ -91,7 +91,7 @@ class Refiner:
         return self._climb(best, self._single_moves) if self._single else best
 
     def _layers_back(self, plan: SkipPlan) -> Iterable[Move]:
-        return [Move(i, True, True) for i in plan.layers if i not in plan.replaced]
+        return [Move(i, True, True) for i in plan.layers]
 
     def _layers_out(self, plan: SkipPlan) -> Iterable[Move]:
         named = set(plan.attention) | set(plan.mlp)
@@ -99,10 +99,8 @@ class Refiner:
         return [Move(i, True, True) for i in inner if i not in named]
 
     def _single_moves(self, plan: SkipPlan) -> Iterable[Move]:
-        inner = set(range(1, self._objective.decoder.depth - 1)) - plan.replaced
-        return [
-            Move(i, attention, not attention) for i in sorted(inner) for attention in (True, False)
-        ]
+        inner = range(1, self._objective.decoder.depth - 1)
+        return [Move(i, attention, not attention) for i in inner for attention in (True, False)]
 
     def _climb(self, best: Score, moves_of: Callable[[SkipPlan], Iterable[Move]]) -> Score:
         """Take the best move while one gains.

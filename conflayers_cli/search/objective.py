@@ -11,7 +11,7 @@ stop probability, with the passes' measured costs, and the best setting is the p
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,15 +136,15 @@ class Objective:
     ) -> None:
         self._record = record or Record(decoder)
         self._helpers = helpers
-        self._ahead: dict[tuple[Hashable, int], Trace] = {}
+        self._ahead: dict[tuple[SkipPlan, int], Trace] = {}
         self.decoder = decoder
         self.costs = costs
         self._samples = [sample for sample in samples if len(sample.output) >= 3]
         self._texts = [JudgedText(decoder, sample, most_tokens) for sample in self._samples]
         self._most_tokens = most_tokens
-        self._traces: dict[tuple[Hashable, int], Trace] = {}
-        self._sides: dict[tuple[Hashable, int], list[SideTrace]] = {}
-        self._known: dict[tuple[Hashable, int], Score] = {}
+        self._traces: dict[tuple[SkipPlan, int], Trace] = {}
+        self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
+        self._known: dict[tuple[SkipPlan, int], Score] = {}
 
     @property
     def texts(self) -> int:
@@ -165,31 +165,30 @@ class Objective:
 
     def traces(self, plan: SkipPlan, texts: int | None = None) -> list[Trace]:
         """The first texts under a plan, a draft pass each where it is not known yet."""
-        missing = [i for i in range(self._count(texts)) if (plan.key, i) not in self._traces]
+        missing = [i for i in range(self._count(texts)) if (plan, i) not in self._traces]
         if missing:
             found = self._record.did(
                 f"{label_of(plan)}: texts {' '.join(map(str, missing))}",
                 lambda: self._traced(plan, missing),
             )
             for i, trace in zip(missing, found, strict=True):
-                self._traces[plan.key, i] = Trace(**trace)
-        return [self._traces[plan.key, i] for i in range(self._count(texts))]
+                self._traces[plan, i] = Trace(**trace)
+        return [self._traces[plan, i] for i in range(self._count(texts))]
 
     def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
         """Have helpers look at plans that :meth:`score` is going to be asked about."""
         if self._helpers is None or self._record.replaying:
             return
-        # Maps stay here: a matrix takes longer to send than a pass takes.
-        sent = [plan for plan in dict.fromkeys(plans) if plan and not plan.stand_ins]
+        sent = [plan for plan in dict.fromkeys(plans) if plan]
         known = self._traces.keys() | self._ahead.keys()
         texts_asked = range(self._count(texts))
-        asked = [(plan, i) for plan in sent for i in texts_asked if (plan.key, i) not in known]
+        asked = [(plan, i) for plan in sent for i in texts_asked if (plan, i) not in known]
         if not asked:
             return
         samples = [(plan, self._samples[i]) for plan, i in asked]
         found = self._helpers.traces(samples, self._most_tokens)
         self.decoder.draft_passes += len(found)
-        keys = ((plan.key, i) for plan, i in asked)
+        keys = ((plan, i) for plan, i in asked)
         self._ahead |= zip(keys, found, strict=True)
 
     def _traced(self, plan: SkipPlan, missing: Sequence[int]) -> list[dict[str, Any]]:
@@ -197,34 +196,33 @@ class Objective:
         self.ahead([plan], max(missing) + 1)
         traces = []
         for i in missing:
-            key, text = (plan.key, i), self._texts[i]
+            key, text = (plan, i), self._texts[i]
             here = key not in self._ahead
             traces.append(text.trace(self.decoder, plan) if here else self._ahead.pop(key))
         return [dict(vars(trace)) for trace in traces]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
-        return all((plan.key, i) in self._traces for i in range(self._count(texts)))
+        return all((plan, i) in self._traces for i in range(self._count(texts)))
 
     def side_traces(self, plan: SkipPlan, most: int) -> list[SideTrace]:
         """All texts under a plan with the draft's ``most`` next-best candidates, a pass each where
         they are not known yet."""
-        if (plan.key, most) not in self._sides:
+        if (plan, most) not in self._sides:
             found = self._record.did(
                 f"{label_of(plan)}: {most} side candidates",
                 lambda: [dict(vars(t.side_trace(self.decoder, plan, most))) for t in self._texts],
             )
-            self._sides[plan.key, most] = [SideTrace(**trace) for trace in found]
-        return self._sides[plan.key, most]
+            self._sides[plan, most] = [SideTrace(**trace) for trace in found]
+        return self._sides[plan, most]
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         """The plan's worth on the first ``texts`` texts (default: all). Scores are kept."""
         count = self._count(texts)
-        known = self._known.get((plan.key, count))
+        known = self._known.get((plan, count))
         if known is None:
             known = max(self._scores(plan, count), key=lambda score: score.speedup)
-            if not plan.stand_ins:  # a score holds its plan, and that one large matrices
-                self._known[plan.key, count] = known
+            self._known[plan, count] = known
         return known
 
     def modest(self, plan: SkipPlan) -> Score:

@@ -93,7 +93,11 @@ class Task:
     def __post_init__(self) -> None:
         self.record = self.recorder or Record(self.decoder)
         self.texts = Texts(
-            *(self.decoder, self.prompts, self.max_new_tokens, self.end_tokens, self.record),
+            decoder=self.decoder,
+            prompts=self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            end_tokens=self.end_tokens,
+            record=self.record,
             helpers=self.helpers,
         )
 
@@ -105,7 +109,9 @@ class Task:
         """
         if self._objective is None:
             self._objective = Objective(
-                *(self.decoder, self.costs, self.texts.enough()),
+                decoder=self.decoder,
+                costs=self.costs,
+                samples=self.texts.enough(),
                 record=self.record,
                 helpers=self.helpers,
             )

@@ -58,9 +58,8 @@ class Entry:
 def label_of(plan: SkipPlan) -> str:
     """A plan in the key of an outcome."""
     attention, mlp = (" ".join(map(str, named)) for named in (plan.attention, plan.mlp))
-    maps = "".join(f", map {m.begin}-{m.end - 1} {m.rank or 'full'}" for m in plan.stand_ins)
     weights = f", {plan.weights} weights" if plan.weights else ""
-    return f"attention {attention or 'whole'}, MLP {mlp or 'whole'}{maps}{weights}"
+    return f"attention {attention or 'whole'}, MLP {mlp or 'whole'}{weights}"
 
 
 class Keeper(Protocol):

@@ -80,6 +80,21 @@ def test_show_of_a_profile_that_knows_little(run: Run) -> None:
     assert "measured" not in result.out
 
 
+def test_a_profile_with_linear_maps_is_refused_in_one_line(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "p.yaml")
+    data = yaml.safe_load(path.read_text())
+    data["skip"]["stand_ins"] = [{"begin": 1, "end": 3}]
+    path.write_text(yaml.safe_dump(data))
+    for command in (("profile", "show", path), ("generate", "Hi", "-m", model, "--profile", path)):
+        result = run(*command)
+        assert (result.code, result.out) == (2, "")
+        (line,) = result.err.splitlines()
+        assert f"{path}: skip.stand_ins: linear maps in place of layers are no longer" in line
+        assert "calibrate again" in line
+
+
 def test_validate_looks_at_all_files(run: Run, tmp_path: Path) -> None:
     good, older = write(tmp_path / "good.yaml"), shutil.copy(OLD, tmp_path / "older.yaml")
     bad = tmp_path / "bad.yaml"

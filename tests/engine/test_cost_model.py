@@ -21,7 +21,6 @@ from conflayers_cli.engine.cost_model import (
     widths_for,
 )
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.stand_in import Map
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
@@ -148,7 +147,7 @@ def test_measured_costs_are_whole(family: str, batch: int) -> None:
 class Clockwork:
     """Seconds by what a pass contains, and by how often it was run."""
 
-    FLOOR, ATTENTION, MLP, ROW, HEAD, MAP = 0.5, 0.25, 0.125, 0.01, 0.0625, 0.03125
+    FLOOR, ATTENTION, MLP, ROW, HEAD = 0.5, 0.25, 0.125, 0.01, 0.0625
     POSITION, BOTH = 2e-4, 1e-5
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, depth: int = tiny.DEPTH) -> None:
@@ -156,7 +155,7 @@ class Clockwork:
         self.runs: list[tuple[int, int, int]] = []
         self.late: dict[int, float] = {}
         monkeypatch.setattr(costs_module, "_time", self.time)
-        monkeypatch.setattr(costs_module, "_time_module", self.module)
+        monkeypatch.setattr(costs_module, "_time_head", self.head)
 
     def time(
         self, decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int
@@ -169,8 +168,8 @@ class Clockwork:
         disturbance = self.late.get(width, 0.0) if not plan and context == 8 else 0.0
         return self.FLOOR + layers + self.ROW * (width - 1) + disturbance
 
-    def module(self, module: torch.nn.Module, states: torch.Tensor) -> float:
-        return self.MAP if isinstance(module, Map) else self.HEAD
+    def head(self, head: torch.nn.Module, states: torch.Tensor) -> float:
+        return self.HEAD
 
 
 def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,21 +179,14 @@ def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny.build(hf.LlamaConfig(**tiny.LLAMA_LIKE | {"max_position_embeddings": 2048}))
     )
     costs = measure_costs(decoder, context=8, rounds=1)
-    got = (costs.floor, costs.attention, costs.mlp, costs.head, costs.stand_in)
-    expected = (
-        *(clockwork.FLOOR, clockwork.ATTENTION, clockwork.MLP, clockwork.HEAD),
-        clockwork.MAP,
-    )
+    got = (costs.floor, costs.attention, costs.mlp, costs.head)
+    expected = (clockwork.FLOOR, clockwork.ATTENTION, clockwork.MLP, clockwork.HEAD)
     assert got == pytest.approx(expected)
     assert costs.attention_per_position == pytest.approx(clockwork.POSITION)
     assert costs.attention_per_position_and_token == pytest.approx(clockwork.BOTH)
     full = 0.5 + tiny.DEPTH * 0.375
     assert costs.verify == pytest.approx({w: full + clockwork.ROW * (w - 1) for w in WIDTHS})
     assert costs.draft_cost(SkipPlan(), tiny.DEPTH) == pytest.approx(costs.verify_cost(1))
-    mapped = SkipPlan.of(stand_ins=[tiny.stand_in(decoder, 1, 3, rank=4)])
-    without = costs.draft_cost(SkipPlan.of_layers([1, 2]), tiny.DEPTH)
-    size = decoder.config.hidden_size
-    assert costs.draft_cost(mapped, tiny.DEPTH) == pytest.approx(without + 8 / size * clockwork.MAP)
     # at the same place of its extent, whole extents further on
     assert {at for _, at, _ in clockwork.runs} == {8, 8 + EXTENT_MULTIPLE}
 

@@ -292,25 +292,16 @@ def test_drafts_may_use_other_weights(tmp_path: Path, layers: tuple[int, ...]) -
     assert f"skips       {len(layers)} of 60 layers, int4 weights{numbers}\n" in told
 
 
-@pytest.mark.parametrize(
-    ("length", "expected"), [(1, 0), (999, 0), (1000, 1), (3999, 1), (4000, 2), (10**6, 2)]
-)
-def test_the_plan_follows_the_context(length: int, expected: int) -> None:
-    plan, draft = FULL.for_context(length)
-    assert draft.max_tokens == (6, 8, 9)[expected]
-    assert (
-        plan
-        == (
-            SkipPlan((1, 2, 5), (1, 2, 58)),
-            SkipPlan((1, 2, 5, 58), (2,)),
-            SkipPlan((4,), ()),
-        )[expected]
-    )
+def test_the_plans_and_from_which_context_on_they_are_used() -> None:
+    assert [(length, plan, draft.max_tokens) for length, plan, draft in FULL.plans()] == [
+        (0, SkipPlan((1, 2, 5), (1, 2, 58)), 6),
+        (1000, SkipPlan((1, 2, 5, 58), (2,)), 8),
+        (4000, SkipPlan((4,), ()), 9),
+    ]
 
 
 def test_without_ranges_there_is_one_plan() -> None:
-    for length in (1, 10**6):
-        assert BARE.for_context(length) == (BARE.plan, BARE.draft)
+    assert BARE.plans() == [(0, BARE.plan, BARE.draft)]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +325,12 @@ def test_without_ranges_there_is_one_plan() -> None:
             ("skip", "mpl"),
             [3],
             "skip.mpl: is no known key, did you mean mlp? allowed are attention, mlp",
+        ),
+        (
+            ("skip", "stand_ins"),
+            [{"begin": 3, "end": 9}],
+            "skip.stand_ins: linear maps in place of layers are no longer supported: calibrate "
+            "again, to a new file",
         ),
         (("skip",), [3], "skip: a list should be keys and values"),
         (("model", "depth"), 0, "model.depth: 0 should be greater than or equal to 1"),
@@ -401,6 +398,7 @@ def test_without_ranges_there_is_one_plan() -> None:
         (("ranges", 1, "skip", "mlp"), [3, 3], "ranges.1.skip.mlp.1: 3 is repeated, allowed is"),
         (("ranges", 0, "skip", "mlp"), 3, "ranges.0.skip.mlp: 3 should be a list"),
         (("ranges", 0, "skip"), [3], "ranges.0.skip: a list should be keys and values"),
+        (("ranges", 0, "skip", "stand_ins"), [], "ranges.0.skip.stand_ins: linear maps in place"),
         (("ranges", 0, "draft", "max_tokens"), 65, "ranges.0.draft.max_tokens: 65 should be less"),
         (("ranges", 0, "draft", "tree"), [[0.1, 1]], "ranges.0.draft.tree.0.0: 0.1 should be 0"),
         (

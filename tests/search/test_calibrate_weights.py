@@ -12,17 +12,29 @@ from conflayers_cli.search import auto as auto_module
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, calibrate
-from conflayers_cli.search.problem import RangePlan, Task
-from conflayers_cli.search.settings import StandInSettings
-from conflayers_cli.search.stand_ins import blocks_of
+from conflayers_cli.search.objective import Setting
+from conflayers_cli.search.problem import RangePlan, SearchResult, Task
 from conflayers_cli.search.validate import Check
 from conflayers_cli.skip_plan import SkipPlan, Weights
-from tests.search import planted, planted_linear
-from tests.search.test_stand_ins_calibrated import BLOCK, Fixed
+from tests.search import planted
 
 HALF = replace(planted.COSTS, int4_attention=0.2, int4_mlp=0.2, int4_floor=0.3)
 DEAR = replace(planted.COSTS, int4_attention=0.6, int4_mlp=0.6, int4_floor=0.5)
 BOTH: tuple[Weights | None, ...] = (None, "int4")
+
+
+class Fixed:
+    """A strategy that knows its answer, two layers."""
+
+    name = "fixed"
+    setting = Setting(4, 0.5)
+
+    def __init__(self, ranges: tuple[RangePlan, ...] = ()) -> None:
+        self._ranges = ranges
+
+    def search(self, task: Task) -> SearchResult:
+        plan = SkipPlan.of_layers([1, 8])
+        return SearchResult(plan, (), {}, False, "done", None, self._ranges)
 
 
 @pytest.fixture(autouse=True)
@@ -94,19 +106,3 @@ def test_of_several_strategies_and_of_ranges() -> None:
     )
     assert all(candidate.plan.weights == "int4" for candidate, _ in done.others)
     assert all(each.plan.weights == "int4" for each in done.others[0][0].ranges)
-
-
-def test_with_stand_ins() -> None:
-    costs = replace(planted_linear.COSTS, int4_attention=0.2, int4_mlp=0.2, int4_floor=0.3)
-    done = calibrate(
-        Fixed(),
-        planted_linear.task(costs=costs),
-        (),
-        refine=12,
-        stand_ins=StandInSettings(tokens=2000),
-        weights=BOTH,
-        on_stage=lambda name: None,
-        on_better=lambda score, judged: None,
-    )
-    assert done.plan.weights == "int4"
-    assert blocks_of(done.plan.stand_ins) == [BLOCK]

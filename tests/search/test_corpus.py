@@ -1,12 +1,9 @@
 """The texts that searches judge by, and the stream they decode along."""
 
-from collections.abc import Sequence
-
 import pytest
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.search import corpus as module
-from conflayers_cli.search.corpus import LEAST_TOKENS, Sample, Stream, Texts
+from conflayers_cli.search.corpus import LEAST_TOKENS, Stream, Texts
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
@@ -62,42 +59,6 @@ def test_short_texts_are_passed_over() -> None:
     found = texts(frozenset({end})).enough(3)
     assert all(len(sample.output) >= LEAST_TOKENS for sample in found)
     assert PROMPTS[0] not in [sample.prompt for sample in found]
-
-
-def test_other_texts_are_what_each_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOGETHER", 3)
-    decoder = tiny.decoder("llama")
-    prompts = [tuple(tiny.prompt(length, length)) for length in (9, 4, 30, 1, 17, 6, 12)]
-    whole = {prompt: tiny.generated(decoder, prompt, 24) for prompt in prompts}
-    end = whole[prompts[2]][5]
-    # repeats among the prompts are one text
-    known = Texts(decoder, (*prompts, prompts[5]), 24, frozenset({end}))
-    others = known.others([Sample(prompts[0], ())], 10_000)
-    assert [sample.prompt for sample in others] == prompts[1:]
-    for sample in others:
-        text = whole[sample.prompt]
-        length = text.index(end) + 1 if end in text else len(text)
-        assert list(sample.output) == text[:length]
-    assert len({len(sample.output) for sample in others}) > 1
-
-
-def test_others_are_only_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = texts()
-    judged = known.enough(1)
-    assert known.others(judged, 0) == ()
-    (one,) = known.others(judged, 9 + 24)
-    assert one.prompt == PROMPTS[1]
-    decoded: list[tuple[int, ...]] = []
-    together = known._decoded_together
-
-    def noted(numbers: Sequence[int]) -> list[list[int]]:
-        decoded.append(tuple(numbers))
-        return together(numbers)
-
-    monkeypatch.setattr(known, "_decoded_together", noted)
-    both = known.others(judged, 9 + 24 + 1)
-    assert [sample.prompt for sample in both] == list(PROMPTS[1:])
-    assert both[0] is one and decoded == [(2,)], "what is known is not decoded again"
 
 
 def test_a_stream_goes_round_and_round() -> None:

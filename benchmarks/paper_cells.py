@@ -88,7 +88,7 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
         SamplingParams(temperature=amount.temperature),
         runs=amount.runs,
         warmup=amount.warmup,
-        tell=lambda message, done: common.say(f"  {done:4.0%} {message}"),
+        on_progress=lambda message, done: common.say(f"  {done:4.0%} {message}"),
     )
     return {
         "model": work.name,

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             SamplingParams(),
             runs=options.runs,
             warmup=0 if options.quick else 1,
-            tell=lambda message, done: common.say(f"{done:4.0%} {message}"),
+            on_progress=lambda message, done: common.say(f"{done:4.0%} {message}"),
         )
         results[name] = report(result, subject)
         common.save(options, "speculative", subject, {"models": results})

@@ -31,7 +31,7 @@ def compare(subject: common.Subject, options: Any) -> dict[str, Any]:
         greedy,
         runs=options.runs,
         warmup=0 if options.quick else 1,
-        tell=lambda message, done: common.say(f"{done:4.0%} {message}"),
+        on_progress=lambda message, done: common.say(f"{done:4.0%} {message}"),
     )
     rows, shown = {}, []
     for part in (*result.categories, None):

@@ -3,12 +3,16 @@
 The command line lives in :mod:`conflayers_cli.cli`, the decoding engine in
 :mod:`conflayers_cli.engine`, the methods that choose layers in :mod:`conflayers_cli.search`.
 
+What is worth knowing and no result is logged below the logger ``conflayers_cli``, see
+:mod:`conflayers_cli.utils.notices`.
+
 What is for Python programs can be imported from here (see ``docs/python.md``). It is brought in
 when it is asked for, since PyTorch takes seconds.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -30,6 +34,8 @@ __all__ = [
     "release",
     "stream",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from conflayers_cli.api.attached_model import release

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
 from conflayers_cli.cli.common import environment_of, fingerprint_of
-from conflayers_cli.cli.terminal import note
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loader import LoadedModel
     from conflayers_cli.profile.schema import Environment, ModelFingerprint, Profile
+
+logger = logging.getLogger(__name__)
 
 _INDEX = re.compile(r"^([a-z]+):\d+")
 
@@ -35,7 +37,7 @@ def check_fit(
             raise InputError(problem)
         if not force:
             raise InputError(f"{problem} (--force goes on all the same)")
-        note(f"warning: {problem}")
+        logger.warning(f"warning: {problem}")
     else:
         _tell_weights(here, profile, path)
     try:
@@ -52,7 +54,7 @@ def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -
     from conflayers_cli.profile.fingerprint import OTHER
 
     if profile.model.lacks_sizes:
-        note(
+        logger.warning(
             f"note: {path}: says nothing of its model but the depth, which fits: "
             f"`conflayers profile convert {path} --model {here.name} --in-place` adds the rest"
         )
@@ -60,12 +62,12 @@ def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -
     if apart is None:
         return
     if apart < OTHER:
-        note(
+        logger.warning(
             f"note: {path}: was made for other weights than {here.name}'s, about {apart:.1%} away, "
             "as a fine-tune is: if few drafts are accepted, calibrate anew"
         )
     else:
-        note(
+        logger.warning(
             f"warning: {path}: was made for a model that shares nothing with {here.name} but its "
             "sizes: calibrate anew"
         )
@@ -96,18 +98,20 @@ def tell_other_device(
     if here == there:
         return
     if fixed:
-        note(
+        logger.warning(
             f"note: {path}: its draft lengths were tuned for {there}, and this is {here}: "
             "--lookahead drafts as far as it pays here (in the profile: drop `lookahead: false`), "
             "`conflayers calibrate` tunes anew"
         )
     elif tuned:
-        note(
+        logger.warning(
             f"note: {path}: its {' and '.join(tuned)} were chosen for {there}, and this is {here}: "
             "`conflayers calibrate` chooses anew"
         )
     elif profile.measured is not None:
-        note(f"note: the figures of {path} are of {there}; costs are measured here ({here})")
+        logger.warning(
+            f"note: the figures of {path} are of {there}; costs are measured here ({here})"
+        )
 
 
 def told(environment: Environment) -> str:

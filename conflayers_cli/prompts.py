@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,23 +9,20 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.text_files import decode_text, read_text
 
 ACCEPTED = (
     '{"prompt": TEXT}, {"messages": [{"role", "content"}, …]}, {"turns": [TEXT, …]}, '
     '{"conversations": [{"from", "value"}, …]}'
 )
 
-MAX_BYTES = 100_000_000
-"""Of a file or of standard input. JSON of hostile making takes some 25 times as much memory."""
 MAX_PROMPTS = 1_000_000
 """Of a file."""
 MAX_NAME = 256
 """Characters of an id or a category: they are shown in tables and error messages."""
 
-_CHUNK = 1 << 20
 _FORMS = ("prompt", "messages", "turns", "conversations")
 _JSON_SUFFIXES = frozenset({".jsonl", ".json", ".jsonlines", ".ndjson"})
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -94,7 +90,7 @@ def builtin_prompts() -> list[Prompt]:
         data = source.read_bytes()
     except OSError as error:
         raise InputError(f"{name} are missing, install conflayers again ({error})") from error
-    return parse_prompts(_decode_text(data, name), name, ".jsonl")
+    return parse_prompts(decode_text(data, name), name, ".jsonl")
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -123,72 +119,6 @@ def plain_text(prompt: Prompt, system: str | None = None) -> str:
     ``system`` goes first, under the rule of `as_messages`.
     """
     return "\n\n".join(message.content for message in _with_system(prompt, system))
-
-
-def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """A text file as a string; a byte order mark is dropped.
-
-    Raises:
-        InputError: there is no such file, it is a folder, unreadable, larger than ``limit`` bytes,
-            not UTF-8, or has NUL bytes.
-    """
-    try:
-        with path.open("rb") as file:
-            return read_stream(file, str(path), limit)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, a file is needed") from None
-    except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
-
-
-def read_stream(file: BinaryIO, name: str, limit: int = MAX_BYTES) -> str:
-    """What a file, a pipe or a device holds, as a string; a byte order mark is dropped.
-
-    It is read to its end or to the first fault, whichever comes first: a device such as /dev/zero
-    has no end.
-
-    Args:
-        name: what it is, for the error.
-        limit: the most bytes.
-
-    Raises:
-        InputError: it is larger than ``limit`` bytes, not UTF-8, or has NUL bytes.
-        OSError: it can't be read.
-    """
-    data, pieces = bytearray(), []
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    while chunk := file.read(min(_CHUNK, limit + 1 - len(data))):
-        data += chunk
-        if len(data) > limit:
-            raise InputError(f"{name}: is too large, allowed are {limit:,} bytes")
-        nul = chunk.find(b"\0")
-        if nul >= 0:  # what is behind it may be half a character
-            return _decode_text(bytes(data[: len(data) - len(chunk) + nul + 1]), name)
-        try:
-            pieces.append(decoder.decode(chunk))
-        except UnicodeDecodeError:
-            return _decode_text(bytes(data), name)
-    try:
-        pieces.append(decoder.decode(b"", final=True))
-    except UnicodeDecodeError:
-        return _decode_text(bytes(data), name)
-    return "".join(pieces)
-
-
-def _decode_text(data: bytes, name: str) -> str:
-    nul = data.find(b"\0")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # counted in error.object: utf-8-sig takes the byte order mark off before it counts
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name}:{line}: is not UTF-8 text") from None
-    if nul >= 0:
-        line = data.count(b"\n", 0, nul) + 1
-        raise InputError(f"{name}:{line}: has a NUL byte; is this a text file in UTF-8?")
-    return text
 
 
 def parse_prompts(text: str, name: str, suffix: str) -> list[Prompt]:

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from conflayers_cli.cli.terminal import notes_to
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
 from conflayers_cli.models.loader import LoadedModel
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.spec_decode.build import By, Way, drafter_for
 from conflayers_cli.spec_decode.proposer import Proposer
+from conflayers_cli.utils.notices import collected
 
 DraftBy: TypeAlias = Literal["skip", "ngram", "mixed", "none"]
 ProfileLike: TypeAlias = "str | Path | Profile"
@@ -49,7 +49,7 @@ def in_python(stacklevel: int = 4) -> Iterator[None]:
     """
     notes: list[str] = []
     try:
-        with notes_to(notes.append):
+        with collected(notes):
             yield
     except ConfLayersError as error:
         error.args = tuple(in_python_words(str(each)) for each in error.args)

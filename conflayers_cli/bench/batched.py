@@ -19,7 +19,6 @@ from conflayers_cli.bench.runner import (
     PeakByArm,
     Progress,
     Spread,
-    Tell,
     largest_cache,
     rotated,
 )
@@ -27,6 +26,7 @@ from conflayers_cli.bench.systems import Case, RowsArm, Run
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.generate import Summary
 from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.utils.progress import ProgressCallback
 
 FULL_BATCHES = 3
 """Prompts of a queue at the least, in batches, where there are so many: then rows that end are
@@ -48,7 +48,7 @@ def measure_batches(
     *,
     runs: int = 3,
     warmup: int = 1,
-    tell: Tell | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> BenchResult:
     """Decode all prompts in every arm, several at once, several times, and compare.
 
@@ -61,12 +61,12 @@ def measure_batches(
         sampling: how the arms choose tokens.
         runs, warmup: decodings of each prompt by each arm; decodings of a batch by each arm before
             them.
-        tell: told how far it is.
+        on_progress: called with how far it is.
     """
     size = arms[0].size
     queues = queues_of(cases, size)
     memory = PeakByArm(decoder.device)
-    progress = Progress(tell, (warmup + runs * len(queues)) * len(arms))
+    progress = Progress(on_progress, (warmup + runs * len(queues)) * len(arms))
     for turn in range(warmup):
         for arm in arms:
             progress.step(f"warming up: {arm.name}")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from conflayers_cli.bench.schema import SCHEMA_VERSION, BenchDocument
 from conflayers_cli.errors import InputError
-from conflayers_cli.prompts import read_text
+from conflayers_cli.utils.text_files import read_text
 from conflayers_cli.utils.yaml import first_problem, shown
 
 MAX_BYTES = 64 * 2**20

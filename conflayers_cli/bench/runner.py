@@ -16,10 +16,10 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.generate import Summary
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
+from conflayers_cli.utils.progress import ProgressCallback
 from conflayers_cli.utils.statistics import Interval as Interval
 from conflayers_cli.utils.statistics import Spread as Spread
 
-Tell = Callable[[str, float], None]
 AnyArm = TypeVar("AnyArm")
 
 
@@ -131,7 +131,7 @@ def measure(
     *,
     runs: int = 3,
     warmup: int = 1,
-    tell: Tell | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> BenchResult:
     """Decode every prompt in every arm, several times, and compare.
 
@@ -144,14 +144,14 @@ def measure(
         decoder: the model, for the scores where outputs part.
         sampling: how the arms choose tokens.
         runs, warmup: decodings of each prompt by each arm; decodings by each arm before them.
-        tell: told how far it is.
+        on_progress: called with how far it is.
     """
     memory = PeakByArm(decoder.device)
 
     def run(arm: Arm, case: Case) -> Run:
         return memory.run(arm.name, lambda: [arm.run(case)])[0]
 
-    progress = Progress(tell, (warmup + runs * len(cases)) * len(arms))
+    progress = Progress(on_progress, (warmup + runs * len(cases)) * len(arms))
     for turn in range(warmup):
         for arm in arms:
             progress.step(f"warming up: {arm.name}")
@@ -197,12 +197,12 @@ class PeakByArm:
 class Progress:
     """Counts what is begun."""
 
-    def __init__(self, tell: Tell | None, total: int) -> None:
-        self._tell, self._total, self._begun = tell, total, 0
+    def __init__(self, on_progress: ProgressCallback | None, total: int) -> None:
+        self._on_progress, self._total, self._begun = on_progress, total, 0
 
     def step(self, message: str) -> None:
-        if self._tell:
-            self._tell(message, self._begun / self._total)
+        if self._on_progress:
+            self._on_progress(message, self._begun / self._total)
         self._begun += 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.online import AdaptiveProposer
+
+logger = logging.getLogger(__name__)
 
 _PANEL = "Adapting"
 DEFAULT_BUDGET = 0.05
@@ -129,20 +132,19 @@ class Learned:
         Raises:
             InputError, ConfLayersError: the profile can't be written.
         """
-        from conflayers_cli.cli.terminal import note
 
         if self._adapter is None or self._loaded is None:
             return
         if tell or self._save:
-            note(summary(self._adapter, _depth(self._loaded)))
+            logger.info(summary(self._adapter, _depth(self._loaded)))
         if self._save and not (self._adapter.plan or self._adapter.settled):
             # Too little text to know anything: a profile that is there must not be lost for it.
-            note(f"nothing was learned from so little text: {self._save} is not written")
+            logger.info(f"nothing was learned from so little text: {self._save} is not written")
         elif self._save:
             _profile_of(
                 self._loaded, self._adapter, prompts, self._method, self._budget, self._seed
             ).save(self._save)
-            note(f"wrote {self._save}")
+            logger.info(f"wrote {self._save}")
 
 
 def _depth(loaded: LoadedModel) -> int:

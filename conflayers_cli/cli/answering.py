@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conflayers_cli.cli.common import EncodedPrompt
-from conflayers_cli.cli.terminal import emit, emit_json, note, progress_bar
+from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.spec_decode.build import rows_drafter
+from conflayers_cli.utils.progress import no_progress, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.cluster.ray_cluster import Cluster
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
     from conflayers_cli.utils.files import JsonLines, LineKey
     from conflayers_cli.utils.memory import PeakMemory
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -275,7 +279,7 @@ def answer_file(
     with opened or nullcontext():
         done = opened.done if opened else 0
         if resume:
-            note(f"{done} of {len(prompts)} prompts are answered already")
+            logger.info(f"{done} of {len(prompts)} prompts are answered already")
         if done == len(prompts):
             return
         written: list[Done] = []
@@ -286,7 +290,7 @@ def answer_file(
             except KeyboardInterrupt:
                 if opened:
                     there = f"{done + len(written)} of {len(prompts)} prompts are answered"
-                    note(f"{there}; --resume goes on from there")
+                    logger.info(f"{there}; --resume goes on from there")
                 raise
     known = min((done.without_text[1] for done in written), default=0)
     _tell_textless(sum(done.without_text[0] for done in written), known)
@@ -327,10 +331,10 @@ def _write_answers(
     waits for those before it.
     """
     # a bar would run into the lines where both go to one terminal
-    with progress_bar() if output else nullcontext(_no_progress) as tell:
+    with progress_bar() if output else nullcontext(no_progress) as on_progress:
         begin = output.done if output else 0
         waiting: dict[int, Done] = {}
-        tell(f"{begin} of {len(prompts)} prompts", begin / len(prompts))
+        on_progress(f"{begin} of {len(prompts)} prompts", begin / len(prompts))
         for done in dones:
             waiting[done.number] = done
             while (index := begin + len(written)) in waiting:
@@ -341,11 +345,7 @@ def _write_answers(
                     emit_json(line, indent=None)
                 written.append(replace(waiting.pop(index), document={}))  # it is on the disk
             count = begin + len(written) + len(waiting)
-            tell(f"{count} of {len(prompts)} prompts", count / len(prompts))
-
-
-def _no_progress(message: str, done: float) -> None:
-    """The bar that is not shown."""
+            on_progress(f"{count} of {len(prompts)} prompts", count / len(prompts))
 
 
 def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[LineKey]:
@@ -379,7 +379,9 @@ def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
 def _tell_textless(count: int, known: int) -> None:
     """Say so where a model whose vocabulary is larger than its tokenizer's has gone beyond it."""
     if count:
-        note(f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text")
+        logger.warning(
+            f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text"
+        )
 
 
 def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
@@ -399,30 +401,30 @@ def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int
     )
     which = "" if prompts == 1 else f" for {prompts} prompts"
     reading = prompt_tokens / stats.prefill_seconds if stats.prefill_seconds > 0 else 0.0
-    note(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
+    logger.info(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
     if facts.batch_size > 1:
-        note(
+        logger.info(
             f"up to {facts.batch_size} prompts at once; reading one took "
             f"{stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
     else:
-        note(
+        logger.info(
             f"first token after {stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
     if facts.lossy:
-        note(facts.lossy)
+        logger.info(facts.lossy)
     elif stats.acceptance_rate is None:
-        note("nothing drafted: one token per step")
+        logger.info("nothing drafted: one token per step")
     else:
-        note(
+        logger.info(
             f"drafted {stats.drafted}, accepted {stats.accepted} ({stats.acceptance_rate:.1%}), "
             f"{stats.tokens_per_step or 0:.2f} tokens per step"
         )
         if stats.drafted_by:
-            note(stats.drafted_by)
+            logger.info(stats.drafted_by)
     if facts.peak_bytes is not None:
-        note(f"peak memory over the model's weights: {facts.peak_bytes / 2**20:,.0f} MiB")
+        logger.info(f"peak memory over the model's weights: {facts.peak_bytes / 2**20:,.0f} MiB")
     for sentence in facts.told:
-        note(sentence)
+        logger.info(sentence)

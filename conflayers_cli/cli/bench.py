@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,6 @@ from conflayers_cli.cli.common import (
     sampling_from,
 )
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
-from conflayers_cli.cli.terminal import note, progress_bar
 from conflayers_cli.errors import InputError
 from conflayers_cli.spec_decode.build import (
     DraftBy,
@@ -51,6 +51,7 @@ from conflayers_cli.spec_decode.build import (
     rows_drafter,
 )
 from conflayers_cli.utils.plotting import Theme
+from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.skip_plan import SkipPlan
     from conflayers_cli.spec_decode.proposer import Proposer
+
+logger = logging.getLogger(__name__)
 
 HELP = """Measure what a profile gains: vanilla and speculative decoding, side by side.
 
@@ -165,7 +168,7 @@ def bench(
         truncate=truncate,
     )
     if drafter is None:
-        note("note: nothing is left out while drafting, so both arms decode vanilla")
+        logger.warning("note: nothing is left out while drafting, so both arms decode vanilla")
     settings = {
         **settings_of(chosen, profile, prompts, data, sampling, drafter),
         **(lossy_settings(skipped, drafts=papers) if skipped is not None else {}),
@@ -285,8 +288,10 @@ def _measure(
 ) -> BenchResult:
     from conflayers_cli.bench.runner import measure
 
-    with progress_bar() as tell:
-        return measure(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
+    with progress_bar() as on_progress:
+        return measure(
+            arms, cases, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
+        )
 
 
 def _measure_batches(
@@ -304,10 +309,12 @@ def _measure_batches(
     from conflayers_cli.bench.systems import BatchArm
 
     if len(cases) < batch_size:
-        note(f"note: {len(cases)} prompts never fill a batch of {batch_size}")
+        logger.warning(f"note: {len(cases)} prompts never fill a batch of {batch_size}")
     arms = [
         BatchArm(name, decoder, drafts, batch_size, sampling, loaded.end_tokens)
         for name, drafts in (("vanilla", None), ("speculative", rows_drafter(drafter)))
     ]
-    with progress_bar() as tell:
-        return measure_batches(arms, cases, decoder, sampling, runs=runs, warmup=warmup, tell=tell)
+    with progress_bar() as on_progress:
+        return measure_batches(
+            arms, cases, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.bench.metrics import TOLERANCE, Judged
-from conflayers_cli.cli.terminal import emit_json, emit_rich, note
+from conflayers_cli.cli.terminal import emit_json, emit_rich
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
 from conflayers_cli.utils.distributed import is_first
 from conflayers_cli.utils.files import check_target, write_atomically, write_json
@@ -18,6 +19,8 @@ from conflayers_cli.utils.plotting import Theme, check_plot, save_plot
 if TYPE_CHECKING:
     from conflayers_cli.bench.comparison import Comparison
     from conflayers_cli.bench.load import Bench
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
     try:
         append_step_summary(markdown(bench.checked, comparison))
     except ConfLayersError as error:
-        note(f"note: {error}")
+        logger.warning(f"note: {error}")
     try:
         if as_json:
             emit_json(bench.raw)
@@ -191,7 +194,7 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
     broken = broken_gates(bench.checked, gates.fail_under, comparison)
     if failures:
         for told in (*map(str, failures[1:]), *broken):
-            note(f"error: {told}")
+            logger.error(f"error: {told}")
         raise failures[0]
     if broken and is_first():  # the others' clocks say something else
         raise GateError("; ".join(broken))

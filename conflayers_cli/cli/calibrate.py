@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from conflayers_cli.search.record import Record
     from conflayers_cli.skip_plan import Weights
     from conflayers_cli.spec_decode.tree import TreeShape
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-deep"
 DEFAULT_BUDGET = 600.0
@@ -152,7 +155,6 @@ def calibrate(
     if draft_weights is DraftWeights.INT4 and not refining:
         raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
     from conflayers_cli.cli import common
-    from conflayers_cli.cli.terminal import note
     from conflayers_cli.cluster.ray_cluster import cluster_of
     from conflayers_cli.cluster.workers import helping_workers
     from conflayers_cli.weights import sample_of
@@ -162,7 +164,7 @@ def calibrate(
         raise InputError("--ray: nothing is decoded for --strategy unified without --data")
     if model is None:
         model = DEFAULT_MODEL
-        note(f"no --model given: calibrating {model}")
+        logger.info(f"no --model given: calibrating {model}")
     target = output or Path(f"{_short_name(model)}.yaml")
     _check_profile(target)
     with open_journal(target, resume) as journal:
@@ -232,7 +234,6 @@ def _searched(work: Work, journal: Journal, helpers: Helpers | None) -> Calibrat
 
 def _conclude(work: Work, done: Calibration, target: Path, journal: Journal, as_json: bool) -> None:
     """Write what was found, and say it."""
-    from conflayers_cli.cli.terminal import note
 
     tensors = _tensors_of(done, work.decoder.depth)
     profile = profile_of(work, done, target, tensors)
@@ -242,12 +243,12 @@ def _conclude(work: Work, done: Calibration, target: Path, journal: Journal, as_
     except ConfLayersError:
         _tell(profile, done, None, as_json)  # what took so long must not be lost with the file
         if journal.goes_on:
-            note(f"note: the search is kept, too: {kept}")
+            logger.warning(f"note: the search is kept, too: {kept}")
         raise
     _tell(profile, done, target, as_json)
     if done.interrupted:
         if journal.goes_on:
-            note(f"note: the search is not over: {kept}")
+            logger.warning(f"note: the search is not over: {kept}")
         raise KeyboardInterrupt
     journal.remove()
 

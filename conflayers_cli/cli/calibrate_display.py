@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich import box
@@ -12,13 +12,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from conflayers_cli.cli.terminal import note, stderr_console
 from conflayers_cli.profile.describe import how_it_drafts, in_short, skipped, skips
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.calibrate import Calibration, Candidate
 from conflayers_cli.search.objective import Score
 from conflayers_cli.search.problem import Trial
 from conflayers_cli.search.validate import Check
+from conflayers_cli.utils.progress import stderr_console
+
+logger = logging.getLogger(__name__)
 
 ROWS = 12
 """Latest trials kept in view."""
@@ -40,20 +42,15 @@ class Display:
             self._live.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of_error: Any) -> None:
         if self._live:
-            self._live.__exit__(kind, error, trace)
+            self._live.__exit__(*of_error)
 
     def stage(self, name: str) -> None:
         """What begins."""
         self._stage = name
         if self._live is None:
-            note(f"{name} …")
+            logger.info(f"{name} …")
         self._redraw()
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
@@ -75,7 +72,7 @@ class Display:
             if trial.speedup is not None:
                 self._best += f", {row[5]} expected"
             if self._live is None:
-                note(f"set {row[0]}, {row[1]}: {self._best}")
+                logger.info(f"set {row[0]}, {row[1]}: {self._best}")
         self._redraw()
 
     def better(self, score: Score, judged: int) -> None:
@@ -86,7 +83,7 @@ class Display:
             f"agreement {_share(score.agreement)}, {_times(score.speedup)}"
         )
         if self._live is None:
-            note(f"{self._best} expected")
+            logger.info(f"{self._best} expected")
         self._redraw()
 
     def _redraw(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from conflayers_cli.cli.strategies import identity_of
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate import Work
     from conflayers_cli.search.journal import Journal
+
+logger = logging.getLogger(__name__)
 
 
 def journal_path(profile: Path) -> Path:
@@ -30,15 +33,14 @@ def open_journal(profile: Path, resume: bool | None) -> Journal:
     Raises:
         InputError, ConfLayersError: as `Journal.open`.
     """
-    from conflayers_cli.cli.terminal import note
     from conflayers_cli.search.journal import Journal
 
-    journal = Journal.open(journal_path(profile), profile, resume=resume, tell=note)
+    journal = Journal.open(journal_path(profile), profile, resume=resume, tell=logger.warning)
     if journal.entries:
         seconds = journal.entries[-1].meter.seconds
-        note(f"going on with {journal.path}: {seconds:.0f} s of work so far")
+        logger.info(f"going on with {journal.path}: {seconds:.0f} s of work so far")
     elif resume:
-        note(f"note: there is no {journal.path} to go on with: beginning")
+        logger.warning(f"note: there is no {journal.path} to go on with: beginning")
     return journal
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -19,10 +20,13 @@ from conflayers_cli.cli.common import (
     sampling_from,
 )
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
-from conflayers_cli.cli.terminal import is_terminal, note, say
 from conflayers_cli.errors import InputError
 from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
 from conflayers_cli.utils.distributed import world
+from conflayers_cli.utils.notices import say
+from conflayers_cli.utils.progress import is_terminal
+
+logger = logging.getLogger(__name__)
 
 HELP = """Talk with a model; each answer is the very one that the whole model would give.
 
@@ -111,7 +115,7 @@ def chat(
         interactive,
     )
     if interactive:
-        note(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")
+        logger.info(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")
     while (text := read_message(line)) is not None:
         try:
             before = session.latest

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from conflayers_cli.cli.terminal import is_terminal
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.progress import is_terminal
 
 PROMPT = "> "
 CONTINUED = "… "

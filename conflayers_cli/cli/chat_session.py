@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conflayers_cli.cli.answering import Machine, tell_stats
-from conflayers_cli.cli.terminal import emit, note, say
+from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from conflayers_cli.generation.generate import Answer
     from conflayers_cli.generation.prefix_cache import Conversation
+
+logger = logging.getLogger(__name__)
 
 HELP = (
     "/help            this",
@@ -89,7 +93,7 @@ class Session:
             emit("\n")
             if not self.interactive:
                 raise
-            note("interrupted: the message is taken back")
+            logger.info("interrupted: the message is taken back")
             return
         finally:
             self.answers += 1
@@ -98,16 +102,16 @@ class Session:
         self.messages += [mine, {"role": "assistant", "content": answer.text}]
         self.latest = answer
         if answer.finish_reason == "length":
-            note(f"cut off after {len(answer.token_ids):,} tokens (--max-new-tokens)")
+            logger.info(f"cut off after {len(answer.token_ids):,} tokens (--max-new-tokens)")
 
     def tell(self) -> None:
         """Say what the last answer took."""
         if self.latest is None:
-            note("nothing was answered yet")
+            logger.info("nothing was answered yet")
             return
         total, kept = self.latest.prompt_tokens, self.latest.prompt_tokens_kept
         tell_stats(self.machine, self.latest.stats, 1, total - kept)
-        note(f"of {total:,} prompt tokens {kept:,} were there from before")
+        logger.info(f"of {total:,} prompt tokens {kept:,} were there from before")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """The tokens of a chat, and how many of its messages are left out of them.
@@ -133,7 +137,7 @@ class Session:
                 "the answer included"
             )
         if begin > self.forgotten:
-            note(
+            logger.warning(
                 f"note: the context of {name} ({limit:,} tokens) is full: the first {begin // 2} "
                 f"turns are left out from now on (/reset forgets all)"
             )
@@ -188,18 +192,18 @@ class Session:
 
     def _reset(self, rest: str) -> None:
         self.messages, self.forgotten, self.latest = [], 0, None
-        note("forgotten")
+        logger.info("forgotten")
 
     def _system(self, rest: str) -> None:
         self.system = rest or None
-        note("the system message is " + (f"now: {rest}" if rest else "gone"))
+        logger.info("the system message is " + (f"now: {rest}" if rest else "gone"))
 
     def _retry(self, rest: str) -> None:
         if not self.messages:
-            note("there is nothing to answer yet")
+            logger.info("there is nothing to answer yet")
             return
         if self.machine.sampling.greedy:
-            note("note: at --temperature 0 the answer is the same every time")
+            logger.warning("note: at --temperature 0 the answer is the same every time")
         *before, mine, theirs = self.messages
         self.messages = list(before)
         try:
@@ -217,7 +221,7 @@ class Session:
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
         document = {"model": self.machine.loaded.name, "messages": [*first, *self.messages]}
         write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
-        note(f"wrote {len(self.messages)} messages to {path}")
+        logger.info(f"wrote {len(self.messages)} messages to {path}")
 
 
 @contextmanager

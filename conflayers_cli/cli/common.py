@@ -1,19 +1,20 @@
 """What the commands share: opening a model, fitting a profile and prompts to it.
 
-Options are in :mod:`.options`, output and progress in :mod:`.terminal`. Heavy modules are imported
+Options are in :mod:`.options`, output in :mod:`.terminal`. Heavy modules are imported
 inside the functions, so that ``--help`` stays quick.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.terminal import note, progress_bar
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.progress import ProgressCallback, progress_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Environment, ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 _ADVICE = "(--truncate shortens it)"
@@ -79,7 +82,7 @@ def open_model(
 
     how = how or Loading()
     advice = "--dtype bfloat16, --quantize int8 or int4, or --device-map auto takes less"
-    with progress_bar() as tell, explained(f"the weights of {source}", advice):
+    with progress_bar() as on_progress, explained(f"the weights of {source}", advice):
         loaded = load_model(
             source,
             device=how.device,
@@ -88,28 +91,28 @@ def open_model(
             device_map=how.device_map,
             quantize=how.quantize,
             merge_adapter=how.merge_adapter,
-            progress=tell,
+            progress=on_progress,
         )
         if look is not None:
             look(loaded)
         decoder = Decoder(loaded.model, exact=how.exact)
         if how.compiled:
-            _compile(decoder, tell)
+            _compile(decoder, on_progress)
     lengths = [n for n in (loaded.context_length, decoder.exact_positions) if n is not None]
     return replace(loaded, context_length=min(lengths, default=None)), decoder
 
 
-def _compile(decoder: Decoder, tell: Callable[[str, float], None]) -> None:
+def _compile(decoder: Decoder, on_progress: ProgressCallback) -> None:
     """Have the decoder's forward compiled; what the compiler makes is kept with our own files."""
     from conflayers_cli.engine.compile import compile_forward
     from conflayers_cli.models.registry import COMPILED, cache_folder
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / COMPILED))
-    tell("compiling", 0.0)
+    on_progress("compiling", 0.0)
     compilation = compile_forward(decoder)
-    tell("compiling", 1.0)
+    on_progress("compiling", 1.0)
     if not compilation.used:
-        note(f"note: {compilation.reason}")
+        logger.warning(f"note: {compilation.reason}")
 
 
 def load_profile(path: Path) -> Profile:
@@ -202,7 +205,7 @@ def sampling_from(
     flags = {"--top-p": top_p, "--top-k": top_k, "--min-p": min_p}
     idle = [flag for flag, value in flags.items() if value is not None]
     if sampling.greedy and idle:
-        note(f"note: {', '.join(idle)} changes nothing at --temperature 0")
+        logger.warning(f"note: {', '.join(idle)} changes nothing at --temperature 0")
     return sampling
 
 
@@ -274,7 +277,9 @@ def encode_prompts(
                 f"{context:,}, the answer included {_ADVICE}"
             )
         if left_out:
-            note(f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept")
+            logger.warning(
+                f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept"
+            )
         budget = min(max_new_tokens, room)
         encoded.append(EncodedPrompt(prompt.id, prompt.category, tuple(tokens), budget, left_out))
     _tell_cut(loaded, [prompt.max_new_tokens for prompt in encoded], max_new_tokens)
@@ -318,7 +323,7 @@ def _tell_cut(loaded: LoadedModel, budgets: Sequence[int], wanted: int) -> None:
     which = (
         f"{len(cut)} of {len(budgets)} prompts leave" if len(budgets) > 1 else "the prompt leaves"
     )
-    note(
+    logger.warning(
         f"note: {which} room for {min(cut):,} new tokens{' or more' if len(cut) > 1 else ''} "
         f"instead of {wanted:,} in the context of {loaded.name} ({loaded.context_length:,} tokens)"
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.terminal import emit, emit_json, one_line, progress_bar
+from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.errors import ConfLayersError
+from conflayers_cli.utils.notices import one_line
+from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.doctor.finding import Finding
@@ -28,8 +30,8 @@ The exit code is 1 when something that should work does not.
 def doctor(json: options.Json = False) -> None:
     from conflayers_cli.doctor.checks import examine
 
-    with progress_bar() as tell:
-        findings = examine(tell)
+    with progress_bar() as on_progress:
+        findings = examine(on_progress)
     problems = [finding.problem for finding in findings if finding.problem]
     if json:
         found = [finding.as_json() for finding in findings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +24,18 @@ from conflayers_cli.cli.common import (
     read_prompt_file,
     sampling_from,
 )
-from conflayers_cli.cli.terminal import is_terminal, note, suppress_failures
+from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cluster.ray_cluster import cluster_of
 from conflayers_cli.errors import InputError
 from conflayers_cli.profile_check import check_fit
 from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
 from conflayers_cli.utils.distributed import on_first
+from conflayers_cli.utils.progress import is_terminal
 
 if TYPE_CHECKING:
     from conflayers_cli.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 HELP = """Generate text with a profile: the very text that the whole model would give.
 
@@ -167,7 +171,7 @@ def generate(
         skipped = None
         if skip_only_:
             skipped = skip_only.skip_plan(decoder, target_speedup, chosen)
-            note(skip_only.warning(skipped, decoder.depth))
+            logger.warning(skip_only.warning(skipped, decoder.depth))
         if learned:
             drafter = learned.begin(loaded, decoder, chosen)
         memory = None
@@ -285,7 +289,7 @@ def _read_stdin() -> str:
     """All of standard input, without the line end that commands put behind their output."""
     if sys.stdin is None:
         raise InputError("standard input is closed")
-    from conflayers_cli.prompts import read_stream
+    from conflayers_cli.utils.text_files import read_stream
 
     try:
         text = read_stream(sys.stdin.buffer, "standard input")

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from conflayers_cli.errors import InputError
@@ -52,12 +52,7 @@ class Interruptions:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of_error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         if threading.current_thread() is threading.main_thread():

@@ -26,9 +26,10 @@ from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.models import HELP as MODELS_HELP
 from conflayers_cli.cli.models import models
 from conflayers_cli.cli.profile import app as profile_app
-from conflayers_cli.cli.terminal import PROGRAM, discard, emit, quiet, say, terminal_safe
+from conflayers_cli.cli.terminal import discard, emit
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.utils.distributed import Voice
+from conflayers_cli.utils.notices import PROGRAM, on_stderr, quiet, say, terminal_safe
 
 FAILURE = 1
 LESS_MEMORY = (
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
     voice = Voice()
-    with quiet("--quiet" in flags), Interruptions() as interruptions:
+    with quiet("--quiet" in flags), on_stderr(), Interruptions() as interruptions:
         code = _run(arguments, "--debug" in flags, voice, interruptions)
         return voice.ended(_flushed(code))
 

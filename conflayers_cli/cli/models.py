@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conflayers_cli.cli import completion, options
-from conflayers_cli.cli.terminal import emit, emit_json, emit_rich, note
+from conflayers_cli.cli.terminal import emit, emit_json, emit_rich
 from conflayers_cli.models.registry import CATALOGUE, COMPILED, WHEEL_COMMAND
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from conflayers_cli.models.inventory import Inventory
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -48,7 +51,7 @@ def models(clear: Clear = None, json: options.Json = False) -> None:
     deleted: list[Path] = []
     if clear is not None:
         deleted, freed = inventory.clear(clear)
-        note(
+        logger.info(
             f"deleted {', '.join(map(str, deleted))} ({size(freed)})"
             if deleted
             else f"there is nothing of {clear}"

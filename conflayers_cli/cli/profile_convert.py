@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.terminal import emit, note
+from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Profile
+
+logger = logging.getLogger(__name__)
 
 HELP = """Rewrite a profile as the newest schema, in the form calibrate writes.
 
@@ -60,16 +63,20 @@ def convert(
     if model is not None:
         profile = _completed(profile, file, model, device, dtype, trust_remote_code)
     elif profile.model.lacks_sizes:
-        note(f"note: {file}: says nothing of its model but the depth; --model MODEL adds the rest")
+        logger.warning(
+            f"note: {file}: says nothing of its model but the depth; --model MODEL adds the rest"
+        )
     text = profile.to_yaml() if to == "yaml" else _as_json(profile)
     if target is None:
         emit(text)
         return
     write_atomically(target, text)
     changed = "is" if version == profile.schema_version else f"was schema {version}, is"
-    note(f"wrote {target}: {changed} schema {profile.schema_version}")
+    logger.info(f"wrote {target}: {changed} schema {profile.schema_version}")
     if profile.tensors is not None and not target.with_name(profile.tensors).exists():
-        note(f"note: {profile.tensors} belongs beside {target}: copy it there from {file.parent}")
+        logger.warning(
+            f"note: {profile.tensors} belongs beside {target}: copy it there from {file.parent}"
+        )
 
 
 def _target(file: Path, output: Path | None, in_place: bool) -> Path | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conflayers_cli.cli.terminal import emit, note, speaks_unicode
+from conflayers_cli.cli.terminal import emit, speaks_unicode
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
     from conflayers_cli.profile.plot_data import Drawing
     from conflayers_cli.profile.schema import Profile
+
+logger = logging.getLogger(__name__)
 
 HELP = """Draw a profile: what it leaves out, and how that was found.
 
@@ -47,9 +50,13 @@ def plot(file: File, output: Output = None, dark: Dark = False) -> None:
     profile = Profile.load(file)
     drawing = drawing_of(profile, read_tensors(file, profile))
     if profile.tensors is None:
-        note(f"note: {file} names no tensors: not how it was found, only what it skips is drawn")
+        logger.warning(
+            f"note: {file} names no tensors: not how it was found, only what it skips is drawn"
+        )
     elif not drawing.curves and drawing.proposals is None and drawing.alone is None:
-        note(f"note: {profile.tensors} has nothing to draw: what the profile skips is drawn")
+        logger.warning(
+            f"note: {profile.tensors} has nothing to draw: what the profile skips is drawn"
+        )
     if output is None or form is None:
         from conflayers_cli.profile.plot_text import lines_of
 
@@ -81,4 +88,4 @@ def _draw(output: Path, form: str, drawing: Drawing, profile: Profile, dark: boo
     from conflayers_cli.utils.files import write_atomically
 
     write_atomically(output, figure_bytes(drawing, _title(profile), form, dark=dark))
-    note(f"wrote {output}")
+    logger.info(f"wrote {output}")

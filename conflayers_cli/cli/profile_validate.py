@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.terminal import emit, emit_json, note
+from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loader import LoadedModel
     from conflayers_cli.profile.schema import Profile
+
+logger = logging.getLogger(__name__)
 
 HELP = """Check profiles: keys, values, and the tensors beside them.
 
@@ -57,7 +60,7 @@ def validate(
     for path in files:
         verdicts.append(verdict := checker.judge(path))
         if verdict.error is not None:
-            note(f"error: {verdict.error}")
+            logger.error(f"error: {verdict.error}")
         elif not json:
             emit(f"{path}: ok ({verdict.good})\n")
     if json:

@@ -5,13 +5,14 @@ Ray is an extra: it is imported once it is needed.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ from typing import Any
 
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.utils.distributed import world
+
+logger = logging.getLogger(__name__)
 
 AUTO, LOCAL = "auto", "local"
 CONNECTED_S, ANSWERED_S = 5.0, 60.0
@@ -117,7 +120,7 @@ def room_for(nodes: Sequence[tuple[int, int]], workers: int | None, gpus: bool) 
     return Room(wanted, cpus, int(with_gpu))
 
 
-def tell_busy(room: Room, tell: Callable[[str], None]) -> None:
+def warn_if_busy(room: Room) -> None:
     """Say so where others use the cluster; those that have just ended have a moment to go."""
     import ray
 
@@ -132,7 +135,7 @@ def tell_busy(room: Room, tell: Callable[[str], None]) -> None:
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
-    tell(
+    logger.warning(
         f"note: the cluster is at other work: {idle} of {room.workers} workers can begin, the "
         "others when there is room"
     )
@@ -165,7 +168,6 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
-    import logging
 
     import ray
 

@@ -8,6 +8,7 @@ failure there becomes one line here. Ray is an extra: it is imported once it is 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +24,11 @@ from conflayers_cli.cluster.ray_cluster import (
     last_line,
     room_for,
     sizes_of,
-    tell_busy,
+    warn_if_busy,
 )
 from conflayers_cli.errors import ConfLayersError, InputError
+
+logger = logging.getLogger(__name__)
 
 RETRIES = 3
 """A share is begun so many times again when its worker dies: after that it is what kills it."""
@@ -144,7 +147,6 @@ class Crew:
         room: what they get.
         opening: where Ray keeps what makes a worker, in a list: so it is not sent with each share.
         hands: the actors.
-        tell: told what the user should know.
         several_nodes: whether a failure has to say where it was.
         like: where all must be like, for results that are compared; None: what differs is told.
 
@@ -157,7 +159,6 @@ class Crew:
         room: Room,
         opening: Sequence[Any],
         hands: Sequence[Any],
-        tell: Callable[[str], None],
         several_nodes: bool,
         like: Place | None = None,
     ) -> None:
@@ -167,8 +168,7 @@ class Crew:
         dtype = None if like is None else like.dtype
         self._coming = {hand.do.remote(opening, [], dtype): hand for hand in hands}
         self._here: list[Any] = []
-        self._tell = tell
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._several_nodes = several_nodes
         self._like = like
 
@@ -193,7 +193,7 @@ class Crew:
                 try:
                     outcome = pool.get_next_unordered(timeout=POLLED_S)
                 except TimeoutError:
-                    self._tell_lost()
+                    self._warn_of_lost()
                 else:
                     (value,) = self._checked(outcome).value
                     yield value
@@ -242,15 +242,15 @@ class Crew:
             raise kind(f"{where}{outcome.told}")
         self._compare(outcome.place)
         for note in outcome.notes:
-            self._tell_once(note)
+            self._warn_once(note)
         if outcome.revived:
-            self._tell_once("note: a worker died; what it was at was done again")
+            self._warn_once("note: a worker died; what it was at was done again")
         return outcome
 
-    def _tell_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            self._tell(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def _compare(self, place: Place) -> None:
         if self._like is not None and not place.is_like(self._like):
@@ -261,33 +261,30 @@ class Crew:
         first = self.places[0] if self.places else place
         # Found in another dtype, it is going to open its model anew for its first share.
         if self._like is None and not replace(place, dtype=first.dtype).is_like(first):
-            self._tell_once(
+            self._warn_once(
                 f"note: workers differ ({first}; {place}): where two tokens are as good as equal, "
                 "texts may depend on which one decodes them"
             )
 
-    def _tell_lost(self) -> None:
+    def _warn_of_lost(self) -> None:
         import ray
 
         try:
             room_for(sizes_of(ray.nodes()), self.room.workers, bool(self.room.gpus))
         except InputError:
-            self._tell_once(
+            self._warn_once(
                 f"note: the cluster has lost a machine and has no room for {self.room.workers} "
                 "workers any more: what the missing ones were at waits until there is"
             )
 
 
 @contextmanager
-def crew_of(
-    cluster: Cluster, opening: Opening, tell: Callable[[str], None], like: Place | None = None
-) -> Iterator[Crew]:
+def crew_of(cluster: Cluster, opening: Opening, like: Place | None = None) -> Iterator[Crew]:
     """Within: workers on the cluster, each opened by ``opening``; behind it they are gone.
 
     Args:
         cluster: where.
         opening: is sent to every worker by value (cloudpickle).
-        tell: told what the user should know.
         like: as for `Crew`.
 
     Raises:
@@ -298,13 +295,13 @@ def crew_of(
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
         room = room_for(sizes_of(nodes), cluster.workers, cluster.gpus)
-        tell_busy(room, tell)
+        warn_if_busy(room)
         actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES)(_Hand)
         kind = actor.options(num_cpus=room.cpus, num_gpus=room.gpus)
         kept = [ray.put(opening)]
         hands = [kind.remote(str(Path.cwd())) for _ in range(room.workers)]
         try:
-            yield Crew(room, kept, hands, tell, len(nodes) > 1, like)
+            yield Crew(room, kept, hands, len(nodes) > 1, like)
         finally:
             for hand in hands:
                 ray.kill(hand)

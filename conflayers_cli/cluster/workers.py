@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.answering import Done, Facts, Prepare
 from conflayers_cli.cli.common import Loading, open_model
-from conflayers_cli.cli.terminal import note, notes_to
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.utils.notices import collected
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loader import LoadedModel
@@ -42,14 +42,14 @@ class Answerer:
 
     def __init__(self, prepare: Prepare, dtype: str | None) -> None:
         self.notes: list[str] = []
-        with notes_to(self.notes.append):
+        with collected(self.notes):
             self._machine, self._prompts = prepare(dtype)
         self.place = place_of(self._machine.loaded)
 
     def __call__(self, share: tuple[int, int]) -> tuple[Sequence[Done], Facts]:
         """The answers to the prompts from one number to before another, and the machine's facts."""
         begin, end = share
-        with notes_to(self.notes.append):
+        with collected(self.notes):
             dones = list(self._machine.dones(self._prompts, begin, end))
         return dones, self._machine.facts()
 
@@ -73,7 +73,7 @@ def answering_workers(
     size = batch_size * BATCHES if batch_size > 1 else 1
     shares = [(first, min(first + size, end)) for first in range(begin, end, size)]
     started = time.perf_counter()
-    with crew_of(cluster, partial(Answerer, prepare), note) as crew:
+    with crew_of(cluster, partial(Answerer, prepare)) as crew:
         facts: list[Facts] = []
         yield _dones(crew, shares, started, facts), lambda: facts[-1]
 
@@ -121,7 +121,7 @@ class HelperWorker:
 
         torch.set_num_threads(threads)
         self.notes: list[str] = []
-        with notes_to(self.notes.append):
+        with collected(self.notes):
             loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
         self._helper = Helper(decoder)
         self.place = place_of(loaded)
@@ -179,7 +179,7 @@ def helping_workers(
     import torch
 
     opening = partial(HelperWorker, source, how, torch.get_num_threads())
-    with crew_of(cluster, opening, note, like=place_of(loaded)) as crew:
+    with crew_of(cluster, opening, like=place_of(loaded)) as crew:
         crew.gather()
         yield CrewHelpers(crew)
 

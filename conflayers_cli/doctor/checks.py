@@ -10,33 +10,30 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import psutil
 
 from conflayers_cli.doctor.finding import Finding, summary
 from conflayers_cli.doctor.packages import versions
 from conflayers_cli.models.inventory import size_of
 from conflayers_cli.models.registry import cache_folder
-
-if TYPE_CHECKING:
-    pass
+from conflayers_cli.utils.memory import container_limit
+from conflayers_cli.utils.progress import ProgressCallback
 
 _VARIABLES = (
     *("CONFLAYERS_CACHE", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
 )
 _DRIVER = Path("/proc/driver/nvidia/version")
-_MEMORY = Path("/proc/meminfo")
-_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GIB = 1 << 30
 
 
-def examine(progress: Callable[[str, float], None] | None = None) -> list[Finding]:
+def examine(on_progress: ProgressCallback | None = None) -> list[Finding]:
     """Look at everything, one thing after the other.
 
     Args:
-        progress: told what is looked at, and how much is done.
+        on_progress: called with what is looked at, and how much is done.
     """
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("versions", versions),
@@ -48,8 +45,8 @@ def examine(progress: Callable[[str, float], None] | None = None) -> list[Findin
     )
     found: list[Finding] = []
     for number, (name, check) in enumerate(checks):
-        if progress:
-            progress(f"looking at {name}", number / len(checks))
+        if on_progress:
+            on_progress(f"looking at {name}", number / len(checks))
         found += _guarded(name, check)
     return [finding.shortened() for finding in found]
 
@@ -118,15 +115,11 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    available, total = _meminfo("MemAvailable"), _meminfo("MemTotal")
-    if available is None or total is None:
-        yield Finding("memory", "RAM", "not known on this system")
-        return
-    told = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-    with suppress(OSError, ValueError):  # "max", or no such file
-        limit = int(_LIMIT.read_text())
-        if limit < total:
-            told += f"; this container may use {limit / _GIB:.1f} GiB"
+    memory = psutil.virtual_memory()
+    told = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    limit = container_limit()
+    if limit is not None and limit < memory.total:
+        told += f"; this container may use {limit / _GIB:.1f} GiB"
     yield Finding("memory", "RAM", told)
 
 
@@ -186,16 +179,6 @@ def _decoding() -> Iterator[Finding]:
             yield Finding(section, name, outcome.told, outcome.problem)
     if not torch.cuda.is_available():
         yield Finding(section, "GPU", "graphs and kernels not tried: there is no CUDA device")
-
-
-def _meminfo(name: str) -> int | None:
-    """A figure of Linux's about the machine's memory, in bytes."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in _MEMORY.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key == name:
-                return int(value.split()[0]) * 1024
-    return None
 
 
 def _processors() -> int:

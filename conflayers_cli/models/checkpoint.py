@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.support import first_line
+from conflayers_cli.utils.text_files import read_json_object
 
 MOST_LAYERS = 10_000
 """Some configurations list their layers as soon as they are read. Deep models have hundreds."""
@@ -76,18 +77,8 @@ def check_json(folder: Path) -> None:
     """
     for name in _JSON_FILES:
         path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
-        except RecursionError:
-            raise InputError(f"{path}: is nested too deeply") from None
-        except ValueError as error:  # the syntax, the encoding, a number's digits
-            raise InputError(f"{path}: is not valid JSON: {str(error)[:200]}") from None
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: holds {type(found).__name__}, not a JSON object")
+        if path.is_file():
+            read_json_object(path)
 
 
 def check_config(raw: Mapping[str, Any], source: str) -> None:

@@ -29,7 +29,6 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.builtin import (
     BUILTIN,
-    Progress,
     clear_gguf_leftovers,
     ensure,
     quiet_transformers,
@@ -46,6 +45,7 @@ from conflayers_cli.models.support import sizes_by_layer
 from conflayers_cli.models.tokenization import first_line, render, token_ids
 from conflayers_cli.models.weight_sketch import WeightFingerprint, sketch_of
 from conflayers_cli.utils.distributed import begin, on_first, sharding, world
+from conflayers_cli.utils.progress import ProgressCallback
 from conflayers_cli.utils.suggest import did_you_mean
 
 # What transformers, gguf and safetensors raise on files that are absent, broken or not what their
@@ -140,7 +140,7 @@ def load_model(
     device_map: str | None = None,
     quantize: str | None = None,
     merge_adapter: bool | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
@@ -364,7 +364,7 @@ def _canonical(value: Any) -> Json:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _find(source: str, progress: Progress | None) -> _Origin:
+def _find(source: str, progress: ProgressCallback | None) -> _Origin:
     """Where ``source`` is; a built-in model is converted if it was not yet."""
     if source in BUILTIN:
         return _Origin(source, str(ensure(source, progress)))

@@ -9,7 +9,6 @@ two more products for each adapted layer.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from conflayers_cli.models.checkpoint import file_of
 from conflayers_cli.models.peft_modules import check_kind
 from conflayers_cli.models.quantization import method_of
 from conflayers_cli.models.tokenization import first_line
+from conflayers_cli.utils.text_files import read_json_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -197,16 +197,7 @@ def _untie(model: Any) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
-    except RecursionError:
-        raise InputError(f"{path}: is nested too deeply") from None
-    except ValueError as error:  # the syntax, the encoding
-        raise InputError(f"{path}: is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: holds {type(settings).__name__}, not a JSON object")
+    settings = read_json_object(path)
     settings.pop("auto_mapping", None)  # names a class to be imported, which nobody needs here
     return settings
 

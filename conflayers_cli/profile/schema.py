@@ -29,9 +29,9 @@ from conflayers_cli.profile.sections import (
     SkipSection,
     Text,
 )
-from conflayers_cli.prompts import read_text
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.files import check_target, write_atomically
+from conflayers_cli.utils.text_files import read_text
 from conflayers_cli.utils.yaml import (
     dump_mapping,
     entry_error,

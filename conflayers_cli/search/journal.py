@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
-from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.errors import InputError
 from conflayers_cli.journal_lines import (
     NOTHING,
     Content,
@@ -28,7 +27,7 @@ from conflayers_cli.journal_lines import (
 from conflayers_cli.search.record import Entry
 from conflayers_cli.utils.distributed import on_first
 from conflayers_cli.utils.file_lock import try_lock
-from conflayers_cli.utils.files import check_target
+from conflayers_cli.utils.files import check_target, unwritable
 
 
 class Journal:
@@ -108,7 +107,7 @@ class Journal:
             self.goes_on = False
             self._ends = [self._write(header_line(header))]
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     def append(self, entry: Entry) -> None:
         """Add a line, and return once it is on the disk.
@@ -151,12 +150,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of_error: object) -> None:
         if not self.goes_on:
             self.remove()
         self._close()
@@ -210,7 +204,7 @@ def _opened(path: Path, profile: Path, resume: bool | None) -> tuple[BinaryIO, C
     try:
         file = path.open("a+b", buffering=0)  # an append is then one write of the system
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         _lock(path, file)
         file.seek(0)
@@ -230,7 +224,7 @@ def _opened(path: Path, profile: Path, resume: bool | None) -> tuple[BinaryIO, C
             file.truncate(content.ends[-1])
     except OSError as error:
         file.close()
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     except InputError:
         if not known:
             path.unlink(missing_ok=True)
@@ -245,7 +239,3 @@ def _lock(path: Path, file: BinaryIO) -> None:
     gone = taken is True and os.fstat(file.fileno()).st_nlink == 0  # its owner just removed it
     if taken is False or gone:
         raise InputError(f"{path}: another calibration is at work with it; name another --output")
-
-
-def _unwritable(path: Path, error: OSError) -> ConfLayersError:
-    return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")

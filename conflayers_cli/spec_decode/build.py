@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conflayers_cli.cli.terminal import note, progress_bar
 from conflayers_cli.errors import InputError
 from conflayers_cli.profile_check import check_fit, tell_other_device
+from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from conflayers_cli.skip_plan import SkipPlan
     from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
     from conflayers_cli.spec_decode.tree import TreeShape
+
+logger = logging.getLogger(__name__)
 
 MOST_DRAFTED = 25
 """Tokens drafted at once at the most, where lookahead decides how many."""
@@ -215,7 +218,7 @@ def _prepare_weights(
         decoder.forward(at, at, decoder.new_cache(1), rounded[0])
     else:
         source = f"{path}: " if path else ""
-        note(
+        logger.warning(
             f"note: {source}drafts use the model's own weights, not int4, which is slower: {reason}"
         )
 
@@ -294,10 +297,10 @@ def costs_for(
     """
     from conflayers_cli.engine.cost_cache import costs_of, sizes_up_to
 
-    with progress_bar() as tell:
-        found = costs_of(loaded, decoder, sizes_up_to(rows), progress=tell, int4=int4)
+    with progress_bar() as on_progress:
+        found = costs_of(loaded, decoder, sizes_up_to(rows), progress=on_progress, int4=int4)
     if found.unkept:
-        note(f"note: what passes cost is measured anew every time: {found.unkept}")
+        logger.warning(f"note: what passes cost is measured anew every time: {found.unkept}")
     return found.table
 
 

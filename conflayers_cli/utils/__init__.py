@@ -1,1 +1,1 @@
-"""Helpers that know no model."""
+"""What every room uses and that knows no model: files, notices, progress."""

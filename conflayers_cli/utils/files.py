@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from conflayers_cli.errors import ConfLayersError, InputError
@@ -24,20 +24,36 @@ class LineKey:
     request_sha256: str
 
 
+def unwritable(path: Path, error: OSError) -> ConfLayersError:
+    """The error for a file that can't be made or written, in one line."""
+    return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within: what the system says against a file becomes a line that names it.
+
+    Raises:
+        ConfLayersError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def check_target(path: Path) -> None:
     """Refuse a path that no file can be written to, before any work is done.
 
     Raises:
         InputError: its folder does not exist, or it is a folder or a device.
     """
-    try:
+    with writing(path):  # a name may be too long, a folder closed to us
         target = Path(os.path.realpath(path))
         if not target.parent.is_dir():
             raise InputError(f"{path}: the folder {target.parent} does not exist")
         if target.exists() and not target.is_file():
             raise InputError(f"{path}: is a folder or a device, a file is needed")
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise _unwritable(path, error) from error
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -72,7 +88,7 @@ def write_atomically(path: Path, content: str | bytes, *, temporary: str | None 
     check_target(path)
     target = Path(os.path.realpath(path))  # write through a link, don't replace it
     beside = target.parent / (temporary or f".conflayers-{secrets.token_hex(6)}.tmp")
-    try:
+    with writing(path):
         try:
             # opened like any new file, so that the user's umask decides who may read it
             with beside.open("wb" if temporary else "xb") as file:
@@ -82,8 +98,6 @@ def write_atomically(path: Path, content: str | bytes, *, temporary: str | None 
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 class JsonLines:
@@ -123,11 +137,9 @@ class JsonLines:
     @classmethod
     def _open(cls, path: Path, keys: Sequence[LineKey], resume: bool) -> JsonLines:
         check_target(path)
-        try:
-            file = path.open("a+b", buffering=0)  # an append is then one write of the system
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        try:
+        with writing(path), ExitStack() as failing:
+            # unbuffered: an append is one write of the system
+            file = failing.enter_context(path.open("a+b", buffering=0))
             if try_lock(file) is False:
                 raise InputError(f"{path}: another process is writing to it")
             file.seek(0)
@@ -141,12 +153,7 @@ class JsonLines:
             _check_lines(path, lines, keys)
             if whole < len(content):
                 file.truncate(whole)
-        except OSError as error:
-            file.close()
-            raise _unwritable(path, error) from error
-        except InputError:
-            file.close()
-            raise
+            failing.pop_all()  # all is well: the file stays open
         return cls(path, file, len(lines))
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -160,7 +167,7 @@ class JsonLines:
             return
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         data = f"{text}\n".encode()
-        try:
+        with writing(self._path):
             self._check_unchanged(self._file)
             try:
                 rest = memoryview(data)
@@ -171,8 +178,6 @@ class JsonLines:
                 raise
             self._size += len(data)
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
     def _check_unchanged(self, file: BinaryIO) -> None:
         """Raise ConfLayersError where lines would go to a file that nobody finds, or into somebody
@@ -195,12 +200,7 @@ class JsonLines:
     def __enter__(self) -> JsonLines:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of_error: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -223,7 +223,3 @@ def _check_lines(path: Path, lines: Sequence[bytes], keys: Sequence[LineKey]) ->
                 f"{path}:{number}: answers another prompt than number {number} of the prompt file, "
                 "or was made with other settings; it can't be resumed"
             )
-
-
-def _unwritable(path: Path, error: OSError) -> ConfLayersError:
-    return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")

@@ -1,16 +1,22 @@
-"""How much memory work takes at its peak, over what is held before it begins."""
+"""How much memory there is, and how much work takes at its peak over what is held before it."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import psutil
 
+if TYPE_CHECKING:
+    import torch
+
+# psutil has no peak that can be reset, and knows nothing of containers: these are read by hand.
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size (VmHWM) to the current one
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class PeakMemory:
@@ -27,12 +33,13 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        _trim()
         self._base = self._now()
 
     def begin(self) -> None:
         """Forget earlier peaks, and give back what was freed, which would count for the next."""
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._base is not None:
             _trim()
@@ -42,31 +49,43 @@ class PeakMemory:
                 self._base = None
 
     def peak(self) -> int | None:
-        """Bytes; None where nothing tells."""
+        """Bytes; None where it is not known."""
+        if self._base is None:
+            return None
         if self._device.type == "cuda":
+            import torch
+
             most: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
-            most = _status("VmHWM")
-        if most is None or self._base is None:
-            return None
-        return max(most - self._base, 0)
+            most = _peak_resident()
+        return None if most is None else max(most - self._base, 0)
 
     def _now(self) -> int | None:
         if self._device.type == "cuda":
+            import torch
+
             return torch.cuda.memory_allocated(self._device)
-        return _status("VmRSS") if self._device.type == "cpu" else None
+        return resident() if self._device.type == "cpu" else None
 
 
-def resident() -> int | None:
-    """This process's memory in bytes, freed blocks given back first; None: nobody tells."""
+def resident() -> int:
+    """This process's memory in bytes, freed blocks given back first."""
     _trim()
-    return _status("VmRSS")
+    return int(psutil.Process().memory_info().rss)
 
 
-def _status(name: str) -> int | None:
-    """A figure of this process as Linux gives it, in bytes."""
+def container_limit() -> int | None:
+    """Bytes that this process's container may use; None: there is no container, or no limit."""
     try:
-        found = re.search(rf"^{name}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        return int(_CONTAINER_LIMIT.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _peak_resident() -> int | None:
+    """The most memory of this process since its peak was last reset, in bytes; Linux only."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     except OSError:  # not Linux
         return None
     return int(found[1]) * 1024 if found else None

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import errno
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import psutil
 import torch
 
 from conflayers_cli.errors import ConfLayersError
-
-_MEMINFO = Path("/proc/meminfo")
-_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
+from conflayers_cli.utils.memory import container_limit
 
 # How allocators put it that have no exception of their own: PyTorch's on the CPU, for sizes that
 # are no numbers any more, oneDNN's, the system's through other libraries.
@@ -26,6 +25,10 @@ _PHRASES = re.compile(
     r"|out of memory|std::bad_alloc|Storage size calculation overflowed|os error 12\b",
     re.IGNORECASE,
 )
+
+
+# psutil warns where a sandbox hides how much was swapped so far, which nobody asks for here.
+warnings.filterwarnings("ignore", "'sin' and 'sout' swap memory stats", RuntimeWarning)
 
 
 class ShortageError(ConfLayersError):
@@ -55,17 +58,11 @@ def available(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + cached
-    if device.type != "cpu":
+    if device.type != "cpu" or not psutil.LINUX:  # others make swap space as they need it
         return None
-    try:
-        told = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE))
-        known = (int(told["MemAvailable"]) + int(told["SwapFree"])) * 1024
-    except (OSError, KeyError):  # not Linux
-        return None
-    try:
-        return min(known, int(_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return known
+    free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    limit = container_limit()
+    return free if limit is None else min(free, limit)
 
 
 def check_room(needed: int, device: torch.device, what: str, advice: str) -> None:

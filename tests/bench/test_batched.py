@@ -70,7 +70,7 @@ def test_queues_are_decoded_in_turns_and_timed_as_wholes() -> None:
         GREEDY,
         runs=2,
         warmup=1,
-        tell=lambda message, done: told.append(done),
+        on_progress=lambda message, done: told.append(done),
     )
     one, two = "p0 p1 p2 p3 p4 p5", "p6 p7 p8 p9 p10 p11 p12"
     v, s = "vanilla", "speculative"

@@ -47,7 +47,7 @@ def test_arms_take_turns_and_warm_up() -> None:
         GREEDY,
         runs=2,
         warmup=1,
-        tell=lambda message, done: told.append(done),
+        on_progress=lambda message, done: told.append(done),
     )
     v, s = "vanilla", "speculative"
     assert log[:2] == [f"{v} p0", f"{s} p0"]

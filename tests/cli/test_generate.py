@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.cli import terminal
 from conflayers_cli.cli.main import main
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.notices import terminal_safe
 from tests import processes
 from tests.cli.conftest import Run, finished, save_model, save_profile, start, write_prompts
 
@@ -430,13 +430,13 @@ class TestStreams:
         os.close(master)
         text = shown.decode().replace("\r\n", "\n")  # the terminal's own line ends
         assert text
-        assert terminal.terminal_safe(text) == text
+        assert terminal_safe(text) == text
 
     def test_control_characters_reach_a_pipe(self, run: Run, model: Path) -> None:
         result = run("generate", "Hello", "-m", model, *FAST[:-1], "60")
-        assert terminal.terminal_safe(result.out) != result.out
+        assert terminal_safe(result.out) != result.out
 
 
 def test_terminal_safe() -> None:
-    assert terminal.terminal_safe("a\tb\nc") == "a\tb\nc"
-    assert terminal.terminal_safe("\x1b[31m\x07\r\x7f\x9b") == "␛[31m␇␍␡\ufffd"
+    assert terminal_safe("a\tb\nc") == "a\tb\nc"
+    assert terminal_safe("\x1b[31m\x07\r\x7f\x9b") == "␛[31m␇␍␡\ufffd"

@@ -23,9 +23,11 @@ from rich.text import Text
 
 from conflayers_cli.bench.load import Bench
 from conflayers_cli.bench.tables import bench_tables
-from conflayers_cli.cli import completion, main, terminal
+from conflayers_cli.cli import completion, main
 from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.tables import fitting
+from conflayers_cli.utils.notices import quiet
+from conflayers_cli.utils.progress import progress_bar
 from conflayers_cli.utils.suggest import did_you_mean
 from tests.bench.test_serialize import document, result
 from tests.cli.conftest import Run, start
@@ -180,14 +182,14 @@ def test_bars_where_they_can_be_drawn(
         monkeypatch.setenv(name, value)
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    with terminal.progress_bar() as tell:
-        tell("working", 0.5)
+    with progress_bar() as on_progress:
+        on_progress("working", 0.5)
     assert bool(screen.text) == alive
     if "NO_COLOR" in environment:
         assert not re.search("\x1b\\[[0-9;]*3[0-9]", screen.text)
-    with terminal.quiet(True), terminal.progress_bar() as tell:
+    with quiet(True), progress_bar() as on_progress:
         before = screen.text
-        tell("working", 0.7)
+        on_progress("working", 0.7)
     assert screen.text == before
 
 
@@ -196,8 +198,8 @@ def test_forced_colour_draws_no_bar_into_a_log(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with terminal.progress_bar() as tell:
-        tell("working", 0.5)
+    with progress_bar() as on_progress:
+        on_progress("working", 0.5)
     assert capsys.readouterr().err == ""
 
 

@@ -18,6 +18,7 @@ from conflayers_cli.cluster import ray_cluster
 from conflayers_cli.cluster.ray_cluster import Cluster, Room, cluster_of, room_for
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.utils.notices import collected
 
 LOCAL = Cluster("local", 2)
 
@@ -73,7 +74,7 @@ class TestCrew:
     def results(
         self, opening: Callable[[str | None], Any], shares: range, told: list[str]
     ) -> list[Any]:
-        with crew_of(LOCAL, opening, told.append) as crew:
+        with collected(told), crew_of(LOCAL, opening) as crew:
             return list(crew.results(shares))
 
     def test_every_share_is_done_once_by_two_workers_in_one_dtype(self) -> None:
@@ -112,17 +113,18 @@ class TestCrew:
         wide = Cluster("local", 3)
         with (
             pytest.raises(InputError, match="--workers 3: the cluster has room for 2"),
-            crew_of(wide, partial(opened, squared), print),
+            crew_of(wide, partial(opened, squared)),
         ):
             pass
 
     def test_workers_that_differ_are_told_of(self) -> None:
         told: list[str] = []
-        crew = Crew(Room(2, 1, 0), [], [], told.append, several_nodes=True)
-        for device in ("abacus", "slide rule", "slide rule"):
-            place = Place("here", device, "float32", "2.0")
-            crew._compare(place)
-            crew.places.append(place)
+        crew = Crew(Room(2, 1, 0), [], [], several_nodes=True)
+        with collected(told):
+            for device in ("abacus", "slide rule", "slide rule"):
+                place = Place("here", device, "float32", "2.0")
+                crew._compare(place)
+                crew.places.append(place)
         (note,) = told
         assert "abacus" in note and "slide rule" in note
 

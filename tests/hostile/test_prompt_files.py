@@ -12,7 +12,9 @@ import pytest
 
 from conflayers_cli import prompts
 from conflayers_cli.errors import InputError
-from conflayers_cli.prompts import parse_prompts, read_stream, read_text
+from conflayers_cli.prompts import parse_prompts
+from conflayers_cli.utils import text_files
+from conflayers_cli.utils.text_files import read_stream, read_text
 from tests.hostile.conftest import Refuse
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
@@ -148,7 +150,7 @@ def test_what_has_no_end_is_read_to_its_first_fault(monkeypatch: pytest.MonkeyPa
 def test_characters_survive_the_pieces_that_a_file_is_read_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "_CHUNK", 3)
+    monkeypatch.setattr(text_files, "_CHUNK", 3)
     path = tmp_path / "p.txt"
     path.write_text("\ufeffnaïve 🙂 日本語\n" * 4, encoding="utf-8")
     assert read_text(path) == ("naïve 🙂 日本語\n\ufeff" * 4).removesuffix("\ufeff")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -14,6 +15,8 @@ import pytest
 
 from conflayers_cli.cli import terminal
 from conflayers_cli.cli.main import main
+from conflayers_cli.utils.notices import LOGGER, on_stderr, terminal_safe
+from conflayers_cli.utils.progress import progress_bar
 from tests.cli.conftest import save_profile
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="terminals are opened otherwise")
@@ -92,7 +95,7 @@ def harmless(shown: str) -> bool:
 
 def test_the_harm_is_harm() -> None:
     assert not harmless(HARM)
-    assert harmless(terminal.terminal_safe(HARM))
+    assert harmless(terminal_safe(HARM))
 
 
 def test_an_answer_in_pieces(screen: Callable[..., str]) -> None:
@@ -101,7 +104,7 @@ def test_an_answer_in_pieces(screen: Callable[..., str]) -> None:
             terminal.emit(character)
 
     shown = screen(work)
-    assert shown == terminal.terminal_safe(HARM)
+    assert shown == terminal_safe(HARM)
     assert harmless(shown)
     assert "\r" not in shown
 
@@ -125,7 +128,8 @@ def test_json_in_a_pipe_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_messages_are_one_line_of_some_length(screen: Callable[..., str]) -> None:
-    shown = screen(lambda: terminal.note(f"a\n{HARM}\n{'x' * 5000}b"))
+    with on_stderr():
+        shown = screen(lambda: logging.getLogger(LOGGER).info(f"a\n{HARM}\n{'x' * 5000}b"))
     assert harmless(shown)
     assert shown.count("\n") == 1
     assert len(shown) < 1100
@@ -135,8 +139,8 @@ def test_messages_are_one_line_of_some_length(screen: Callable[..., str]) -> Non
 
 def test_a_bar(screen: Callable[..., str]) -> None:
     def work() -> None:
-        with terminal.progress_bar() as tell:
-            tell(HARM, 0.5)
+        with progress_bar() as on_progress:
+            on_progress(HARM, 0.5)
 
     shown = screen(work)
     assert "[red]b[/red]" in shown  # no markup is taken from it

@@ -16,7 +16,8 @@ import torch
 
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models import builtin, registry
-from conflayers_cli.models.builtin import BuiltinModel, Planted, Progress
+from conflayers_cli.models.builtin import BuiltinModel, Planted
+from conflayers_cli.utils.progress import ProgressCallback
 from tests.processes import Process, environment, start
 
 
@@ -46,7 +47,7 @@ def test_cache_folder_is_the_platforms_unless_named(monkeypatch: pytest.MonkeyPa
 def test_made_once_and_nothing_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
 
-    def make(folder: Path, progress: Progress) -> None:
+    def make(folder: Path, progress: ProgressCallback) -> None:
         calls.append(folder)
         progress("making", 0.5)
         _fill(folder)
@@ -63,7 +64,7 @@ def test_made_once_and_nothing_left_behind(cache: Path, monkeypatch: pytest.Monk
 def test_the_loser_of_a_race_uses_the_winners_folder(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make(folder: Path, progress: Progress) -> None:
+    def make(folder: Path, progress: ProgressCallback) -> None:
         (cache / "toy-v1").mkdir()
         _fill(cache / "toy-v1", "winner")
         _fill(folder, "loser")
@@ -81,7 +82,7 @@ def test_a_damaged_folder_is_made_anew(cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_failure_leaves_no_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(folder: Path, progress: Progress) -> None:
+    def make(folder: Path, progress: ProgressCallback) -> None:
         _fill(folder)
         raise OSError(28, "No space left on device")
 

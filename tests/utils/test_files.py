@@ -163,10 +163,10 @@ def test_a_file_that_another_has_is_refused(tmp_path: Path) -> None:
 def test_where_there_are_no_locks_nobody_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(file: object) -> None:
+    def unsupported(descriptor: int, *, blocking: bool) -> bool:
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(file_lock, "_lock", unsupported)
+    monkeypatch.setattr(file_lock, "lock_descriptor", unsupported)
     assert write(tmp_path / "out.jsonl", resume=False) == 0
 
 

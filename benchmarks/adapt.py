@@ -1,30 +1,31 @@
 """Adapting on the fly over a stream of prompts that changes its task in the middle.
 
-The stream is decoded once with ``--adapt``'s drafter and once plainly, in turns prompt by prompt,
+The stream is decoded once with ``--adapt``'s drafter and once plainly, by turns prompt by prompt,
 so that both meet the same moments of the machine. Prints tokens per second by prompt.
 
-    python benchmarks/adapt.py --data spec_bench.jsonl --method conflayers --output adapt.json
+    python -m benchmarks.adapt --data spec_bench.jsonl --method conflayers --output adapt.json
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
-from conflayers_cli.models.loader import encode, load_model
-from conflayers_cli.prompts import as_messages, read_prompts
+from conflayers_cli.models.loader import LoadedModel, encode, load_model
+from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.online import METHODS, AdaptiveProposer
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
 
 
-def main() -> None:
-    """Decode the stream, print, write."""
+def parse_options() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Spec-Bench's prompts (JSONL)")
     parser.add_argument("--model", default="smollm2-deep")
@@ -34,57 +35,77 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--budget", type=float, default=0.05)
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def decode(
+    loaded: LoadedModel,
+    decoder: Decoder,
+    tokens: Sequence[int],
+    drafter: Proposer | None,
+    max_new_tokens: int,
+) -> tuple[float | None, list[int]]:
+    """(tokens per second without the prefill, search included; the output's token ids)."""
+    generation = Generation(
+        decoder,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        drafter=drafter,
+        end_tokens=loaded.end_tokens,
+    )
+    steps = list(generation)[1:]
+    seconds = sum(step.seconds for step in steps)
+    count = sum(len(step.tokens) for step in steps)
+    return (count / seconds if count else None), generation.output
+
+
+def measure(
+    loaded: LoadedModel,
+    decoder: Decoder,
+    adapter: AdaptiveProposer,
+    prompt: Prompt,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """The figures of one prompt."""
+    tokens = encode(loaded, as_messages(prompt, None), None)
+    adapted, output = decode(loaded, decoder, tokens, adapter, max_new_tokens)
+    vanilla, same = decode(loaded, decoder, tokens, None, max_new_tokens)
+    return {
+        "id": prompt.id,
+        "category": prompt.category,
+        "adapted": adapted,
+        "vanilla": vanilla,
+        "identical": output == same,
+        "layers": len(adapter.plan.layers),
+        "settled": adapter.settled,
+        "tried": adapter.tried,
+        "search_share": adapter.search_share,
+    }
+
+
+def line(number: int, row: dict[str, Any]) -> str:
+    """A prompt for people."""
+    adapted, vanilla = row["adapted"], row["vanilla"]
+    ratio = f"{adapted / vanilla:.2f}×" if adapted and vanilla else "–"
+    return (
+        f"{number:3} {row['category']:16} {adapted or 0:6.1f} {vanilla or 0:6.1f} tokens/s "
+        f"{ratio}  {row['layers']} layers, {'settled' if row['settled'] else 'searching'}, "
+        f"{row['tried']} tried, search {row['search_share']:.1%}"
+    )
+
+
+def main() -> None:
+    """Decode the stream, print, write."""
+    options = parse_options()
     loaded = load_model(options.model)
     decoder = Decoder(loaded.model)
     prompts = read_prompts(options.data)
-    stream = [
-        prompt
-        for task in options.tasks
-        for prompt in [p for p in prompts if p.category == task][: options.per_task]
-    ]
     adapter = AdaptiveProposer(decoder, options.method, budget=options.budget)
-
-    def decode(tokens: list[int], drafter: Proposer | None) -> tuple[float | None, list[int]]:
-        """Tokens per second behind the prefill, search included; and the text."""
-        generation = Generation(
-            decoder,
-            tokens,
-            max_new_tokens=options.max_new_tokens,
-            drafter=drafter,
-            end_tokens=loaded.end_tokens,
-        )
-        steps = list(generation)[1:]
-        seconds = sum(step.seconds for step in steps)
-        count = sum(len(step.tokens) for step in steps)
-        return (count / seconds if count else None), generation.output
-
     rows: list[dict[str, Any]] = []
-    for prompt in stream:
-        tokens = encode(loaded, as_messages(prompt, None), None)
-        adapted, text = decode(tokens, adapter)
-        plain, same = decode(tokens, None)
-        rows.append(
-            {
-                "id": prompt.id,
-                "category": prompt.category,
-                "adapted": adapted,
-                "vanilla": plain,
-                "identical": text == same,
-                "layers": len(adapter.plan.layers),
-                "settled": adapter.settled,
-                "tried": adapter.tried,
-                "search_share": adapter.search_share,
-            }
-        )
-        ratio = f"{adapted / plain:.2f}×" if adapted and plain else "–"
-        print(
-            f"{len(rows):3} {prompt.category:16} {adapted or 0:6.1f} {plain or 0:6.1f} tokens/s "
-            f"{ratio}  {len(adapter.plan.layers)} layers, "
-            f"{'settled' if adapter.settled else 'searching'}, {adapter.tried} tried, "
-            f"search {adapter.search_share:.1%}",
-            flush=True,
-        )
+    for task in options.tasks:
+        for prompt in [p for p in prompts if p.category == task][: options.per_task]:
+            rows.append(measure(loaded, decoder, adapter, prompt, options.max_new_tokens))
+            print(line(len(rows), rows[-1]), flush=True)
     for begin in range(0, len(rows), 10):
         part = [r for r in rows[begin : begin + 10] if r["adapted"] and r["vanilla"]]
         if part:

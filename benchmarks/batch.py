@@ -13,28 +13,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.bench.runner import Spread
-from conflayers_cli.bench.systems import Case
+from conflayers_cli.bench.systems import BenchPrompt
 
 
 def measure(
-    subject: common.Subject, rows: int, cases: Sequence[Case], options: argparse.Namespace
+    subject: common.Subject, rows: int, prompts: Sequence[BenchPrompt], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures at one batch size."""
     drafter = common.drafter_of(subject, subject.profile, rows=rows)
     result = common.compare(
-        *(subject, drafter, cases),
+        subject,
+        drafter,
+        prompts,
         rows=rows,
         runs=options.runs,
         warmup=0 if options.quick else 1,
     )
-    identical = (result.identical or {})["speculative"]
     return {
         "model": subject.name,
         "dtype": subject.dtype,
         "rows": rows,
-        "arms": {name: common.figures(result, name) for name in result.arms},
-        "identical": {"matching": identical.matching, "total": identical.total},
+        "arms": {name: common.figures(result, name) for name in result.systems},
+        "identical": common.matches(result)["speculative"],
     }
 
 
@@ -48,7 +48,7 @@ def line(row: dict[str, Any]) -> list[str]:
         row["model"],
         str(row["rows"]),
         *("–" if speed is None else f"{speed:.1f}" for speed in speeds),
-        common.spread(Spread(over["median"], over["min"], over["max"])),
+        common.spread(over),
         "–" if per_step is None else f"{per_step:.2f}",
         f"{row['identical']['matching']}/{row['identical']['total']}",
     ]
@@ -56,17 +56,19 @@ def line(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = common.parser_for(__doc__, max_new_tokens=64, runs=3)
+    parser = common.make_parser(__doc__, max_new_tokens=64, runs=3)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompts", type=int, default=32, help="how many are decoded at each size")
-    options = common.parsed(parser, arguments, batches=[1, 2], prompts=3)
+    options = common.parse_options(parser, arguments, batches=[1, 2], prompts=3)
     rows: list[dict[str, Any]] = []
     for name in options.models:
         subject = common.open_subject(name, options)
-        prompts = common.mixed_up(common.prompts_of(options, options.prompts))
-        cases = common.cases_of(subject, prompts[: options.prompts], options.max_new_tokens)
+        chosen = common.interleave(common.prompts_by_category(options, options.prompts))
+        prompts = common.to_bench_prompts(
+            subject, chosen[: options.prompts], options.max_new_tokens
+        )
         for size in options.batches:
-            rows.append(measure(subject, size, cases, options))
+            rows.append(measure(subject, size, prompts, options))
             common.say("  ".join(line(rows[-1])))
             common.save(options, "batch", subject, {"rows": rows})
     head = ["model", "batch", "vanilla/s", "drafted/s", "ratio", "tokens/step", "identical"]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: prompts by category, drafters, runs by turns, tables, result files."""
+"""Shared by the benchmarks: prompts by category, drafters, runs by turns, tables, result files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from conflayers_cli.bench.batched import measure_batches
-from conflayers_cli.bench.runner import BenchResult, Spread, measure, run_ratios
-from conflayers_cli.bench.systems import BatchArm, Case, EngineArm
+from conflayers_cli.bench.runner import BenchResult, measure, run_ratios
+from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, PromptRuns
 from conflayers_cli.cli.common import Loading, encode_prompts, fingerprint_of, open_model
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.models.loader import LoadedModel
@@ -26,10 +26,11 @@ from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
+from conflayers_cli.utils.statistics import Spread
 
 PROFILES = Path("profiles")
-LEAST_TOKENS = 5
-"""Outputs with fewer tokens behind the first say nothing about speed."""
+MIN_TOKENS = 5
+"""Outputs with fewer tokens after the first say nothing about speed."""
 MODELS = ("smollm2", "smollm2-deep")
 
 
@@ -54,18 +55,29 @@ class Subject:
         return str(self.loaded.dtype).removeprefix("torch.")
 
 
-def parser_for(document: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def plain_parser(document: str | None) -> argparse.ArgumentParser:
+    """A parser without options, whose ``--help`` shows a script's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=document,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output`` and ``--quick``."""
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
+
+
+def make_parser(document: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Options of every benchmark.
 
     Args:
         document: the script's docstring.
         defaults: of ``per_category``, ``max_new_tokens`` and ``runs``, where they differ.
     """
-    parser = argparse.ArgumentParser(
-        description=document,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = plain_parser(document)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names or folders")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
@@ -81,8 +93,7 @@ def parser_for(document: str | None, **defaults: Any) -> argparse.ArgumentParser
     parser.add_argument("--per-category", type=int, default=2, help="prompts of each")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--runs", type=int, default=3, help="of every prompt in every arm")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
+    add_output(parser)
     parser.set_defaults(**defaults)
     return parser
 
@@ -95,12 +106,19 @@ QUICK: Mapping[str, Any] = {
 }
 
 
-def parsed(
+def parse_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **quick: Any
 ) -> argparse.Namespace:
     """The options; with ``--quick`` those that are not given are small, as ``quick`` says."""
+    return parse_quick(parser, arguments, {**QUICK, **quick})
+
+
+def parse_quick(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, quick: Mapping[str, Any]
+) -> argparse.Namespace:
+    """The options; with ``--quick``, ``quick`` are the defaults."""
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):
-        parser.set_defaults(**{**QUICK, **quick})
+        parser.set_defaults(**quick)
     return parser.parse_args(arguments)
 
 
@@ -113,7 +131,7 @@ def open_subject(name: str, options: argparse.Namespace) -> Subject:
     return Subject(loaded, decoder, profile if profile and profile.plan else None)
 
 
-def chosen(
+def choose_prompts(
     data: Path | None, categories: Sequence[str] | None, per_category: int
 ) -> dict[str, list[Prompt]]:
     """The first prompts of each category: those named, else those with half as many prompts as the
@@ -135,34 +153,38 @@ def chosen(
     return found
 
 
-def prompts_of(options: argparse.Namespace, per_category: int | None = None) -> dict[str, Any]:
-    """`chosen` by the options; two categories are enough to see that something runs."""
+def prompts_by_category(
+    options: argparse.Namespace, per_category: int | None = None
+) -> dict[str, Any]:
+    """`choose_prompts` by the options; two categories are enough to see that something runs."""
     count = per_category or options.per_category
-    found = chosen(options.data, options.categories, count)
+    found = choose_prompts(options.data, options.categories, count)
     return dict(islice(found.items(), 2 if options.quick else None))
 
 
-def mixed_up(by_category: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+def interleave(by_category: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
     """The prompts of all categories in turns."""
     turns = zip_longest(*by_category.values())
     return [prompt for prompt in chain.from_iterable(turns) if prompt is not None]
 
 
-def cases_of(subject: Subject, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Case]:
+def to_bench_prompts(
+    subject: Subject, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[BenchPrompt]:
     """The prompts as the tool gives them to the model."""
     encoded = encode_prompts(
         subject.loaded, prompts, system=None, raw=False, max_new_tokens=max_new_tokens
     )
     return [
-        Case(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed)
+        BenchPrompt(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed)
         for seed, prompt in enumerate(encoded)
     ]
 
 
-def as_many(cases: Sequence[Case], count: int) -> list[Case]:
-    """So many cases, each with a seed of its own; where there are fewer, they come again."""
-    many = islice(cycle(cases), count)
-    return [replace(case, seed=seed) for seed, case in enumerate(many)]
+def repeat_prompts(prompts: Sequence[BenchPrompt], count: int) -> list[BenchPrompt]:
+    """So many prompts, each with a seed of its own; where there are fewer, they come again."""
+    many = islice(cycle(prompts), count)
+    return [replace(prompt, seed=seed) for seed, prompt in enumerate(many)]
 
 
 def bad_plan(depth: int, seed: int = 0) -> SkipPlan:
@@ -198,7 +220,7 @@ def drafter_of(
 def compare(
     subject: Subject,
     drafter: Proposer | None,
-    cases: Sequence[Case],
+    prompts: Sequence[BenchPrompt],
     *,
     rows: int = 1,
     temperature: float = 0.0,
@@ -211,51 +233,62 @@ def compare(
     ends = subject.loaded.end_tokens if sampling.greedy else frozenset()
     if rows == 1:
         alone = [
-            EngineArm(name, decoder, drafts, sampling, ends)
+            EngineSystem(name, decoder, drafts, sampling, ends)
             for name, drafts in (("vanilla", None), ("speculative", drafter))
         ]
-        return measure(alone, cases, decoder, sampling, runs=runs, warmup=warmup)
+        return measure(alone, prompts, decoder, sampling, runs=runs, warmup=warmup)
     together = [
-        BatchArm(name, decoder, rows_drafter(drafts), rows, sampling, ends)
+        BatchedEngineSystem(name, decoder, rows_drafter(drafts), rows, sampling, ends)
         for name, drafts in (("vanilla", None), ("speculative", drafter))
     ]
-    return measure_batches(together, cases, decoder, sampling, runs=runs, warmup=warmup)
+    return measure_batches(together, prompts, decoder, sampling, runs=runs, warmup=warmup)
 
 
 def ratios(
     result: BenchResult,
-    arm: str = "speculative",
+    system: str = "speculative",
     over: str = "vanilla",
     category: str | None = None,
 ) -> list[float]:
-    """Speeds of one arm over another, run by run; outputs of next to no tokens are left out."""
-    cases = result.queues or result.cases
-    if category is not None:
-        cases = result.of_category(category)
-    lasting = [
-        case
-        for case in cases
-        if all(run.stats.decode_tokens >= LEAST_TOKENS for n in (arm, over) for run in case.runs[n])
+    """Speeds of one system over another, run by run; outputs of next to no tokens are left out."""
+    long_enough = [
+        prompt
+        for prompt in timed(result, category)
+        if all(
+            run.stats.decode_tokens >= MIN_TOKENS
+            for name in (system, over)
+            for run in prompt.runs[name]
+        )
     ]
-    return run_ratios(lasting, arm, over)
+    return run_ratios(long_enough, system, over)
 
 
-def figures(result: BenchResult, arm: str, category: str | None = None) -> dict[str, Any]:
-    """What an arm came to, for the result file: speed, ratio to vanilla, and what it drafted."""
-    cases = result.queues or result.cases
-    if category is not None:
-        cases = result.of_category(category)
-    runs = [run for case in cases for run in case.runs[arm]]
+def timed(result: BenchResult, category: str | None = None) -> Sequence[PromptRuns]:
+    """What speeds are measured of: the queues or prompts, or the prompts of a category."""
+    return result.of_category(category) if category else result.queues or result.prompts
+
+
+def figures(result: BenchResult, system: str, category: str | None = None) -> dict[str, Any]:
+    """A system's figures, for the result file: speed, ratio to vanilla, and what it drafted."""
+    runs = [run for prompt in timed(result, category) for run in prompt.runs[system]]
     speeds = [speed for run in runs if (speed := run.stats.tokens_per_second)]
     drafted = sum(run.stats.drafted for run in runs)
     steps = sum(run.stats.steps for run in runs)
     return {
-        "tokens_per_second": asdict(Spread.of(speeds)),
-        "over_vanilla": asdict(Spread.of(ratios(result, arm, category=category))),
+        "tokens_per_second": Spread.of(speeds).model_dump(),
+        "over_vanilla": Spread.of(ratios(result, system, category=category)).model_dump(),
         "tokens": sum(run.stats.tokens for run in runs),
         "tokens_per_step": sum(run.stats.decode_tokens for run in runs) / steps if steps else None,
         "drafted": drafted,
         "accepted": sum(run.stats.accepted for run in runs),
+    }
+
+
+def matches(result: BenchResult) -> dict[str, dict[str, int]]:
+    """How many outputs equal vanilla's, by system, for the result file; empty when sampling."""
+    return {
+        name: {"matching": match.matching, "total": match.total}
+        for name, match in (result.matches or {}).items()
     }
 
 
@@ -264,9 +297,12 @@ def times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}×"
 
 
-def spread(values: Sequence[float] | Spread) -> str:
-    """Median and range of ratios, for people."""
-    found = values if isinstance(values, Spread) else Spread.of(values)
+def spread(values: Sequence[float] | Spread | Mapping[str, float | None]) -> str:
+    """Median and range of ratios, for people; also of a `Spread` in a result file."""
+    if isinstance(values, Mapping):
+        found = Spread(**values)
+    else:
+        found = values if isinstance(values, Spread) else Spread.of(values)
     if found.median is None:
         return "–"
     return f"{found.median:.2f}× ({found.min:.2f}–{found.max:.2f})"
@@ -286,6 +322,11 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def say(message: str) -> None:
     """How far it is, on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def show_progress(message: str, done: float) -> None:
+    """How far a measurement is, on standard error."""
+    say(f"{done:4.0%} {message}")
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

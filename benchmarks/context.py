@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import cycle, islice
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.bench.hf_baselines import TransformersArm
-from conflayers_cli.bench.runner import Spread, measure
-from conflayers_cli.bench.systems import Arm, Case, EngineArm
+from conflayers_cli.bench.hf_baselines import TransformersSystem
+from conflayers_cli.bench.runner import measure
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, System
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.models.loader import encode
 from conflayers_cli.prompts import plain_text
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
+from conflayers_cli.utils.statistics import Spread
 
 MIB = 2**20
 
@@ -40,44 +40,47 @@ def texts_of(pieces: Sequence[Sequence[int]], length: int, count: int) -> list[t
     return texts
 
 
-def cases_at(
+def prompts_at(
     subject: common.Subject, pieces: Sequence[Sequence[int]], length: int, options: Any
-) -> list[Case]:
+) -> list[BenchPrompt]:
     """The texts of a length, output included where the model has no room for more."""
     limit = subject.loaded.context_length
     room = length if limit is None else min(length, limit - options.max_new_tokens)
     texts = texts_of(pieces, room, options.per_category)
     return [
-        Case(f"{length}-{i}", None, text, options.max_new_tokens, i) for i, text in enumerate(texts)
+        BenchPrompt(f"{length}-{i}", None, text, options.max_new_tokens, i)
+        for i, text in enumerate(texts)
     ]
 
 
 def compare(
-    subject: common.Subject, cases: Sequence[Case], memory: PeakMemory, runs: int
+    subject: common.Subject, prompts: Sequence[BenchPrompt], memory: PeakMemory, runs: int
 ) -> dict[str, Any]:
     """The figures at one length."""
     decoder, greedy = subject.decoder, SamplingParams()
     none: frozenset[int] = frozenset()  # what the text says does not matter
     drafter = common.drafter_of(subject, subject.profile)
-    vanilla = EngineArm("vanilla", decoder, None, greedy, none)
+    vanilla = EngineSystem("vanilla", decoder, None, greedy, none)
     memory.begin()
-    cache_bytes = vanilla.run(cases[0]).cache_bytes
+    cache_bytes = vanilla.run(prompts[0]).cache_bytes
     peak = memory.peak()
-    arms: list[Arm] = [vanilla, EngineArm("mixed", decoder, drafter, greedy, none)]
-    arms.append(TransformersArm(decoder, greedy, none))
-    result = measure(arms, cases, decoder, greedy, runs=runs, warmup=0)
+    systems: list[System] = [vanilla, EngineSystem("mixed", decoder, drafter, greedy, none)]
+    systems.append(TransformersSystem(decoder, greedy, none))
+    result = measure(systems, prompts, decoder, greedy, runs=runs, warmup=0)
+    over = Spread.of(common.ratios(result, "vanilla", "transformers"))
     return {
         "model": subject.name,
         "dtype": subject.dtype,
-        "context": len(cases[0].tokens),
-        "arms": {arm.name: common.figures(result, arm.name) for arm in arms},
-        "prefill_seconds": {name: found.time_to_first_token for name, found in result.arms.items()},
-        "vanilla_over_transformers": asdict(
-            Spread.of(common.ratios(result, "vanilla", "transformers"))
-        ),
+        "context": len(prompts[0].tokens),
+        "arms": {arm.name: common.figures(result, arm.name) for arm in systems},
+        "prefill_seconds": {
+            name: found.time_to_first_token for name, found in result.systems.items()
+        },
+        "vanilla_over_transformers": over.model_dump(),
         "peak_memory_bytes": peak,
         "kv_cache_bytes": cache_bytes,
-        "kv_used_bytes": (len(cases[0].tokens) + cases[0].max_new_tokens) * position_bytes(decoder),
+        "kv_used_bytes": (len(prompts[0].tokens) + prompts[0].max_new_tokens)
+        * position_bytes(decoder),
     }
 
 
@@ -99,8 +102,8 @@ def line(row: dict[str, Any]) -> list[str]:
         row["model"],
         str(row["context"]),
         "–" if speed is None else f"{speed:.1f}",
-        common.spread(Spread(over["median"], over["min"], over["max"])),
-        common.spread(Spread(mixed["median"], mixed["min"], mixed["max"])),
+        common.spread(over),
+        common.spread(mixed),
         f"{prefill['vanilla']:.2f} s",
         f"{prefill['transformers']:.2f} s",
         "–" if peak is None else f"{peak / MIB:.0f} MiB",
@@ -110,22 +113,22 @@ def line(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = common.parser_for(__doc__, per_category=1, max_new_tokens=32, runs=3)
+    parser = common.make_parser(__doc__, per_category=1, max_new_tokens=32, runs=3)
     parser.add_argument(
         "--contexts", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192]
     )
-    options: argparse.Namespace = common.parsed(parser, arguments, contexts=[64, 128])
-    prompts = common.mixed_up(common.prompts_of(options, 10**6))
+    options: argparse.Namespace = common.parse_options(parser, arguments, contexts=[64, 128])
+    chosen = common.interleave(common.prompts_by_category(options, 10**6))
     rows: list[dict[str, Any]] = []
     for name in options.models:
         subject = common.open_subject(name, options)
         memory = PeakMemory(subject.decoder.device)
-        pieces = [encode(subject.loaded, None, plain_text(prompt)) for prompt in prompts]
-        warm = cases_at(subject, pieces, 64, options)
+        pieces = [encode(subject.loaded, None, plain_text(prompt)) for prompt in chosen]
+        warm = prompts_at(subject, pieces, 64, options)
         common.compare(subject, None, warm[:1], runs=1)
         for length in options.contexts:
-            cases = cases_at(subject, pieces, length, options)
-            rows.append(compare(subject, cases, memory, options.runs))
+            prompts = prompts_at(subject, pieces, length, options)
+            rows.append(compare(subject, prompts, memory, options.runs))
             common.say("  ".join(line(rows[-1])))
             common.save(options, "context", subject, {"rows": rows})
     head = ["model", "context", "vanilla/s", "over generate", "mixed over vanilla"]

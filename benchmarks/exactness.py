@@ -20,14 +20,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.bench.hf_baselines import TransformersArm
-from conflayers_cli.bench.output_match import Identity, identities
-from conflayers_cli.bench.runner import CaseRuns
-from conflayers_cli.bench.systems import Arm, BatchArm, Case, EngineArm, Run
+from conflayers_cli.bench.hf_baselines import TransformersSystem
+from conflayers_cli.bench.output_match import match_outputs
+from conflayers_cli.bench.schema import OutputMatch
+from conflayers_cli.bench.systems import (
+    BatchedEngineSystem,
+    BenchPrompt,
+    EngineSystem,
+    PromptRuns,
+    Run,
+    System,
+)
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
@@ -76,62 +82,65 @@ def together(decoder: Decoder, plan: SkipPlan, rows: int) -> dict[str, MixedProp
 
 
 def decode(
-    subject: common.Subject, cases: Sequence[Case], batches: Sequence[int]
+    subject: common.Subject, prompts: Sequence[BenchPrompt], batches: Sequence[int]
 ) -> dict[tuple[str, int], list[Run]]:
     """Every output, by arm and batch size."""
     decoder, greedy = subject.decoder, SamplingParams()
     ends: frozenset[int] = frozenset()
     plan = plan_for(decoder)
-    arms: list[Arm] = [EngineArm("vanilla", decoder, None, greedy, ends)]
+    arms: list[System] = [EngineSystem("vanilla", decoder, None, greedy, ends)]
     arms += [
-        EngineArm(name, decoder, drafter, greedy, ends)
+        EngineSystem(name, decoder, drafter, greedy, ends)
         for name, drafter in alone(decoder, plan).items()
     ]
-    arms.append(TransformersArm(decoder, greedy, ends))
+    arms.append(TransformersSystem(decoder, greedy, ends))
     found: dict[tuple[str, int], list[Run]] = {}
     for arm in arms:
         common.say(f"{subject.name} {subject.dtype}: {arm.name}")
-        found[arm.name, 1] = [arm.run(case) for case in cases]
+        found[arm.name, 1] = [arm.run(prompt) for prompt in prompts]
     for rows in (rows for rows in batches if rows > 1):
         for name, drafter in together(decoder, plan, rows).items():
             common.say(f"{subject.name} {subject.dtype}: {name}, batch {rows}")
-            batch = BatchArm(name, decoder, drafter, rows, greedy, ends)
-            found[name, rows] = batch.run_all(cases)
+            batch = BatchedEngineSystem(name, decoder, drafter, rows, greedy, ends)
+            found[name, rows] = batch.run_all(prompts)
     return found
 
 
 def compared(
-    subject: common.Subject, cases: Sequence[Case], arm: Sequence[Run], vanilla: Sequence[Run]
-) -> Identity:
+    subject: common.Subject,
+    prompts: Sequence[BenchPrompt],
+    arm: Sequence[Run],
+    vanilla: Sequence[Run],
+) -> OutputMatch:
     """An arm's outputs against vanilla's alone."""
     pairs = [
-        CaseRuns(case, {"vanilla": (one,), "arm": (other,)})
-        for case, one, other in zip(cases, vanilla, arm, strict=True)
+        PromptRuns(prompt, {"vanilla": (one,), "arm": (other,)})
+        for prompt, one, other in zip(prompts, vanilla, arm, strict=True)
     ]
-    return identities(["arm"], pairs, subject.decoder, SamplingParams())["arm"]
+    return match_outputs(["arm"], pairs, subject.decoder, SamplingParams())["arm"]
 
 
 def run(subject: common.Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One model in one dtype: a row per arm and batch size."""
-    prompts = common.mixed_up(common.prompts_of(options))
-    cases = common.cases_of(subject, prompts, options.max_new_tokens)
-    outputs = decode(subject, cases, options.batches)
+    chosen = common.interleave(common.prompts_by_category(options))
+    prompts = common.to_bench_prompts(subject, chosen, options.max_new_tokens)
+    outputs = decode(subject, prompts, options.batches)
     vanilla = outputs.pop(("vanilla", 1))
     rows = []
     for (name, size), runs in outputs.items():
-        identity = compared(subject, cases, runs, vanilla)
+        match = compared(subject, prompts, runs, vanilla)
         rows.append(
             {
                 "model": subject.name,
                 "dtype": subject.dtype,
                 "arm": name,
                 "batch": size,
-                "matching": identity.matching,
-                "total": identity.total,
+                "matching": match.matching,
+                "total": match.total,
                 "tokens": sum(run.stats.tokens for run in runs),
                 "drafted": sum(run.stats.drafted for run in runs),
                 "accepted": sum(run.stats.accepted for run in runs),
-                "divergences": [asdict(parted) for parted in identity.divergences],
+                "divergences": [parted.model_dump() for parted in match.divergences],
             }
         )
     return rows
@@ -154,10 +163,10 @@ def line(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every model in every dtype and print a table."""
-    parser = common.parser_for(__doc__, per_category=4, max_new_tokens=128)
+    parser = common.make_parser(__doc__, per_category=4, max_new_tokens=128)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    options = common.parsed(parser, arguments, dtypes=["bfloat16"], batches=[1, 2])
+    options = common.parse_options(parser, arguments, dtypes=["bfloat16"], batches=[1, 2])
     rows: list[dict[str, Any]] = []
     for name in options.models:
         for dtype in options.dtypes:

@@ -30,7 +30,6 @@ others run:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +90,7 @@ QUICK: dict[str, Any] = {
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = common.plain_parser(__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument(
         "--parts",
@@ -124,17 +119,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profiles", type=Path, default=common.PROFILES, help="folder with the real models' ones"
     )
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
+    common.add_output(parser)
     return parser
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The settings, with the parts in their own order."""
-    own = parser()
-    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
-        own.set_defaults(**QUICK)
-    options = own.parse_args(arguments)
+    options = common.parse_quick(parser(), arguments, QUICK)
     options.device = str(find_device(options.device))
     if options.output:
         check_target(options.output)

@@ -14,7 +14,7 @@ from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
 from conflayers_cli.bench.agreement import first_difference
-from conflayers_cli.bench.systems import BatchArm, Case
+from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
 
@@ -102,7 +102,7 @@ def _drafted(
     work["chain, int4"] = partial(_alone, decoder, rounded, prompts, count)
     together = exactness.together(decoder, model.plan, TOGETHER)
     for name, drafter in together.items():
-        arm = BatchArm(name, decoder, drafter, TOGETHER, SamplingParams(), frozenset())
+        arm = BatchedEngineSystem(name, decoder, drafter, TOGETHER, SamplingParams(), frozenset())
         work[f"{name}, batch {TOGETHER}"] = partial(_together, arm, prompts, count)
     return {name: own for name, own in work.items() if names is None or name in names}
 
@@ -118,9 +118,14 @@ def _alone(
     return [run.output for run in runs], figures
 
 
-def _together(arm: BatchArm, prompts: Sequence[Sequence[int]], count: int) -> tuple[Texts, Result]:
-    cases = [Case(str(number), None, tuple(prompt), count) for number, prompt in enumerate(prompts)]
-    runs = arm.run_all(cases)
+def _together(
+    arm: BatchedEngineSystem, prompts: Sequence[Sequence[int]], count: int
+) -> tuple[Texts, Result]:
+    bench_prompts = [
+        BenchPrompt(str(number), None, tuple(prompt), count)
+        for number, prompt in enumerate(prompts)
+    ]
+    runs = arm.run_all(bench_prompts)
     figures = {
         "drafted": sum(run.stats.drafted for run in runs),
         "accepted": sum(run.stats.accepted for run in runs),

@@ -18,9 +18,9 @@ from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, model_facts
 from benchmarks.gpu_speed import Run, by_turns
 from benchmarks.gpu_timing import back_to_back, profiled
-from conflayers_cli.bench.hf_baselines import TransformersArm
-from conflayers_cli.bench.runner import Spread, measure
-from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.bench.hf_baselines import TransformersSystem
+from conflayers_cli.bench.runner import measure
+from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
@@ -29,6 +29,7 @@ from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Proposer
+from conflayers_cli.utils.statistics import Spread
 
 PROMPT = 128
 WARM_PASSES = 4
@@ -99,7 +100,7 @@ def _figures(runs: Sequence[Decoded], vanilla: Sequence[Decoded]) -> Result:
     pairs = list(zip(runs, vanilla, strict=True))
     return {
         "seconds_per_token": statistics.median(run.per_token for run in runs),
-        "over_vanilla": asdict(Spread.of(ratios)),
+        "over_vanilla": Spread.of(ratios).model_dump(),
         "over_vanilla_in_all": sum(run.seconds for run in vanilla) / seconds,
         "identical": sum(own.output == one.output for own, one in pairs),
         "texts": len(runs),
@@ -250,24 +251,21 @@ def smollm2(bench: Bench, out: Result) -> None:
     bench.release()
     for folder in options.smollm2:
         subject = common.open_subject(str(folder), options)
-        prompts = common.mixed_up(common.chosen(None, None, 1))[: options.prompts]
-        cases = common.cases_of(subject, prompts, options.tokens)
+        chosen = common.interleave(common.choose_prompts(None, None, 1))[: options.prompts]
+        prompts = common.to_bench_prompts(subject, chosen, options.tokens)
         drafter = common.drafter_of(subject, subject.profile)
         greedy, ends = SamplingParams(), subject.loaded.end_tokens
-        arms: list[Arm] = [
-            EngineArm("vanilla", subject.decoder, None, greedy, ends),
-            EngineArm("speculative", subject.decoder, drafter, greedy, ends),
-            TransformersArm(subject.decoder, greedy, ends),
+        systems: list[System] = [
+            EngineSystem("vanilla", subject.decoder, None, greedy, ends),
+            EngineSystem("speculative", subject.decoder, drafter, greedy, ends),
+            TransformersSystem(subject.decoder, greedy, ends),
         ]
-        result = measure(arms, cases, subject.decoder, greedy, runs=options.runs)
+        result = measure(systems, prompts, subject.decoder, greedy, runs=options.runs)
         found = out[subject.name] = {
             "dtype": subject.dtype,
             "decoder": facts_of(subject.decoder),
-            "arms": {arm.name: common.figures(result, arm.name) for arm in arms},
-            "identical": {
-                name: {"matching": own.matching, "total": own.total}
-                for name, own in (result.identical or {}).items()
-            },
+            "arms": {arm.name: common.figures(result, arm.name) for arm in systems},
+            "identical": common.matches(result),
         }
         _smollm2_lines(bench, Path(subject.name).name, found)
         bench.save()

@@ -13,7 +13,7 @@ from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
 from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
 from conflayers_cli.bench.runner import rotated
-from conflayers_cli.bench.systems import BatchArm, Case
+from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt
 from conflayers_cli.engine.cost_cache import sizes_up_to
 from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import Decoder
@@ -171,9 +171,14 @@ def _batch_speed(
     decoder: Decoder, drafter: BatchProposer | None, prompts: Sequence[Sequence[int]], count: int
 ) -> float:
     """Tokens per second, prompts' passes left out."""
-    cases = [Case(str(number), None, tuple(prompt), count) for number, prompt in enumerate(prompts)]
-    arm = BatchArm("batch", decoder, drafter, len(prompts), SamplingParams(), frozenset())
-    runs = arm.run_all(cases)
+    bench_prompts = [
+        BenchPrompt(str(number), None, tuple(prompt), count)
+        for number, prompt in enumerate(prompts)
+    ]
+    arm = BatchedEngineSystem(
+        "batch", decoder, drafter, len(prompts), SamplingParams(), frozenset()
+    )
+    runs = arm.run_all(bench_prompts)
     tokens = sum(run.stats.decode_tokens for run in runs)
     return tokens / sum(run.stats.decode_seconds for run in runs)
 

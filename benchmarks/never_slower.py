@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.bench.runner import Spread
-from conflayers_cli.bench.systems import Case
+from conflayers_cli.bench.systems import BenchPrompt
+from conflayers_cli.utils.statistics import Spread
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cells_of(options: argparse.Namespace, categories: Sequence[str]) -> list[Cel
 
 
 def measure(
-    subject: common.Subject, cell: Cell, cases: Sequence[Case], options: argparse.Namespace
+    subject: common.Subject, cell: Cell, prompts: Sequence[BenchPrompt], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One cell's figures. A batch is decoded from a queue half as long again, so that rows that end
     are replaced and, at its end, not replaced.
@@ -55,11 +55,11 @@ def measure(
         subject.profile if cell.profile == "good" else common.bad_profile(subject, options.seed)
     )
     drafter = common.drafter_of(subject, profile, rows=cell.rows)
-    count = max(options.per_category, cell.rows + cell.rows // 2) if cell.rows > 1 else len(cases)
+    count = max(options.per_category, cell.rows + cell.rows // 2) if cell.rows > 1 else len(prompts)
     result = common.compare(
         subject,
         drafter,
-        common.as_many(cases, count),
+        common.repeat_prompts(prompts, count),
         rows=cell.rows,
         temperature=cell.temperature,
         runs=options.runs,
@@ -69,7 +69,7 @@ def measure(
     return {
         "model": subject.name,
         **asdict(cell),
-        "ratio": asdict(Spread.of(found)),
+        "ratio": Spread.of(found).model_dump(),
         "ratios": found,
         "drafted": speculative["drafted"],
         "accepted": speculative["accepted"],
@@ -81,7 +81,7 @@ def line(row: dict[str, Any]) -> list[str]:
     """A cell for people."""
     ratio = row["ratio"]
     share = f"{row['accepted']}/{row['drafted']}" if row["drafted"] else "–"
-    shown = common.spread(Spread(ratio["median"], ratio["min"], ratio["max"]))
+    shown = common.spread(ratio)
     where = [row["model"], str(row["rows"]), row["profile"], f"{row['temperature']:g}"]
     return [row["category"], *where, shown, share]
 
@@ -106,26 +106,26 @@ def pooled(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every cell, print, write."""
-    parser = common.parser_for(__doc__, max_new_tokens=96, runs=3)
+    parser = common.make_parser(__doc__, max_new_tokens=96, runs=3)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--which", nargs="+", choices=["good", "bad"], default=["good", "bad"])
     parser.add_argument("--seed", type=int, default=0, help="of the bad profile")
-    options = common.parsed(parser, arguments, batches=[1, 2])
+    options = common.parse_options(parser, arguments, batches=[1, 2])
     most = max(rows + rows // 2 for rows in options.batches)
     rows: list[dict[str, Any]] = []
     head = ["category", "model", "batch", "profile", "T", "over vanilla", "accepted"]
     for name in options.models:
         subject = common.open_subject(name, options)
-        prompts = common.prompts_of(options, max(options.per_category, most))
-        cases = {
-            category: common.cases_of(subject, own, options.max_new_tokens)
-            for category, own in prompts.items()
+        chosen = common.prompts_by_category(options, max(options.per_category, most))
+        prompts = {
+            category: common.to_bench_prompts(subject, own, options.max_new_tokens)
+            for category, own in chosen.items()
         }
-        first = next(iter(cases.values()))[:1]
+        first = next(iter(prompts.values()))[:1]
         common.compare(subject, None, first, runs=1)  # warms up
-        for cell in cells_of(options, list(cases)):
-            own = cases[cell.category]
+        for cell in cells_of(options, list(prompts)):
+            own = prompts[cell.category]
             own = own[: options.per_category] if cell.rows == 1 else own
             rows.append(measure(subject, cell, own, options))
             common.say("  ".join(line(rows[-1])))

@@ -1,6 +1,6 @@
 """A cell of the papers' table: one strategy searched for and measured on one model and task.
 
-Arms, in turns at each prompt:
+Systems, by turns at each prompt:
   vanilla        this engine, nothing drafted
   own            the strategy's plan, drafted as its paper does; ConfLayers and SWIFT with all the
                  side candidates of theirs
@@ -12,7 +12,6 @@ Arms, in turns at each prompt:
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,21 @@ from benchmarks.paper_figures import published
 from benchmarks.paper_search import Found, Way, search
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import shown
-from conflayers_cli.bench.hf_baselines import TransformersArm
-from conflayers_cli.bench.runner import BenchResult, Spread, measure
-from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.bench.hf_baselines import TransformersSystem
+from conflayers_cli.bench.runner import BenchResult, measure
+from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.utils.statistics import Spread
 
 ARMS = ("vanilla", "own", "tuned", "mixed", "transformers")
 PLANNED = ("own", "tuned", "mixed")
 
 
-def arms_of(work: Work, found: Found, amount: Amount) -> list[Arm]:
-    """The arms asked for that the plans allow for; vanilla is always among them."""
+def make_systems(work: Work, found: Found, amount: Amount) -> list[System]:
+    """The systems asked for that the plans allow for; vanilla is always among them."""
     decoder, ends = work.decoder, work.loaded.end_tokens
     sampling = SamplingParams(temperature=amount.temperature)
     drafters: dict[str, Proposer | None] = {
@@ -42,15 +42,15 @@ def arms_of(work: Work, found: Found, amount: Amount) -> list[Arm]:
         "tuned": _lookahead(work, found.tuned, ngram=False),
         "mixed": _lookahead(work, found.tuned, ngram=True),
     }
-    arms: list[Arm] = [EngineArm("vanilla", decoder, None, sampling, ends)]
-    arms += [
-        EngineArm(name, decoder, drafter, sampling, ends)
+    systems: list[System] = [EngineSystem("vanilla", decoder, None, sampling, ends)]
+    systems += [
+        EngineSystem(name, decoder, drafter, sampling, ends)
         for name, drafter in drafters.items()
         if drafter is not None and name in amount.arms
     ]
     if "transformers" in amount.arms:
-        arms.append(TransformersArm.peer("transformers", decoder, sampling, ends))
-    return arms
+        systems.append(TransformersSystem.baseline("transformers", decoder, sampling, ends))
+    return systems
 
 
 def _fixed(decoder: Decoder, way: Way) -> Proposer | None:
@@ -82,13 +82,13 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
     for name, way in (("own", found.own), ("tuned", found.tuned)):
         common.say(f"  {name}: skips {shown(way.plan) or 'nothing'}")
     result = measure(
-        arms_of(work, found, amount),
+        make_systems(work, found, amount),
         work.figures,
         work.decoder,
         SamplingParams(temperature=amount.temperature),
         runs=amount.runs,
         warmup=amount.warmup,
-        on_progress=lambda message, done: common.say(f"  {done:4.0%} {message}"),
+        on_progress=common.show_progress,
     )
     return {
         "model": work.name,
@@ -96,19 +96,16 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
         "strategy": strategy,
         "dtype": str(work.loaded.dtype).removeprefix("torch."),
         "prompts": {
-            "search": [case.id for case in work.search],
-            "figures": [case.id for case in work.figures],
+            "search": [prompt.id for prompt in work.search],
+            "figures": [prompt.id for prompt in work.figures],
         },
         "search": dict(found.search),
         "plans": {
             "own": found.own.as_json("as the paper does"),
             "tuned": found.tuned.as_json("as far as it pays"),
         },
-        "arms": {name: arm_figures(result, name) for name in result.arms},
-        "identical": {
-            name: {"matching": same.matching, "total": same.total}
-            for name, same in (result.identical or {}).items()
-        },
+        "arms": {name: arm_figures(result, name) for name in result.systems},
+        "identical": common.matches(result),
         "published": [each.as_json() for each in published(strategy, work.name, work.task)],
         "seconds": time.perf_counter() - begin,
     }
@@ -117,7 +114,7 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
 def arm_figures(result: BenchResult, arm: str) -> dict[str, Any]:
     """What an arm came to, over `generate`, too, where that was measured."""
     figures = common.figures(result, arm)
-    if "transformers" in result.arms:
+    if "transformers" in result.systems:
         over = Spread.of(common.ratios(result, arm, "transformers"))
-        figures["over_transformers"] = asdict(over)
+        figures["over_transformers"] = over.model_dump()
     return figures

@@ -15,10 +15,10 @@ from benchmarks import common
 from benchmarks.gpu_bench import plain
 from benchmarks.paper_cells import PLANNED
 from benchmarks.paper_figures import published
-from conflayers_cli.bench.runner import Spread
 from conflayers_cli.errors import InputError
 from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
+from conflayers_cli.utils.statistics import Spread
 
 FREE = frozenset({"models", "tasks", "strategies", "budget", "resume", "quick"})
 """Settings that may change when results are gone on with: they only say which cells."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks import common
 from benchmarks.paper_tasks import TaskPrompts
-from conflayers_cli.bench.systems import Case
+from conflayers_cli.bench.systems import BenchPrompt
 from conflayers_cli.cli.common import encode_prompt
 from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
@@ -53,8 +53,8 @@ class Work:
     loaded: LoadedModel
     decoder: Decoder
     costs: CostTable
-    search: tuple[Case, ...]
-    figures: tuple[Case, ...]
+    search: tuple[BenchPrompt, ...]
+    figures: tuple[BenchPrompt, ...]
 
     @classmethod
     def of(
@@ -85,7 +85,7 @@ class Work:
         """What a strategy works on; made anew for each, so that none profits from another's."""
         return Task(
             self.decoder,
-            tuple(case.tokens for case in self.search),
+            tuple(prompt.tokens for prompt in self.search),
             self.costs.by_batch[1],
             amount.search_tokens,
             self.loaded.end_tokens,
@@ -95,7 +95,7 @@ class Work:
 
 def fitting(
     loaded: LoadedModel, prompts: Sequence[Prompt], count: int, tokens: int, raw: bool
-) -> tuple[Case, ...]:
+) -> tuple[BenchPrompt, ...]:
     """The first prompts with which so many new tokens fit into the model's context.
 
     Longer ones are left out: an article cut short would be another task.
@@ -104,9 +104,9 @@ def fitting(
         InputError: there is none.
     """
     room = sys.maxsize if loaded.context_length is None else loaded.context_length - tokens
-    cases: list[Case] = []
+    found: list[BenchPrompt] = []
     for prompt in prompts:
-        if len(cases) == count:
+        if len(found) == count:
             break
         try:
             encoded = tuple(encode_prompt(loaded, prompt, None, raw))
@@ -114,11 +114,11 @@ def fitting(
             common.say(f"{prompt.id} is left out: {error}")
             continue
         if len(encoded) <= room:
-            cases.append(Case(prompt.id, prompt.category, encoded, tokens, len(cases)))
+            found.append(BenchPrompt(prompt.id, prompt.category, encoded, tokens, len(found)))
         else:
             common.say(f"{prompt.id} is left out: {len(encoded):,} tokens, {room:,} have room")
-    if not cases:
+    if not found:
         raise InputError(
             f"no prompt leaves room for {tokens:,} new tokens in the context of {loaded.name}"
         )
-    return tuple(cases)
+    return tuple(found)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -74,11 +73,7 @@ QUICK: Mapping[str, Any] = {
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    own = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    own = common.plain_parser(__doc__)
     add = own.add_argument
     own_help = f"of {', '.join(MODELS)} (all but {', '.join(sorted(ASKED_FOR))}), or any other"
     add("--models", nargs="+", metavar="MODEL", help=own_help)
@@ -121,10 +116,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: they contradict each other.
     """
-    own = parser()
-    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
-        own.set_defaults(**QUICK)
-    options = own.parse_args(arguments)
+    options = common.parse_quick(parser(), arguments, QUICK)
     usual = [LOCAL] if options.local else [name for name in MODELS if name not in ASKED_FOR]
     options.models = options.models or usual
     if options.local and options.data is None:

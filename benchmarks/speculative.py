@@ -1,6 +1,6 @@
 """Speculative decoding by category, against vanilla and against what transformers offers.
 
-Arms, in turns at each prompt:
+Systems, by turns at each prompt:
   vanilla        this engine, nothing drafted
   mixed          the profile's layers and n-grams draft, as far as it pays (the default with one)
   skip           the profile's layers alone, as far as it pays
@@ -12,51 +12,58 @@ Arms, in turns at each prompt:
 Without a profile (or with an empty one) n-grams are all that drafts.
 
     python -m benchmarks.speculative --data spec_bench.jsonl --output speculative.json
+
+This engine without drafts over `generate`:
+
+    python -m benchmarks.speculative --data spec_bench.jsonl --runs 3 --max-new-tokens 96 \\
+        --arms transformers transformers-static --output vanilla.json
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from conflayers_cli.bench.hf_baselines import PEERS, TransformersArm
-from conflayers_cli.bench.runner import BenchResult, Spread, measure
-from conflayers_cli.bench.systems import Arm, EngineArm
+from conflayers_cli.bench.hf_baselines import HF_BASELINES, TransformersSystem
+from conflayers_cli.bench.runner import BenchResult, measure
+from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.objective import PAPER
 from conflayers_cli.spec_decode.build import By
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
+from conflayers_cli.utils.statistics import Spread
 
 OWN = ("vanilla", "mixed", "skip", "ngram", "fixed")
 ARMS = (*OWN, "transformers", "prompt-lookup", "early-exit")
 
 
-def arms_of(
+def make_systems(
     subject: common.Subject, wanted: Sequence[str], beside: Sequence[Path] = ()
-) -> list[Arm]:
-    """The arms asked for that this model can have; vanilla is always among them."""
+) -> list[System]:
+    """The systems asked for that this model can have; vanilla is always among them."""
     decoder, sampling, ends = subject.decoder, SamplingParams(), subject.loaded.end_tokens
-    arms: list[Arm] = [EngineArm("vanilla", decoder, None, sampling, ends)]
+    systems: list[System] = [EngineSystem("vanilla", decoder, None, sampling, ends)]
     for name in dict.fromkeys(wanted):
-        if name in PEERS:
-            arms.append(TransformersArm.peer(name, decoder, sampling, ends))
+        if name in HF_BASELINES:
+            systems.append(TransformersSystem.baseline(name, decoder, sampling, ends))
         elif name != "vanilla" and (subject.profile or name == "ngram"):
-            arms.append(EngineArm(name, decoder, drafter_of(subject, name), sampling, ends))
+            systems.append(EngineSystem(name, decoder, drafter_of(subject, name), sampling, ends))
     for file in beside:
         profile = Profile.load(file)
         for by in (By.SKIP, By.MIXED):
             drafter = common.drafter_of(subject, profile, by)
-            arms.append(EngineArm(f"{file.stem}-{by.value}", decoder, drafter, sampling, ends))
-    return arms
+            systems.append(
+                EngineSystem(f"{file.stem}-{by.value}", decoder, drafter, sampling, ends)
+            )
+    return systems
 
 
 def drafter_of(subject: common.Subject, name: str) -> Proposer | None:
-    """The drafter of one of the engine's arms, which serves all prompts."""
+    """The drafter of one of the engine's systems, which serves all prompts."""
     if name == "fixed" and subject.profile:
         plan = subject.profile.plan
         return SkipProposer(subject.decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
@@ -67,15 +74,15 @@ def drafter_of(subject: common.Subject, name: str) -> Proposer | None:
 
 def report(result: BenchResult, subject: common.Subject) -> dict[str, Any]:
     """The figures by category and in all; printed as tables."""
-    names = list(result.arms)
-    best = "mixed" if "mixed" in names else "ngram" if "ngram" in names else names[-1]
+    names = list(result.systems)
+    best = "mixed" if "mixed" in names else "ngram" if "ngram" in names else "vanilla"
     parts = [*result.categories, None]
     rows: dict[str, dict[str, Any]] = {
         part or "all": {
             "arms": {name: common.figures(result, name, part) for name in names},
             "best": best,
             "best_over": {
-                name: asdict(Spread.of(common.ratios(result, best, name, part)))
+                name: Spread.of(common.ratios(result, best, name, part)).model_dump()
                 for name in names
                 if name != best
             },
@@ -86,7 +93,7 @@ def report(result: BenchResult, subject: common.Subject) -> dict[str, Any]:
     common.print_table(
         ["category", *names[1:]],
         [
-            [part, *(times_of(row["arms"][name]["over_vanilla"]) for name in names[1:])]
+            [part, *(common.spread(row["arms"][name]["over_vanilla"]) for name in names[1:])]
             for part, row in rows.items()
         ],
     )
@@ -95,27 +102,19 @@ def report(result: BenchResult, subject: common.Subject) -> dict[str, Any]:
     common.print_table(
         ["category", *others],
         [
-            [part, *(times_of(row["best_over"][name]) for name in others)]
+            [part, *(common.spread(row["best_over"][name]) for name in others)]
             for part, row in rows.items()
         ],
     )
-    identical = {
-        name: {"matching": found.matching, "total": found.total}
-        for name, found in (result.identical or {}).items()
-    }
-    told = ", ".join(f"{name} {i['matching']}/{i['total']}" for name, i in identical.items())
-    print(f"outputs identical to vanilla's: {told}\n", flush=True)
+    identical = common.matches(result)
+    counts = ", ".join(f"{name} {i['matching']}/{i['total']}" for name, i in identical.items())
+    print(f"outputs identical to vanilla's: {counts}\n", flush=True)
     return {"dtype": subject.dtype, "categories": rows, "identical": identical}
-
-
-def times_of(values: dict[str, float | None]) -> str:
-    """A spread from the result file, for people."""
-    return common.spread(Spread(values["median"], values["min"], values["max"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = common.parser_for(
+    parser = common.make_parser(
         __doc__, max_new_tokens=128, runs=2, models=["smollm2-deep", "smollm2"]
     )
     parser.add_argument("--model", help="one model alone")
@@ -123,22 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--profile", type=Path, help="its profile, in place of the one in the folder"
     )
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="further profiles")
-    parser.add_argument("--arms", nargs="+", choices=[*OWN, *PEERS], default=list(ARMS))
-    options = common.parsed(parser, arguments)
+    parser.add_argument("--arms", nargs="+", choices=[*OWN, *HF_BASELINES], default=list(ARMS))
+    options = common.parse_options(parser, arguments)
     names = [options.model] if options.model else options.models
     results: dict[str, Any] = {}
     for name in names:
         subject = open_with(name, options)
-        prompts = common.mixed_up(common.prompts_of(options))
-        cases = common.cases_of(subject, prompts, options.max_new_tokens)
+        prompts = common.interleave(common.prompts_by_category(options))
+        bench_prompts = common.to_bench_prompts(subject, prompts, options.max_new_tokens)
         result = measure(
-            arms_of(subject, options.arms, options.beside),
-            cases,
+            make_systems(subject, options.arms, options.beside),
+            bench_prompts,
             subject.decoder,
             SamplingParams(),
             runs=options.runs,
             warmup=0 if options.quick else 1,
-            on_progress=lambda message, done: common.say(f"{done:4.0%} {message}"),
+            on_progress=common.show_progress,
         )
         results[name] = report(result, subject)
         common.save(options, "speculative", subject, {"models": results})

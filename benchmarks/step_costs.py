@@ -3,10 +3,6 @@
 Passes run over a filled cache, in turns; lower quartiles over all rounds, since what else the
 machine does only adds time. transformers' modules have plain weights and their own dynamic cache.
 
-Prefix reuse: the draft has run the sub-layers before the first skipped one for all drafted tokens
-but the last, and verification could take their results. The last one still has to go through them,
-so what that could save at the most is what those sub-layers cost for the further tokens.
-
     python -m benchmarks.step_costs --output step-costs.json
 """
 
@@ -22,8 +18,7 @@ from transformers import DynamicCache
 
 from benchmarks import common
 from conflayers_cli.engine.argmax import greedy_tokens
-from conflayers_cli.engine.cost_cache import costs_of
-from conflayers_cli.engine.cost_model import Costs, clock
+from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
@@ -100,29 +95,7 @@ def measure(subject: common.Subject, plan: SkipPlan, context: int, rounds: int) 
     return {name: sorted(found)[len(found) // 4] for name, found in times.items()}
 
 
-def prefix_reuse(costs: Costs, plan: SkipPlan, drafted: int) -> dict[str, float]:
-    """What taking the sub-layers before the first skipped one from the draft could save at most.
-
-    Args:
-        costs: of one row.
-        plan: what the draft leaves out, not empty.
-        drafted: tokens drafted, γ.
-    """
-    attention = min(plan.attention, default=None)
-    mlp = min(plan.mlp, default=None)
-    # Everything before the first sub-layer that is left out, an attention before its layer's MLP.
-    first = min(layer for layer in (attention, mlp) if layer is not None)
-    prefix = first * (costs.attention + costs.mlp)
-    if attention != first:
-        prefix += costs.attention
-    one, wide = costs.verify_cost(1), costs.verify_cost(drafted + 1)
-    saved = prefix / one * (wide - one)
-    return {"drafted": drafted, "layers": first, "seconds": saved, "of_verification": saved / wide}
-
-
-def report(
-    subject: common.Subject, plan: SkipPlan, seconds: Mapping[str, float], costs: Costs
-) -> dict[str, Any]:
+def report(subject: common.Subject, plan: SkipPlan, seconds: Mapping[str, float]) -> dict[str, Any]:
     """The figures, printed."""
     one = seconds["verify 1"]
     print(f"{subject.name}, {subject.dtype}: seconds of a pass")
@@ -130,31 +103,21 @@ def report(
         ["pass", "ms", "of a step"],
         [(name, f"{s * 1000:.2f}", f"{s / one:.2f}") for name, s in seconds.items()],
     )
-    reuse = [prefix_reuse(costs, plan, drafted) for drafted in (1, 2, 4, 8, 16)]
-    print(f"prefix reuse, at most ({reuse[0]['layers']} layers before the first skipped one)")
-    common.print_table(
-        ["drafted", "ms", "of the verification"],
-        [
-            (row["drafted"], f"{row['seconds'] * 1000:.3f}", f"{row['of_verification']:.2%}")
-            for row in reuse
-        ],
-    )
     return {
         "dtype": subject.dtype,
         "plan": {"attention": plan.attention, "mlp": plan.mlp},
         "seconds": dict(seconds),
         "modules_over_engine": seconds["modules 1"] / one,
         "draft_of_step": seconds["draft 1"] / one,
-        "prefix_reuse": reuse,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = common.parser_for(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=40)
-    options: argparse.Namespace = common.parsed(parser, arguments, rounds=BLOCK, context=64)
+    options: argparse.Namespace = common.parse_options(parser, arguments, rounds=BLOCK, context=64)
     results: dict[str, Any] = {}
     for name in options.models:
         subject = common.open_subject(name, options)
@@ -162,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         half = SkipPlan.unified(subject.decoder.depth, 2.0)
         plan = subject.profile.plan if subject.profile else half
         seconds = measure(subject, plan, options.context, options.rounds)
-        costs = costs_of(subject.loaded, subject.decoder).table.at(1, options.context)
-        results[name] = report(subject, plan, seconds, costs)
+        results[name] = report(subject, plan, seconds)
         common.save(options, "step-costs", subject, {"models": results})
 
 

@@ -38,8 +38,14 @@ from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
 
 CATEGORIES = (
-    *("translation", "summarization", "qa", "math_reasoning"),
-    *("rag", "writing", "reasoning", "coding"),
+    "translation",
+    "summarization",
+    "qa",
+    "math_reasoning",
+    "rag",
+    "writing",
+    "reasoning",
+    "coding",
 )
 REFINE = 500
 
@@ -87,9 +93,13 @@ def search(strategy: Strategy, task: Task) -> list[Plan]:
         """Refining begins: what was spent until then is the strategy's own."""
         own.append(
             Plan(
-                *(strategy.name, False, SkipPlan(), PAPER, time.perf_counter() - begin),
-                decoder.full_passes - passes[0],
-                decoder.draft_passes - passes[1],
+                strategy=strategy.name,
+                refined=False,
+                plan=SkipPlan(),
+                setting=PAPER,
+                seconds=time.perf_counter() - begin,
+                full_passes=decoder.full_passes - passes[0],
+                draft_passes=decoder.draft_passes - passes[1],
             )
         )
         say(message)
@@ -105,9 +115,13 @@ def search(strategy: Strategy, task: Task) -> list[Plan]:
     if not refine:
         return [first]
     refined = Plan(
-        *(strategy.name, True, found.plan, found.setting, found.seconds),
-        found.full_passes,
-        found.draft_passes,
+        strategy=strategy.name,
+        refined=True,
+        plan=found.plan,
+        setting=found.setting,
+        seconds=found.seconds,
+        full_passes=found.full_passes,
+        draft_passes=found.draft_passes,
     )
     for plan in (first, refined):
         print(
@@ -132,9 +146,13 @@ def search_auto(strategies: Sequence[Strategy], task: Task, budget: float) -> Pl
     )
     candidate = done.candidate
     return Plan(
-        *("auto", True, candidate.plan, candidate.setting, done.seconds),
-        decoder.full_passes - passes[0],
-        decoder.draft_passes - passes[1],
+        strategy="auto",
+        refined=True,
+        plan=candidate.plan,
+        setting=candidate.setting,
+        seconds=done.seconds,
+        full_passes=decoder.full_passes - passes[0],
+        draft_passes=decoder.draft_passes - passes[1],
     )
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.bench.agreement import Agreement
+from conflayers_cli.bench.agreement import measure_agreement
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.models.loader import LoadedModel, encode, load_model
@@ -104,9 +103,9 @@ def measure(
             "speedup": statistics.median(ratios[target]),
             "least": min(ratios[target]),
             "most": max(ratios[target]),
-            "agreement": asdict(
-                Agreement.of(list(zip(outputs[WHOLE], outputs[target], strict=True)))
-            ),
+            "agreement": measure_agreement(
+                list(zip(outputs[WHOLE], outputs[target], strict=True))
+            ).model_dump(),
         }
         for target in TARGETS
     ]

@@ -1,4 +1,4 @@
-"""How far into a draft tokens are accepted: counts by their place in it."""
+"""Tokens drafted and accepted by their position in the draft."""
 
 from __future__ import annotations
 
@@ -12,48 +12,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """What was drafted and what of it was kept, by place in the draft.
+class AcceptedPerPosition:
+    """Tokens drafted and accepted by their position in the draft, counted from 0.
 
     Attributes:
-        drafted: ``drafted[k]`` tokens stood at place ``k`` of a chain, counted from 0.
-        accepted: so many of them were kept; as many entries.
+        drafted: ``drafted[k]`` tokens were drafted at position ``k``.
+        accepted: ``accepted[k]`` of them were accepted; as many entries.
     """
 
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
 
-    def __add__(self, other: Positions) -> Positions:
-        return Positions(
+    def __add__(self, other: AcceptedPerPosition) -> AcceptedPerPosition:
+        return AcceptedPerPosition(
             _sum(self.drafted, other.drafted),
             _sum(self.accepted, other.accepted),
         )
 
     @property
     def rates(self) -> tuple[float | None, ...]:
-        """The share kept at each place; None where nothing was drafted."""
+        """Acceptance rate at each position; None where nothing was drafted."""
         pairs = zip(self.accepted, self.drafted, strict=True)
         return tuple(kept / drafted if drafted else None for kept, drafted in pairs)
 
 
-def positions_of(step: Step) -> dict[str, Positions]:
-    """The places in one step's draft, by who drafted; the tokens kept are the chain's first."""
+def count_positions(step: Step) -> dict[str, AcceptedPerPosition]:
+    """One step's counts by drafter; the accepted tokens are the draft's first ones."""
     sources = step.sources or (step.drafter,) * step.drafted
     found = {}
     for name in dict.fromkeys(sources):
         own = [source == name for source in sources]
         last = len(own) - own[::-1].index(True)
-        found[name] = Positions(
+        found[name] = AcceptedPerPosition(
             tuple(int(mine) for mine in own[:last]),
             tuple(int(mine and k < step.accepted) for k, mine in enumerate(own[:last])),
         )
     return found
 
 
-def added(one: Mapping[str, Positions], other: Mapping[str, Positions]) -> dict[str, Positions]:
-    """Both counts as one."""
+def merge(
+    one: Mapping[str, AcceptedPerPosition], other: Mapping[str, AcceptedPerPosition]
+) -> dict[str, AcceptedPerPosition]:
+    """Both counts together, drafter by drafter."""
+    none = AcceptedPerPosition()
     names = dict.fromkeys((*one, *other))
-    return {n: one.get(n, Positions()) + other.get(n, Positions()) for n in names}
+    return {name: one.get(name, none) + other.get(name, none) for name in names}
 
 
 def _sum(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.bench.load import Bench
-from conflayers_cli.bench.output_match import Identity
-from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench.schema import BenchDocument
-from conflayers_cli.bench.serialize import BenchContext, bench_json
-from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.bench.runner import BenchResult, SystemResult
+from conflayers_cli.bench.schema import BenchContext, BenchDocument, OutputMatch
+from conflayers_cli.bench.serialize import build_document
+from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
 from conflayers_cli.generation.generate import DraftCount, Summary
-from conflayers_cli.positions import Positions
+from conflayers_cli.positions import AcceptedPerPosition
 
 SETTINGS: Mapping[str, Any] = {
     "max_new_tokens": 101,
@@ -23,7 +21,7 @@ SETTINGS: Mapping[str, Any] = {
     "sampling": {"temperature": 0.0},
     "repeatable_drafts": False,
 }
-ENVIRONMENT: Mapping[str, str | int | None] = {
+ENVIRONMENT: dict[str, str | int | None] = {
     "conflayers": "0.1.0",
     "torch": "2.13.0",
     "processor": "A processor",
@@ -39,7 +37,7 @@ def runs(speed: float, *, accepted: int | None = None, count: int = 3) -> tuple[
         drafts = {
             "by_drafter": {"skip": DraftCount(40, 80, accepted)},
             "draft_seconds": 40 / speed,
-            "by_position": {"skip": Positions((40, 40), (first, accepted - first))},
+            "by_position": {"skip": AcceptedPerPosition((40, 40), (first, accepted - first))},
         }
     steps = 100 if accepted is None else 40
     return (Run((1,), Summary(0.5, 100 / speed, 101, 100, steps, **drafts)),) * count
@@ -69,24 +67,25 @@ def bench_document(
         context: changes to the bench's context.
     """
     kept = [accepted] * len(speedups) if isinstance(accepted, int) else accepted
-    cases = tuple(
-        CaseRuns(
-            Case(f"p{i}", categories[i] if categories else None, (1, 2, 3), 101),
+    prompts = tuple(
+        PromptRuns(
+            BenchPrompt(f"p{i}", categories[i] if categories else None, (1, 2, 3), 101),
             {"vanilla": runs(vanilla), "speculative": runs(vanilla * up, accepted=kept[i])},
         )
         for i, up in enumerate(speedups)
     )
     names = ("vanilla", "speculative")
     result = BenchResult(
-        cases,
-        {name: ArmResult.of(cases, name) for name in names},
-        {"speculative": Identity(len(cases), len(cases), ())},
+        prompts,
+        {name: SystemResult.of(prompts, name) for name in names},
+        {"speculative": OutputMatch(matching=len(prompts), total=len(prompts), divergences=[])},
         {"vanilla": 2**20, "speculative": 2**21},
         2**20,
-        queues=cases if together else (),
+        queues=prompts if together else (),
         batch_size=2 if together else 1,
     )
     values: dict[str, Any] = {
+        "schema_version": 3,
         "model": "tiny",
         "model_hash": "0f" * 8,
         "device": "cpu",
@@ -94,17 +93,17 @@ def bench_document(
         "environment": ENVIRONMENT,
         "settings": {**SETTINGS, **(settings or {})},
         "engine": {"exact_to_the_bit": True},
-        "prompts": texts or [f"{i:064x}" for i in range(len(cases))],
         **context,
     }
-    document = bench_json(result, BenchContext(**values))
+    hashes = texts or [f"{i:064x}" for i in range(len(prompts))]
+    document = build_document(result, BenchContext(**values), hashes).as_json()
     found: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
     return found
 
 
 def checked(*arguments: Any, **more: Any) -> BenchDocument:
     """The same, read."""
-    return Bench.of(bench_document(*arguments, **more)).checked
+    return BenchDocument.model_validate(bench_document(*arguments, **more))
 
 
 def saved(path: Path, *arguments: Any, **more: Any) -> Path:

@@ -16,11 +16,9 @@ from benchmarks import (
     never_slower,
     speculative,
     step_costs,
-    vocabulary,
 )
-from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench.systems import Case, Run
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.bench.runner import BenchResult, SystemResult
+from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
 from conflayers_cli.generation.generate import Summary
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
@@ -39,14 +37,19 @@ def profiles(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 
 def go(
-    name: str, model: Path, profiles: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    model: Path,
+    profiles: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *more: str,
 ) -> dict[str, Any]:
     """A benchmark's result file; two categories, next to no tokens."""
     monkeypatch.setenv("CONFLAYERS_CACHE", str(folder / "cache"))
     output = folder / "result.json"
     arguments = ["--models", str(model), "--profiles", str(profiles), "--output", str(output)]
     script = importlib.import_module(f"benchmarks.{name}")
-    script.main(["--quick", "--dtype", "float32", *arguments])
+    script.main(["--quick", "--dtype", "float32", *arguments, *more])
     document: dict[str, Any] = json.loads(output.read_text())
     assert document["environment"]["torch"]
     assert document["settings"]["profiles"] == profiles.name
@@ -88,11 +91,14 @@ def test_never_slower(result: dict[str, Any], capsys: pytest.CaptureFixture[str]
     assert never_slower.least(cells) == next(c for c in cells if c["ratio"]["median"] == worst)
 
 
-@pytest.mark.parametrize("result", ["vanilla"], indirect=True)
-def test_vanilla(result: dict[str, Any]) -> None:
-    (found,) = result["models"].values()
+def test_this_engine_without_drafts_over_generate(
+    model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("--arms", "transformers", "transformers-static")
+    (found,) = go("speculative", model, profiles, tmp_path, monkeypatch, *wanted)["models"].values()
     for part in ("summarization", "qa", "all"):
-        assert found["categories"][part]["vanilla_over"]["transformers-static"]["median"] > 0
+        assert found["categories"][part]["best"] == "vanilla"
+        assert found["categories"][part]["best_over"]["transformers-static"]["median"] > 0
     assert found["identical"]["transformers"] == {"matching": 2, "total": 2}
 
 
@@ -117,29 +123,6 @@ def test_context(result: dict[str, Any]) -> None:
         assert row["prefill_seconds"]["mixed"] > 0
 
 
-def test_vocabulary(
-    model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vocabulary, "SIZES", (64, 128, 4096))
-    (found,) = go("vocabulary", model, profiles, tmp_path, monkeypatch)["models"].values()
-    assert len(found["sizes"]) == 2  # the others are larger than the model's
-    assert found["sizes"][0]["outside"] >= found["sizes"][1]["outside"]
-    assert 0 < found["head_of_draft"] < 1
-
-
-def test_what_lies_outside_a_part_of_the_vocabulary() -> None:
-    texts = [([1, 2], [1, 7, 8, 9]), ([7], [7, 7, 1, 1])]
-    assert vocabulary.outside(texts, {1, 9}) == (4 / 8, 2 / 8)
-
-
-def test_fewer_logits_pay_if_nothing_is_lost_by_them() -> None:
-    costs = Costs({1: 10.0, 26: 12.0}, floor=2.0, attention=0.5, mlp=0.5, context=256, head=1.5)
-    plan = SkipPlan.of_layers([1, 2])
-    whole = vocabulary.speed(costs, plan, 6, 0.9, 1.0)
-    assert vocabulary.speed(costs, plan, 6, 0.9, 0.2) > whole
-    assert vocabulary.speed(costs, plan, 6, 0.6, 0.2) < whole
-
-
 @pytest.mark.parametrize("result", ["step_costs"], indirect=True)
 def test_step_costs(result: dict[str, Any]) -> None:
     (found,) = result["models"].values()
@@ -147,7 +130,6 @@ def test_step_costs(result: dict[str, Any]) -> None:
     assert set(found["seconds"]) == {f"verify {w}" for w in step_costs.WIDTHS} | kinds
     assert all(seconds > 0 for seconds in found["seconds"].values())
     assert found["plan"] == {"attention": [2], "mlp": [2]}
-    assert [row["layers"] for row in found["prefix_reuse"]] == [2] * 5
 
 
 @pytest.mark.parametrize("result", ["exactness"], indirect=True)
@@ -194,7 +176,7 @@ def test_gpu(model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_quick_is_small_where_nothing_else_is_said() -> None:
     def given(*arguments: str) -> list[Any]:
-        options = common.parsed(common.parser_for("x"), arguments)
+        options = common.parse_options(common.make_parser("x"), arguments)
         return [options.per_category, options.max_new_tokens, options.models]
 
     assert given() == [2, 96, list(common.MODELS)]
@@ -211,17 +193,17 @@ def test_prompts_are_those_of_the_large_categories(tmp_path: Path) -> None:
     ]
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join([*lines, json.dumps({"prompt": "none"})]))
-    found = common.chosen(data, None, 2)
+    found = common.choose_prompts(data, None, 2)
     assert {name: [p.id for p in own] for name, own in found.items()} == {
         "big": ["big0", "big1"],
         "half": ["half0", "half1"],
     }
-    assert list(common.chosen(data, ["small"], 9)) == ["small"]
-    assert [p.id for p in common.mixed_up(common.chosen(data, ["small", "half"], 9))] == (
+    assert list(common.choose_prompts(data, ["small"], 9)) == ["small"]
+    assert [p.id for p in common.interleave(common.choose_prompts(data, ["small", "half"], 9))] == (
         ["small0", "half0", "small1", "half1", "small2", "half2", "half3"]
     )
     with pytest.raises(SystemExit, match="no prompts of category other"):
-        common.chosen(data, ["big", "other"], 1)
+        common.choose_prompts(data, ["big", "other"], 1)
 
 
 def test_the_bad_plan_is_half_of_the_layers_and_the_same_every_time() -> None:
@@ -231,10 +213,10 @@ def test_the_bad_plan_is_half_of_the_layers_and_the_same_every_time() -> None:
     assert common.bad_plan(30) == plan != common.bad_plan(30, seed=1)
 
 
-def test_cases_come_again_with_other_seeds() -> None:
-    cases = [Case("a", None, (1,), 5, 7), Case("b", None, (2,), 5, 8)]
-    many = common.as_many(cases, 5)
-    assert [(case.id, case.seed) for case in many] == [
+def test_prompts_come_again_with_other_seeds() -> None:
+    given = [BenchPrompt("a", None, (1,), 5, 7), BenchPrompt("b", None, (2,), 5, 8)]
+    many = common.repeat_prompts(given, 5)
+    assert [(prompt.id, prompt.seed) for prompt in many] == [
         *(("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4)),
     ]
 
@@ -245,13 +227,13 @@ def test_ratios_are_of_neighbouring_runs_of_some_length() -> None:
 
     speeds = {"vanilla": (10.0, 40.0), "speculative": (20.0, 60.0)}
     cases = tuple(
-        CaseRuns(
-            Case(name, name, (1,), 9),
+        PromptRuns(
+            BenchPrompt(name, name, (1,), 9),
             {arm: tuple(run(tokens, speed) for speed in own) for arm, own in speeds.items()},
         )
-        for name, tokens in (("long", common.LEAST_TOKENS), ("short", common.LEAST_TOKENS - 1))
+        for name, tokens in (("long", common.MIN_TOKENS), ("short", common.MIN_TOKENS - 1))
     )
-    arms = {name: ArmResult.of(cases, name) for name in speeds}
+    arms = {name: SystemResult.of(cases, name) for name in speeds}
     result = BenchResult(cases, arms, None, {}, 0)
     assert common.ratios(result) == pytest.approx([2.0, 1.5])
     assert common.ratios(result, category="short") == []
@@ -267,24 +249,6 @@ def test_texts_are_of_their_length_and_begin_differently() -> None:
         (4, 5, 1, 2, 3, 4, 5),
         (1, 2, 3, 4, 5, 1, 2),
     ]
-
-
-@pytest.mark.parametrize(
-    ("plan", "prefix"),
-    [
-        (SkipPlan.of_layers([2, 5]), 2 * 3.0),
-        (SkipPlan.of(attention=[4], mlp=[3]), 3 * 3.0 + 1.0),
-        (SkipPlan.of(attention=[4], mlp=[5]), 4 * 3.0),
-    ],
-)
-def test_prefix_reuse_saves_no_more_than_the_further_tokens_cost(
-    plan: SkipPlan, prefix: float
-) -> None:
-    costs = Costs({1: 40.0, 5: 60.0}, 4.0, 1.0, 2.0, 256)
-    found = step_costs.prefix_reuse(costs, plan, 4)
-    assert found["seconds"] == pytest.approx(prefix / 40 * 20)
-    assert found["of_verification"] == pytest.approx(prefix / 40 * 20 / 60)
-    assert step_costs.prefix_reuse(costs, plan, 2)["seconds"] == pytest.approx(prefix / 40 * 10)
 
 
 def test_further_profiles_have_arms_of_their_own(

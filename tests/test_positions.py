@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from conflayers_cli.generation.generate import Summary
 from conflayers_cli.generation.loop import Step
-from conflayers_cli.positions import Positions, positions_of
+from conflayers_cli.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.utils.bars import bar, marks
 
 
@@ -12,7 +12,7 @@ def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:
 
 def test_places_are_counted_from_the_draft_s_first() -> None:
     stats = Summary.of([step(2, 3), step(0, 2), step(0, 0)])
-    assert stats.by_position == {"skip": Positions((2, 2, 1), (1, 1, 0))}
+    assert stats.by_position == {"skip": AcceptedPerPosition((2, 2, 1), (1, 1, 0))}
     assert stats.by_position["skip"].rates == (0.5, 0.5, 0.0)
     assert sum(stats.by_position["skip"].accepted) == stats.accepted
     assert sum(stats.by_position["skip"].drafted) == stats.drafted
@@ -20,10 +20,10 @@ def test_places_are_counted_from_the_draft_s_first() -> None:
 
 
 def test_who_drafts_behind_another_keeps_the_chain_s_places() -> None:
-    found = positions_of(step(3, 4, ("ngram", "ngram", "skip", "skip")))
+    found = count_positions(step(3, 4, ("ngram", "ngram", "skip", "skip")))
     assert found == {
-        "ngram": Positions((1, 1), (1, 1)),
-        "skip": Positions((0, 0, 1, 1), (0, 0, 1, 0)),
+        "ngram": AcceptedPerPosition((1, 1), (1, 1)),
+        "skip": AcceptedPerPosition((0, 0, 1, 1), (0, 0, 1, 0)),
     }
     assert found["skip"].rates == (None, None, 1.0, 0.0)
 

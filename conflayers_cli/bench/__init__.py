@@ -1,1 +1,1 @@
-"""Measuring: systems side by side, results, comparisons."""
+"""Measuring vanilla against speculative decoding; results, comparisons, tables, pictures."""

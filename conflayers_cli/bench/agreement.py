@@ -5,49 +5,31 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
+from conflayers_cli.bench.schema import Agreement
+
 Output = Sequence[int]
+"""Token ids."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Of outputs with the model's own; means over the prompts, unless said otherwise.
+def measure_agreement(pairs: Sequence[tuple[Output, Output]]) -> Agreement:
+    """Of pairs (the model's own output, the other).
 
-    Attributes:
-        equal: share of positions with the same token; positions that only one has count as
-            different.
-        rouge_2: F1 of the pairs of neighbouring tokens (ROUGE-2, Lin 2004, over token ids).
-        first_divergence: median index of the first token that differs, over the outputs that
-            differ; None where none does.
-        identical, prompts: outputs that are the same, and all.
+    Raises:
+        ValueError: there are no pairs.
     """
-
-    equal: float
-    rouge_2: float
-    first_divergence: float | None
-    identical: int
-    prompts: int
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Output, Output]]) -> Agreement:
-        """Of pairs (the model's own output, the other).
-
-        Raises:
-            ValueError: there are no pairs.
-        """
-        if not pairs:
-            raise ValueError("there are no outputs to compare")
-        parted = [first_difference(own, other) for own, other in pairs]
-        known = [at for at in parted if at is not None]
-        return cls(
-            equal=statistics.fmean(share_equal(own, other) for own, other in pairs),
-            rouge_2=statistics.fmean(rouge_2(own, other) for own, other in pairs),
-            first_divergence=statistics.median(known) if known else None,
-            identical=parted.count(None),
-            prompts=len(pairs),
-        )
+    if not pairs:
+        raise ValueError("there are no outputs to compare")
+    parted = [first_difference(own, other) for own, other in pairs]
+    known = [at for at in parted if at is not None]
+    return Agreement(
+        equal=statistics.fmean(share_equal(own, other) for own, other in pairs),
+        rouge_2=statistics.fmean(rouge_2(own, other) for own, other in pairs),
+        first_divergence=statistics.median(known) if known else None,
+        identical=parted.count(None),
+        prompts=len(pairs),
+    )
 
 
 def share_equal(own: Output, other: Output) -> float:

@@ -1,35 +1,36 @@
-"""What a bench has to say when it is compared with an earlier one (see :mod:`conflayers_cli.bench.runner.regression`)."""
+"""The result of comparing a bench with an earlier one (see :mod:`.regression`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from conflayers_cli.bench.metrics import Judged
+from conflayers_cli.bench.metrics import RegressionMetric
 from conflayers_cli.utils.statistics import Change
 
 Verdict = Literal["held", "unclear", "regression", "unknown"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure compared.
+class ComparedMetric:
+    """One metric compared.
 
     Attributes:
-        figure: which one.
+        metric: which one.
         change: old, new and their ratio.
-        verdict: by the rule above; "unknown" where one of the values is missing.
+        verdict: by the rule of `regression`; "unknown" where one of the values is missing.
         judged: whether a regression here fails.
     """
 
-    figure: Judged
+    metric: RegressionMetric
     change: Change
     verdict: Verdict
     judged: bool
 
     @property
     def regressed(self) -> bool:
-        lost = self.verdict == "unknown" and self.figure is not Judged.ACCEPTANCE
+        """Whether this fails the comparison."""
+        lost = self.verdict == "unknown" and self.metric is not RegressionMetric.ACCEPTANCE
         return self.judged and (lost or self.verdict == "regression")
 
 
@@ -40,19 +41,20 @@ class Comparison:
     Attributes:
         old: the earlier one's name.
         prompts: how many were compared.
-        tolerance: the share by which a figure may be lower.
-        rows: the figures.
+        tolerance: the share by which a metric may be lower.
+        metrics: old against new, metric by metric.
         remarks: what else differs, in sentences.
     """
 
     old: str
     prompts: int
     tolerance: float
-    rows: tuple[Row, ...]
+    metrics: tuple[ComparedMetric, ...]
     remarks: tuple[str, ...]
 
     @property
     def headline(self) -> str:
+        """What was compared, in one line."""
         count = f"{self.prompts} prompt{'s' if self.prompts > 1 else ''}"
         return f"compared with {self.old}: {count}, tolerance {100 * self.tolerance:.3g} %"
 
@@ -62,7 +64,7 @@ class Comparison:
 
         A speed that can't be compared, for want of one, is worse than one that can.
         """
-        return tuple(_regression(row, self) for row in self.rows if row.regressed)
+        return tuple(_regression(compared, self) for compared in self.metrics if compared.regressed)
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as JSON takes it."""
@@ -71,27 +73,23 @@ class Comparison:
             "prompts": self.prompts,
             "tolerance": self.tolerance,
             "figures": {
-                row.figure.value: {
-                    "old": row.change.old,
-                    "new": row.change.new,
-                    "ratio": row.change.ratio,
-                    "low": row.change.low,
-                    "high": row.change.high,
-                    "judged": row.judged,
-                    "verdict": row.verdict,
+                compared.metric.value: {
+                    **asdict(compared.change),
+                    "judged": compared.judged,
+                    "verdict": compared.verdict,
                 }
-                for row in self.rows
+                for compared in self.metrics
             },
             "remarks": list(self.remarks),
         }
 
 
-def _regression(row: Row, comparison: Comparison) -> str:
-    change = row.change
+def _regression(compared: ComparedMetric, comparison: Comparison) -> str:
+    change = compared.change
     if change.ratio is None:
-        return f"{row.figure.label} could not be measured here and in {comparison.old}"
+        return f"{compared.metric.label} could not be measured here and in {comparison.old}"
     ends = f" (95 % interval {change.low:.3f}–{change.high:.3f})" if change.low is not None else ""
     return (
-        f"{row.figure.label} is {change.ratio:.3f} of what it was in {comparison.old}{ends}, under "
-        f"{1 - comparison.tolerance:.3g}"
+        f"{compared.metric.label} is {change.ratio:.3f} of what it was in {comparison.old}{ends}, "
+        f"under {1 - comparison.tolerance:.3g}"
     )

@@ -12,32 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from conflayers_cli.bench.comparison import Comparison
-from conflayers_cli.bench.schema import OWN, SPECULATIVE, VANILLA, BenchDocument
+from conflayers_cli.bench.schema import OWN_SYSTEMS, SPECULATIVE, VANILLA, BenchDocument
 from conflayers_cli.bench.tables import (
-    arm_rows,
     category_rows,
     closing,
     comparison_rows,
     headline,
     label,
+    system_rows,
 )
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.utils.distributed import is_first
 from conflayers_cli.utils.files import check_target, write_json
-from conflayers_cli.utils.statistics import Interval
 
 BIGGER, SMALLER = "customBiggerIsBetter.json", "customSmallerIsBetter.json"
 """Named after the action's ``tool`` that reads each."""
 _MARKDOWN = re.compile(r"^[-+]|[\\`*_\[\]#|~]")
 CSV_COLUMNS = (
-    *("prompt", "category", "arm", "run", "tokens_per_second"),
-    *("prompt_tokens", "tokens", "drafted", "accepted"),
+    "prompt",
+    "category",
+    "arm",
+    "run",
+    "tokens_per_second",
+    "prompt_tokens",
+    "tokens",
+    "drafted",
+    "accepted",
 )
 
 
 def markdown(bench: BenchDocument, comparison: Comparison | None = None) -> str:
     """The terminal's tables as GitHub's Markdown, and what the bench ran with below them."""
-    parts = [f"### {_escaped(headline(bench))}", _table(arm_rows(bench))]
+    parts = [f"### {_escaped(headline(bench))}", _table(system_rows(bench))]
     if len(bench.categories) > 1:
         parts.append(_table(category_rows(bench)))
     parts.append("\n".join(f"- {_escaped(line.strip())}" for line in closing(bench)))
@@ -64,28 +70,28 @@ def _escaped(text: str) -> str:
 
 
 def csv_text(bench: BenchDocument) -> str:
-    """A line for every prompt (or queue of prompts decoded together), arm and run.
+    """A line for every prompt (or queue of prompts decoded together), system and run.
 
-    Counts are those of the speculative arm's first run; a queue has none.
+    Counts are those of the speculative system's first run; a queue has none.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for prompt in bench.prompts:
         counts = (prompt.prompt_tokens, prompt.tokens, prompt.drafted, prompt.accepted)
-        for arm, run, speed in _runs(prompt.tokens_per_second):
-            drafts = counts if arm == SPECULATIVE else (*counts[:1], "", "", "")
-            writer.writerow((prompt.id, prompt.category or "", arm, run, speed, *drafts))
+        for system, run, speed in _runs(prompt.tokens_per_second):
+            drafts = counts if system == SPECULATIVE else (*counts[:1], "", "", "")
+            writer.writerow((prompt.id, prompt.category or "", system, run, speed, *drafts))
     for queue in bench.queues:
-        for arm, run, speed in _runs(queue.tokens_per_second):
-            writer.writerow((queue.prompts, "", arm, run, speed, "", "", "", ""))
+        for system, run, speed in _runs(queue.tokens_per_second):
+            writer.writerow((queue.prompts, "", system, run, speed, "", "", "", ""))
     return out.getvalue()
 
 
 def _runs(speeds: dict[str, list[float | None]]) -> Iterable[tuple[str, int, float | str]]:
-    for arm, of_arm in speeds.items():
-        for number, speed in enumerate(of_arm, 1):
-            yield arm, number, "" if speed is None else speed
+    for system, of_system in speeds.items():
+        for number, speed in enumerate(of_system, 1):
+            yield system, number, "" if speed is None else speed
 
 
 def github(bench: BenchDocument) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -95,47 +101,51 @@ def github(bench: BenchDocument) -> tuple[list[dict[str, Any]], list[dict[str, A
     unit, value and, where known, range and extra.
     """
     extra = headline(bench)
-    speculative = bench.speculative
+    speedup, speculative = bench.speedup, bench.speculative
+    speeds = {name: system.tokens_per_second for name, system in bench.arms.items()}
     bigger = [
-        _entry("speed-up over vanilla", "×", bench.speedup.value, extra),
+        _entry("speed-up over vanilla", "×", speedup.median, extra, speedup.low, speedup.high),
         *(
-            _entry(f"decoding, {label(name)}", "tokens/s", _speed(bench, name), extra)
-            for name in bench.arms
+            _entry(
+                f"decoding, {label(name)}", "tokens/s", speed.median, extra, speed.min, speed.max
+            )
+            for name, speed in speeds.items()
         ),
-        _entry("accepted drafts", "%", _alone(speculative.acceptance_rate, 100), extra),
-        _entry("tokens per step", "tokens", _alone(speculative.tokens_per_step), extra),
+        _entry("accepted drafts", "%", _scaled(speculative.acceptance_rate, 100), extra),
+        _entry("tokens per step", "tokens", speculative.tokens_per_step, extra),
     ]
     waits = {name: bench.arms[name].time_to_first_token_s for name in (VANILLA, SPECULATIVE)}
-    peaks = {name: arm.peak_memory_bytes for name, arm in bench.arms.items() if name in OWN}
+    peaks = {
+        name: system.peak_memory_bytes for name, system in bench.arms.items() if name in OWN_SYSTEMS
+    }
     smaller = [
+        *(_entry(f"first token, {name}", "ms", 1000 * wait, extra) for name, wait in waits.items()),
         *(
-            _entry(f"first token, {name}", "ms", _alone(wait, 1000), extra)
-            for name, wait in waits.items()
-        ),
-        *(
-            _entry(f"peak memory over the weights, {name}", "MiB", _alone(peak, 2**-20), extra)
+            _entry(f"peak memory over the weights, {name}", "MiB", _scaled(peak, 2**-20), extra)
             for name, peak in peaks.items()
         ),
     ]
     return [entry for entry in bigger if entry], [entry for entry in smaller if entry]
 
 
-def _alone(value: float | None, scale: float = 1.0) -> Interval:
-    return Interval(None if value is None else value * scale, None, None)
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale
 
 
-def _speed(bench: BenchDocument, arm: str) -> Interval:
-    speed = bench.arms[arm].tokens_per_second
-    return Interval(speed.median, speed.min, speed.max)
-
-
-def _entry(name: str, unit: str, figure: Interval, extra: str) -> dict[str, Any]:
+def _entry(
+    name: str,
+    unit: str,
+    value: float | None,
+    extra: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> dict[str, Any]:
     """One figure; nothing where it is not known, since the action takes only numbers."""
-    if figure.median is None:
+    if value is None:
         return {}
-    entry: dict[str, Any] = {"name": name, "unit": unit, "value": round(figure.median, 4)}
-    if figure.low is not None and figure.high is not None:
-        entry["range"] = f"{figure.low:.4g}–{figure.high:.4g}"
+    entry: dict[str, Any] = {"name": name, "unit": unit, "value": round(value, 4)}
+    if low is not None and high is not None:
+        entry["range"] = f"{low:.4g}–{high:.4g}"
     return {**entry, "extra": extra}
 
 

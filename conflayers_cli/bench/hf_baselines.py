@@ -1,4 +1,4 @@
-"""What transformers itself offers, as arms of a bench: `generate`, plain or drafting."""
+"""Hugging Face baselines of a bench: transformers' own `generate`, plain or drafting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.bench.systems import BenchPrompt, Run
 from conflayers_cli.engine.cost_model import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
@@ -19,7 +19,7 @@ from conflayers_cli.generation.generate import Summary
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.sampling_params import SamplingParams
 
-PEERS: Mapping[str, Callable[[int], Mapping[str, Any]]] = MappingProxyType(
+HF_BASELINES: Mapping[str, Callable[[int], Mapping[str, Any]]] = MappingProxyType(
     {
         "transformers": lambda depth: {},
         "transformers-static": lambda depth: {"cache_implementation": "static"},
@@ -27,9 +27,9 @@ PEERS: Mapping[str, Callable[[int], Mapping[str, Any]]] = MappingProxyType(
         "early-exit": lambda depth: {"assistant_early_exit": max(depth // 2, 1)},
     }
 )
-"""By name: what they add to the settings of `generate`, for a model of so many layers."""
+"""By name: the settings of `generate` that they add, for a model of so many layers."""
 
-# What transformers raises where a model can't be decoded in one of its ways.
+# What transformers raises where it can't decode a model in one of its ways.
 _FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -43,15 +43,15 @@ _FAILURES = (
 
 
 @dataclass(frozen=True)
-class TransformersArm:
+class TransformersSystem:
     """``model.generate`` of transformers, as a user would call it, with the same settings.
 
     Attributes:
         decoder: the model.
         sampling: how tokens are chosen.
         end_tokens: ids that end an output.
-        name: the arm's.
-        more: what else `generate` is to be told.
+        name: the system's.
+        more: further settings of `generate`.
     """
 
     decoder: Decoder
@@ -61,13 +61,13 @@ class TransformersArm:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def peer(
+    def baseline(
         cls, name: str, decoder: Decoder, sampling: SamplingParams, end_tokens: frozenset[int]
-    ) -> TransformersArm:
-        """One of :data:`PEERS`."""
-        return cls(decoder, sampling, end_tokens, name, PEERS[name](decoder.depth))
+    ) -> TransformersSystem:
+        """One of :data:`HF_BASELINES`."""
+        return cls(decoder, sampling, end_tokens, name, HF_BASELINES[name](decoder.depth))
 
-    def run(self, case: Case) -> Run:
+    def run(self, prompt: BenchPrompt) -> Run:
         """Decode the prompt once.
 
         The model has its plain weights meanwhile; getting them back is not part of the times.
@@ -76,16 +76,16 @@ class TransformersArm:
             InputError: transformers can't decode this model in this way.
         """
         device = self.decoder.device
-        prompt = torch.tensor([case.tokens], device=device)
+        input_ids = torch.tensor([prompt.tokens], device=device)
         packed = _weight_bytes(self.decoder.model)
-        with self.decoder.plain() as model, _own_settings(model), _seeded(case.seed, device):
+        with self.decoder.plain() as model, _own_settings(model), _seeded(prompt.seed, device):
             twice = _weight_bytes(model) - packed
-            stopwatch = _Stopwatch(device, len(case.tokens))
+            stopwatch = _Stopwatch(device, len(prompt.tokens))
             try:
                 output = model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=self._config(case.max_new_tokens),
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=self._config(prompt.max_new_tokens),
                     stopping_criteria=StoppingCriteriaList([stopwatch]),
                 )
             except _FAILURES as error:
@@ -93,7 +93,7 @@ class TransformersArm:
                 raise InputError(
                     f"{self.name}: transformers can't decode this model so: {reason}"
                 ) from error
-        tokens = tuple(output[0, len(case.tokens) :].tolist())
+        tokens = tuple(output[0, len(prompt.tokens) :].tolist())
         return Run(tokens, stopwatch.summary(), weights_twice_bytes=twice)
 
     def _config(self, max_new_tokens: int) -> Any:
@@ -117,9 +117,9 @@ class TransformersArm:
 
 
 class _Stopwatch(StoppingCriteria):
-    """Notes time and length behind every step, which may give several tokens; stops nothing.
+    """Notes time and length after every step, which may give several tokens; stops nothing.
 
-    Drafts are made by calls of `generate` within `generate`, which are not given it.
+    Drafts are made by calls of `generate` within `generate`, which don't get it.
     """
 
     def __init__(self, device: torch.device, prompt_length: int) -> None:
@@ -166,7 +166,7 @@ def _own_settings(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: torch's own random numbers start from ``seed``; they go on as before behind it."""
+    """Within: torch's own random numbers start from ``seed``; after it they go on as before."""
     devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -1,10 +1,9 @@
-"""A bench's document from a file: what is not one is told in one line that names the place."""
+"""Reading a bench's document from a file: what is wrong with it is said in one line."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,25 @@ MAX_BYTES = 64 * 2**20
 """A document of 10,000 prompts and 5 runs has a tenth of it."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A bench's document: as it is, and checked.
+def load_document(path: Path) -> BenchDocument:
+    """A stored document, without what it was compared with then.
 
-    Attributes:
-        raw: all keys, to be passed on.
-        checked: what is read of them.
+    Raises:
+        InputError: the file can't be read, is larger than `MAX_BYTES`, is not JSON, or is not a
+            bench's document of this schema version. One line, which names the place.
     """
-
-    raw: dict[str, Any]
-    checked: BenchDocument
-
-    @classmethod
-    def of(cls, document: dict[str, Any]) -> Bench:
-        """A document just made.
-
-        Raises:
-            ValidationError: it isn't what it should be.
-        """
-        return cls(document, BenchDocument.model_validate(document))
-
-    @classmethod
-    def load(cls, path: Path) -> Bench:
-        """A stored document.
-
-        Raises:
-            InputError: the file can't be read, is larger than `MAX_BYTES`, is not JSON, or is not a
-                bench's document of this schema version. One line, which names the place.
-        """
-        document = _parse(read_text(path, MAX_BYTES), path)
-        _check_version(document, path)
-        try:
-            return cls.of(document)
-        except ValidationError as error:
-            problem = first_problem(error, BenchDocument).removeprefix(": ")
-            raise InputError(f"{path}: {problem}") from None
+    document = _parse(read_text(path, MAX_BYTES), path)
+    document.pop("comparison", None)
+    _check_version(document, path)
+    try:
+        return BenchDocument.model_validate(document)
+    except ValidationError as error:
+        problem = first_problem(error, BenchDocument).removeprefix(": ")
+        raise InputError(f"{path}: {problem}") from None
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
-    """JSON with what no document of ours has refused: infinities, and halves of characters."""
+    """Parse JSON; infinities and lone surrogates, which no bench writes, are refused."""
     try:
         document = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         text.encode()

@@ -1,15 +1,15 @@
-"""The figures that a bench is compared with an earlier one by."""
+"""The metrics by which a bench is compared with an earlier one. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from enum import Enum
 
 TOLERANCE = 0.05
-"""The share by which a figure may be lower, unless another is asked for."""
+"""The share by which a metric may be lower, unless another is asked for."""
 
 
-class Judged(Enum):
-    """A figure that a regression may be judged by."""
+class RegressionMetric(Enum):
+    """A metric by which a regression may be judged."""
 
     SPEEDUP = "speedup"
     ACCEPTANCE = "acceptance"
@@ -17,9 +17,9 @@ class Judged(Enum):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Its name in tables and messages."""
         return {
-            Judged.SPEEDUP: "speed-up over vanilla",
-            Judged.ACCEPTANCE: "accepted drafts",
-            Judged.SPEED: "tokens/s, speculative",
+            RegressionMetric.SPEEDUP: "speed-up over vanilla",
+            RegressionMetric.ACCEPTANCE: "accepted drafts",
+            RegressionMetric.SPEED: "tokens/s, speculative",
         }[self]

@@ -1,4 +1,4 @@
-"""A bench as a picture: speeds by category, acceptance by place in the draft, a token's time."""
+"""A bench as a picture: speeds by category, acceptance by position in the draft, time per token."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from typing import TYPE_CHECKING
 
 import scipy.stats
 
-from conflayers_cli.bench.schema import SPECULATIVE, VANILLA, BenchDocument, PromptPart, QueuePart
+from conflayers_cli.bench.schema import (
+    SPECULATIVE,
+    VANILLA,
+    BenchDocument,
+    PromptFigures,
+    QueueFigures,
+)
 from conflayers_cli.bench.tables import label
 from conflayers_cli.utils.plotting import GREEN, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW, Theme
-from conflayers_cli.utils.statistics import LEAST_RATIOS, Interval
+from conflayers_cli.utils.statistics import MIN_RATIOS, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ALL = "all prompts"
-MOST_CATEGORIES = 24
-LONGEST_NAME = 16
-MOST_PLACES = 30
+MAX_CATEGORIES = 24
+MAX_NAME = 16
+MAX_POSITIONS = 30
 _ROW, _LINES, _BARS, _AROUND = 0.24, 1.25, 0.55, 0.62
-"""Inches: a category, the lines, the bars, and what stands around a panel's data."""
+"""Inches: a category's row, the lines, the bars, and the margins around a panel's data."""
 _DRAFTERS = {"skip": 0, "ngram": 1}
-"""Always drawn alike, whoever drafted first."""
+"""Order of the drafters, so that each always looks the same."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -45,66 +51,68 @@ def bench_figure(bench: BenchDocument, theme: Theme) -> Figure:
     heights = [height + _AROUND for height, _ in panels]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
-    for place, (_, draw) in enumerate(panels):
-        draw(figure.add_subplot(grid[place]))
+    for number, (_, draw) in enumerate(panels):
+        draw(figure.add_subplot(grid[number]))
     return figure
 
 
 def _speeds(bench: BenchDocument) -> dict[str, dict[str, Interval]]:
-    """Tokens per second and their intervals, by category and arm; all prompts come last."""
-    groups: dict[str, Sequence[PromptPart | QueuePart]] = {}
-    names = list(bench.categories)[:MOST_CATEGORIES] if len(bench.categories) > 1 else []
+    """Tokens per second and their intervals, by category and system; all prompts come last."""
+    groups: dict[str, Sequence[PromptFigures | QueueFigures]] = {}
+    names = list(bench.categories)[:MAX_CATEGORIES] if len(bench.categories) > 1 else []
     for name in names:
         groups[_short(name)] = [prompt for prompt in bench.prompts if prompt.category == name]
     groups[ALL] = bench.timed
     return {
-        name: {arm: speed_interval(group, arm) for arm in bench.arms}
+        name: {system: speed_interval(group, system) for system in bench.arms}
         for name, group in groups.items()
     }
 
 
-def speed_interval(timed: Sequence[PromptPart | QueuePart], arm: str) -> Interval:
+def speed_interval(timed: Sequence[PromptFigures | QueueFigures], system: str) -> Interval:
     """The median tokens per second of some prompts, as tables have it, with its 95 % interval.
 
-    It is over the prompts' own medians; where there are fewer than `LEAST_RATIOS` prompts, the
+    It is over the prompts' own medians; where there are fewer than `MIN_RATIOS` prompts, the
     interval is over all runs. Where queues of prompts were timed, both are.
     """
-    runs = [[speed for speed in each.tokens_per_second.get(arm, ()) if speed] for each in timed]
+    runs = [[speed for speed in each.tokens_per_second.get(system, ()) if speed] for each in timed]
     medians = [middle for of_one in runs if (middle := Interval.of(of_one).median)]
-    together = any(isinstance(each, QueuePart) for each in timed)
+    together = any(isinstance(each, QueueFigures) for each in timed)
     pooled = Interval.of([speed for of_one in runs for speed in of_one])
     if together:
         return pooled
     whole = Interval.of(medians)
-    if len(medians) >= LEAST_RATIOS or whole.median is None or pooled.low is None:
+    if len(medians) >= MIN_RATIOS or whole.median is None or pooled.low is None:
         return whole
     high = pooled.low if pooled.high is None else pooled.high
-    return Interval(whole.median, min(pooled.low, whole.median), max(high, whole.median))
+    low, high = min(pooled.low, whole.median), max(high, whole.median)
+    return Interval(median=whole.median, low=low, high=high)
 
 
 def _draw_speeds(
     axes: Axes, bench: BenchDocument, rows: dict[str, dict[str, Interval]], theme: Theme
 ) -> None:
-    arms = list(bench.arms)
-    step = min(0.32, 0.6 / max(1, len(arms) - 1))  # nearer to one another than to the next row
-    for number, arm in enumerate(arms):
-        colour = _arm_colour(arm, number, theme)
-        shift = (number - (len(arms) - 1) / 2) * step
-        for row, (name, by_arm) in enumerate(rows.items()):
-            figure = by_arm[arm]
+    systems = list(bench.arms)
+    step = min(0.32, 0.6 / max(1, len(systems) - 1))  # nearer to one another than to the next row
+    for number, system in enumerate(systems):
+        colour = _system_colour(system, number, theme)
+        shift = (number - (len(systems) - 1) / 2) * step
+        for row, (name, by_system) in enumerate(rows.items()):
+            figure = by_system[system]
             if figure.median is None:
                 continue
             y = row + shift
             if figure.low is not None and figure.high is not None:
                 axes.plot([figure.low, figure.high], [y, y], color=colour, linewidth=1.4)
             axes.plot(
-                *([figure.median], [y]),
+                [figure.median],
+                [y],
                 marker=_MARKERS[number % len(_MARKERS)],
                 color=colour,
-                markerfacecolor=theme.paper if arm == VANILLA else colour,
+                markerfacecolor=theme.paper if system == VANILLA else colour,
                 markersize=4,
                 linestyle="none",
-                label=label(arm) if name == ALL else None,
+                label=label(system) if name == ALL else None,
             )
     if len(rows) > 1:
         axes.axhline(len(rows) - 1.5, color=theme.grid, linewidth=0.6)
@@ -114,7 +122,7 @@ def _draw_speeds(
     axes.set_xlim(left=0)
     axes.grid(axis="x")
     axes.set_xlabel("tokens/s (median, 95 % interval)")
-    _head(axes, "Decoding speed", columns=min(3, len(arms)))
+    _head(axes, "Decoding speed", columns=min(3, len(systems)))
 
 
 def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
@@ -125,19 +133,23 @@ def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
     order = sorted(drafters, key=lambda name: _DRAFTERS.get(name, len(_DRAFTERS)))
     for number, name in enumerate(order):
         part = drafters[name]
-        places, rates, below, above = [], [], [], []
-        for place, (kept, drafted) in enumerate(zip(part.accepted, part.drafted, strict=True), 1):
-            if not drafted or place > MOST_PLACES:
+        positions, rates, below, above = [], [], [], []
+        for position, (accepted, drafted) in enumerate(
+            zip(part.accepted, part.drafted, strict=True), 1
+        ):
+            if not drafted or position > MAX_POSITIONS:
                 continue
-            interval = scipy.stats.binomtest(kept, drafted).proportion_ci(method="wilson")
-            rate = 100 * kept / drafted
-            places.append(place + (number - (len(drafters) - 1) / 2) * 0.16)
+            interval = scipy.stats.binomtest(accepted, drafted).proportion_ci(method="wilson")
+            rate = 100 * accepted / drafted
+            positions.append(position + (number - (len(drafters) - 1) / 2) * 0.16)
             rates.append(rate)
             below.append(max(0.0, rate - 100 * float(interval.low)))
             above.append(max(0.0, 100 * float(interval.high) - rate))
         colour = {"skip": theme.blue, "ngram": ORANGE}.get(name, (GREEN, VERMILLION)[number % 2])
         axes.errorbar(
-            *(places, rates, [below, above]),
+            positions,
+            rates,
+            [below, above],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=3.5,
             linewidth=1.2,
@@ -155,7 +167,7 @@ def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
 
 
 def _times(bench: BenchDocument) -> dict[str, tuple[float, float]]:
-    """Milliseconds of a token, drafting and verifying, by arm; empty where nobody drafted."""
+    """Milliseconds per token, drafting and verifying, by system; empty where none is known."""
     parts = {name: bench.arms[name].decoding for name in (SPECULATIVE, VANILLA)}
     return {
         name: (1000 * part.draft_seconds / part.tokens, 1000 * part.verify_seconds / part.tokens)
@@ -170,7 +182,9 @@ def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
     drafting = [times[name][0] for name in names]
     verifying = [times[name][1] for name in names]
     axes.barh(
-        *(names, drafting, 0.6),
+        names,
+        drafting,
+        0.6,
         color=ORANGE,
         edgecolor=theme.paper,
         hatch="////",
@@ -181,7 +195,8 @@ def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
         total = sum(times[name])
         behind = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}
         axes.annotate(
-            *(f"{total:.1f}", (total, row)),
+            f"{total:.1f}",
+            (total, row),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -203,14 +218,14 @@ def _head(axes: Axes, title: str, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.0)
 
 
-def _arm_colour(arm: str, number: int, theme: Theme) -> str:
-    if arm == VANILLA:
+def _system_colour(system: str, number: int, theme: Theme) -> str:
+    if system == VANILLA:
         return theme.grey
-    if arm == SPECULATIVE:
+    if system == SPECULATIVE:
         return theme.blue
     return (GREEN, VERMILLION, PURPLE, ORANGE, YELLOW)[number % 5]
 
 
 def _short(name: str) -> str:
     shown = label(name)
-    return shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    return shown if len(shown) <= MAX_NAME else f"{shown[: MAX_NAME - 1]}…"

@@ -1,15 +1,15 @@
-"""A bench against an earlier one: what changed, and whether that is a regression.
+"""A bench against an earlier one: what changed, whether that is a regression, and the gates.
 
 Speeds are compared prompt by prompt, as ratios of new over old, so that what makes one prompt
-quicker than another cancels out (see :class:`conflayers_cli.utils.statistics.Change`). By default the speed-up over
+quicker than another cancels out (see `utils.statistics.Change`). By default the speed-up over
 vanilla is judged: vanilla ran by turns with it in the same process, so that a slower machine, or
 one that is busy, cancels out, too. Tokens per second have no such partner.
 
-**The rule.** A figure is a regression where new/old is under 1 − tolerance *and* its 95 % interval
+**The rule.** A metric is a regression where new/old is under 1 − tolerance *and* its 95 % interval
 lies below 1. Noise alone then fails a job less than one time in forty, whatever the tolerance; and
 a drop beyond the tolerance is not excused by an interval that merely reaches up to it. What is
-under the tolerance by an interval that includes 1 is "unclear": told, and no failure. Counts that
-come out the same in every run have no interval: under the tolerance is a regression.
+under the tolerance by an interval that includes 1 is "unclear": reported, and no failure. Counts
+that come out the same in every run have no interval: under the tolerance is a regression.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from conflayers_cli.bench.comparison import Comparison, Row, Verdict
-from conflayers_cli.bench.metrics import TOLERANCE, Judged
-from conflayers_cli.bench.schema import SPECULATIVE, VANILLA, BenchDocument, PromptPart, QueuePart
+from conflayers_cli.bench.comparison import ComparedMetric, Comparison, Verdict
+from conflayers_cli.bench.metrics import TOLERANCE, RegressionMetric
+from conflayers_cli.bench.schema import (
+    SPECULATIVE,
+    VANILLA,
+    BenchContext,
+    BenchDocument,
+    PromptFigures,
+    QueueFigures,
+)
 from conflayers_cli.errors import InputError
-from conflayers_cli.utils.statistics import CONFIDENCE, LEAST_RATIOS, Change
+from conflayers_cli.utils.statistics import CONFIDENCE, MIN_RATIOS, Change
 from conflayers_cli.utils.yaml import shown
 
 _SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize")
@@ -44,14 +51,14 @@ def compare(
     name: str,
     *,
     tolerance: float = TOLERANCE,
-    judged: Sequence[Judged] | None = None,
+    judged: Sequence[RegressionMetric] | None = None,
 ) -> Comparison:
     """Compare a bench with an earlier one of the same model and, at least in part, prompts.
 
     Args:
         new, old: the two.
         name: the old one's, for messages.
-        tolerance: the share by which a figure may be lower, from 0 to under 1.
+        tolerance: the share by which a metric may be lower, from 0 to under 1.
         judged: what a regression is judged by; None: the speed-up and, where drafts depend on
             nothing that is measured, acceptance.
 
@@ -59,81 +66,75 @@ def compare(
         InputError: they are of different models, work or prompts, or tokens per second are to be
             judged on different machines.
     """
-    ours = [prompt.sha256 for prompt in new.prompts]
-    check_comparable(old, name, new.model, new.model_hash, new.settings, ours)
+    check_comparable(old, name, new, [prompt.sha256 for prompt in new.prompts])
     repeatable = all(bench.settings.get("repeatable_drafts") is True for bench in (new, old))
     same_machine = not _differing(_machine(new), _machine(old))
     if judged is None:
-        judged = [Judged.SPEEDUP, *([Judged.ACCEPTANCE] if repeatable else [])]
-    if Judged.SPEED in judged and not same_machine:
+        judged = [RegressionMetric.SPEEDUP, *([RegressionMetric.ACCEPTANCE] if repeatable else [])]
+    if RegressionMetric.SPEED in judged and not same_machine:
         raise InputError(
             f"--judge speed: {name} was measured on another machine, and tokens per second of two "
             "machines can't be compared"
         )
     pairs = _paired(new, old)
     if new.queues or old.queues or len(pairs) == 1:
-        speedup = Change.unpaired(*(_run_ratios(bench, pairs, i) for i, bench in _both(new, old)))
-        speed = Change.unpaired(*(_run_speeds(bench, pairs, i) for i, bench in _both(new, old)))
+        timed = (_timed(new, [one for one, _ in pairs]), _timed(old, [other for _, other in pairs]))
+        speedup = Change.unpaired(new=_run_ratios(timed[0]), old=_run_ratios(timed[1]))
+        speed = Change.unpaired(new=_run_speeds(timed[0]), old=_run_speeds(timed[1]))
     else:
         speedup = _paired_change(pairs, _speedup)
         speed = _paired_change(pairs, _speed)
     changes = {
-        Judged.SPEEDUP: speedup,
-        Judged.ACCEPTANCE: _acceptance(pairs, certain=repeatable),
-        Judged.SPEED: speed,
+        RegressionMetric.SPEEDUP: speedup,
+        RegressionMetric.ACCEPTANCE: _acceptance(pairs, certain=repeatable),
+        RegressionMetric.SPEED: speed,
     }
-    rows = tuple(
-        Row(
-            which,
-            change,
-            verdict_of(change, tolerance, certain=repeatable and which is Judged.ACCEPTANCE),
-            which in judged,
+    metrics = tuple(
+        ComparedMetric(
+            metric=metric,
+            change=change,
+            verdict=find_verdict(
+                change, tolerance, certain=repeatable and metric is RegressionMetric.ACCEPTANCE
+            ),
+            judged=metric in judged,
         )
-        for which, change in changes.items()
+        for metric, change in changes.items()
     )
-    remarks = tuple(_remarks(new, old, len(pairs), rows, repeatable))
-    return Comparison(name, len(pairs), tolerance, rows, remarks)
+    remarks = tuple(_remarks(new, old, len(pairs), metrics, repeatable))
+    return Comparison(name, len(pairs), tolerance, metrics, remarks)
 
 
-Pair = tuple[PromptPart, PromptPart]
-Timed = Sequence[PromptPart | QueuePart]
-
-
-def _both(new: BenchDocument, old: BenchDocument) -> Iterable[tuple[int, BenchDocument]]:
-    return enumerate((new, old))
+Pair = tuple[PromptFigures, PromptFigures]
+"""The same prompt in the new and in the old bench."""
+Timed = Sequence[PromptFigures | QueueFigures]
 
 
 def check_comparable(
-    old: BenchDocument,
-    name: str,
-    model: str,
-    model_hash: str,
-    settings: Mapping[str, Any],
-    prompts: Sequence[str],
+    old: BenchDocument, name: str, new: BenchContext, prompt_hashes: Sequence[str]
 ) -> None:
     """Refuse to compare what has nothing to do with an earlier bench.
 
     Args:
         old, name: the earlier one, and its name for messages.
-        model, model_hash, settings: of the other one, as its document has them.
-        prompts: SHA-256 of what its prompts say.
+        new: what the other one ran with.
+        prompt_hashes: SHA-256 of the contents of its prompts.
 
     Raises:
         InputError: they are of different models, work or prompts.
     """
-    if model_hash != old.model_hash:
+    if new.model_hash != old.model_hash:
         raise InputError(
             f"{name}: is of another model ({old.model}, configuration {old.model_hash}; this is "
-            f"{model}, {model_hash})"
+            f"{new.model}, {new.model_hash})"
         )
-    ours, theirs = _work(settings), _work(old.settings)
+    ours, theirs = _work(new.settings), _work(old.settings)
     if different := _differing(ours, theirs):
-        told = ", ".join(f"{k} {shown(theirs[k])} (this: {shown(ours[k])})" for k in different)
-        raise InputError(f"{name}: was measured with other settings: {told}")
+        changed = ", ".join(f"{k} {shown(theirs[k])} (this: {shown(ours[k])})" for k in different)
+        raise InputError(f"{name}: was measured with other settings: {changed}")
     there = [prompt.sha256 for prompt in old.prompts]
-    if not set(prompts) & set(there):
+    if not set(prompt_hashes) & set(there):
         raise InputError(f"{name}: was measured with other prompts, none of them is the same")
-    if ours["batch_size"] != 1 and sorted(prompts) != sorted(there):
+    if ours["batch_size"] != 1 and sorted(prompt_hashes) != sorted(there):
         raise InputError(f"{name}: was measured with other prompts, and they decode together")
 
 
@@ -156,12 +157,12 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _paired(new: BenchDocument, old: BenchDocument) -> list[Pair]:
-    """The prompts that both have, by what they say; the n-th of equal ones with the n-th."""
+    """The prompts that both have, by their content; the n-th of equal ones with the n-th."""
     there = _keyed(old.prompts)
     return [(prompt, there[key]) for key, prompt in _keyed(new.prompts).items() if key in there]
 
 
-def _keyed(prompts: Sequence[PromptPart]) -> dict[tuple[str, int], PromptPart]:
+def _keyed(prompts: Sequence[PromptFigures]) -> dict[tuple[str, int], PromptFigures]:
     seen: Counter[str] = Counter()
     found = {}
     for prompt in prompts:
@@ -170,43 +171,53 @@ def _keyed(prompts: Sequence[PromptPart]) -> dict[tuple[str, int], PromptPart]:
     return found
 
 
-def _middle(prompt: PromptPart, arm: str) -> float | None:
+def _middle(prompt: PromptFigures, system: str) -> float | None:
     """Median tokens per second of the runs."""
-    speeds = [speed for speed in prompt.tokens_per_second.get(arm, ()) if speed]
+    speeds = [speed for speed in prompt.tokens_per_second.get(system, ()) if speed]
     return statistics.median(speeds) if speeds else None
 
 
-def _speed(prompt: PromptPart) -> float | None:
+def _speed(prompt: PromptFigures) -> float | None:
     return _middle(prompt, SPECULATIVE)
 
 
-def _speedup(prompt: PromptPart) -> float | None:
+def _speedup(prompt: PromptFigures) -> float | None:
     ours, theirs = _middle(prompt, SPECULATIVE), _middle(prompt, VANILLA)
     return ours / theirs if ours and theirs else None
 
 
-def _paired_change(pairs: Sequence[Pair], figure: Callable[[PromptPart], float | None]) -> Change:
+def _paired_change(
+    pairs: Sequence[Pair], figure: Callable[[PromptFigures], float | None]
+) -> Change:
     figures = [(figure(one), figure(other)) for one, other in pairs]
     both = [(one, other) for one, other in figures if one and other]
     return Change.paired([one for one, _ in both], [other for _, other in both])
 
 
-def _run_speeds(bench: BenchDocument, pairs: Sequence[Pair], side: int) -> list[float]:
-    """Of single runs of queues, or of the only prompt."""
-    timed: Timed = bench.queues or [pair[side] for pair in pairs]
+def _timed(bench: BenchDocument, prompts: Sequence[PromptFigures]) -> Timed:
+    """What speeds were measured of: the queues, or these prompts."""
+    return bench.queues or prompts
+
+
+def _run_speeds(timed: Timed) -> list[float]:
+    """Tokens per second of single runs."""
     return [
         speed for each in timed for speed in each.tokens_per_second.get(SPECULATIVE, ()) if speed
     ]
 
 
-def _run_ratios(bench: BenchDocument, pairs: Sequence[Pair], side: int) -> list[float]:
-    """The same over vanilla's runs that took place beside them."""
-    timed: Timed = bench.queues or [pair[side] for pair in pairs]
-    runs = (
-        zip(*(each.tokens_per_second.get(arm, ()) for arm in (SPECULATIVE, VANILLA)), strict=False)
+def _run_ratios(timed: Timed) -> list[float]:
+    """Speed-ups of single runs over vanilla's that took place beside them."""
+    return [
+        ours / theirs
         for each in timed
-    )
-    return [ours / theirs for both in runs for ours, theirs in both if ours and theirs]
+        for ours, theirs in zip(
+            each.tokens_per_second.get(SPECULATIVE, ()),
+            each.tokens_per_second.get(VANILLA, ()),
+            strict=False,
+        )
+        if ours and theirs
+    ]
 
 
 def _acceptance(pairs: Sequence[Pair], *, certain: bool) -> Change:
@@ -214,12 +225,12 @@ def _acceptance(pairs: Sequence[Pair], *, certain: bool) -> Change:
     counts = np.array(
         [(n.accepted, n.drafted, o.accepted, o.drafted) for n, o in pairs], dtype=np.float64
     )
-    kept, drafted, kept_before, drafted_before = counts.sum(axis=0)
-    new = float(kept / drafted) if drafted else None
-    old = float(kept_before / drafted_before) if drafted_before else None
+    accepted, drafted, accepted_before, drafted_before = counts.sum(axis=0)
+    new = float(accepted / drafted) if drafted else None
+    old = float(accepted_before / drafted_before) if drafted_before else None
     if new is None or not old:
         return Change(old, new, None)
-    if certain or len(pairs) < LEAST_RATIOS:
+    if certain or len(pairs) < MIN_RATIOS:
         return Change(old, new, new / old)
     found = scipy.stats.bootstrap(
         tuple(counts.T),
@@ -240,7 +251,7 @@ def _ratio_of_rates(new: Any, drafted: Any, old: Any, drafted_before: Any, axis:
         return (new.sum(axis) / drafted.sum(axis)) / (old.sum(axis) / drafted_before.sum(axis))
 
 
-def verdict_of(change: Change, tolerance: float, *, certain: bool) -> Verdict:
+def find_verdict(change: Change, tolerance: float, *, certain: bool) -> Verdict:
     """By the rule of this module.
 
     Args:
@@ -258,7 +269,11 @@ def verdict_of(change: Change, tolerance: float, *, certain: bool) -> Verdict:
 
 
 def _remarks(
-    new: BenchDocument, old: BenchDocument, pairs: int, rows: Sequence[Row], repeatable: bool
+    new: BenchDocument,
+    old: BenchDocument,
+    pairs: int,
+    metrics: Sequence[ComparedMetric],
+    repeatable: bool,
 ) -> Iterable[str]:
     if new.model != old.model:
         yield f"the model's name was {old.model}; by its configuration it is the same"
@@ -269,20 +284,52 @@ def _remarks(
         )
     ours, theirs = _machine(new), _machine(old)
     if different := _differing(ours, theirs):
-        told = ", ".join(f"{k} {shown(theirs[k])} → {shown(ours[k])}" for k in different)
-        yield f"measured elsewhere: {told}; tokens/s can't be compared, speed-ups with caution"
+        changed = ", ".join(f"{k} {shown(theirs[k])} → {shown(ours[k])}" for k in different)
+        yield f"measured elsewhere: {changed}; tokens/s can't be compared, speed-ups with caution"
     for keys, where in ((_SOFTWARE, "environment"), (_HOW, "settings"), (_DRAFTING, "settings")):
         parts = [{key: getattr(b, where).get(key) for key in keys} for b in (new, old)]
         if different := _differing(*parts):
             yield f"not the same: {', '.join(different)}"
     if not repeatable:
         yield "how much is drafted depends on measured times, so acceptance varies from run to run"
-    for row in (row for row in rows if row.judged):
-        if row.verdict == "unclear":
+    for compared in (each for each in metrics if each.judged):
+        if compared.verdict == "unclear":
             yield (
-                f"{row.figure.label}: lower than tolerated, but that may be noise; more prompts or "
-                "--runs would tell"
+                f"{compared.metric.label}: lower than tolerated, but that may be noise; more "
+                "prompts or --runs would tell"
             )
-        certain = repeatable and row.figure is Judged.ACCEPTANCE
-        if row.change.ratio is not None and row.change.low is None and not certain:
-            yield f"{row.figure.label}: too few prompts and runs to tell any change from noise"
+        certain = repeatable and compared.metric is RegressionMetric.ACCEPTANCE
+        if compared.change.ratio is not None and compared.change.low is None and not certain:
+            yield f"{compared.metric.label}: too few prompts and runs to tell any change from noise"
+
+
+def broken_gates(
+    bench: BenchDocument, fail_under: float | None, comparison: Comparison | None
+) -> list[str]:
+    """What does not hold, in sentences; empty where all does.
+
+    Args:
+        bench: the results.
+        fail_under: the least speed-up over vanilla; None: any.
+        comparison: with an earlier bench, if there is one.
+    """
+    broken = []
+    speedup = bench.speedup.median
+    if fail_under is not None and speedup is None:
+        broken.append(
+            "--fail-under: the speed-up could not be measured: no output is longer than one token"
+        )
+    elif fail_under is not None and speedup is not None and not speedup >= fail_under:
+        broken.append(f"--fail-under: the speed-up is {speedup:.3f}, under {fail_under:g}")
+    if comparison:
+        broken += [f"--compare: {regression}" for regression in comparison.regressions]
+    # In half precision a GPU's rounding may part outputs at a near-tie; that is reported only.
+    match = bench.identical_outputs
+    exact = bench.dtype == "float32" and bench.engine.get("exact_to_the_bit") is True
+    if match and match.divergences and exact:
+        parted = ", ".join(divergence.id for divergence in match.divergences[:5])
+        broken.append(
+            f"greedy outputs in float32 differ from vanilla's at {len(match.divergences)} of "
+            f"{match.total} prompts ({parted})"
+        )
+    return broken

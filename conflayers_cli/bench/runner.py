@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-from conflayers_cli.bench.agreement import Agreement
-from conflayers_cli.bench.output_match import Identity, identities
-from conflayers_cli.bench.systems import SKIP_ONLY, Arm, Case, Run
+from conflayers_cli.bench.agreement import measure_agreement
+from conflayers_cli.bench.output_match import match_outputs
+from conflayers_cli.bench.schema import SKIP_ONLY, SPECULATIVE, VANILLA, Agreement, OutputMatch
+from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run, System
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.generate import Summary
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
 from conflayers_cli.utils.progress import ProgressCallback
-from conflayers_cli.utils.statistics import Interval as Interval
-from conflayers_cli.utils.statistics import Spread as Spread
-
-AnyArm = TypeVar("AnyArm")
+from conflayers_cli.utils.statistics import Interval, Spread
 
 
-@dataclass(frozen=True)
-class CaseRuns:
-    """All runs of one prompt, by arm, in order; run i of one arm is next to run i of another."""
+class Named(Protocol):
+    """What has a system's name."""
 
-    case: Case
-    runs: Mapping[str, tuple[Run, ...]]
+    @property
+    def name(self) -> str: ...
 
-    def speed(self, arm: str) -> float | None:
-        """Median tokens per second over the runs."""
-        speeds = [speed for run in self.runs[arm] if (speed := run.stats.tokens_per_second)]
-        return statistics.median(speeds) if speeds else None
 
-    def stats(self, arm: str) -> Summary:
-        """Of the first run. (Vanilla's counts are the same in every one; who drafts may learn.)"""
-        return self.runs[arm][0].stats
+AnySystem = TypeVar("AnySystem", bound=Named)
+Work = TypeVar("Work")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One arm's figures.
+class SystemResult:
+    """One system's figures.
 
     Attributes:
         tokens_per_second: of decoding, without the prefill: per prompt the median of its runs;
@@ -56,13 +50,13 @@ class ArmResult:
     stats: Summary
 
     @classmethod
-    def of(cls, cases: Sequence[CaseRuns], arm: str) -> ArmResult:
+    def of(cls, prompts: Sequence[PromptRuns], system: str) -> SystemResult:
         """Of the runs of some prompts."""
-        waits = [run.stats.prefill_seconds for case in cases for run in case.runs[arm]]
+        waits = [run.stats.prefill_seconds for prompt in prompts for run in prompt.runs[system]]
         return cls(
-            Spread.of([speed for case in cases if (speed := case.speed(arm))]),
+            Spread.of([speed for prompt in prompts if (speed := prompt.speed(system))]),
             statistics.median(waits),
-            Summary.total(case.stats(arm) for case in cases),
+            Summary.total(prompt.first_stats(system) for prompt in prompts),
         )
 
 
@@ -71,41 +65,44 @@ class BenchResult:
     """What a bench measured.
 
     Attributes:
-        identical: outputs compared with vanilla's, for every arm that should give the same; None
+        prompts: all runs of every prompt.
+        systems: figures by system.
+        matches: outputs compared with vanilla's, for every system that should give the same; None
             when sampling.
-        peak_memory: the most memory over the model's weights, in bytes, by arm; empty where
-            nothing tells.
-        cache_bytes: of the largest cache of keys and values.
-        agreement: of the lossy arm's outputs with vanilla's; None without one, or when sampling.
+        peak_memory: the most memory over the model's weights, in bytes, by system; empty where it
+            can't be read.
+        cache_bytes: of the largest KV cache.
+        agreement: of the lossy system's outputs with vanilla's; None without one, or when
+            sampling.
         queues: where prompts are decoded together, the runs of each queue as if it were a prompt:
             they are what speeds are measured of. Empty: each prompt is decoded alone.
         batch_size: prompts decoded at once.
     """
 
-    cases: tuple[CaseRuns, ...]
-    arms: Mapping[str, ArmResult]
-    identical: Mapping[str, Identity] | None
+    prompts: tuple[PromptRuns, ...]
+    systems: Mapping[str, SystemResult]
+    matches: Mapping[str, OutputMatch] | None
     peak_memory: Mapping[str, int]
     cache_bytes: int
     agreement: Agreement | None = None
-    queues: tuple[CaseRuns, ...] = ()
+    queues: tuple[PromptRuns, ...] = ()
     batch_size: int = 1
 
     def speedup(
-        self, over: str = "vanilla", category: str | None = None, *, arm: str = "speculative"
+        self, over: str = VANILLA, category: str | None = None, *, system: str = SPECULATIVE
     ) -> Interval:
-        """One arm over another, per prompt the ratio of the medians.
+        """One system over another, per prompt the ratio of the medians.
 
         With one prompt its single runs are the pairs; where prompts are decoded together, all runs
         of the queues.
         """
-        cases = self.of_category(category) if category is not None else self.cases
-        if self.queues or len(cases) == 1:
-            return Interval.of(run_ratios(self.queues or cases, arm, over))
+        prompts = self.of_category(category) if category is not None else self.prompts
+        if self.queues or len(prompts) == 1:
+            return Interval.of(run_ratios(self.queues or prompts, system, over))
         ratios = [
             ours / theirs
-            for case in cases
-            if (ours := case.speed(arm)) and (theirs := case.speed(over))
+            for prompt in prompts
+            if (ours := prompt.speed(system)) and (theirs := prompt.speed(over))
         ]
         return Interval.of(ratios)
 
@@ -116,16 +113,16 @@ class BenchResult:
         """
         if self.queues:
             return ()
-        return tuple(dict.fromkeys(c.case.category for c in self.cases if c.case.category))
+        return tuple(dict.fromkeys(p.prompt.category for p in self.prompts if p.prompt.category))
 
-    def of_category(self, category: str) -> tuple[CaseRuns, ...]:
+    def of_category(self, category: str) -> tuple[PromptRuns, ...]:
         """The prompts of one category."""
-        return tuple(case for case in self.cases if case.case.category == category)
+        return tuple(prompt for prompt in self.prompts if prompt.prompt.category == category)
 
 
 def measure(
-    arms: Sequence[Arm],
-    cases: Sequence[Case],
+    systems: Sequence[System],
+    prompts: Sequence[BenchPrompt],
     decoder: Decoder,
     sampling: SamplingParams,
     *,
@@ -133,105 +130,130 @@ def measure(
     warmup: int = 1,
     on_progress: ProgressCallback | None = None,
 ) -> BenchResult:
-    """Decode every prompt in every arm, several times, and compare.
+    """Decode every prompt in every system, several times, and compare.
 
-    The arms take turns at each prompt, and who begins changes from turn to turn, so that whatever
-    slows the machine for a while slows all alike.
+    The systems take turns at each prompt, and who begins changes from turn to turn, so that
+    whatever slows the machine for a while slows all alike.
 
     Args:
-        arms: named; one is ``vanilla`` and one ``speculative``.
-        cases: at least one prompt.
-        decoder: the model, for the scores where outputs part.
-        sampling: how the arms choose tokens.
-        runs, warmup: decodings of each prompt by each arm; decodings by each arm before them.
-        on_progress: called with how far it is.
+        systems: one is named ``vanilla`` and one ``speculative``.
+        prompts: at least one.
+        decoder: the model, for the logits where outputs part.
+        sampling: how the systems choose tokens.
+        runs, warmup: decodings of each prompt by each system; decodings by each system before them.
+        on_progress: called before every decoding.
     """
-    memory = PeakByArm(decoder.device)
+    memory = PeakBySystem(decoder.device)
 
-    def run(arm: Arm, case: Case) -> Run:
-        return memory.run(arm.name, lambda: [arm.run(case)])[0]
+    def decode(system: System, prompt: BenchPrompt) -> Run:
+        return memory.watch(system.name, lambda: [system.run(prompt)])[0]
 
-    progress = Progress(on_progress, (warmup + runs * len(cases)) * len(arms))
-    for turn in range(warmup):
-        for arm in arms:
-            progress.step(f"warming up: {arm.name}")
-            run(arm, cases[turn % len(cases)])
-    taken: list[dict[str, list[Run]]] = [{arm.name: [] for arm in arms} for _ in cases]
-    for turn in range(runs):
-        for number, case in enumerate(cases):
-            for arm in rotated(arms, turn + number):
-                progress.step(f"run {turn + 1} of {runs}, prompt {case.id}: {arm.name}")
-                taken[number][arm.name].append(run(arm, case))
-    results = tuple(
-        CaseRuns(case, {name: tuple(done) for name, done in by_arm.items()})
-        for case, by_arm in zip(cases, taken, strict=True)
+    taken = take_turns(
+        systems,
+        prompts,
+        decode,
+        decode,
+        runs=runs,
+        warmup=warmup,
+        label=lambda prompt: f"prompt {prompt.id}",
+        on_progress=on_progress,
     )
-    exact = [arm.name for arm in arms if arm.name not in ("vanilla", SKIP_ONLY)]
+    results = tuple(
+        PromptRuns(prompt, {name: tuple(done) for name, done in by_system.items()})
+        for prompt, by_system in zip(prompts, taken, strict=True)
+    )
+    lossless = [system.name for system in systems if system.name not in (VANILLA, SKIP_ONLY)]
+    greedy = sampling.greedy
     return BenchResult(
-        cases=results,
-        arms={arm.name: ArmResult.of(results, arm.name) for arm in arms},
-        identical=identities(exact, results, decoder, sampling) if sampling.greedy else None,
+        prompts=results,
+        systems={system.name: SystemResult.of(results, system.name) for system in systems},
+        matches=match_outputs(lossless, results, decoder, sampling) if greedy else None,
         peak_memory=memory.peaks,
         cache_bytes=largest_cache(results),
-        agreement=_agreement(arms, results) if sampling.greedy else None,
+        agreement=_skip_only_agreement(systems, results) if greedy else None,
     )
 
 
-class PeakByArm:
-    """Runs arms and notes the most memory each has taken."""
+class PeakBySystem:
+    """The most memory over the model's weights, in bytes, that each system has taken."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = PeakMemory(device)
         self.peaks: dict[str, int] = {}
 
-    def run(self, arm: str, work: Callable[[], list[Run]]) -> list[Run]:
-        """What the work gives, done and watched."""
+    def watch(self, system: str, decode: Callable[[], list[Run]]) -> list[Run]:
+        """The runs that ``decode`` gives, their peak counted as the system's."""
         self._memory.begin()
-        done = work()
+        done = decode()
         if (peak := self._memory.peak()) is not None:
             peak -= max(run.weights_twice_bytes for run in done)
-            self.peaks[arm] = max(peak, self.peaks.get(arm, 0))
+            self.peaks[system] = max(peak, self.peaks.get(system, 0))
         return done
 
 
-class Progress:
-    """Counts what is begun."""
+def take_turns(
+    systems: Sequence[AnySystem],
+    items: Sequence[Work],
+    warm_up: Callable[[AnySystem, Work], object],
+    decode: Callable[[AnySystem, Work], Result],
+    *,
+    runs: int,
+    warmup: int,
+    label: Callable[[Work], str],
+    on_progress: ProgressCallback | None,
+) -> list[dict[str, list[Result]]]:
+    """Warm up, then decode every item in every system ``runs`` times, the systems by turns.
 
-    def __init__(self, on_progress: ProgressCallback | None, total: int) -> None:
-        self._on_progress, self._total, self._begun = on_progress, total, 0
+    Returns:
+        For each item, its results by system, in the order of the runs.
+    """
+    total, begun = (warmup + runs * len(items)) * len(systems), itertools.count()
 
-    def step(self, message: str) -> None:
-        if self._on_progress:
-            self._on_progress(message, self._begun / self._total)
-        self._begun += 1
+    def begin(message: str) -> None:
+        if on_progress:
+            on_progress(message, next(begun) / total)
+
+    for turn in range(warmup):
+        for system in systems:
+            begin(f"warming up: {system.name}")
+            warm_up(system, items[turn % len(items)])
+    taken: list[dict[str, list[Result]]] = [{each.name: [] for each in systems} for _ in items]
+    for turn in range(runs):
+        for number, item in enumerate(items):
+            for system in rotated(systems, turn + number):
+                begin(f"run {turn + 1} of {runs}, {label(item)}: {system.name}")
+                taken[number][system.name].append(decode(system, item))
+    return taken
 
 
-def rotated(arms: Sequence[AnyArm], turn: int) -> list[AnyArm]:
-    """The arms in their order, begun with another one every turn."""
-    first = turn % len(arms)
-    return [*arms[first:], *arms[:first]]
+def rotated(items: Sequence[Work], turn: int) -> list[Work]:
+    """The items in their order, begun with another one every turn."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
 
 
-def run_ratios(cases: Sequence[CaseRuns], arm: str, over: str = "vanilla") -> list[float]:
-    """Speeds of one arm over another, of runs that took place one behind the other."""
+def run_ratios(prompts: Sequence[PromptRuns], system: str, over: str = VANILLA) -> list[float]:
+    """Speeds of one system over another, of runs that took place one after the other."""
     return [
         ours / theirs
-        for case in cases
-        for one, other in zip(case.runs[arm], case.runs[over], strict=True)
+        for prompt in prompts
+        for one, other in zip(prompt.runs[system], prompt.runs[over], strict=True)
         if (ours := one.stats.tokens_per_second) and (theirs := other.stats.tokens_per_second)
     ]
 
 
-def _agreement(arms: Sequence[Arm], cases: Sequence[CaseRuns]) -> Agreement | None:
-    """Of the lossy arm, if there is one, with vanilla: first runs, greedy ones are all alike."""
-    if SKIP_ONLY not in [arm.name for arm in arms]:
+def _skip_only_agreement(
+    systems: Sequence[System], prompts: Sequence[PromptRuns]
+) -> Agreement | None:
+    """Of the lossy system, if there is one, with vanilla: first runs, greedy ones are all alike."""
+    if SKIP_ONLY not in [system.name for system in systems]:
         return None
-    return Agreement.of(
-        [(case.runs["vanilla"][0].tokens, case.runs[SKIP_ONLY][0].tokens) for case in cases]
+    return measure_agreement(
+        [(prompt.runs[VANILLA][0].tokens, prompt.runs[SKIP_ONLY][0].tokens) for prompt in prompts]
     )
 
 
-def largest_cache(cases: Sequence[CaseRuns]) -> int:
-    """Bytes of keys and values at the most."""
-    runs = (run for case in cases for done in case.runs.values() for run in done)
+def largest_cache(prompts: Sequence[PromptRuns]) -> int:
+    """Bytes of the largest KV cache; 0 where none is known."""
+    runs = (run for prompt in prompts for done in prompt.runs.values() for run in done)
     return max((run.cache_bytes or 0 for run in runs), default=0)

@@ -1,71 +1,65 @@
-"""The JSON document of a bench, read back: what tables, exports, pictures and comparisons use.
+"""The results document of a bench: what ``--json`` prints and ``--from`` and ``--compare`` read.
 
-All of them work from the document alone, so that a stored one serves as well as one just measured.
-torch is not needed for it.
+These models are its one description. `serialize.build_document` makes a `BenchDocument` of what
+was measured, `load.load_document` reads a stored one, and tables, exporters, pictures and
+comparisons work from the document alone, without torch. docs/figures.md says what the keys mean.
+
+Writing leaves out the keys that were not given, and keeps keys that are not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
-from conflayers_cli.positions import Positions
-from conflayers_cli.utils.statistics import Interval, Spread
+from conflayers_cli.positions import AcceptedPerPosition
+from conflayers_cli.utils.statistics import Interval, PositiveFigure, Spread
 
-SCHEMA_VERSION = 3
-"""3: figures of every prompt and run, of every place in a draft, and of drafting and verifying.
-2: peak memory is over the model's weights and by arm; in 1 it was the whole process's."""
+SCHEMA_VERSION: Final = 3
+"""3: figures of every prompt and run, of every position in a draft, and of drafting and verifying.
+2: peak memory is over the model's weights and by system; in 1 it was the whole process's."""
 
 VANILLA, SPECULATIVE, SKIP_ONLY = "vanilla", "speculative", "skip-only"
-OWN = (VANILLA, SPECULATIVE, SKIP_ONLY)
-"""The arms of this package's engine; the others are transformers'."""
+OWN_SYSTEMS = (VANILLA, SPECULATIVE, SKIP_ONLY)
+"""The systems of this package's engine; the others are Hugging Face baselines."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0)]
-Speed = Annotated[float, Field(gt=1e-9, lt=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Part(BaseModel):
-    """A part of the document; keys that nothing here reads may be there, too."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-
-class IntervalPart(Part):
-    """A median and its 95 % interval."""
-
-    median: Speed | None
-    low: Speed | None
-    high: Speed | None
-
-    @property
-    def value(self) -> Interval:
-        return Interval(self.median, self.low, self.high)
+def _as_given(value: float, check: ValidatorFunctionWrapHandler) -> float:
+    check(value)
+    return value
 
 
-class SpreadPart(Part):
-    """Tokens per second: median, least and greatest."""
-
-    median: Speed | None
-    min: Speed | None
-    max: Speed | None
-
-    @property
-    def value(self) -> Spread:
-        return Spread(self.median, self.min, self.max)
+Number = Annotated[float, WrapValidator(_as_given)]
+"""A float that, given as a whole number, is written as one again."""
 
 
-class PositionsPart(Part):
-    """Tokens drafted and kept, by place in the draft."""
+class Section(BaseModel):
+    """A part of the document, checked strictly; keys that are not known here are kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
+
+
+class PositionCounts(Section):
+    """Tokens drafted and accepted, by their position in the draft, from 0 on."""
 
     drafted: list[Count]
     accepted: list[Count]
 
     @model_validator(mode="after")
-    def _fit(self) -> PositionsPart:
+    def _check_lengths(self) -> PositionCounts:
         if len(self.drafted) != len(self.accepted):
             raise ValueError("drafted and accepted should have as many entries")
         if any(a > d for a, d in zip(self.accepted, self.drafted, strict=True)):
@@ -73,19 +67,21 @@ class PositionsPart(Part):
         return self
 
     @property
-    def value(self) -> Positions:
-        return Positions(tuple(self.drafted), tuple(self.accepted))
+    def rates(self) -> tuple[float | None, ...]:
+        """Acceptance rate at each position; None where nothing was drafted."""
+        return AcceptedPerPosition(tuple(self.drafted), tuple(self.accepted)).rates
 
 
-class DrafterPart(Part):
-    """What one drafter did."""
+class DrafterCounts(Section):
+    """What one drafter did: steps with a draft of its, tokens drafted and accepted."""
 
+    steps: Count = 0
     drafted: Count
     accepted: Count
 
 
-class DecodingPart(Part):
-    """All runs of an arm together, without the passes over prompts."""
+class DecodingTotals(Section):
+    """All runs of a system together, without the prefill."""
 
     tokens: Count
     steps: Count
@@ -93,24 +89,35 @@ class DecodingPart(Part):
     verify_seconds: Seconds
 
 
-class ArmPart(Part):
-    """One arm's figures. Those of drafting are the speculative arm's alone."""
+class SystemFigures(Section):
+    """One system's figures. Those of drafting are the speculative system's alone.
 
-    tokens_per_second: SpreadPart
+    ``decoding`` is of this package's systems only. ``peak_memory_bytes`` is over the weights.
+    """
+
+    tokens_per_second: Spread
     time_to_first_token_s: Seconds
     tokens: Count
     tokens_per_step: float | None = None
     peak_memory_bytes: int | None = None
-    decoding: DecodingPart | None = None
+    decoding: DecodingTotals | None = None
     acceptance_rate: Share | None = None
     drafted: Count = 0
     accepted: Count = 0
-    by_drafter: dict[str, DrafterPart] = {}
-    by_position: dict[str, PositionsPart] = {}
+    by_drafter: dict[str, DrafterCounts] = {}
+    by_position: dict[str, PositionCounts] = {}
 
 
-class DivergencePart(Part):
-    """Where an output leaves vanilla's."""
+class Divergence(Section):
+    """Where a system's greedy output leaves vanilla's.
+
+    Attributes:
+        id: the prompt.
+        position: index of the first new token that differs.
+        gap: difference of the two best logits there, by the whole model.
+        vanilla: vanilla's token; None where its output has ended.
+        other: the other system's.
+    """
 
     id: str
     position: Count
@@ -119,52 +126,62 @@ class DivergencePart(Part):
     other: int | None
 
 
-class IdentityPart(Part):
-    """How many outputs equal vanilla's."""
+class OutputMatch(Section):
+    """How many prompts' greedy outputs equal vanilla's, and where the others part from them."""
 
     matching: Count
     total: Count
-    divergences: list[DivergencePart]
+    divergences: list[Divergence]
 
 
-class AgreementPart(Part):
-    """How far the lossy arm's outputs agree with vanilla's."""
+class Agreement(Section):
+    """How far lossy outputs agree with the model's own; means over the prompts, but where said.
+
+    Attributes:
+        equal: share of positions with the same token; positions that only one has count as
+            different.
+        rouge_2: F1 of the pairs of neighbouring tokens (ROUGE-2, Lin 2004, over token ids).
+        first_divergence: median index of the first token that differs, over the outputs that
+            differ; None where none does.
+        identical, prompts: outputs that are the same, and all.
+    """
 
     equal: Share
     rouge_2: float
-    first_divergence: float | None
+    first_divergence: Number | None
     identical: Count
     prompts: Count
 
 
-class SkipOnlyPart(Part):
-    """The lossy arm."""
+class SkipOnlyFigures(Section):
+    """The system that skips layers for good, whose output is not the model's own."""
 
-    speedup: IntervalPart
-    agreement: AgreementPart | None
-
-
-class SpeedPart(Part):
-    """An arm's speed in a category."""
-
-    tokens_per_second: Speed | None
+    lossless: Literal[False] = False
+    speedup: Interval
+    agreement: Agreement | None
 
 
-class CategoryPart(Part):
-    """The prompts of one kind."""
+class MedianSpeed(Section):
+    """A system's speed in a category."""
+
+    tokens_per_second: PositiveFigure | None
+
+
+class CategoryFigures(Section):
+    """The prompts of one category."""
 
     prompts: Count
-    vanilla: SpeedPart
-    speculative: SpeedPart
-    speedup: Speed | None
+    vanilla: MedianSpeed
+    speculative: MedianSpeed
+    speedup: PositiveFigure | None
     acceptance_rate: Share | None
     tokens_per_step: float | None
 
 
-class PromptPart(Part):
-    """One prompt: what the speculative arm's first run did, and the speeds of all runs by arm.
+class PromptFigures(Section):
+    """One prompt: counts of the speculative system's first run, and the speeds of all runs.
 
-    ``tokens_per_second`` is empty where prompts were decoded together.
+    ``tokens_per_second`` is by system; it is empty where prompts were decoded together.
     """
 
     id: str
@@ -175,18 +192,26 @@ class PromptPart(Part):
     steps: Count
     drafted: Count
     accepted: Count
-    tokens_per_second: dict[str, list[Speed | None]]
+    tokens_per_second: dict[str, list[PositiveFigure | None]]
 
 
-class QueuePart(Part):
-    """Prompts that were decoded together, and the speeds of their runs by arm."""
+class QueueFigures(Section):
+    """Prompts that were decoded together, and the speeds of their runs by system."""
 
     prompts: str
-    tokens_per_second: dict[str, list[Speed | None]]
+    tokens_per_second: dict[str, list[PositiveFigure | None]]
 
 
-class BenchDocument(Part):
-    """A bench. What the keys mean is in docs/figures.md."""
+class BenchContext(Section):
+    """What a bench ran with.
+
+    Attributes:
+        model, model_hash: the model's name, and the hash of its configuration.
+        device, dtype: where and how it ran.
+        environment: versions, processors, threads.
+        settings: what was measured, so that it can be measured again.
+        engine: how passes were run.
+    """
 
     schema_version: Literal[3]
     model: str
@@ -196,39 +221,52 @@ class BenchDocument(Part):
     environment: dict[str, str | int | None]
     settings: dict[str, Any]
     engine: dict[str, Any]
-    arms: dict[str, ArmPart]
-    speedup: IntervalPart
-    speedup_over: dict[str, IntervalPart]
-    identical_outputs: IdentityPart | None
-    identical_to: dict[str, IdentityPart | None] = {}
-    skip_only: SkipOnlyPart | None = None
-    categories: dict[str, CategoryPart]
-    prompts: Annotated[list[PromptPart], Field(min_length=1)]
+
+
+class BenchDocument(BenchContext):
+    """The results of a bench, and what it ran with."""
+
+    arms: dict[str, SystemFigures]
+    speedup: Interval
+    speedup_over: dict[str, Interval]
+    identical_outputs: OutputMatch | None
+    identical_to_transformers: OutputMatch | None = None
+    identical_to: dict[str, OutputMatch | None] = {}
+    skip_only: SkipOnlyFigures | None = None
+    categories: dict[str, CategoryFigures]
+    prompts: Annotated[list[PromptFigures], Field(min_length=1)]
     peak_memory_bytes: int | None
     kv_cache_bytes: Count
     batch_size: Annotated[int, Field(ge=1)] = 1
-    queues: list[QueuePart] = []
+    queues: list[QueueFigures] = []
+    comparison: Any = None
+    """What `comparison.Comparison.as_json` gives, where it was compared; written, never read."""
 
     @model_validator(mode="after")
-    def _has_its_arms(self) -> BenchDocument:
+    def _has_its_systems(self) -> BenchDocument:
         missing = [name for name in (VANILLA, SPECULATIVE) if name not in self.arms]
         if missing:
             raise ValueError(f"arms should hold {' and '.join(missing)}")
         return self
 
+    def as_json(self) -> dict[str, Any]:
+        """The document as JSON takes it, in the order of the fields above."""
+        return self.model_dump(exclude_unset=True)
+
     @property
-    def speculative(self) -> ArmPart:
+    def speculative(self) -> SystemFigures:
+        """The speculative system's figures."""
         return self.arms[SPECULATIVE]
 
     @property
-    def timed(self) -> Sequence[PromptPart | QueuePart]:
+    def timed(self) -> Sequence[PromptFigures | QueueFigures]:
         """What speeds were measured of: prompts, or queues of prompts decoded together."""
         return self.queues or self.prompts
 
-    def speedup_of(self, arm: str) -> Interval | None:
-        """An arm of the engine over vanilla, where that was measured."""
-        if arm == SPECULATIVE:
-            return self.speedup.value
-        if arm == SKIP_ONLY and self.skip_only:
-            return self.skip_only.speedup.value
+    def speedup_of(self, system: str) -> Interval | None:
+        """A system of the engine over vanilla, where that was measured."""
+        if system == SPECULATIVE:
+            return self.speedup
+        if system == SKIP_ONLY and self.skip_only:
+            return self.skip_only.speedup
         return None

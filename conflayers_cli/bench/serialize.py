@@ -1,175 +1,174 @@
-"""Results of a bench → its JSON document. Reads results, never measures.
-
-Tables, exports, pictures and comparisons are made from the document (:mod:`conflayers_cli.bench.runner.schema`).
-"""
+"""What a bench measured → its results document (:mod:`.schema`). Reads results, never measures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from conflayers_cli.bench.output_match import Identity
-from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench.schema import OWN, SCHEMA_VERSION
-from conflayers_cli.bench.systems import SKIP_ONLY, Run
+from conflayers_cli.bench.runner import BenchResult, SystemResult
+from conflayers_cli.bench.schema import (
+    OWN_SYSTEMS,
+    SKIP_ONLY,
+    SPECULATIVE,
+    VANILLA,
+    BenchContext,
+    BenchDocument,
+    CategoryFigures,
+    DecodingTotals,
+    DrafterCounts,
+    MedianSpeed,
+    PositionCounts,
+    PromptFigures,
+    QueueFigures,
+    SkipOnlyFigures,
+    SystemFigures,
+)
+from conflayers_cli.bench.systems import PromptRuns, Run
 
 
-@dataclass(frozen=True)
-class BenchContext:
-    """What a bench ran with, for its report.
+def build_document(
+    result: BenchResult, context: BenchContext, prompt_hashes: Sequence[str]
+) -> BenchDocument:
+    """The results document of a bench.
 
-    Attributes:
-        model, model_hash: the model's name, and the hash of its configuration.
-        device, dtype: where and how it ran.
-        environment: versions, processors, threads.
-        settings: what was measured, so that it can be measured again.
-        engine: how passes were run.
-        prompts: SHA-256 of what each prompt says, in the order of the cases.
+    Args:
+        result: what was measured.
+        context: what it ran with.
+        prompt_hashes: SHA-256 of each prompt's content, in the order of the prompts.
+
+    Raises:
+        ValidationError: a figure that can't be, such as a speed of 0.
     """
+    return BenchDocument(
+        **dict(context),
+        arms={name: _system_figures(result, name) for name in result.systems},
+        speedup=result.speedup(),
+        categories={name: _category_figures(result, name) for name in result.categories},
+        prompts=[
+            _prompt_figures(prompt, sha256, alone=not result.queues)
+            for prompt, sha256 in zip(result.prompts, prompt_hashes, strict=True)
+        ],
+        peak_memory_bytes=_own_peak(result),
+        kv_cache_bytes=result.cache_bytes,
+        **_compared_systems(result),
+        **_queues(result),
+    )
 
-    model: str
-    model_hash: str
-    device: str
-    dtype: str
-    environment: Mapping[str, str | int | None]
-    settings: Mapping[str, Any]
-    engine: Mapping[str, Any]
-    prompts: Sequence[str]
 
-
-def bench_json(result: BenchResult, context: BenchContext) -> dict[str, Any]:
-    """A bench as one JSON document."""
-    identical = result.identical or {}
-    others = [name for name in result.arms if name not in OWN]
-    document: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "model": context.model,
-        "model_hash": context.model_hash,
-        "device": context.device,
-        "dtype": context.dtype,
-        "environment": dict(context.environment),
-        "settings": dict(context.settings),
-        "engine": dict(context.engine),
-        "arms": {name: _arm_json(result, name) for name in result.arms},
-        "speedup": asdict(result.speedup()),
-        "speedup_over": {name: asdict(result.speedup(name)) for name in others},
-        "identical_outputs": _identity_json(identical.get("speculative")),
+def _compared_systems(result: BenchResult) -> dict[str, Any]:
+    """Fields about the systems beside vanilla, most of them only where there are such systems."""
+    matches = result.matches or {}
+    baselines = [name for name in result.systems if name not in OWN_SYSTEMS]
+    fields: dict[str, Any] = {
+        "speedup_over": {name: result.speedup(name) for name in baselines},
+        "identical_outputs": matches.get(SPECULATIVE),
     }
-    if "transformers" in result.arms:
-        document["identical_to_transformers"] = _identity_json(identical.get("transformers"))
-    if others:
-        document["identical_to"] = {name: _identity_json(identical.get(name)) for name in others}
-    if SKIP_ONLY in result.arms:
-        agreement = result.agreement
-        document["skip_only"] = {
-            "lossless": False,
-            "speedup": asdict(result.speedup(arm=SKIP_ONLY)),
-            "agreement": asdict(agreement) if agreement else None,
-        }
-    document["categories"] = {name: _category_json(result, name) for name in result.categories}
-    document["prompts"] = [
-        _prompt_json(case, sha256, alone=not result.queues)
-        for case, sha256 in zip(result.cases, context.prompts, strict=True)
+    if "transformers" in result.systems:
+        fields["identical_to_transformers"] = matches.get("transformers")
+    if baselines:
+        fields["identical_to"] = {name: matches.get(name) for name in baselines}
+    if SKIP_ONLY in result.systems:
+        fields["skip_only"] = SkipOnlyFigures(
+            lossless=False,
+            speedup=result.speedup(system=SKIP_ONLY),
+            agreement=result.agreement,
+        )
+    return fields
+
+
+def _queues(result: BenchResult) -> dict[str, Any]:
+    """Fields about batches, where prompts were decoded together."""
+    if not result.queues:
+        return {}
+    queues = [
+        QueueFigures(prompts=queue.prompt.id, tokens_per_second=_speeds(queue))
+        for queue in result.queues
     ]
-    document["peak_memory_bytes"] = _own_peak(result)
-    document["kv_cache_bytes"] = result.cache_bytes
-    if result.queues:
-        document["batch_size"] = result.batch_size
-        document["queues"] = [
-            {"prompts": queue.case.id, "tokens_per_second": _speeds(queue)}
-            for queue in result.queues
-        ]
-    return document
+    return {"batch_size": result.batch_size, "queues": queues}
 
 
 def _own_peak(result: BenchResult) -> int | None:
-    """The most memory over the model's weights that an arm of this package's engine took."""
+    """The most memory over the model's weights that a system of this package's engine took."""
     peaks = result.peak_memory
-    return max((peak for name, peak in peaks.items() if name in OWN), default=None)
+    return max((peak for name, peak in peaks.items() if name in OWN_SYSTEMS), default=None)
 
 
-def _arm_json(result: BenchResult, name: str) -> dict[str, Any]:
-    arm = result.arms[name]
-    figures: dict[str, Any] = {
-        "tokens_per_second": asdict(arm.tokens_per_second),
-        "time_to_first_token_s": arm.time_to_first_token,
-        "tokens": arm.stats.tokens,
-        "tokens_per_step": arm.stats.tokens_per_step,
-        "peak_memory_bytes": result.peak_memory.get(name),
-    }
-    if name in OWN:
-        figures["decoding"] = _decoding_json(
-            run for case in result.queues or result.cases for run in case.runs[name]
-        )
-    if name == "speculative":
-        figures |= {
-            "acceptance_rate": arm.stats.acceptance_rate,
-            "drafted": arm.stats.drafted,
-            "accepted": arm.stats.accepted,
-            "by_drafter": arm.stats.as_json()["by_drafter"],
+def _system_figures(result: BenchResult, name: str) -> SystemFigures:
+    system = result.systems[name]
+    stats = system.stats
+    more: dict[str, Any] = {}
+    if name in OWN_SYSTEMS:
+        timed = result.queues or result.prompts
+        more["decoding"] = _decoding_totals(run for prompt in timed for run in prompt.runs[name])
+    if name == SPECULATIVE:
+        more |= {
+            "acceptance_rate": stats.acceptance_rate,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "by_drafter": {
+                drafter: DrafterCounts(**asdict(count))
+                for drafter, count in stats.by_drafter.items()
+            },
             "by_position": {
-                drafter: {"drafted": list(at.drafted), "accepted": list(at.accepted)}
-                for drafter, at in arm.stats.by_position.items()
+                drafter: PositionCounts(drafted=list(at.drafted), accepted=list(at.accepted))
+                for drafter, at in stats.by_position.items()
             },
         }
-    return figures
+    return SystemFigures(
+        tokens_per_second=system.tokens_per_second,
+        time_to_first_token_s=system.time_to_first_token,
+        tokens=stats.tokens,
+        tokens_per_step=stats.tokens_per_step,
+        peak_memory_bytes=result.peak_memory.get(name),
+        **more,
+    )
 
 
-def _decoding_json(runs: Iterable[Run]) -> dict[str, Any]:
-    """All runs together, behind their prompts' passes."""
+def _decoding_totals(runs: Iterable[Run]) -> DecodingTotals:
+    """All runs together, without their prefills."""
     stats = [run.stats for run in runs]
     drafting = sum(each.draft_seconds for each in stats)
     seconds = sum(each.decode_seconds for each in stats)
+    return DecodingTotals(
+        tokens=sum(each.decode_tokens for each in stats),
+        steps=sum(each.steps for each in stats),
+        draft_seconds=drafting,
+        verify_seconds=max(0.0, seconds - drafting),  # nothing else takes time in a step
+    )
+
+
+def _category_figures(result: BenchResult, category: str) -> CategoryFigures:
+    prompts = result.of_category(category)
+    vanilla, speculative = (SystemResult.of(prompts, name) for name in (VANILLA, SPECULATIVE))
+    return CategoryFigures(
+        prompts=len(prompts),
+        vanilla=MedianSpeed(tokens_per_second=vanilla.tokens_per_second.median),
+        speculative=MedianSpeed(tokens_per_second=speculative.tokens_per_second.median),
+        speedup=result.speedup(category=category).median,
+        acceptance_rate=speculative.stats.acceptance_rate,
+        tokens_per_step=speculative.stats.tokens_per_step,
+    )
+
+
+def _prompt_figures(prompt: PromptRuns, sha256: str, *, alone: bool) -> PromptFigures:
+    stats = prompt.first_stats(SPECULATIVE)
+    return PromptFigures(
+        id=prompt.prompt.id,
+        category=prompt.prompt.category,
+        sha256=sha256,
+        prompt_tokens=len(prompt.prompt.tokens),
+        tokens=stats.tokens,
+        steps=stats.steps,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        tokens_per_second=_speeds(prompt) if alone else {},
+    )
+
+
+def _speeds(prompt: PromptRuns) -> dict[str, list[float | None]]:
+    """Of every run, by system, in order; None where nothing was decoded behind the first token."""
     return {
-        "tokens": sum(each.decode_tokens for each in stats),
-        "steps": sum(each.steps for each in stats),
-        "draft_seconds": drafting,
-        "verify_seconds": max(0.0, seconds - drafting),  # nothing else takes time in a step
-    }
-
-
-def _identity_json(identity: Identity | None) -> dict[str, Any] | None:
-    if identity is None:
-        return None
-    return {
-        "matching": identity.matching,
-        "total": identity.total,
-        "divergences": [asdict(divergence) for divergence in identity.divergences],
-    }
-
-
-def _category_json(result: BenchResult, category: str) -> dict[str, Any]:
-    cases = result.of_category(category)
-    arms = {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative")}
-    stats = arms["speculative"].stats
-    return {
-        "prompts": len(cases),
-        **{name: {"tokens_per_second": arm.tokens_per_second.median} for name, arm in arms.items()},
-        "speedup": result.speedup(category=category).median,
-        "acceptance_rate": stats.acceptance_rate,
-        "tokens_per_step": stats.tokens_per_step,
-    }
-
-
-def _prompt_json(case: CaseRuns, sha256: str, *, alone: bool) -> dict[str, Any]:
-    stats = case.stats("speculative")
-    return {
-        "id": case.case.id,
-        "category": case.case.category,
-        "sha256": sha256,
-        "prompt_tokens": len(case.case.tokens),
-        "tokens": stats.tokens,
-        "steps": stats.steps,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "tokens_per_second": _speeds(case) if alone else {},
-    }
-
-
-def _speeds(case: CaseRuns) -> dict[str, list[float | None]]:
-    """Of every run, by arm, in order; None where nothing was decoded behind the first token."""
-    return {
-        arm: [run.stats.tokens_per_second or None for run in runs]
-        for arm, runs in case.runs.items()
+        system: [run.stats.tokens_per_second or None for run in runs]
+        for system, runs in prompt.runs.items()
     }

@@ -1,14 +1,16 @@
-"""The ways to decode that a bench compares. Each decodes prompts and says what that took.
+"""The systems that a bench compares. Each decodes prompts and says what that took.
 
-Those of transformers are in :mod:`conflayers_cli.bench.runner.hf_baselines`.
+Those of transformers are in :mod:`.hf_baselines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from conflayers_cli.bench.schema import SKIP_ONLY
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.generate import Summary
@@ -17,12 +19,9 @@ from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
 
-SKIP_ONLY = "skip-only"
-"""The name of the arm whose output is not the model's own."""
-
 
 @dataclass(frozen=True)
-class Case:
+class BenchPrompt:
     """One prompt to decode.
 
     Attributes:
@@ -30,7 +29,7 @@ class Case:
         category: what kind of prompt it is, if it says so.
         tokens: the prompt's token ids.
         max_new_tokens: the most tokens produced.
-        seed: of the random numbers; the same in every arm.
+        seed: of the random numbers; the same in every system.
     """
 
     id: str
@@ -42,14 +41,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding of a prompt.
+    """One decoding of a prompt by one system.
 
     Attributes:
-        tokens: what came out.
-        stats: what it took.
-        cache_bytes: memory of the keys and values; None where it is not known.
-        weights_twice_bytes: memory of weights that were held twice meanwhile, for the comparison's
-            sake: not what this way to decode takes by itself.
+        tokens: the output's token ids.
+        stats: counts and seconds.
+        cache_bytes: memory of the KV cache; None where it is not known.
+        weights_twice_bytes: memory of weights that were held twice meanwhile, only so that systems
+            can be compared in one process: not what the system takes by itself.
     """
 
     tokens: tuple[int, ...]
@@ -58,17 +57,34 @@ class Run:
     weights_twice_bytes: int = 0
 
 
-class Arm(Protocol):
-    """A way to decode."""
+@dataclass(frozen=True)
+class PromptRuns:
+    """All runs of one prompt, by system, in order; run i of one is next to run i of another."""
+
+    prompt: BenchPrompt
+    runs: Mapping[str, tuple[Run, ...]]
+
+    def speed(self, system: str) -> float | None:
+        """Median tokens per second over the runs; None where nothing was decoded."""
+        speeds = [speed for run in self.runs[system] if (speed := run.stats.tokens_per_second)]
+        return statistics.median(speeds) if speeds else None
+
+    def first_stats(self, system: str) -> Summary:
+        """Of the first run. (Vanilla's counts are the same in every one; a drafter may learn.)"""
+        return self.runs[system][0].stats
+
+
+class System(Protocol):
+    """Decodes one prompt at a time."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, case: Case) -> Run: ...
+    def run(self, prompt: BenchPrompt) -> Run: ...
 
 
-class RowsArm(Protocol):
-    """A way to decode several prompts together."""
+class BatchedSystem(Protocol):
+    """Decodes several prompts together, ``size`` at once."""
 
     @property
     def name(self) -> str: ...
@@ -76,11 +92,11 @@ class RowsArm(Protocol):
     @property
     def size(self) -> int: ...
 
-    def run_all(self, cases: Sequence[Case]) -> list[Run]: ...
+    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]: ...
 
 
 @dataclass(frozen=True)
-class EngineArm:
+class EngineSystem:
     """This package's engine: vanilla where ``drafter`` is None."""
 
     name: str
@@ -89,13 +105,13 @@ class EngineArm:
     sampling: SamplingParams
     end_tokens: frozenset[int]
 
-    def run(self, case: Case) -> Run:
+    def run(self, prompt: BenchPrompt) -> Run:
         """Decode the prompt once."""
         generation = Generation(
             self.decoder,
-            case.tokens,
-            max_new_tokens=case.max_new_tokens,
-            sampling=replace(self.sampling, seed=case.seed),
+            prompt.tokens,
+            max_new_tokens=prompt.max_new_tokens,
+            sampling=replace(self.sampling, seed=prompt.seed),
             drafter=self.drafter,
             end_tokens=self.end_tokens,
         )
@@ -104,8 +120,8 @@ class EngineArm:
 
 
 @dataclass(frozen=True)
-class SkipOnlyArm:
-    """The model with layers left out for good behind the prompt: lossy (see `engine.batch`)."""
+class SkipOnlySystem:
+    """The model with layers skipped for good after the prompt: lossy (see `engine.batch`)."""
 
     decoder: Decoder
     plan: SkipPlan
@@ -113,18 +129,16 @@ class SkipOnlyArm:
     end_tokens: frozenset[int]
     name: str = SKIP_ONLY
 
-    def run(self, case: Case) -> Run:
+    def run(self, prompt: BenchPrompt) -> Run:
         """Decode the prompt once."""
-        sampling = replace(self.sampling, seed=case.seed)
-        request = BatchRequest(case.tokens, case.max_new_tokens, sampling)
+        request = _request(prompt, self.sampling)
         batch = Batch(self.decoder, [request], plan=self.plan, end_tokens=self.end_tokens)
         batch.run()
-        (tokens,) = batch.outputs
-        return Run(tuple(tokens), Summary.of(batch.steps[0]), batch.cache.bytes)
+        return _runs(batch)[0]
 
 
 @dataclass(frozen=True)
-class BatchArm:
+class BatchedEngineSystem:
     """This package's engine on several prompts at once: vanilla where ``drafter`` is None.
 
     Attributes:
@@ -138,26 +152,31 @@ class BatchArm:
     sampling: SamplingParams
     end_tokens: frozenset[int]
 
-    def run_all(self, cases: Sequence[Case]) -> list[Run]:
+    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
         """Decode prompts once, as one queue.
 
         Returns:
             A run for each prompt, in order. Its seconds are its share of what all took together, so
-            that those of all add up; its cache is the one that all rows share.
+            that those of all add up; its cache is the one that all sequences share.
         """
-        requests = [
-            BatchRequest(case.tokens, case.max_new_tokens, replace(self.sampling, seed=case.seed))
-            for case in cases
-        ]
         batch = Batch(
             self.decoder,
-            requests,
+            [_request(prompt, self.sampling) for prompt in prompts],
             size=self.size,
             drafter=self.drafter,
             end_tokens=self.end_tokens,
         )
         batch.run()
-        return [
-            Run(tuple(tokens), Summary.of(steps), batch.cache.bytes)
-            for tokens, steps in zip(batch.outputs, batch.steps, strict=True)
-        ]
+        return _runs(batch)
+
+
+def _request(prompt: BenchPrompt, sampling: SamplingParams) -> BatchRequest:
+    return BatchRequest(prompt.tokens, prompt.max_new_tokens, replace(sampling, seed=prompt.seed))
+
+
+def _runs(batch: Batch) -> list[Run]:
+    """The runs of a batch that has been decoded, in the order of its requests."""
+    return [
+        Run(tuple(tokens), Summary.of(steps), batch.cache.bytes)
+        for tokens, steps in zip(batch.outputs, batch.steps, strict=True)
+    ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from conflayers_cli.bench.comparison import Comparison, Row
-from conflayers_cli.bench.metrics import Judged
+from conflayers_cli.bench.comparison import ComparedMetric, Comparison
+from conflayers_cli.bench.metrics import RegressionMetric
 from conflayers_cli.bench.schema import (
     SKIP_ONLY,
     SPECULATIVE,
     VANILLA,
-    AgreementPart,
+    Agreement,
     BenchDocument,
-    DecodingPart,
+    DecodingTotals,
 )
 from conflayers_cli.utils.bars import bar, marks
 from conflayers_cli.utils.statistics import Interval
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-PEERS = {
+BASELINE_LABELS = {
     "transformers": "transformers' generate",
     "transformers-static": "transformers' generate with a static cache",
     "prompt-lookup": "transformers' prompt lookup",
@@ -35,8 +35,8 @@ BAR = 16
 def bench_tables(
     bench: BenchDocument, comparison: Comparison | None = None
 ) -> list[RenderableType]:
-    """Who was how fast, where, whether the outputs are the same, and what changed."""
-    parts: list[RenderableType] = [plain(headline(bench)), _table(arm_rows(bench))]
+    """Speeds by system and category, output matches, bars, and the comparison."""
+    parts: list[RenderableType] = [plain(headline(bench)), _table(system_rows(bench))]
     if len(bench.categories) > 1:
         parts.append(_category_table(bench))
     parts += [plain(line) for line in (*closing(bench), *charts(bench))]
@@ -59,23 +59,30 @@ def headline(bench: BenchDocument) -> str:
     )
 
 
-def arm_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
-    """A heading, and a row for every arm."""
+def system_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
+    """A heading, and a row for every system."""
     yield (
-        *("arm", "tokens/s", "min–max", "first token", "tokens", "accepted", "tokens/step"),
-        *("speed-up", "95 % interval"),
+        "arm",
+        "tokens/s",
+        "min–max",
+        "first token",
+        "tokens",
+        "accepted",
+        "tokens/step",
+        "speed-up",
+        "95 % interval",
     )
-    for name, arm in bench.arms.items():
-        speed = arm.tokens_per_second
-        speedup = bench.speedup_of(name) or Interval(None, None, None)
+    for name, system in bench.arms.items():
+        speed = system.tokens_per_second
+        speedup = bench.speedup_of(name) or Interval.of([])
         yield (
             label(name),
             number(speed.median, ".1f"),
             between(speed.min, speed.max, ".1f"),
-            f"{arm.time_to_first_token_s * 1000:.0f} ms",
-            str(arm.tokens),
-            number(arm.acceptance_rate, ".1%"),
-            number(arm.tokens_per_step, ".2f"),
+            f"{system.time_to_first_token_s * 1000:.0f} ms",
+            str(system.tokens),
+            number(system.acceptance_rate, ".1%"),
+            number(system.tokens_per_step, ".2f"),
             number(speedup.median, ".2f", "×"),
             between(speedup.low, speedup.high, ".2f"),
         )
@@ -83,9 +90,7 @@ def arm_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
 
 def category_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
     """A heading, and a row for every category."""
-    yield (
-        *("category", "prompts", "vanilla", "speculative", "accepted", "tokens/step", "speed-up"),
-    )
+    yield "category", "prompts", "vanilla", "speculative", "accepted", "tokens/step", "speed-up"
     for name, row in bench.categories.items():
         yield (
             label(name),
@@ -99,12 +104,12 @@ def category_rows(bench: BenchDocument) -> Iterable[tuple[str, ...]]:
 
 
 def comparison_rows(comparison: Comparison) -> Iterable[tuple[str, ...]]:
-    """A heading, and a row for every figure compared."""
+    """A heading, and a row for every metric compared."""
     yield "figure", "old", "new", "new/old", "95 % interval", "verdict"
-    for row in comparison.rows:
-        form, unit = _FORMS[row.figure]
+    for row in comparison.metrics:
+        form, unit = _FORMS[row.metric]
         yield (
-            row.figure.label,
+            row.metric.label,
             number(row.change.old, form, unit),
             number(row.change.new, form, unit),
             number(row.change.ratio, ".3f"),
@@ -114,13 +119,13 @@ def comparison_rows(comparison: Comparison) -> Iterable[tuple[str, ...]]:
 
 
 _FORMS = {
-    Judged.SPEEDUP: (".2f", "×"),
-    Judged.ACCEPTANCE: (".1%", ""),
-    Judged.SPEED: (".1f", ""),
+    RegressionMetric.SPEEDUP: (".2f", "×"),
+    RegressionMetric.ACCEPTANCE: (".1%", ""),
+    RegressionMetric.SPEED: (".1f", ""),
 }
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: ComparedMetric) -> str:
     return row.verdict if row.judged else f"({row.verdict}, not judged)"
 
 
@@ -134,15 +139,13 @@ def closing(bench: BenchDocument) -> Iterable[str]:
         )
         yield f"drafted by: {', '.join(parts)}"
     for name, speedup in bench.speedup_over.items():
-        yield f"speed-up over {PEERS.get(name, label(name))}: {_interval(speedup.value)}"
+        yield f"speed-up over {BASELINE_LABELS.get(name, label(name))}: {_interval(speedup)}"
     identical = {SPECULATIVE: bench.identical_outputs, **bench.identical_to}
-    for name, identity in identical.items():
-        if identity is None:
+    for name, match in identical.items():
+        if match is None:
             continue
-        yield (
-            f"{label(name)}: {identity.matching} of {identity.total} outputs identical to vanilla's"
-        )
-        for parted in identity.divergences:
+        yield (f"{label(name)}: {match.matching} of {match.total} outputs identical to vanilla's")
+        for parted in match.divergences:
             yield (
                 f"  {label(parted.id)}: from token {parted.position} on ({parted.vanilla} and "
                 f"{parted.other}; the two best logits differ by {parted.gap:.2g})"
@@ -162,7 +165,7 @@ def closing(bench: BenchDocument) -> Iterable[str]:
 
 
 def charts(bench: BenchDocument) -> Iterable[str]:
-    """Where a token's time goes, and how far into a draft tokens are accepted, as bars."""
+    """Time per token, and acceptance rates by position in the draft, as bars."""
     times = {
         name: part
         for name in (VANILLA, SPECULATIVE)
@@ -176,7 +179,7 @@ def charts(bench: BenchDocument) -> Iterable[str]:
         split = f" (drafting {drafting:.1f}, verifying {verifying:.1f})" if drafting else ""
         drawn = bar((drafting + verifying) / longest, BAR)
         yield f"  {name:<11} {drawn:<{BAR}} {drafting + verifying:.1f} ms{split}"
-    rates = {name: part.value.rates for name, part in bench.speculative.by_position.items()}
+    rates = {name: part.rates for name, part in bench.speculative.by_position.items()}
     rates = {name: found for name, found in rates.items() if any(r is not None for r in found)}
     if rates:
         yield "accepted by place in the draft, from the first on:"
@@ -190,13 +193,13 @@ def charts(bench: BenchDocument) -> Iterable[str]:
         )
 
 
-def _per_token(part: DecodingPart) -> tuple[float, float]:
-    """Milliseconds of drafting and of verifying."""
+def _per_token(part: DecodingTotals) -> tuple[float, float]:
+    """Milliseconds of drafting and of verifying for each token."""
     scale = 1000 / part.tokens
     return part.draft_seconds * scale, part.verify_seconds * scale
 
 
-def _lossy(agreement: AgreementPart | None) -> Iterable[str]:
+def _lossy(agreement: Agreement | None) -> Iterable[str]:
     yield f"{SKIP_ONLY} is lossy: its output is not the model's own"
     if agreement:
         parted = agreement.first_divergence

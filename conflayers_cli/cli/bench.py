@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.bench_facts import document_of, facts_of, lossy_settings, settings_of
+from conflayers_cli.cli.bench_facts import (
+    bench_context,
+    bench_settings,
+    hash_prompts,
+    lossy_settings,
+    results_document,
+)
 from conflayers_cli.cli.bench_options import (
     Against,
+    Baseline,
     BatchSize,
     Compare,
     ExportCsv,
@@ -20,7 +26,6 @@ from conflayers_cli.cli.bench_options import (
     ExportMarkdown,
     FailUnder,
     Judge,
-    Other,
     Plot,
     PlotTheme,
     Runs,
@@ -57,7 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conflayers_cli.bench.runner import BenchResult
-    from conflayers_cli.bench.systems import Arm, Case
+    from conflayers_cli.bench.systems import BatchedSystem, BenchPrompt, System
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loader import LoadedModel
     from conflayers_cli.sampling_params import SamplingParams
@@ -133,7 +138,9 @@ def bench(
     gates = Gates.read(fail_under, compare, tolerance, judge)
     if stored is not None:
         _check_measures_nothing(context)
-        publish(_read(stored), exports, gates, as_json=json)
+        from conflayers_cli.bench.load import load_document
+
+        publish(load_document(stored), exports, gates, as_json=json)
         return
     if profile is None and (model is None or (target_speedup is None and draft is None)):
         raise InputError(
@@ -156,8 +163,8 @@ def bench(
     loaded, decoder = open_model(source, how)
     drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
     skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
-    papers = chosen is None and skipped is not None and draft is None
-    if skipped and papers:
+    as_papers = chosen is None and skipped is not None and draft is None
+    if skipped and as_papers:
         drafter = _paper_drafter(decoder, skipped)
     encoded = encode_prompts(
         loaded,
@@ -170,8 +177,8 @@ def bench(
     if drafter is None:
         logger.warning("note: nothing is left out while drafting, so both arms decode vanilla")
     settings = {
-        **settings_of(chosen, profile, prompts, data, sampling, drafter),
-        **(lossy_settings(skipped, drafts=papers) if skipped is not None else {}),
+        **bench_settings(chosen, profile, prompts, data, sampling, drafter),
+        **(lossy_settings(skipped, drafts=as_papers) if skipped is not None else {}),
         "draft_by": draft.value if draft else None,
         "lookahead": lookahead,
         "tree": tree,
@@ -189,23 +196,35 @@ def bench(
         "runs": runs,
         "warmup": warmup,
     }
-    facts = facts_of(loaded, settings, prompts)
-    gates.check(facts.model, facts.model_hash, facts.settings, facts.prompts)
-    cases = _cases(encoded, seed)
+    ran_with = bench_context(loaded, settings)
+    gates.check(ran_with, hash_prompts(prompts))
+    bench_prompts = _bench_prompts(encoded, seed)
     if batch_size > 1:
-        result = _measure_batches(
-            loaded, decoder, drafter, sampling, batch_size, cases, runs, warmup
-        )
+        batched = _batched_systems(loaded, decoder, drafter, sampling, batch_size)
+        result = _measure_batches(batched, bench_prompts, decoder, sampling, runs, warmup)
     else:
-        arms = _arms(loaded, decoder, drafter, sampling, against or (), skipped)
-        result = _measure(arms, cases, decoder, sampling, runs, warmup)
-    publish(document_of(result, facts, decoder), exports, gates, as_json=json)
+        systems = _systems(loaded, decoder, drafter, sampling, against or (), skipped)
+        result = _measure(systems, bench_prompts, decoder, sampling, runs, warmup)
+    publish(results_document(result, ran_with, prompts, decoder), exports, gates, as_json=json)
 
 
-_NOT_MEASURING = (
-    *("stored", "json", "export_json", "export_markdown", "export_csv", "export_github"),
-    *("plot", "plot_theme", "fail_under", "compare", "tolerance", "judge"),
+_NOT_MEASURING = frozenset(
+    {
+        "stored",
+        "json",
+        "export_json",
+        "export_markdown",
+        "export_csv",
+        "export_github",
+        "plot",
+        "plot_theme",
+        "fail_under",
+        "compare",
+        "tolerance",
+        "judge",
+    }
 )
+"""Parameters that may be given beside ``--from``."""
 
 
 def _check_measures_nothing(context: typer.Context) -> None:
@@ -219,16 +238,8 @@ def _check_measures_nothing(context: typer.Context) -> None:
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Stored results, without what they were compared with then."""
-    from conflayers_cli.bench.load import Bench
-
-    raw = Bench.load(path).raw
-    return {key: value for key, value in raw.items() if key != "comparison"}
-
-
 def _check_together(
-    batch_size: int, against: Sequence[Other] | None, target_speedup: float | None
+    batch_size: int, against: Sequence[Baseline] | None, target_speedup: float | None
 ) -> None:
     """Refuse what is measured with one prompt at a time only."""
     if batch_size == 1:
@@ -246,41 +257,41 @@ def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Proposer:
     return SkipProposer(decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
 
 
-def _arms(
+def _systems(
     loaded: LoadedModel,
     decoder: Decoder,
     drafter: Proposer | None,
     sampling: SamplingParams,
-    against: Sequence[Other],
+    against: Sequence[Baseline],
     skipped: SkipPlan | None,
-) -> list[Arm]:
-    from conflayers_cli.bench.hf_baselines import TransformersArm
-    from conflayers_cli.bench.systems import EngineArm, SkipOnlyArm
+) -> list[System]:
+    from conflayers_cli.bench.hf_baselines import TransformersSystem
+    from conflayers_cli.bench.systems import EngineSystem, SkipOnlySystem
 
     ends = loaded.end_tokens
-    arms: list[Arm] = [
-        EngineArm("vanilla", decoder, None, sampling, ends),
-        EngineArm("speculative", decoder, drafter, sampling, ends),
+    systems: list[System] = [
+        EngineSystem("vanilla", decoder, None, sampling, ends),
+        EngineSystem("speculative", decoder, drafter, sampling, ends),
     ]
     if skipped is not None:
-        arms.append(SkipOnlyArm(decoder, skipped, sampling, ends))
-    for other in dict.fromkeys(against):
-        arms.append(TransformersArm.peer(other.value, decoder, sampling, ends))
-    return arms
+        systems.append(SkipOnlySystem(decoder, skipped, sampling, ends))
+    for baseline in dict.fromkeys(against):
+        systems.append(TransformersSystem.baseline(baseline.value, decoder, sampling, ends))
+    return systems
 
 
-def _cases(prompts: Sequence[EncodedPrompt], seed: int) -> list[Case]:
-    from conflayers_cli.bench.systems import Case
+def _bench_prompts(prompts: Sequence[EncodedPrompt], seed: int) -> list[BenchPrompt]:
+    from conflayers_cli.bench.systems import BenchPrompt
 
     return [
-        Case(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed + index)
+        BenchPrompt(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed + index)
         for index, prompt in enumerate(prompts)
     ]
 
 
 def _measure(
-    arms: Sequence[Arm],
-    cases: Sequence[Case],
+    systems: Sequence[System],
+    prompts: Sequence[BenchPrompt],
     decoder: Decoder,
     sampling: SamplingParams,
     runs: int,
@@ -290,31 +301,38 @@ def _measure(
 
     with progress_bar() as on_progress:
         return measure(
-            arms, cases, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
+            systems, prompts, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
         )
 
 
-def _measure_batches(
+def _batched_systems(
     loaded: LoadedModel,
     decoder: Decoder,
     drafter: Proposer | None,
     sampling: SamplingParams,
     batch_size: int,
-    cases: Sequence[Case],
+) -> list[BatchedSystem]:
+    from conflayers_cli.bench.systems import BatchedEngineSystem
+
+    return [
+        BatchedEngineSystem(name, decoder, drafts, batch_size, sampling, loaded.end_tokens)
+        for name, drafts in (("vanilla", None), ("speculative", rows_drafter(drafter)))
+    ]
+
+
+def _measure_batches(
+    systems: Sequence[BatchedSystem],
+    prompts: Sequence[BenchPrompt],
+    decoder: Decoder,
+    sampling: SamplingParams,
     runs: int,
     warmup: int,
 ) -> BenchResult:
-    """Vanilla and drafted decoding of several prompts at once."""
     from conflayers_cli.bench.batched import measure_batches
-    from conflayers_cli.bench.systems import BatchArm
 
-    if len(cases) < batch_size:
-        logger.warning(f"note: {len(cases)} prompts never fill a batch of {batch_size}")
-    arms = [
-        BatchArm(name, decoder, drafts, batch_size, sampling, loaded.end_tokens)
-        for name, drafts in (("vanilla", None), ("speculative", rows_drafter(drafter)))
-    ]
+    if len(prompts) < (size := systems[0].size):
+        logger.warning(f"note: {len(prompts)} prompts never fill a batch of {size}")
     with progress_bar() as on_progress:
         return measure_batches(
-            arms, cases, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
+            systems, prompts, decoder, sampling, runs=runs, warmup=warmup, on_progress=on_progress
         )

@@ -1,16 +1,16 @@
-"""What a bench ran with, for its document."""
+"""What a bench ran with, for its results document."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from conflayers_cli.bench.runner import BenchResult
-    from conflayers_cli.bench.serialize import BenchContext
+    from conflayers_cli.bench.schema import BenchContext, BenchDocument
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loader import LoadedModel
     from conflayers_cli.profile.schema import Profile
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
     from conflayers_cli.spec_decode.proposer import Proposer
 
 
-def facts_of(
-    loaded: LoadedModel, settings: Mapping[str, Any], prompts: Sequence[Prompt]
-) -> BenchContext:
-    """What is measured, and on what."""
-    from conflayers_cli.bench.serialize import BenchContext
+def bench_context(loaded: LoadedModel, settings: dict[str, Any]) -> BenchContext:
+    """The model, the machine and the settings of a bench that is about to run."""
+    from conflayers_cli.bench.schema import SCHEMA_VERSION, BenchContext
     from conflayers_cli.models.loader import fingerprint as model_fingerprint
-    from conflayers_cli.prompts import fingerprint
     from conflayers_cli.utils.environment import describe
 
     return BenchContext(
+        schema_version=SCHEMA_VERSION,
         model=loaded.name,
         model_hash=str(model_fingerprint(loaded.model.config)["config_hash"]),
         device=loaded.place,
@@ -37,19 +35,28 @@ def facts_of(
         environment=describe(loaded.device),
         settings=settings,
         engine={},
-        prompts=[fingerprint([prompt]) for prompt in prompts],
     )
 
 
-def document_of(result: BenchResult, facts: BenchContext, decoder: Decoder) -> dict[str, Any]:
-    """The results as JSON takes them."""
-    from conflayers_cli.bench.serialize import bench_json
+def hash_prompts(prompts: Sequence[Prompt]) -> list[str]:
+    """SHA-256 of each prompt's content."""
+    from conflayers_cli.prompts import fingerprint
+
+    return [fingerprint([prompt]) for prompt in prompts]
+
+
+def results_document(
+    result: BenchResult, context: BenchContext, prompts: Sequence[Prompt], decoder: Decoder
+) -> BenchDocument:
+    """The results document of what was measured."""
+    from conflayers_cli.bench.serialize import build_document
     from conflayers_cli.engine.run_info import run_facts
 
-    return bench_json(result, replace(facts, engine=run_facts(decoder)))
+    ran_with = context.model_copy(update={"engine": run_facts(decoder)})
+    return build_document(result, ran_with, hash_prompts(prompts))
 
 
-def settings_of(
+def bench_settings(
     profile: Profile | None,
     path: Path | None,
     prompts: Sequence[Prompt],
@@ -73,7 +80,7 @@ def settings_of(
 
 
 def lossy_settings(plan: SkipPlan, *, drafts: bool) -> dict[str, Any]:
-    """What the lossy arm leaves out; and how the other drafts, where it does so with this plan."""
+    """What the lossy system skips; and how the other drafts, where it does so with this plan."""
     from conflayers_cli.profile.schema import SkipSection
     from conflayers_cli.search.objective import PAPER
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from conflayers_cli.bench.metrics import Judged
+from conflayers_cli.bench.metrics import RegressionMetric
 from conflayers_cli.errors import InputError
 from conflayers_cli.utils.plotting import Theme
 
@@ -16,8 +16,8 @@ _EXPORTS = "Results"
 _GATES = "Gates (exit code 3)"
 
 
-class Other(Enum):
-    """What of transformers can be measured beside the engine's own arms (see `peers.PEERS`)."""
+class Baseline(Enum):
+    """Hugging Face baselines (see `bench.hf_baselines.HF_BASELINES`)."""
 
     TRANSFORMERS = "transformers"
     STATIC = "transformers-static"
@@ -33,7 +33,7 @@ Warmup = Annotated[
     typer.Option("--warmup", min=0, metavar="N", help="Decodings of each arm that don't count."),
 ]
 Against = Annotated[
-    list[Other] | None,
+    list[Baseline] | None,
     typer.Option(
         "--against",
         help="Measure model.generate of transformers, too: plain, with a static cache, with prompt "
@@ -175,7 +175,7 @@ Tolerance = Annotated[
 
 
 Judge = Annotated[
-    list[Judged] | None,
+    list[RegressionMetric] | None,
     typer.Option(
         "--judge",
         help="What --compare fails by: the speed-up over vanilla, the share of accepted drafts, or "

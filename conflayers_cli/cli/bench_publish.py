@@ -1,15 +1,15 @@
-"""What becomes of a bench's results: files, the terminal, a comparison, and gates."""
+"""Publishing a bench's results: files, the terminal, a comparison, and gates."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from conflayers_cli.bench.metrics import TOLERANCE, Judged
+from conflayers_cli.bench.metrics import TOLERANCE, RegressionMetric
 from conflayers_cli.cli.terminal import emit_json, emit_rich
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
 from conflayers_cli.utils.distributed import is_first
@@ -18,7 +18,7 @@ from conflayers_cli.utils.plotting import Theme, check_plot, save_plot
 
 if TYPE_CHECKING:
     from conflayers_cli.bench.comparison import Comparison
-    from conflayers_cli.bench.load import Bench
+    from conflayers_cli.bench.schema import BenchContext, BenchDocument
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,13 @@ class Exports:
         if self.plot:
             check_plot(self.plot)
 
-    def write(self, bench: Bench, comparison: Comparison | None) -> list[ConfLayersError]:
+    def write(self, results: BenchDocument, comparison: Comparison | None) -> list[ConfLayersError]:
         """Write all that can be written; what went wrong with the others."""
         from conflayers_cli.bench.exporters import csv_text, markdown, write_github
 
-        results = bench.checked
         jobs: list[Callable[[], None]] = []
         if self.json:
-            jobs.append(partial(write_json, self.json, bench.raw))
+            jobs.append(partial(write_json, self.json, results.as_json()))
         if self.markdown:
             jobs.append(partial(write_atomically, self.markdown, markdown(results, comparison)))
         if self.csv:
@@ -75,7 +74,7 @@ class Exports:
         if self.github:
             jobs.append(partial(write_github, self.github, results))
         if self.plot:
-            jobs.append(partial(_draw, self.plot, self.theme, bench))
+            jobs.append(partial(_draw, self.plot, self.theme, results))
         failures = []
         for job in jobs:
             try:
@@ -93,15 +92,15 @@ class Gates:
         fail_under: the least speed-up over vanilla; None: any.
         old: an earlier bench to compare with; None: none.
         old_name: its file.
-        tolerance: the share by which a figure may be lower than there.
-        judged: the figures that count; None: the usual ones.
+        tolerance: the share by which a metric may be lower than there.
+        judged: the metrics that count; None: the usual ones.
     """
 
     fail_under: float | None = None
-    old: Bench | None = None
+    old: BenchDocument | None = None
     old_name: str = ""
     tolerance: float = TOLERANCE
-    judged: Sequence[Judged] | None = None
+    judged: Sequence[RegressionMetric] | None = None
 
     @classmethod
     def read(
@@ -109,7 +108,7 @@ class Gates:
         fail_under: float | None,
         old: Path | None,
         tolerance: float | None,
-        judged: Sequence[Judged] | None,
+        judged: Sequence[RegressionMetric] | None,
     ) -> Gates:
         """As the command line says; reads the earlier bench, before any work is done.
 
@@ -121,44 +120,44 @@ class Gates:
                 if given:
                     raise InputError(f"{flag} is about --compare FILE, which is not given")
             return cls(fail_under)
-        from conflayers_cli.bench.load import Bench
+        from conflayers_cli.bench.load import load_document
 
         tolerance = TOLERANCE if tolerance is None else tolerance
-        return cls(fail_under, Bench.load(old), str(old), tolerance, judged or None)
+        return cls(fail_under, load_document(old), str(old), tolerance, judged or None)
 
-    def check(
-        self, model: str, model_hash: str, settings: Mapping[str, Any], prompts: Sequence[str]
-    ) -> None:
+    def check(self, context: BenchContext, prompt_hashes: Sequence[str]) -> None:
         """Refuse to measure what can't be compared then; raises InputError."""
         if self.old is None:
             return
         from conflayers_cli.bench.regression import check_comparable
 
-        check_comparable(*(self.old.checked, self.old_name, model, model_hash, settings, prompts))
+        check_comparable(self.old, self.old_name, context, prompt_hashes)
 
-    def compare(self, bench: Bench) -> Comparison | None:
+    def compare(self, results: BenchDocument) -> Comparison | None:
         """With the earlier bench, if there is one; raises InputError as `compare`."""
         if self.old is None:
             return None
         from conflayers_cli.bench.regression import compare
 
         return compare(
-            *(bench.checked, self.old.checked, self.old_name),
+            results,
+            self.old,
+            self.old_name,
             tolerance=self.tolerance,
             judged=self.judged,
         )
 
 
-def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json: bool) -> None:
-    """Write, show and judge a bench's document, in this order.
+def publish(results: BenchDocument, exports: Exports, gates: Gates, *, as_json: bool) -> None:
+    """Write, show and judge a bench's results, in this order.
 
     Whatever fails, the results are out first: a comparison that can't be made, or a file that can't
     be written, costs nothing but itself.
 
     Args:
-        document: the results, as `report.bench_json` gives them or as they were stored.
+        results: just measured, or read from a file.
         exports: where they go beside stdout.
-        gates: what they have to hold.
+        gates: what has to hold.
         as_json: print the document in place of tables.
 
     Raises:
@@ -167,40 +166,39 @@ def publish(document: dict[str, Any], exports: Exports, gates: Gates, *, as_json
         GateError: a gate does not hold.
     """
     from conflayers_cli.bench.exporters import append_step_summary, markdown
-    from conflayers_cli.bench.load import Bench
+    from conflayers_cli.bench.regression import broken_gates
     from conflayers_cli.bench.tables import bench_tables
-    from conflayers_cli.gates import broken_gates
 
     failures: list[ConfLayersError] = []
-    bench, comparison = Bench.of(document), None
+    comparison = None
     try:
-        comparison = gates.compare(bench)
+        comparison = gates.compare(results)
     except InputError as error:
         failures.append(error)
     if comparison:
-        bench = Bench.of({**document, "comparison": comparison.as_json()})
-    failures += exports.write(bench, comparison)
+        results = results.model_copy(update={"comparison": comparison.as_json()})
+    failures += exports.write(results, comparison)
     try:
-        append_step_summary(markdown(bench.checked, comparison))
+        append_step_summary(markdown(results, comparison))
     except ConfLayersError as error:
         logger.warning(f"note: {error}")
     try:
         if as_json:
-            emit_json(bench.raw)
+            emit_json(results.as_json())
         else:
-            emit_rich(*bench_tables(bench.checked, comparison))
+            emit_rich(*bench_tables(results, comparison))
     except ConfLayersError as error:
         failures.append(error)
-    broken = broken_gates(bench.checked, gates.fail_under, comparison)
+    broken = broken_gates(results, gates.fail_under, comparison)
     if failures:
-        for told in (*map(str, failures[1:]), *broken):
-            logger.error(f"error: {told}")
+        for message in (*map(str, failures[1:]), *broken):
+            logger.error(f"error: {message}")
         raise failures[0]
     if broken and is_first():  # the others' clocks say something else
         raise GateError("; ".join(broken))
 
 
-def _draw(path: Path, theme: Theme, bench: Bench) -> None:
+def _draw(path: Path, theme: Theme, results: BenchDocument) -> None:
     from conflayers_cli.bench.plots import bench_figure
 
-    save_plot(path, theme, partial(bench_figure, bench.checked))
+    save_plot(path, theme, partial(bench_figure, results))

@@ -12,7 +12,7 @@ from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.detokenizer import TextStream
 from conflayers_cli.generation.loop import Finish, Generation, Step
 from conflayers_cli.generation.prefix_cache import Conversation
-from conflayers_cli.positions import Positions, added, positions_of
+from conflayers_cli.positions import AcceptedPerPosition, count_positions, merge
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
@@ -56,7 +56,7 @@ class Summary:
     steps: int = 0
     by_drafter: Mapping[str, DraftCount] = field(default_factory=dict)
     draft_seconds: float = 0.0
-    by_position: Mapping[str, Positions] = field(default_factory=dict)
+    by_position: Mapping[str, AcceptedPerPosition] = field(default_factory=dict)
 
     @classmethod
     def of(cls, steps: Iterable[Step]) -> Summary:
@@ -68,9 +68,9 @@ class Summary:
         """One summary of several generations."""
         parts = list(summaries)
         drafters: dict[str, DraftCount] = {}
-        positions: dict[str, Positions] = {}
+        positions: dict[str, AcceptedPerPosition] = {}
         for part in parts:
-            positions = added(positions, part.by_position)
+            positions = merge(positions, part.by_position)
             for name, count in part.by_drafter.items():
                 drafters[name] = drafters.get(name, DraftCount()) + count
         return cls(
@@ -336,7 +336,7 @@ def _of_step(step: Step) -> Summary:
         steps=1,
         by_drafter=_by_drafter(step),
         draft_seconds=step.draft_seconds,
-        by_position=positions_of(step),
+        by_position=count_positions(step),
     )
 
 

@@ -1,28 +1,23 @@
-"""A profile's drawing as a figure for papers and pages, by matplotlib.
-
-As wide as a column of a paper, 3.4 inches; how it looks is said in :mod:`.profile_plot_look`.
-"""
+"""A profile's drawing as a figure for papers and pages, by matplotlib: a column of a paper wide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.profile.plot_data import Curve, Drawing, Proposals, Values
-from conflayers_cli.profile_plot_look import DARK, LIGHT, Look, style
+from conflayers_cli.utils.plotting import ORANGE, VERMILLION, WIDTH, Theme, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS: Final = ("png", "svg", "pdf")
-WIDTH = 3.4
-DPI = 300
 
 # In inches. Places are given, not solved for: what a solver finds differs in the last digits from
 # run to run, and panels about layers have to lie in line.
@@ -36,7 +31,7 @@ class _Panel:
 
     height: float
     below: float
-    draw: Callable[[Axes, Look], None]
+    draw: Callable[[Axes, Theme], None]
 
 
 def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
@@ -51,38 +46,35 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
+    if find_spec("matplotlib") is None:
         raise InputError(
             "pictures are drawn by matplotlib, which is missing: pip install 'conflayers[plot]' "
             "(without --output the picture is plain text)"
-        ) from None
-    look = DARK if dark else LIGHT
-    with mpl.rc_context(style(look)):
-        panels = _panels(drawing)
-        height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
-        figure = Figure(figsize=(WIDTH, height))
-        top = height - _TITLE
-        for panel in panels:
-            top -= _HEAD + panel.height
-            width = WIDTH - _LEFT - _RIGHT
-            place = (_LEFT / WIDTH, top / height, width / WIDTH, panel.height / height)
-            panel.draw(figure.add_axes(place), look)
-            top -= panel.below
-        figure.text(
-            *(0.05 / WIDTH, 1 - 0.05 / height, _fitting(title)), fontsize=8, ha="left", va="top"
         )
-        return _saved(figure, form)
+    return render(
+        form,
+        Theme.DARK if dark else Theme.LIGHT,
+        lambda theme: _draw(drawing, title, theme),
+        compact=True,
+    )
 
 
-def _saved(figure: Figure, form: str) -> bytes:
-    # Without dates: files under version control change only where the picture does.
-    metadata: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    content = BytesIO()
-    figure.savefig(content, format=form, dpi=DPI, metadata=metadata.get(form))
-    return content.getvalue()
+def _draw(drawing: Drawing, title: str, theme: Theme) -> Figure:
+    from matplotlib.figure import Figure
+
+    panels = _panels(drawing)
+    height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
+    figure = Figure(figsize=(WIDTH, height))
+    top = height - _TITLE
+    for panel in panels:
+        top -= _HEAD + panel.height
+        width = WIDTH - _LEFT - _RIGHT
+        place = (_LEFT / WIDTH, top / height, width / WIDTH, panel.height / height)
+        panel.draw(figure.add_axes(place), theme)
+        top -= panel.below
+    left, upper = 0.05 / WIDTH, 1 - 0.05 / height
+    figure.text(left, upper, _fitting(title), fontsize=8, ha="left", va="top")
+    return figure
 
 
 def _fitting(title: str) -> str:
@@ -92,13 +84,13 @@ def _fitting(title: str) -> str:
 
 def _panels(drawing: Drawing) -> list[_Panel]:
     both = _TICKS + _NAME
-    panels = [_Panel(0.3, _TICKS, lambda axes, look: _draw_plan(axes, look, drawing.left_out))]
+    panels = [_Panel(0.3, _TICKS, lambda axes, theme: _draw_plan(axes, theme, drawing.left_out))]
     if (found := drawing.proposals) is not None:
-        panels.append(_Panel(0.9, _TICKS, lambda axes, look: _draw_proposal(axes, look, found)))
+        panels.append(_Panel(0.9, _TICKS, lambda axes, theme: _draw_proposal(axes, theme, found)))
         rows = min(max(0.055 * len(found.z), 0.5), 1.6)
-        panels.append(_Panel(rows, both, lambda axes, look: _draw_heat(axes, look, found)))
+        panels.append(_Panel(rows, both, lambda axes, theme: _draw_heat(axes, theme, found)))
     if (alone := drawing.alone) is not None:
-        panels.append(_Panel(0.9, both, lambda axes, look: _draw_alone(axes, look, alone)))
+        panels.append(_Panel(0.9, both, lambda axes, theme: _draw_alone(axes, theme, alone)))
     for curve in drawing.curves:
         panels.append(_curve_panel(curve, curve is drawing.curves[-1]))
     return panels
@@ -106,14 +98,14 @@ def _panels(drawing: Drawing) -> list[_Panel]:
 
 def _curve_panel(curve: Curve, last: bool) -> _Panel:
     below = _TICKS + _NAME if last else 0.04
-    return _Panel(0.45, below, lambda axes, look: _draw_curve(axes, look, curve, last))
+    return _Panel(0.45, below, lambda axes, theme: _draw_curve(axes, theme, curve, last))
 
 
-def _draw_plan(axes: Axes, look: Look, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+def _draw_plan(axes: Axes, theme: Theme, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
     from matplotlib.colors import ListedColormap
 
     depth = left_out.shape[1]
-    colours = ListedColormap([look.main, look.faint])
+    colours = ListedColormap([theme.blue, theme.grid])
     axes.pcolormesh(
         np.arange(depth + 1) - 0.5,
         np.arange(3) - 0.5,
@@ -121,7 +113,7 @@ def _draw_plan(axes: Axes, look: Look, left_out: np.ndarray[Any, np.dtype[np.boo
         cmap=colours,
         vmin=0,
         vmax=1,
-        edgecolors=look.paper,
+        edgecolors=theme.paper,
         linewidth=0.4 if depth <= 100 else 0,
     )
     axes.set_yticks([0, 1], ["attention", "MLP"])
@@ -134,17 +126,26 @@ def _draw_plan(axes: Axes, look: Look, left_out: np.ndarray[Any, np.dtype[np.boo
     axes.set_title(f"left out while drafting (grey): {count} of {of}")
 
 
-def _draw_proposal(axes: Axes, look: Look, found: Proposals) -> None:
+def _draw_proposal(axes: Axes, theme: Theme, found: Proposals) -> None:
     z, threshold = found.z[found.shown], found.threshold[found.shown]
     out = found.selected[found.shown]
     layers = np.arange(1, len(z) + 1)
-    axes.step(layers, threshold, where="mid", color=look.line, linewidth=0.9, label="threshold")
+    axes.step(
+        layers,
+        threshold,
+        where="mid",
+        color=_threshold_colour(theme),
+        linewidth=0.9,
+        label="threshold",
+    )
     for which, colour, marker, label in (
-        (~out, look.main, "o", "kept"),
-        (out, look.out, "v", "left out"),
+        (~out, theme.blue, "o", "kept"),
+        (out, ORANGE, "v", "left out"),
     ):
         axes.plot(
-            *(layers[which], z[which], marker),
+            layers[which],
+            z[which],
+            marker,
             color=colour,
             markersize=2.6,
             markeredgewidth=0,
@@ -156,7 +157,11 @@ def _draw_proposal(axes: Axes, look: Look, found: Proposals) -> None:
     _legend(axes)
 
 
-def _draw_heat(axes: Axes, look: Look, found: Proposals) -> None:
+def _threshold_colour(theme: Theme) -> str:
+    return VERMILLION if theme is Theme.LIGHT else theme.ink
+
+
+def _draw_heat(axes: Axes, theme: Theme, found: Proposals) -> None:
     count, inner = found.confidence.shape
     scale = float(np.quantile(found.confidence, 0.98)) or 1.0
     mesh = axes.pcolormesh(
@@ -188,14 +193,15 @@ def _draw_heat(axes: Axes, look: Look, found: Proposals) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_alone(axes: Axes, look: Look, alone: Values) -> None:
+def _draw_alone(axes: Axes, theme: Theme, alone: Values) -> None:
     layers = np.arange(alone.shape[1])
     for row, colour, marker, label in (
-        (0, look.main, "o", "attention"),
-        (1, look.out, "v", "MLP"),
+        (0, theme.blue, "o", "attention"),
+        (1, ORANGE, "v", "MLP"),
     ):
         axes.plot(
-            *(layers, alone[row]),
+            layers,
+            alone[row],
             marker=marker,
             markersize=2.6,
             markeredgewidth=0,
@@ -210,22 +216,23 @@ def _draw_alone(axes: Axes, look: Look, alone: Values) -> None:
     _legend(axes)
 
 
-def _draw_curve(axes: Axes, look: Look, curve: Curve, last: bool) -> None:
+def _draw_curve(axes: Axes, theme: Theme, curve: Curve, last: bool) -> None:
     sets = np.arange(1, len(curve.values) + 1)
     known = np.isfinite(curve.values)
     axes.plot(
-        *(sets[known], curve.values[known]),
+        sets[known],
+        curve.values[known],
         marker="o" if len(sets) <= 60 else "",
         markersize=2.2,
         markeredgewidth=0,
         linewidth=0.8,
-        color=look.main,
+        color=theme.blue,
     )
     title = curve.name
     if curve.times:
         best = int(np.nanargmax(curve.values))
-        axes.axhline(1, color=look.faint, linewidth=0.7, zorder=0)
-        axes.plot(sets[best], curve.values[best], "D", color=look.out, markersize=3.4, zorder=3)
+        axes.axhline(1, color=theme.grid, linewidth=0.7, zorder=0)
+        axes.plot(sets[best], curve.values[best], "D", color=ORANGE, markersize=3.4, zorder=3)
         title = f"{title} over vanilla, {curve.values[best]:.2f}× at best"
     else:
         _percent(axes)

@@ -1,4 +1,4 @@
-"""How pictures look: one column wide, legible in print, in grey and to the colour-blind.
+"""The look of pictures, and their files: one column wide, legible in print and to the colour-blind.
 
 Colours are those of Okabe and Ito, "Color Universal Design" (2008). Pictures are drawn without
 matplotlib's global state, and written whole or not at all.
@@ -30,26 +30,29 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
 class Theme(Enum):
-    """On what the picture stands."""
+    """A light or a dark page, and the colours on it."""
 
     LIGHT = "light"
     DARK = "dark"
 
     @property
     def paper(self) -> str:
-        return "#FFFFFF" if self is Theme.LIGHT else "#121417"
+        """The page's own colour."""
+        return "#FFFFFF" if self is Theme.LIGHT else "#14171C"
 
     @property
     def ink(self) -> str:
+        """Text and axes."""
         return "#1A1A1A" if self is Theme.LIGHT else "#ECECEC"
 
     @property
     def grey(self) -> str:
-        """What is there to compare with."""
+        """What something is compared with."""
         return "#6E6E6E" if self is Theme.LIGHT else "#A8A8A8"
 
     @property
     def grid(self) -> str:
+        """Grid lines, and what is in the background."""
         return "#DDDDDD" if self is Theme.LIGHT else "#34383E"
 
     @property
@@ -74,32 +77,54 @@ def check_plot(path: Path, flag: str = "--plot") -> None:
 
 
 def save_plot(path: Path, theme: Theme, draw: Callable[[Theme], Figure]) -> None:
-    """Draw a picture and write it in the format that its name says; the same figures give the same
-    bytes.
+    """Draw a picture and write it in the format that its name says.
 
     Args:
         path: ends with one of `SUFFIXES`.
         theme: light or dark.
-        draw: gives the figure; called with the style in force.
+        draw: gives the figure, as for `render`.
 
     Raises:
         InputError, ConfLayersError: as `check_plot` and `write_atomically`.
     """
+    check_plot(path)
+    write_atomically(path, render(path.suffix.lower()[1:], theme, draw))
+
+
+def render(
+    form: str, theme: Theme, draw: Callable[[Theme], Figure], *, compact: bool = False
+) -> bytes:
+    """A picture as a file's content; the same figures give the same bytes, without a date.
+
+    Args:
+        form: ``png``, ``svg`` or ``pdf``.
+        theme: light or dark.
+        draw: gives the figure; called with matplotlib's settings in force.
+        compact: smaller letters, for many panels in a column.
+    """
     import matplotlib as mpl
 
-    check_plot(path)
-    form = path.suffix.lower()[1:]
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
-    drawn = io.BytesIO()
+    content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
-        with mpl.rc_context(_style(theme)):
-            draw(theme).savefig(drawn, format=form, dpi=DPI, metadata=dated)
-    write_atomically(path, drawn.getvalue())
+        with mpl.rc_context({**_style(theme), **(_COMPACT if compact else {})}):
+            draw(theme).savefig(content, format=form, dpi=DPI, metadata=dated)
+    return content.getvalue()
 
 
-def _style(theme: Theme) -> Any:
-    """matplotlib's settings, from its own defaults on: nobody's matplotlibrc has a say."""
+_COMPACT = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 7.0),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6.5),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.0),
+    "axes.titlepad": 3.0,
+    "axes.titleweight": "normal",
+}
+"""matplotlib's settings of compact pictures, where they differ from the others."""
+
+
+def _style(theme: Theme) -> dict[str, Any]:
+    """matplotlib's settings, from its own defaults on: a user's matplotlibrc has no say."""
     import matplotlib as mpl
 
     ink = dict.fromkeys(

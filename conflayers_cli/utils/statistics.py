@@ -9,32 +9,43 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import scipy.stats
+from pydantic import BaseModel, ConfigDict, Field
 
-LEAST_RATIOS = 3
+MIN_RATIOS = 3
 """Fewer than this say nothing about an interval."""
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Interval:
+PositiveFigure = Annotated[float, Field(gt=1e-9, lt=1e9)]
+"""A ratio or a speed."""
+
+
+class _Figures(BaseModel):
+    """Checked strictly, also where they are read from a file; keys not known here are kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
+
+
+class Interval(_Figures):
     """A median and its 95 % confidence interval; None where there is too little to tell."""
 
-    median: float | None
-    low: float | None
-    high: float | None
+    median: PositiveFigure | None
+    low: PositiveFigure | None
+    high: PositiveFigure | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         """Of paired ratios or other figures, by a percentile bootstrap of their median, seeded."""
         if not values:
-            return cls(None, None, None)
+            return cls(median=None, low=None, high=None)
         median = statistics.median(values)
-        if len(values) < LEAST_RATIOS:
-            return cls(median, None, None)
+        if len(values) < MIN_RATIOS:
+            return cls(median=median, low=None, high=None)
         found = scipy.stats.bootstrap(
             (np.asarray(values),),
             np.median,
@@ -43,23 +54,22 @@ class Interval:
             rng=np.random.default_rng(0),
         )
         interval = found.confidence_interval
-        return cls(median, float(interval.low), float(interval.high))
+        return cls(median=median, low=float(interval.low), high=float(interval.high))
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(_Figures):
     """Median, least and greatest of some figures; None where there are none."""
 
-    median: float | None
-    min: float | None
-    max: float | None
+    median: PositiveFigure | None
+    min: PositiveFigure | None
+    max: PositiveFigure | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of figures, possibly none."""
         if not values:
-            return cls(None, None, None)
-        return cls(statistics.median(values), min(values), max(values))
+            return cls(median=None, min=None, max=None)
+        return cls(median=statistics.median(values), min=min(values), max=max(values))
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,8 @@ class Change:
         if not new:
             return cls(None, None, None)
         logs = np.log(new) - np.log(old)
-        return cls._of_logs(
-            *(new, old, float(np.mean(logs))),
-            scipy.stats.sem(logs) if len(new) >= LEAST_RATIOS else None,
-            len(new) - 1,
-        )
+        error = scipy.stats.sem(logs) if len(new) >= MIN_RATIOS else None
+        return cls._of_logs(new, old, float(np.mean(logs)), error, len(new) - 1)
 
     @classmethod
     def unpaired(cls, new: Sequence[float], old: Sequence[float]) -> Change:
@@ -97,7 +104,7 @@ class Change:
             return cls(None, None, None)
         lots = [np.log(new), np.log(old)]
         shift = float(np.mean(lots[0]) - np.mean(lots[1]))
-        if min(len(new), len(old)) < LEAST_RATIOS:
+        if min(len(new), len(old)) < MIN_RATIOS:
             return cls._of_logs(new, old, shift, None, 1)
         squares = [float(np.var(lot, ddof=1)) / len(lot) for lot in lots]
         total = sum(squares)
@@ -116,9 +123,12 @@ class Change:
         freedom: float,
     ) -> Change:
         """From the mean log ratio and its standard error, None where that isn't known."""
-        middles = statistics.geometric_mean(old), statistics.geometric_mean(new)
-        ratio = float(np.exp(shift))
+        change = cls(
+            old=statistics.geometric_mean(old),
+            new=statistics.geometric_mean(new),
+            ratio=float(np.exp(shift)),
+        )
         if error is None:
-            return cls(*middles, ratio)
+            return change
         reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * float(error)
-        return cls(*middles, ratio, float(np.exp(shift - reach)), float(np.exp(shift + reach)))
+        return replace(change, low=float(np.exp(shift - reach)), high=float(np.exp(shift + reach)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conflayers_cli.bench.agreement import Agreement, first_difference, rouge_2, share_equal
+from conflayers_cli.bench.agreement import first_difference, measure_agreement, rouge_2, share_equal
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_by_hand(
 
 
 def test_of_several_prompts() -> None:
-    found = Agreement.of([([1, 2, 3], [1, 2, 3]), ([1, 2, 3], [1, 9, 3]), ([1, 2], [7, 8])])
+    found = measure_agreement([([1, 2, 3], [1, 2, 3]), ([1, 2, 3], [1, 9, 3]), ([1, 2], [7, 8])])
     assert found.equal == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert (found.identical, found.prompts) == (1, 3)
     assert found.first_divergence == 0.5
-    assert Agreement.of([([1], [1])]).first_divergence is None
+    assert measure_agreement([([1], [1])]).first_divergence is None
     with pytest.raises(ValueError, match="no outputs"):
-        Agreement.of([])
+        measure_agreement([])

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from conflayers_cli.bench.batched import measure_batches, queues_of
+from conflayers_cli.bench.batched import measure_batches, split_queues
 from conflayers_cli.bench.runner import BenchResult
-from conflayers_cli.bench.systems import BatchArm, Case, EngineArm, Run
+from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, Run
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.generation.generate import DraftCount, Summary
 from conflayers_cli.sampling_params import SamplingParams
@@ -27,19 +27,19 @@ class PacedRows:
     size: int = 2
     tokens: tuple[int, ...] = (1, 2, 3)
 
-    def run_all(self, cases: Sequence[Case]) -> list[Run]:
-        self.log.append(f"{self.name} {' '.join(case.id for case in cases)}")
+    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+        self.log.append(f"{self.name} {' '.join(prompt.id for prompt in prompts)}")
         speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
         stats = Summary(0.1, 10 / speed, 11, 10, 5, {"ngram": DraftCount(5, 10, 5)})
-        return [Run(self.tokens, stats, 1000) for _ in cases]
+        return [Run(self.tokens, stats, 1000) for _ in prompts]
 
 
-def cases(count: int) -> list[Case]:
-    return [Case(f"p{i}", "c", (1, 2), 11) for i in range(count)]
+def make_prompts(count: int) -> list[BenchPrompt]:
+    return [BenchPrompt(f"p{i}", "c", (1, 2), 11) for i in range(count)]
 
 
-def speeds(result: BenchResult, arm: str) -> tuple[float | None, ...]:
-    found = result.arms[arm].tokens_per_second
+def speeds(result: BenchResult, system: str) -> tuple[float | None, ...]:
+    found = result.systems[system].tokens_per_second
     return found.median, found.min, found.max
 
 
@@ -50,22 +50,22 @@ def speeds(result: BenchResult, arm: str) -> tuple[float | None, ...]:
 def test_queues_are_equal_and_three_batches_long_where_they_can(
     prompts: int, size: int, lengths: list[int]
 ) -> None:
-    given = cases(prompts)
-    queues = queues_of(given, size)
+    given = make_prompts(prompts)
+    queues = split_queues(given, size)
     assert [len(queue) for queue in queues] == lengths
-    assert [case for queue in queues for case in queue] == given
+    assert [prompt for queue in queues for prompt in queue] == given
 
 
 def test_queues_are_decoded_in_turns_and_timed_as_wholes() -> None:
     log: list[str] = []
-    arms = [
+    systems = [
         PacedRows("vanilla", [99.0, 10.0, 30.0, 10.0, 20.0], log),
         PacedRows("speculative", [99.0, 20.0, 30.0, 40.0, 20.0], log),
     ]
     told: list[float] = []
     result = measure_batches(
-        arms,
-        cases(13),
+        systems,
+        make_prompts(13),
         tiny.decoder("llama"),
         GREEDY,
         runs=2,
@@ -83,53 +83,60 @@ def test_queues_are_decoded_in_turns_and_timed_as_wholes() -> None:
     ratios = result.speedup()  # of 2, 4 in the first queue, 1, 1 in the second
     assert ratios.median == pytest.approx(1.5)
     assert ratios.low is not None
-    assert result.arms["vanilla"].stats.tokens == 13 * 11
-    assert result.arms["vanilla"].time_to_first_token == pytest.approx(0.1)
-    assert (result.batch_size, len(result.queues), len(result.cases)) == (2, 2, 13)
+    assert result.systems["vanilla"].stats.tokens == 13 * 11
+    assert result.systems["vanilla"].time_to_first_token == pytest.approx(0.1)
+    assert (result.batch_size, len(result.queues), len(result.prompts)) == (2, 2, 13)
     assert (result.categories, result.cache_bytes) == ((), 1000)
-    assert result.arms["speculative"].stats.by_drafter["ngram"].drafted == 13 * 10
+    assert result.systems["speculative"].stats.by_drafter["ngram"].drafted == 13 * 10
 
 
 def test_every_prompts_output_is_compared() -> None:
-    arms = [PacedRows("vanilla", [1.0]), PacedRows("speculative", [1.0], tokens=(1, 9, 3))]
-    greedy = measure_batches(arms, cases(3), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
-    assert greedy.identical is not None
-    identity = greedy.identical["speculative"]
+    systems = [PacedRows("vanilla", [1.0]), PacedRows("speculative", [1.0], tokens=(1, 9, 3))]
+    greedy = measure_batches(
+        systems, make_prompts(3), tiny.decoder("llama"), GREEDY, runs=1, warmup=0
+    )
+    assert greedy.matches is not None
+    identity = greedy.matches["speculative"]
     assert (identity.matching, identity.total) == (0, 3)
     assert [parted.id for parted in identity.divergences] == ["p0", "p1", "p2"]
     assert identity.divergences[0].position == 1
     drawing = SamplingParams(temperature=1.0)
-    sampled = measure_batches(arms, cases(3), tiny.decoder("llama"), drawing, runs=1, warmup=0)
-    assert sampled.identical is None
+    sampled = measure_batches(
+        systems, make_prompts(3), tiny.decoder("llama"), drawing, runs=1, warmup=0
+    )
+    assert sampled.matches is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_batch_arm_decodes_each_prompt_as_if_alone(temperature: float) -> None:
+def test_batch_system_decodes_each_prompt_as_if_alone(temperature: float) -> None:
     decoder, sampling = tiny.decoder("llama"), SamplingParams(temperature=temperature)
     given = [
-        Case(f"p{i}", None, tuple(tiny.prompt(5 + i, seed=i)), 12 + i, seed=i) for i in range(5)
+        BenchPrompt(f"p{i}", None, tuple(tiny.prompt(5 + i, seed=i)), 12 + i, seed=i)
+        for i in range(5)
     ]
-    arm = BatchArm("vanilla", decoder, None, 2, sampling, frozenset())
-    runs = arm.run_all(given)
-    alone = EngineArm("vanilla", decoder, None, sampling, frozenset())
-    assert [run.tokens for run in runs] == [alone.run(case).tokens for case in given]
+    system = BatchedEngineSystem("vanilla", decoder, None, 2, sampling, frozenset())
+    runs = system.run_all(given)
+    alone = EngineSystem("vanilla", decoder, None, sampling, frozenset())
+    assert [run.tokens for run in runs] == [alone.run(prompt).tokens for prompt in given]
     assert [run.stats.decode_tokens for run in runs] == [11, 12, 13, 14, 15]
     assert len({run.cache_bytes for run in runs}) == 1
     one = alone.run(given[-1]).cache_bytes  # the longest: 9 and 16 tokens
     assert one is not None
     assert runs[0].cache_bytes == 2 * one
     end = runs[0].tokens[4]
-    ended = replace(arm, end_tokens=frozenset({end})).run_all(given)
+    ended = replace(system, end_tokens=frozenset({end})).run_all(given)
     assert ended[0].tokens == runs[0].tokens[: runs[0].tokens.index(end) + 1]
 
 
-def test_batch_arm_drafts() -> None:
+def test_batch_system_drafts() -> None:
     decoder = tiny.decoder("llama")
     free = Costs({1: 1.0, 30: 1.0}, 0.0, 0.0, 0.0, 1)  # wider passes cost nothing
     drafter = MixedProposer(decoder, None, CostTable({1: free}, decoder.depth))
-    given = [Case(f"p{i}", None, tuple(tiny.prompt(6, seed=i) * 4), 30) for i in range(3)]
-    plain = BatchArm("vanilla", decoder, None, 2, GREEDY, frozenset()).run_all(given)
-    drafted = BatchArm("speculative", decoder, drafter, 2, GREEDY, frozenset()).run_all(given)
+    given = [BenchPrompt(f"p{i}", None, tuple(tiny.prompt(6, seed=i) * 4), 30) for i in range(3)]
+    plain = BatchedEngineSystem("vanilla", decoder, None, 2, GREEDY, frozenset()).run_all(given)
+    drafted = BatchedEngineSystem("speculative", decoder, drafter, 2, GREEDY, frozenset()).run_all(
+        given
+    )
     assert [run.tokens for run in drafted] == [run.tokens for run in plain]
     assert sum(run.stats.drafted for run in drafted) > 0
     assert Summary.total(run.stats for run in plain).by_drafter == {}

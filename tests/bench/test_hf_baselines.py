@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from conflayers_cli.bench import tables
-from conflayers_cli.bench.hf_baselines import PEERS, TransformersArm
-from conflayers_cli.bench.systems import Case, EngineArm, Run
-from conflayers_cli.cli.bench_options import Other
+from conflayers_cli.bench import tables as bench_tables
+from conflayers_cli.bench.hf_baselines import HF_BASELINES, TransformersSystem
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run
+from conflayers_cli.cli.bench_options import Baseline
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
@@ -19,22 +19,24 @@ GREEDY = SamplingParams()
 REPEATING = tuple(tiny.prompt(6) * 4)
 
 
-def run(name: str, case: Case, sampling: SamplingParams = GREEDY) -> Run:
-    return TransformersArm.peer(name, tiny.decoder("llama"), sampling, frozenset()).run(case)
+def run(name: str, prompt: BenchPrompt, sampling: SamplingParams = GREEDY) -> Run:
+    return TransformersSystem.baseline(name, tiny.decoder("llama"), sampling, frozenset()).run(
+        prompt
+    )
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_transformers_arm_is_generate_with_the_same_settings(penalty: float) -> None:
+def test_transformers_system_is_generate_with_the_same_settings(penalty: float) -> None:
     decoder = tiny.decoder("llama")
     sampling = SamplingParams(repetition_penalty=penalty)
-    case = Case("p", None, tuple(tiny.prompt(9)), 20)
+    prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20)
     kept = decoder.model.generation_config
     decoder.model.generation_config.repetition_penalty = 3.0  # must not get in
     try:
-        theirs = TransformersArm(decoder, sampling, frozenset()).run(case)
+        theirs = TransformersSystem(decoder, sampling, frozenset()).run(prompt)
     finally:
         decoder.model.generation_config.repetition_penalty = 1.0
-    ours = EngineArm("vanilla", decoder, None, sampling, frozenset()).run(case)
+    ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run(prompt)
     assert theirs.tokens == ours.tokens
     assert decoder.model.generation_config is kept
     assert (theirs.stats.tokens, theirs.stats.decode_tokens) == (20, 19)
@@ -42,30 +44,34 @@ def test_transformers_arm_is_generate_with_the_same_settings(penalty: float) -> 
     assert theirs.stats.decode_seconds > 0
     end = frozenset({ours.tokens[5]})
     first = ours.tokens.index(ours.tokens[5]) + 1
-    assert len(TransformersArm(decoder, sampling, end).run(case).tokens) == first
-    assert len(EngineArm("vanilla", decoder, None, sampling, end).run(case).tokens) == first
+    assert len(TransformersSystem(decoder, sampling, end).run(prompt).tokens) == first
+    assert len(EngineSystem("vanilla", decoder, None, sampling, end).run(prompt).tokens) == first
 
 
-def test_transformers_arm_draws_from_its_seed_and_leaves_torchs_alone() -> None:
+def test_transformers_system_draws_from_its_seed_and_leaves_torchs_alone() -> None:
     decoder = tiny.decoder("llama")
-    arm = TransformersArm(decoder, SamplingParams(temperature=1.0), frozenset())
-    prompt = tuple(tiny.prompt(9))
+    arm = TransformersSystem(decoder, SamplingParams(temperature=1.0), frozenset())
+    tokens = tuple(tiny.prompt(9))
     before = torch.random.get_rng_state()
-    runs = [arm.run(Case("p", None, prompt, 20, seed)).tokens for seed in (1, 1, 2)]
+    runs = [arm.run(BenchPrompt("p", None, tokens, 20, seed)).tokens for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_command_line_and_the_report_know_all_peers() -> None:
-    assert {other.value for other in Other} == set(PEERS) == set(tables.PEERS)
+    assert (
+        {baseline.value for baseline in Baseline}
+        == set(HF_BASELINES)
+        == set(bench_tables.BASELINE_LABELS)
+    )
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_every_peer_writes_what_the_model_writes_and_counts_it(name: str) -> None:
+@pytest.mark.parametrize("name", HF_BASELINES)
+def test_every_baseline_writes_what_the_model_writes_and_counts_it(name: str) -> None:
     decoder = tiny.decoder("llama")
-    case = Case("p", None, REPEATING, 30)
-    ours = EngineArm("vanilla", decoder, None, GREEDY, frozenset()).run(case)
-    theirs = run(name, case)
+    prompt = BenchPrompt("p", None, REPEATING, 30)
+    ours = EngineSystem("vanilla", decoder, None, GREEDY, frozenset()).run(prompt)
+    theirs = run(name, prompt)
     assert theirs.tokens == ours.tokens
     stats = theirs.stats
     assert stats.tokens == 30
@@ -78,19 +84,19 @@ def test_every_peer_writes_what_the_model_writes_and_counts_it(name: str) -> Non
     assert decoder.depth == decoder.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_every_peer_draws_as_many_tokens_as_it_may(name: str) -> None:
-    case = Case("p", None, REPEATING, 12, seed=3)
+@pytest.mark.parametrize("name", HF_BASELINES)
+def test_every_baseline_draws_as_many_tokens_as_it_may(name: str) -> None:
+    prompt = BenchPrompt("p", None, REPEATING, 12, seed=3)
     sampling = SamplingParams(temperature=1.0, top_k=20)
-    one, again = (run(name, case, sampling) for _ in range(2))
+    one, again = (run(name, prompt, sampling) for _ in range(2))
     assert one.tokens == again.tokens
     assert (len(one.tokens), one.stats.tokens) == (12, 12)
 
 
 def test_the_first_step_may_bring_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that are always right, four at a time: 20 tokens in four steps, five in the first."""
-    case = Case("p", None, REPEATING, 20)
-    text = [*REPEATING, *run("transformers", case).tokens]
+    prompt = BenchPrompt("p", None, REPEATING, 20)
+    text = [*REPEATING, *run("transformers", prompt).tokens]
 
     def right(generator: Any, ids: torch.Tensor, **more: object) -> tuple[torch.Tensor, None]:
         drafted = text[ids.shape[1] : ids.shape[1] + 4]
@@ -98,11 +104,11 @@ def test_the_first_step_may_bring_several_tokens(monkeypatch: pytest.MonkeyPatch
 
     generators = transformers.generation.candidate_generator
     monkeypatch.setattr(generators.PromptLookupCandidateGenerator, "get_candidates", right)
-    stats = run("prompt-lookup", case).stats
+    stats = run("prompt-lookup", prompt).stats
     assert (stats.tokens, stats.decode_tokens, stats.steps) == (20, 15, 3)
 
 
-def test_a_peer_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny.decoder("llama")
 
     def fail(*arguments: object, **more: object) -> None:
@@ -111,7 +117,7 @@ def test_a_peer_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(decoder.model, "forward", fail)
     with pytest.raises(InputError, match=r"early-exit: .* not for this model$"):
-        run("early-exit", Case("p", None, (1, 2, 3), 5))
+        run("early-exit", BenchPrompt("p", None, (1, 2, 3), 5))
     assert decoder.config.num_hidden_layers == decoder.depth
 
 
@@ -123,5 +129,7 @@ def test_weights_that_are_held_twice_meanwhile_are_told() -> None:
     plain = sum(weight.nbytes for weight in model.parameters())
     decoder = Decoder(model)
     held = sum(weight.nbytes for weight in model.parameters())
-    done = TransformersArm(decoder, GREEDY, frozenset()).run(Case("p", None, (1, 2, 3), 3))
+    done = TransformersSystem(decoder, GREEDY, frozenset()).run(
+        BenchPrompt("p", None, (1, 2, 3), 3)
+    )
     assert done.weights_twice_bytes == plain - held > 0

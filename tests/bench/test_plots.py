@@ -150,7 +150,7 @@ def test_speed_intervals_are_over_prompts_or_runs() -> None:
     assert speed_interval(document.prompts, "speculative").median == pytest.approx(13.5)
     two = speed_interval(document.prompts[:2], "speculative")
     assert (two.median, two.low, two.high) == pytest.approx((15.0, 10.0, 20.0))
-    assert speed_interval(document.prompts[:2], "nobody") == Interval(None, None, None)
+    assert speed_interval(document.prompts[:2], "nobody") == Interval.of([])
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "png"])

@@ -7,48 +7,63 @@ from typing import Any
 
 from rich.console import Console
 
-from conflayers_cli.bench.agreement import Agreement
-from conflayers_cli.bench.load import Bench
-from conflayers_cli.bench.output_match import Divergence, Identity
-from conflayers_cli.bench.runner import ArmResult, BenchResult, CaseRuns
-from conflayers_cli.bench.serialize import BenchContext, bench_json
-from conflayers_cli.bench.systems import Case, Run
+from conflayers_cli.bench.runner import BenchResult, SystemResult
+from conflayers_cli.bench.schema import (
+    Agreement,
+    BenchContext,
+    BenchDocument,
+    Divergence,
+    OutputMatch,
+)
+from conflayers_cli.bench.serialize import build_document
+from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
 from conflayers_cli.bench.tables import bench_tables
 from conflayers_cli.generation.generate import DraftCount, Summary
-from conflayers_cli.positions import Positions
+from conflayers_cli.positions import AcceptedPerPosition
 
 
 def document(bench: BenchResult) -> dict[str, Any]:
     """As it comes back from a file."""
     context = BenchContext(
-        *("smollm2", "0f" * 8, "cpu", "bfloat16"),
+        schema_version=3,
+        model="smollm2",
+        model_hash="0f" * 8,
+        device="cpu",
+        dtype="bfloat16",
         environment={"threads": 2},
         settings={"max_new_tokens": 9},
         engine={"replayed": False},
-        prompts=[f"{number:064x}" for number in range(len(bench.cases))],
     )
-    found: dict[str, Any] = json.loads(json.dumps(bench_json(bench, context), allow_nan=False))
+    hashes = [f"{number:064x}" for number in range(len(bench.prompts))]
+    found: dict[str, Any] = json.loads(
+        json.dumps(build_document(bench, context, hashes).as_json(), allow_nan=False)
+    )
     return found
 
 
 def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa",)) -> BenchResult:
     """Speculative twice as fast as vanilla on every prompt."""
-    cases = []
+    prompts = []
     for number, category in enumerate(categories):
         vanilla = Summary(0.5, 10.0, 101, 100, 100)
         drafted = Summary(
-            *(0.5, 5.0, 101, 100, 40, {"skip": DraftCount(40, 80, 60)}),
+            prefill_seconds=0.5,
+            decode_seconds=5.0,
+            tokens=101,
+            decode_tokens=100,
+            steps=40,
+            by_drafter={"skip": DraftCount(40, 80, 60)},
             draft_seconds=2.0,
-            by_position={"skip": Positions((40, 40), (38, 22))},
+            by_position={"skip": AcceptedPerPosition((40, 40), (38, 22))},
         )
         runs = {"vanilla": (Run((1,), vanilla),) * 3, "speculative": (Run((1,), drafted),) * 3}
-        cases.append(CaseRuns(Case(f"[bold]p{number}\x1b", category, (1,), 9), runs))
-    parted = Divergence(cases[0].case.id, 4, 0.0125, 7, None)
-    identity = Identity(0, 1, (parted,)) if not identical else Identity(1, 1, ())
+        prompts.append(PromptRuns(BenchPrompt(f"[bold]p{number}\x1b", category, (1,), 9), runs))
+    parted = Divergence(id=prompts[0].prompt.id, position=4, gap=0.0125, vanilla=7, other=None)
+    match = OutputMatch(matching=int(identical), total=1, divergences=[] if identical else [parted])
     return BenchResult(
-        tuple(cases),
-        {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative")},
-        {"speculative": identity},
+        tuple(prompts),
+        {name: SystemResult.of(prompts, name) for name in ("vanilla", "speculative")},
+        {"speculative": match},
         {"vanilla": 2**29, "speculative": 2**30, "transformers": 2**31},
         2**20,
     )
@@ -57,7 +72,7 @@ def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa"
 def shown(bench: BenchResult) -> str:
     console = Console(file=io.StringIO(), width=160)
     with console.capture() as captured:
-        for part in bench_tables(Bench.of(document(bench)).checked):
+        for part in bench_tables(BenchDocument.model_validate(document(bench))):
             console.print(part)
     return captured.get()
 
@@ -113,12 +128,12 @@ def test_memory_is_not_claimed_where_nothing_tells() -> None:
     alone = replace(result(), peak_memory={"vanilla": 2**22})
     assert "peak memory over the model's weights: 4 MiB; keys and values: 1 MiB" in shown(alone)
     compared = result()
-    arms = {**compared.arms, "transformers": compared.arms["vanilla"]}
-    cases = tuple(
-        replace(case, runs={**case.runs, "transformers": case.runs["vanilla"]})
-        for case in compared.cases
+    systems = {**compared.systems, "transformers": compared.systems["vanilla"]}
+    prompts = tuple(
+        replace(prompt, runs={**prompt.runs, "transformers": prompt.runs["vanilla"]})
+        for prompt in compared.prompts
     )
-    text = shown(replace(compared, arms=arms, cases=cases))
+    text = shown(replace(compared, systems=systems, prompts=prompts))
     assert "1,024 MiB (transformers: 2,048 MiB); keys" in text
 
 
@@ -135,9 +150,9 @@ def test_bars_tell_where_time_goes_and_how_far_drafts_hold() -> None:
     assert "speculative ████████         50.0 ms (drafting 20.0, verifying 30.0)\n" in text
     assert "skip        █▅ 95% of 40 … 55% of 40\n" in text
     plain = result()
-    nobody = replace(plain.arms["speculative"].stats, by_position={})
-    arms = {**plain.arms, "speculative": replace(plain.arms["speculative"], stats=nobody)}
-    assert "by place in the draft" not in shown(replace(plain, arms=arms))
+    nobody = replace(plain.systems["speculative"].stats, by_position={})
+    systems = {**plain.systems, "speculative": replace(plain.systems["speculative"], stats=nobody)}
+    assert "by place in the draft" not in shown(replace(plain, systems=systems))
 
 
 def test_divergences_are_listed_and_names_are_harmless() -> None:
@@ -158,16 +173,20 @@ def lossy(agreement: Agreement | None) -> BenchResult:
     """A third arm, one and a half times as fast as vanilla."""
     plain = result()
     skipping = Summary(0.5, 10.0, 151, 150, 150)
-    cases = tuple(
-        replace(case, runs={**case.runs, "skip-only": (Run((2,), skipping),) * 3})
-        for case in plain.cases
+    prompts = tuple(
+        replace(prompt, runs={**prompt.runs, "skip-only": (Run((2,), skipping),) * 3})
+        for prompt in plain.prompts
     )
-    arms = {name: ArmResult.of(cases, name) for name in ("vanilla", "speculative", "skip-only")}
-    return replace(plain, cases=cases, arms=arms, agreement=agreement)
+    systems = {
+        name: SystemResult.of(prompts, name) for name in ("vanilla", "speculative", "skip-only")
+    }
+    return replace(plain, prompts=prompts, systems=systems, agreement=agreement)
 
 
-def test_the_lossy_arm_is_reported_with_its_agreement() -> None:
-    bench = lossy(Agreement(0.625, 0.41, 7.5, 1, 4))
+def test_the_lossy_system_is_reported_with_its_agreement() -> None:
+    bench = lossy(
+        Agreement(equal=0.625, rouge_2=0.41, first_divergence=7.5, identical=1, prompts=4)
+    )
     found = document(bench)
     assert found["skip_only"] == {
         "lossless": False,
@@ -191,7 +210,9 @@ def test_the_lossy_arm_is_reported_with_its_agreement() -> None:
 
 
 def test_outputs_that_all_agree_part_nowhere() -> None:
-    text = shown(lossy(Agreement(1.0, 1.0, None, 4, 4)))
+    text = shown(
+        lossy(Agreement(equal=1.0, rouge_2=1.0, first_divergence=None, identical=4, prompts=4))
+    )
     assert "4 of 4 outputs the same\n" in text
     assert "part at" not in text
 
@@ -211,25 +232,28 @@ def test_who_drafted_is_told_where_several_did() -> None:
     plain = result()
     assert "drafted by" not in shown(plain)
     both = {"skip": DraftCount(40, 60, 45), "ngram": DraftCount(9, 20, 15)}
-    stats = replace(plain.arms["speculative"].stats, by_drafter=both)
-    arms = {**plain.arms, "speculative": replace(plain.arms["speculative"], stats=stats)}
-    bench = replace(plain, arms=arms)
+    stats = replace(plain.systems["speculative"].stats, by_drafter=both)
+    systems = {**plain.systems, "speculative": replace(plain.systems["speculative"], stats=stats)}
+    bench = replace(plain, systems=systems)
     assert "drafted by: skip 60 (75.0% accepted), ngram 20 (75.0% accepted)" in shown(bench)
     figures = document(bench)["arms"]["speculative"]["by_drafter"]
     assert figures["ngram"] == {"steps": 9, "drafted": 20, "accepted": 15}
 
 
-def test_peers_are_told_by_their_names() -> None:
+def test_baselines_are_told_by_their_names() -> None:
     plain = result()
     theirs = Summary(0.5, 20.0, 101, 100, 100)
-    cases = tuple(
-        replace(case, runs={**case.runs, "early-exit": (Run((1,), theirs),) * 3})
-        for case in plain.cases
+    prompts = tuple(
+        replace(prompt, runs={**prompt.runs, "early-exit": (Run((1,), theirs),) * 3})
+        for prompt in plain.prompts
     )
-    arms = {**plain.arms, "early-exit": ArmResult.of(cases, "early-exit")}
-    identical = {**(plain.identical or {}), "early-exit": Identity(1, 1, ())}
+    systems = {**plain.systems, "early-exit": SystemResult.of(prompts, "early-exit")}
+    matches = {
+        **(plain.matches or {}),
+        "early-exit": OutputMatch(matching=1, total=1, divergences=[]),
+    }
     bench = replace(
-        plain, cases=cases, arms=arms, identical=identical, peak_memory={"early-exit": 5}
+        plain, prompts=prompts, systems=systems, matches=matches, peak_memory={"early-exit": 5}
     )
     found = document(bench)
     assert found["speedup_over"] == {"early-exit": {"median": 4.0, "low": 4.0, "high": 4.0}}
@@ -243,7 +267,7 @@ def test_peers_are_told_by_their_names() -> None:
 
 def test_batches_are_told() -> None:
     plain = result(categories=("qa", "maths", "qa"))
-    queue = CaseRuns(plain.cases[0].case, plain.cases[0].runs)
+    queue = PromptRuns(plain.prompts[0].prompt, plain.prompts[0].runs)
     bench = replace(plain, queues=(queue, queue), batch_size=4)
     found = document(bench)
     assert found["batch_size"] == 4

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli.bench import runner as measuring
-from conflayers_cli.bench.systems import EngineArm
+from conflayers_cli.bench.systems import EngineSystem
 from conflayers_cli.bench.systems import Run as ArmRun
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile, write_prompts
@@ -265,16 +265,16 @@ class TestGates:
         dtype: str,
         code: int,
     ) -> None:
-        honest = EngineArm.run
+        honest = EngineSystem.run
 
-        def wrong(arm: EngineArm, case: Any) -> ArmRun:
+        def wrong(arm: EngineSystem, case: Any) -> ArmRun:
             done = honest(arm, case)
             if arm.name != "speculative" or case.id != "p1":
                 return done
             tokens = (*done.tokens[:3], (done.tokens[3] + 1) % 256, *done.tokens[4:])
             return ArmRun(tokens, done.stats, done.cache_bytes)
 
-        monkeypatch.setattr(EngineArm, "run", wrong)
+        monkeypatch.setattr(EngineSystem, "run", wrong)
         result = run("bench", "-p", profile, "--data", prompts, *FAST, "--dtype", dtype, "--json")
         assert result.code == code
         identical = result.document["identical_outputs"]

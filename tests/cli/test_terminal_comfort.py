@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conflayers_cli.bench.load import Bench
+from conflayers_cli.bench.schema import BenchDocument
 from conflayers_cli.bench.tables import bench_tables
 from conflayers_cli.cli import completion, main
 from conflayers_cli.cli.mistakes import with_hint
@@ -257,7 +257,7 @@ def test_a_table_without_room_becomes_a_list() -> None:
     narrow, wide = Console(width=40), Console(width=120)
     parts = [
         part
-        for part in bench_tables(Bench.of(document(result())).checked)
+        for part in bench_tables(BenchDocument.model_validate(document(result())))
         if isinstance(part, Table)
     ]
     assert parts

@@ -17,7 +17,7 @@ from conflayers_cli.bench.runner import BenchResult, measure, run_ratios
 from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, PromptRuns
 from conflayers_cli.cli.common import Loading, encode_prompts, fingerprint_of, open_model
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.models.loader import LoadedModel
+from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
 from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
 from conflayers_cli.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from benchmarks.gpu_models import PlantedModel
 from conflayers_cli.engine.compile import compile_forward
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.run_info import remarks, run_facts
 from conflayers_cli.generation.loop import Generation, Step

@@ -22,7 +22,7 @@ from conflayers_cli.bench.hf_baselines import TransformersSystem
 from conflayers_cli.bench.runner import measure
 from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.engine.argmax import greedy_tokens
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.loop import Generation, Step
 from conflayers_cli.kernels.kv_cache import KVCache

@@ -15,7 +15,7 @@ from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, mod
 from conflayers_cli.bench.runner import rotated
 from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt
 from conflayers_cli.engine.cost_cache import sizes_up_to
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import BatchProposer

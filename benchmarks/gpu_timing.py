@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 
 Call = Callable[[], object]
 

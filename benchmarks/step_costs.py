@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from benchmarks import common
 from conflayers_cli.engine.argmax import greedy_tokens
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan

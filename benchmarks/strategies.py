@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.engine.cost_model import measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation, Step
-from conflayers_cli.models.loader import LoadedModel, encode, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.tokenization import encode
 from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import find

@@ -18,7 +18,9 @@ from typing import Any
 from conflayers_cli.bench.agreement import measure_agreement
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.models.loader import LoadedModel, encode, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.tokenization import encode
 from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan

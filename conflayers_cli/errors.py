@@ -1,20 +1,37 @@
 """Errors meant for the user: one line that says what is wrong and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class ConfLayersError(Exception):
-    """A failure while working. The command ends with exit code 1."""
+    """A failure while working. The command ends with exit code 1.
+
+    Below the command line messages name arguments (``max_new_tokens``, ``exact=False``); the
+    command line shows them as its flags (see `conflayers_cli.cli.flags`).
+
+    Args:
+        message: one line.
+        names: the arguments' names in the message, each as it stands there, with words behind it
+            where the same word also means something else: ``device out`` in "leave device out".
+    """
 
     exit_code = 1
 
+    def __init__(self, message: object = "", *, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
 
 class InputError(ConfLayersError):
-    """Wrong usage or bad input: flags, files, models, profiles. Exit code 2."""
+    """Wrong usage or bad input: arguments, files, models, profiles. Exit code 2."""
 
     exit_code = 2
 
 
 class GateError(ConfLayersError):
-    """A gate did not hold: ``--fail-under``, or outputs that differ. Exit code 3."""
+    """A gate did not hold: a speed-up under ``fail_under``, or outputs that differ. Exit code 3."""
 
     exit_code = 3
 

@@ -133,7 +133,8 @@ def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
             for key in differing[:2]
         )
         raise InputError(
-            f"{path}: is of another calibration: {named}; --no-resume begins anew in its place"
+            f"{path}: is of another calibration: {named}; resume=False begins anew in its place",
+            names=("resume=False begins",),
         )
 
 

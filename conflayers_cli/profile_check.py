@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Environment, ModelFingerprint, Profile
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def check_fit(
         if profile.model.depth != decoder.depth:
             raise InputError(problem)
         if not force:
-            raise InputError(f"{problem} (--force goes on all the same)")
+            raise InputError(f"{problem} (force goes on all the same)", names=("force goes",))
         logger.warning(f"warning: {problem}")
     else:
         _tell_weights(here, profile, path)
@@ -46,7 +46,7 @@ def check_fit(
             decoder.check_plan(plan)
     except InputError as error:
         named = str(error).startswith(str(path))
-        raise InputError(str(error) if named else f"{path}: {error}") from None
+        raise InputError(str(error) if named else f"{path}: {error}", names=error.names) from None
 
 
 def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -> None:
@@ -100,8 +100,9 @@ def tell_other_device(
     if fixed:
         logger.warning(
             f"note: {path}: its draft lengths were tuned for {there}, and this is {here}: "
-            "--lookahead drafts as far as it pays here (in the profile: drop `lookahead: false`), "
-            "`conflayers calibrate` tunes anew"
+            "lookahead drafts as far as it pays here (in the profile: drop `lookahead: false`), "
+            "`conflayers calibrate` tunes anew",
+            extra={"names": ("lookahead drafts",)},
         )
     elif tuned:
         logger.warning(

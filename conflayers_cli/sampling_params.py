@@ -27,11 +27,11 @@ class SamplingParams:
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 − 1"),
-            ("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "over 0, at most 1"),
-            ("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
+            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "over 0, at most 1"),
+            ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
             (
-                "repetition-penalty",
+                "repetition_penalty",
                 self.repetition_penalty,
                 0 < self.repetition_penalty < math.inf,
                 "over 0 (1 is none)",
@@ -39,7 +39,7 @@ class SamplingParams:
         )
         for name, value, holds, allowed in checks:
             if not holds:
-                raise InputError(f"--{name} {value}: allowed is {allowed}")
+                raise InputError(f"{name} {value}: allowed is {allowed}", names=(name,))
 
     @property
     def greedy(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli.kernels.packed_linear import PackedLinear
-from conflayers_cli.models import loader as loading
+from conflayers_cli.models import source
 from tests.cli.conftest import save_model, save_profile
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -24,7 +24,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     own = save_model(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     save_profile(tmp_path / "deep.yaml", deep)
     save_profile(tmp_path / "summ.yaml", own)
-    monkeypatch.setattr(loading, "BUILTIN", {})  # the folder has the name then
+    monkeypatch.setattr(source, "BUILTIN", {})  # the folder has the name then
     monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     yield tmp_path

@@ -101,7 +101,7 @@ def test_a_damaged_line_ends_what_is_known(path: Path, place: int) -> None:
 
 def test_a_journal_is_not_begun_over_another_one(path: Path) -> None:
     whole = written(path)
-    with pytest.raises(InputError, match="--resume goes on with it, --no-resume begins anew"):
+    with pytest.raises(InputError, match="resume goes on with it, resume=False begins anew"):
         opened(path)
     assert path.read_bytes() == whole
     with opened(path, resume=False):  # and then the model can't be loaded

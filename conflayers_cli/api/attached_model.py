@@ -21,7 +21,7 @@ from torch import nn
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.packed_linear import Packing
-from conflayers_cli.models.loader import LoadedModel, as_loaded
+from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
 from conflayers_cli.models.peft_modules import unwrapped
 from conflayers_cli.spec_decode.proposer import Proposer
 

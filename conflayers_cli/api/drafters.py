@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
-from conflayers_cli.models.loader import LoadedModel
+from conflayers_cli.errors import ConfLayersWarning, InputError
+from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.spec_decode.build import By, Way, drafter_for
 from conflayers_cli.spec_decode.proposer import Proposer
@@ -19,8 +18,6 @@ from conflayers_cli.utils.notices import collected
 
 DraftBy: TypeAlias = Literal["skip", "ngram", "mixed", "none"]
 ProfileLike: TypeAlias = "str | Path | Profile"
-
-_FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 
 
 class Opened(Protocol):
@@ -42,7 +39,7 @@ class Opened(Protocol):
 
 @contextmanager
 def in_python(stacklevel: int = 4) -> Iterator[None]:
-    """Within: what the command line would note is warned of, and errors name keywords, not flags.
+    """Within: what the command line would note is warned of.
 
     Args:
         stacklevel: of the warnings; as it is, they are the caller's of the function with the block.
@@ -51,17 +48,9 @@ def in_python(stacklevel: int = 4) -> Iterator[None]:
     try:
         with collected(notes):
             yield
-    except ConfLayersError as error:
-        error.args = tuple(in_python_words(str(each)) for each in error.args)
-        raise
     finally:
         for note in notes:
-            warnings.warn(in_python_words(note), ConfLayersWarning, stacklevel=stacklevel)
-
-
-def in_python_words(message: str) -> str:
-    """A message with keywords in place of the command line's flags, which have the same names."""
-    return _FLAG.sub(lambda flag: flag[2].replace("-", "_") + "=False" * bool(flag[1]), message)
+            warnings.warn(note, ConfLayersWarning, stacklevel=stacklevel)
 
 
 def drafter_of(

@@ -41,7 +41,7 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generate import Answer, answering
-from conflayers_cli.models.loader import LoadedModel, as_loaded
+from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
 from conflayers_cli.prompts import Prompt
 from conflayers_cli.spec_decode.proposer import Proposer
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from conflayers_cli.bench.systems import BenchPrompt, Run
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generate import Summary

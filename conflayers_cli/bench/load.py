@@ -70,7 +70,8 @@ def _check_version(document: dict[str, Any], path: Path) -> None:
     version = document.get("schema_version")
     if not isinstance(version, int) or "arms" not in document:
         raise InputError(
-            f"{path}: is no result of 'conflayers bench' (its --export-json or --json)"
+            f"{path}: is no result of 'conflayers bench' (its export_json or json)",
+            names=("export_json", "json)"),
         )
     if version < SCHEMA_VERSION:
         raise InputError(

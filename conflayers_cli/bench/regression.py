@@ -32,7 +32,7 @@ from conflayers_cli.bench.schema import (
     PromptFigures,
     QueueFigures,
 )
-from conflayers_cli.errors import InputError
+from conflayers_cli.errors import GateError, InputError
 from conflayers_cli.utils.statistics import CONFIDENCE, MIN_RATIOS, Change
 from conflayers_cli.utils.yaml import shown
 
@@ -73,8 +73,9 @@ def compare(
         judged = [RegressionMetric.SPEEDUP, *([RegressionMetric.ACCEPTANCE] if repeatable else [])]
     if RegressionMetric.SPEED in judged and not same_machine:
         raise InputError(
-            f"--judge speed: {name} was measured on another machine, and tokens per second of two "
-            "machines can't be compared"
+            f"judge speed: {name} was measured on another machine, and tokens per second of two "
+            "machines can't be compared",
+            names=("judge speed",),
         )
     pairs = _paired(new, old)
     if new.queues or old.queues or len(pairs) == 1:
@@ -305,8 +306,8 @@ def _remarks(
 
 def broken_gates(
     bench: BenchDocument, fail_under: float | None, comparison: Comparison | None
-) -> list[str]:
-    """What does not hold, in sentences; empty where all does.
+) -> list[GateError]:
+    """What does not hold; empty where all does.
 
     Args:
         bench: the results.
@@ -317,19 +318,27 @@ def broken_gates(
     speedup = bench.speedup.median
     if fail_under is not None and speedup is None:
         broken.append(
-            "--fail-under: the speed-up could not be measured: no output is longer than one token"
+            GateError(
+                "fail_under: the speed-up could not be measured: no output is longer than one "
+                "token",
+                names=("fail_under",),
+            )
         )
     elif fail_under is not None and speedup is not None and not speedup >= fail_under:
-        broken.append(f"--fail-under: the speed-up is {speedup:.3f}, under {fail_under:g}")
+        low = f"fail_under: the speed-up is {speedup:.3f}, under {fail_under:g}"
+        broken.append(GateError(low, names=("fail_under",)))
     if comparison:
-        broken += [f"--compare: {regression}" for regression in comparison.regressions]
+        found = (f"compare: {message}" for message in comparison.regressions)
+        broken += [GateError(each, names=("compare:",)) for each in found]
     # In half precision a GPU's rounding may part outputs at a near-tie; that is reported only.
     match = bench.identical_outputs
     exact = bench.dtype == "float32" and bench.engine.get("exact_to_the_bit") is True
     if match and match.divergences and exact:
         parted = ", ".join(divergence.id for divergence in match.divergences[:5])
         broken.append(
-            f"greedy outputs in float32 differ from vanilla's at {len(match.divergences)} of "
-            f"{match.total} prompts ({parted})"
+            GateError(
+                f"greedy outputs in float32 differ from vanilla's at {len(match.divergences)} "
+                f"of {match.total} prompts ({parted})"
+            )
         )
     return broken

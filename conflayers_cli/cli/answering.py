@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conflayers_cli.cluster.ray_cluster import Cluster
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.generation.generate import Answer, Summary
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.skip_plan import SkipPlan

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from conflayers_cli.bench.runner import BenchResult
     from conflayers_cli.bench.systems import BatchedSystem, BenchPrompt, System
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.skip_plan import SkipPlan
     from conflayers_cli.spec_decode.proposer import Proposer

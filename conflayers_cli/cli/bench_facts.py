@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from conflayers_cli.bench.runner import BenchResult
     from conflayers_cli.bench.schema import BenchContext, BenchDocument
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def bench_context(loaded: LoadedModel, settings: dict[str, Any]) -> BenchContext:
     """The model, the machine and the settings of a bench that is about to run."""
     from conflayers_cli.bench.schema import SCHEMA_VERSION, BenchContext
-    from conflayers_cli.models.loader import fingerprint as model_fingerprint
+    from conflayers_cli.models.fingerprint import fingerprint as model_fingerprint
     from conflayers_cli.utils.environment import describe
 
     return BenchContext(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conflayers_cli.bench.metrics import TOLERANCE, RegressionMetric
+from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.terminal import emit_json, emit_rich
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
 from conflayers_cli.utils.distributed import is_first
@@ -181,7 +182,7 @@ def publish(results: BenchDocument, exports: Exports, gates: Gates, *, as_json: 
     try:
         append_step_summary(markdown(results, comparison))
     except ConfLayersError as error:
-        logger.warning(f"note: {error}")
+        logger.warning(f"note: {error}", extra={"names": error.names})
     try:
         if as_json:
             emit_json(results.as_json())
@@ -191,11 +192,11 @@ def publish(results: BenchDocument, exports: Exports, gates: Gates, *, as_json: 
         failures.append(error)
     broken = broken_gates(results, gates.fail_under, comparison)
     if failures:
-        for message in (*map(str, failures[1:]), *broken):
+        for message in map(in_flags, (*failures[1:], *broken)):
             logger.error(f"error: {message}")
         raise failures[0]
     if broken and is_first():  # the others' clocks say something else
-        raise GateError("; ".join(broken))
+        raise GateError("; ".join(map(in_flags, broken)))
 
 
 def _draw(path: Path, theme: Theme, results: BenchDocument) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from conflayers_cli.cli.common import EncodedPrompt
     from conflayers_cli.engine.cost_model import Costs
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.calibrate import Calibration
@@ -157,7 +157,7 @@ def calibrate(
     from conflayers_cli.cli import common
     from conflayers_cli.cluster.ray_cluster import cluster_of
     from conflayers_cli.cluster.workers import helping_workers
-    from conflayers_cli.weights import sample_of
+    from conflayers_cli.models.weight_sketch import sample_of
 
     cluster = cluster_of(ray, workers, device=device, device_map=device_map)
     if cluster and _by_rule(strategy, data):

@@ -19,6 +19,7 @@ from conflayers_cli.cli.common import (
     open_model,
     sampling_from,
 )
+from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
 from conflayers_cli.errors import InputError
 from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
@@ -126,4 +127,4 @@ def chat(
         except InputError as error:
             if not interactive:
                 raise
-            say(f"error: {error}")
+            say(f"error: {in_flags(error)}")

@@ -144,7 +144,7 @@ class Session:
         return tokens, begin
 
     def _encoded(self, messages: Sequence[Message]) -> list[int]:
-        from conflayers_cli.models.loader import encode
+        from conflayers_cli.models.tokenization import encode
 
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
         return encode(self.machine.loaded, [*first, *messages], None)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Environment, ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
     from conflayers_cli.sampling_params import SamplingParams
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-_ADVICE = "(--truncate shortens it)"
+_ADVICE = "(truncate shortens it)"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,12 @@ def open_model(
     from conflayers_cli.utils.out_of_memory import explained
 
     how = how or Loading()
-    advice = "--dtype bfloat16, --quantize int8 or int4, or --device-map auto takes less"
-    with progress_bar() as on_progress, explained(f"the weights of {source}", advice):
+    short = explained(
+        f"the weights of {source}",
+        "dtype bfloat16, quantize int8 or int4, or device_map auto takes less",
+        names=("dtype bfloat16", "quantize int8", "device_map auto"),
+    )
+    with progress_bar() as on_progress, short:
         loaded = load_model(
             source,
             device=how.device,
@@ -134,7 +138,7 @@ def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
     """
     from pydantic import ValidationError
 
-    from conflayers_cli.models.loader import fingerprint
+    from conflayers_cli.models.fingerprint import fingerprint
     from conflayers_cli.profile.schema import ModelFingerprint
 
     values = fingerprint(loaded.model.config)
@@ -173,8 +177,9 @@ def model_source(model: str | None, profile: Profile | None) -> str:
         return model
     if profile is None:
         raise InputError(
-            "no model: give --profile FILE (what calibrate wrote), "
-            "or --model MODEL to decode without one"
+            "no model: give profile FILE (what calibrate wrote), "
+            "or model MODEL to decode without one",
+            names=("profile FILE", "model MODEL"),
         )
     return profile.model.name
 
@@ -202,10 +207,11 @@ def sampling_from(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    flags = {"--top-p": top_p, "--top-k": top_k, "--min-p": min_p}
-    idle = [flag for flag, value in flags.items() if value is not None]
+    given = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+    idle = [name for name, value in given.items() if value is not None]
     if sampling.greedy and idle:
-        logger.warning(f"note: {', '.join(idle)} changes nothing at --temperature 0")
+        changes = f"note: {', '.join(idle)} changes nothing at temperature 0"
+        logger.warning(changes, extra={"names": (*idle, "temperature")})
     return sampling
 
 
@@ -227,7 +233,7 @@ def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: 
     Raises:
         InputError: the template refuses the messages, or no tokens come out.
     """
-    from conflayers_cli.models.loader import encode
+    from conflayers_cli.models.tokenization import encode
     from conflayers_cli.prompts import as_messages, plain_text
 
     if raw or not loaded.has_chat_template:
@@ -267,14 +273,17 @@ def encode_prompts(
             else:
                 tokens = encode_prompt(loaded, prompt, system, raw)
         except TooLongError as error:
-            raise InputError(f"{which} {error.told} {_ADVICE}") from error
+            raise InputError(
+                f"{which} {error.told} {_ADVICE}", names=("truncate shortens",)
+            ) from error
         except InputError as error:
-            raise InputError(f"{which}: {error}") from error
+            raise InputError(f"{which}: {error}", names=error.names) from error
         room = sys.maxsize if context is None else context - len(tokens)
         if room < 1:
             raise InputError(
                 f"{which} is too long: {len(tokens):,} tokens, and {loaded.name} takes "
-                f"{context:,}, the answer included {_ADVICE}"
+                f"{context:,}, the answer included {_ADVICE}",
+                names=("truncate shortens",),
             )
         if left_out:
             logger.warning(
@@ -293,8 +302,7 @@ def _shortened(
     among them.
     """
     from conflayers_cli.fitting import fit, texts_of
-    from conflayers_cli.models.loader import encode
-    from conflayers_cli.models.tokenization import count_tokens
+    from conflayers_cli.models.tokenization import count_tokens, encode
     from conflayers_cli.prompts import Message, Prompt, as_messages, plain_text
 
     if raw or not loaded.has_chat_template:

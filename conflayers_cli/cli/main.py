@@ -19,6 +19,7 @@ from conflayers_cli.cli.chat import HELP as CHAT_HELP
 from conflayers_cli.cli.chat import chat
 from conflayers_cli.cli.doctor import HELP as DOCTOR_HELP
 from conflayers_cli.cli.doctor import doctor
+from conflayers_cli.cli.flags import in_flags, with_flags
 from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
     voice = Voice()
-    with quiet("--quiet" in flags), on_stderr(), Interruptions() as interruptions:
+    with quiet("--quiet" in flags), on_stderr(with_flags), Interruptions() as interruptions:
         code = _run(arguments, "--debug" in flags, voice, interruptions)
         return voice.ended(_flushed(code))
 
@@ -156,7 +157,7 @@ def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
         told = "".join(traceback.format_exception(error))
         print(terminal_safe(told), file=sys.stderr, end="")  # noqa: T201
     if isinstance(error, ConfLayersError):
-        say(f"error: {error}")
+        say(f"error: {in_flags(error)}")
         return error.exit_code
     # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
     # told by what they offer.

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conflayers_cli.cli import options
+from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.common import Loading
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class _Checker:
         try:
             profile, version, tensors = _read(path)
         except InputError as error:
-            return _Verdict(path, None, str(error))
+            return _Verdict(path, None, in_flags(error))
         if self._model is not None and self._opened is None:
             from conflayers_cli.cli.common import open_model
 
@@ -95,7 +96,7 @@ class _Checker:
         try:
             self._check_fit(profile, path)
         except InputError as error:
-            return _Verdict(path, None, str(error))
+            return _Verdict(path, None, in_flags(error))
         return _Verdict(path, _told(profile, version, tensors))
 
     def _check_fit(self, profile: Profile, path: Path) -> None:

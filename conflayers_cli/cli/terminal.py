@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.utils.notices import VISIBLE, say, terminal_safe
 from conflayers_cli.utils.progress import is_terminal
@@ -94,7 +95,7 @@ def suppress_failures() -> Iterator[None]:
     try:
         yield
     except ConfLayersError as error:
-        say(f"error: {error}")
+        say(f"error: {in_flags(error)}")
 
 
 def discard(stream: TextIO | None) -> None:

@@ -59,23 +59,32 @@ def cluster_of(
     """
     if address is None:
         if workers is not None:
-            raise InputError("--workers goes with --ray auto or --ray HOST:PORT")
+            raise InputError(
+                "workers goes with ray auto or ray HOST:PORT",
+                names=("workers", "ray auto", "ray HOST:PORT"),
+            )
         return None
     if world().size > 1:
         raise InputError(
-            "--ray gives every worker the whole model, torchrun a part of every layer: use one"
+            "ray gives every worker the whole model, torchrun a part of every layer: use one",
+            names=("ray",),
         )
     if device_map is not None:
         raise InputError(
-            "--ray gives every worker the whole model on one device: leave --device-map out "
-            "(torchrun is for models larger than one)"
+            "ray gives every worker the whole model on one device: leave device_map out "
+            "(torchrun is for models larger than one)",
+            names=("ray", "device_map"),
         )
     if device.startswith("cuda:"):
-        raise InputError(f"--device {device}: Ray gives every worker a GPU: leave it out")
+        raise InputError(
+            f"device {device}: Ray gives every worker a GPU: leave it out", names=("device",)
+        )
     if address not in (AUTO, LOCAL):
         _host_and_port(address)
     if find_spec("ray") is None:
-        raise InputError("--ray needs Ray: pip install 'conflayers[ray]' on every machine")
+        raise InputError(
+            "ray needs Ray: pip install 'conflayers[ray]' on every machine", names=("ray needs",)
+        )
     return Cluster(address, workers, gpus=device != "cpu")
 
 
@@ -113,7 +122,8 @@ def room_for(nodes: Sequence[tuple[int, int]], workers: int | None, gpus: bool) 
     if not 0 < wanted <= most:
         each = "a CPU and a GPU" if with_gpu else "a CPU"
         raise InputError(
-            f"--workers {wanted or 1}: the cluster has room for {most}, with {each} for every one"
+            f"workers {wanted or 1}: the cluster has room for {most}, with {each} for every one",
+            names=("workers",),
         )
     largest = max(cpus for cpus, _ in nodes)
     cpus = next(count for count in range(largest, 0, -1) if slots(count) >= wanted)
@@ -185,7 +195,9 @@ def _connect(address: str) -> None:
         else:
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"--ray {address}: {last_line(error)}") from error
+        raise InputError(
+            f"ray {address}: {last_line(error)}", names=(f"ray {address}:",)
+        ) from error
     except Exception as error:  # Ray raises bare ones where its daemons don't come up in time
         raise ConfLayersError(f"Ray could not be started: {last_line(error)}") from error
 
@@ -194,8 +206,9 @@ def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(
-            f"--ray {address}: allowed is auto, local, or HOST:PORT of a cluster that this machine "
-            "belongs to"
+            f"ray {address}: allowed is auto, local, or HOST:PORT of a cluster that this machine "
+            "belongs to",
+            names=(f"ray {address}:",),
         )
     return host.strip("[]"), int(port)
 
@@ -210,8 +223,9 @@ def _probe(address: str) -> None:
         socket.create_connection(_host_and_port(address), CONNECTED_S).close()
     except OSError as error:
         raise InputError(
-            f"--ray {address}: can't be reached ({error.strerror or error}): is Ray started there "
-            "(ray start --head)?"
+            f"ray {address}: can't be reached ({error.strerror or error}): is Ray started there "
+            "(ray start --head)?",
+            names=(f"ray {address}:",),
         ) from error
     try:
         looked = subprocess.run(
@@ -223,14 +237,16 @@ def _probe(address: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"--ray {address}: no Ray cluster answers there (its port is 6379 by default; 8265 is "
-            "its dashboard, 10001 Ray Client, which is not supported)"
+            f"ray {address}: no Ray cluster answers there (its port is 6379 by default; 8265 is "
+            "its dashboard, 10001 Ray Client, which is not supported)",
+            names=(f"ray {address}:",),
         ) from None
     if looked.returncode:
         told = looked.stderr.decode(errors="replace").strip()
         raise InputError(
-            f"--ray {address}: {last_line(told)}: the cluster has to be of this version of Ray and "
-            "this machine a part of it; where it asks for a token, RAY_AUTH_MODE=token is needed"
+            f"ray {address}: {last_line(told)}: the cluster has to be of this version of Ray and "
+            "this machine a part of it; where it asks for a token, RAY_AUTH_MODE=token is needed",
+            names=(f"ray {address}:",),
         )
 
 

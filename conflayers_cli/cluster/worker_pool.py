@@ -81,6 +81,7 @@ class _Failure:
     """What a worker can't do, and which error says so; a restarted one could not do it either."""
 
     told: str
+    names: tuple[str, ...]
     of_input: bool
     host: str
 
@@ -124,7 +125,8 @@ class _Hand:
             worker = self._at_hand(opening, dtype)
             value = [worker(share) for share in shares]
         except ConfLayersError as error:
-            return _Failure(str(error), isinstance(error, InputError), socket.gethostname())
+            of_input = isinstance(error, InputError)
+            return _Failure(str(error), error.names, of_input, socket.gethostname())
         revived = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         return _Outcome(worker.place, tuple(worker.notes), value, revived)
 
@@ -239,7 +241,7 @@ class Crew:
         if isinstance(outcome, _Failure):
             where = f"on {outcome.host}: " if self._several_nodes else ""
             kind = InputError if outcome.of_input else ConfLayersError
-            raise kind(f"{where}{outcome.told}")
+            raise kind(f"{where}{outcome.told}", names=outcome.names)
         self._compare(outcome.place)
         for note in outcome.notes:
             self._warn_once(note)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.answering import Done, Facts, Prepare
 from conflayers_cli.cli.common import Loading, open_model
+from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.utils.notices import collected
 
 if TYPE_CHECKING:
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.search.corpus import Sample
     from conflayers_cli.search.helpers import Helpers
     from conflayers_cli.search.objective import Trace
@@ -42,14 +43,14 @@ class Answerer:
 
     def __init__(self, prepare: Prepare, dtype: str | None) -> None:
         self.notes: list[str] = []
-        with collected(self.notes):
+        with collected(self.notes, with_flags):
             self._machine, self._prompts = prepare(dtype)
         self.place = place_of(self._machine.loaded)
 
     def __call__(self, share: tuple[int, int]) -> tuple[Sequence[Done], Facts]:
         """The answers to the prompts from one number to before another, and the machine's facts."""
         begin, end = share
-        with collected(self.notes):
+        with collected(self.notes, with_flags):
             dones = list(self._machine.dones(self._prompts, begin, end))
         return dones, self._machine.facts()
 
@@ -121,7 +122,7 @@ class HelperWorker:
 
         torch.set_num_threads(threads)
         self.notes: list[str] = []
-        with collected(self.notes):
+        with collected(self.notes, with_flags):
             loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
         self._helper = Helper(decoder)
         self.place = place_of(loaded)
@@ -155,7 +156,7 @@ class CrewHelpers:
         try:
             found = dict(self._crew.results(shares))
         except InputError as error:  # all were ready once: the cluster has changed, not the input
-            raise ConfLayersError(str(error)) from error
+            raise ConfLayersError(str(error), names=error.names) from error
         return [found[number] for number in range(len(asked))]
 
 

@@ -53,7 +53,7 @@ def compared(decoder: Decoder) -> Outcome:
         return Outcome(f"{told}: the same")
     at = next(i for i, (a, b) in enumerate(zip(vanilla, drafted, strict=True)) if a != b)
     if decoder.inexact:
-        why = decoder.caveat or "kernels here round by the number of rows"
+        why = decoder.exactness_note or "kernels here round by the number of rows"
         return Outcome(f"{told}: parted at token {at}, as {why}")
     return Outcome(told, f"{name}: drafts change the text (token {at}): please report this")
 

@@ -35,26 +35,27 @@ class LogitsError(ConfLayersError):
         advice = (
             "the model's weights are damaged, or can't be run like this"
             if dtype == torch.float32
-            else f"--dtype float32 reaches further than {name}; "
+            else f"dtype float32 reaches further than {name}; "
             "if that does not help, the model's weights are damaged"
         )
         error = cls(
             f"the logits of step {step} (position {position}) are NaN or infinite, "
-            f"so there is no next token: {advice}"
+            f"so there is no next token: {advice}",
+            names=("dtype float32",),
         )
         error.bare = str(error)
         return error
 
     def of(self, text: str) -> LogitsError:
         """The same, naming the text."""
-        error = type(self)(f"{text}: {self.bare}")
+        error = type(self)(f"{text}: {self.bare}", names=self.names)
         error.bare, error.number = self.bare, self.number
         return error
 
 
 def greedy_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """The first token of the highest score, ``[..., V] → [...]`` int64; `INVALID_TOKEN` where the scores
-    are not numbers.
+    """The first token of the highest score, ``[..., V] → [...]`` int64; `INVALID_TOKEN` where the
+    scores are not numbers.
 
     Otherwise the same as ``argmax``, which takes five times as long on half-precision CPU tensors.
     """

@@ -27,7 +27,7 @@ class AsyncDecode:
         runner: runs the passes.
         cache: of a single row, filled below ``position``.
         kind: of the passes.
-        rows: how often each pass runs its token (see `.rows.RowRule`).
+        rows: how often each pass runs its token (see `.batch_invariance`).
         places: whether the repeated ones have places of their own, too.
         token, position: what the first pass runs, and where.
         count: told about every pass launched.
@@ -72,7 +72,7 @@ class AsyncDecode:
         """Launch passes, as far as the cache has room for what they write."""
         with torch.inference_mode(), self._runner.passes.lock:
             for _ in range(min(count, self.cache.capacity - self.position)):
-                self._under_way.append(self._runner.feed(self))
+                self._under_way.append(self._runner.launch(self))
                 self.position += 1
                 self._count()
 

@@ -95,11 +95,11 @@ class CachePool:
         so it must neither wait nor come between.
         """
         self._returned.append(memory)
-        if self._lock.take():
+        if self._lock.acquire():
             try:
                 self._sort()
             finally:
-                self._lock.give()
+                self._lock.release()
 
     def _sort(self) -> None:
         """Keep what was given back, or give it up."""

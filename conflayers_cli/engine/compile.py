@@ -66,9 +66,9 @@ def _compiled(decoder: Decoder, backend: str) -> Compilation:
     if after >= before:
         use_forward(decoder, plain)
         return Compilation(False, f"not compiled: {told}", took)
-    if decoder.rows.bitwise:
+    if decoder.invariance.bitwise:
         # The compiler makes a kernel for every shape, each with an order of additions of its own.
-        decoder.rows, decoder.inexact = NOT_INVARIANT, True
+        decoder.invariance, decoder.inexact = NOT_INVARIANT, True
         decoder.runner.forget()
     return Compilation(True, f"compiled in {forward.seconds:.1f} s: {told}", took)
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.cost_model import Costs, CostTable, measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.models import peft_modules, registry
 from conflayers_cli.models.device import spread_of
-from conflayers_cli.models.loader import LoadedModel, fingerprint
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.quantization import signature
 from conflayers_cli.utils import environment
 from conflayers_cli.utils.distributed import agreed
@@ -155,7 +157,7 @@ def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "rows": decoder.rows.least,
+        "rows": decoder.invariance.min_rows,
         "recorded": decoder.runner.reason is None,
         "forward": type(decoder.passes.fused).__name__,
         "flash": decoder.passes.flash,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,6 +105,16 @@ class ForwardRunner:
     def by_modules(self) -> bool:
         """Whether the model's own modules run now."""
         return self.fused is None or self.watched
+
+    @contextmanager
+    def using(self, fused: FusedForward | None, *, flash: bool) -> Iterator[None]:
+        """Within: passes are run by another forward. Nobody else may run any meanwhile."""
+        before = self.fused, self.flash
+        self.fused, self.flash = fused, flash
+        try:
+            yield
+        finally:
+            self.fused, self.flash = before
 
     def reads_filled_part(self, width: int) -> bool:
         """Whether attention of passes of so many tokens a row reads no more of the cache than is

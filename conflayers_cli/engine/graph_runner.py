@@ -70,7 +70,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None  # a handle of PyTorch's
+        self._pool: Any = None  # PyTorch's handle
         self._anchor: torch.cuda.CUDAGraph | None = None
 
     def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -138,6 +138,7 @@ class Runner:
         reason: see below.
 
     Attributes:
+        multiple: see above.
         reason: why passes are not recorded; None: they are.
     """
 
@@ -145,7 +146,7 @@ class Runner:
         self.passes = passes
         self.reason = reason
         self.device: torch.device = passes.device
-        self._multiple = multiple
+        self.multiple = multiple
 
     @property
     def graphs(self) -> int:
@@ -157,6 +158,36 @@ class Runner:
         """Passes of a kind that run slower than those behind them."""
         return 1
 
+    def forward(
+        self,
+        inputs: ModelInput,
+        cache: KVCache,
+        plan: SkipPlan,
+        *,
+        min_width: int = 1,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits ``[B, T, V]`` of the tokens, or ``[B, 1, V]`` of the last one.
+
+        The last token is repeated where the pass has to be wider.
+
+        Args:
+            inputs: anywhere; they are brought to the device.
+            cache: filled below the first position of every row.
+            plan: the sub-layers left out.
+            min_width: tokens of each row that the pass runs at the least.
+            last_only: compute logits for the last token only.
+        """
+        batch, wanted = inputs.tokens.shape
+        keep = min_width if last_only and wanted >= min_width else 0
+        if (width := self.width_for(wanted, batch)) > wanted:
+            inputs = inputs.repeated(width, positions=True)
+        if width < min_width:
+            inputs = inputs.repeated(min_width, positions=self.passes.by_modules)
+        end = int(inputs.written.max()) + 1
+        logits = self.run(inputs, cache, ForwardSpec(plan, keep), end)
+        return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
+
     def run(self, inputs: ModelInput, cache: KVCache, kind: ForwardSpec, end: int) -> torch.Tensor:
         """Logits as `ForwardRunner.run` gives them, the caller's own.
 
@@ -164,7 +195,7 @@ class Runner:
             inputs: anywhere; they are brought to the device.
             cache: filled below the first position of every row.
             kind: of the pass.
-            end: one more than the last slot written.
+            end: the last slot written, plus one.
         """
         extent = self.extent(cache, inputs.positions.shape[1], end)
         if kind.plan:  # drafts are guesses, whose bits may depend on how far keys are read
@@ -178,7 +209,7 @@ class Runner:
 
     def extent(self, cache: KVCache, width: int, end: int) -> int:
         """How far attention of a pass of so many positions a row may read."""
-        return extent_for(end, self._multiple)
+        return extent_for(end, self.multiple)
 
     def forget(self, number: int | None = None) -> None:
         """A cache's memory, of this number, is no more; None: passes run otherwise from now on."""
@@ -201,7 +232,7 @@ class _Buffers:
         self._block.copy_(torch.cat(parts), non_blocking=True)
 
 
-class Feeding(Protocol):
+class AsyncSequence(Protocol):
     """A row whose passes feed themselves (:class:`conflayers_cli.engine.async_decode.AsyncDecode`), as a runner knows it.
 
     Attributes:
@@ -243,7 +274,7 @@ class GraphRunner(Runner):
         self._graphs: OrderedDict[_Key, tuple[torch.Tensor, Callable[[], None]]] = OrderedDict()
         self._uses: Counter[_Key] = Counter()
         self._buffers: dict[tuple[str, _Shape], _Buffers] = {}
-        self._feeding: weakref.ref[Feeding] | None = None
+        self._launched: weakref.ref[AsyncSequence] | None = None
 
     @property
     def graphs(self) -> int:
@@ -283,7 +314,7 @@ class GraphRunner(Runner):
         """Whether passes may be recorded now."""
         return self.reason is None and not self.passes.watched
 
-    def feed(self, row: Feeding) -> Read:
+    def launch(self, row: AsyncSequence) -> Read:
         """Launch the next pass of a row that feeds itself.
 
         Returns:
@@ -291,13 +322,13 @@ class GraphRunner(Runner):
         """
         like = row.inputs()
         buffers = self._buffers_for("feed", like)
-        last = self._feeding() if self._feeding else None
+        last = self._launched() if self._launched else None
         if last is not row:
             if last is not None:
                 last.drain()
                 like = row.inputs()
             buffers.put(like)
-            self._feeding = weakref.ref(row)
+            self._launched = weakref.ref(row)
         extent = self.extent(row.cache, like.positions.shape[1], row.position + 1)
         given, cache, kind = buffers.inputs, row.cache, row.kind
 
@@ -360,9 +391,7 @@ def _shape(inputs: ModelInput) -> _Shape:
 
 
 def bucket_for(length: int) -> int:
-    """The extent, in slots, that holds ``length`` of them: powers of two, and one between each, so
-    that a text that grows goes through few.
-    """
+    """The extent, in slots, that holds ``length``: a growing text goes through few of them."""
     blocks = -(-max(length, 1) // EXTENT_MULTIPLE)
     power = 1 << (blocks - 1).bit_length()
     between = power * 3 // 4

@@ -29,12 +29,12 @@ class ModelLock:
     def __exit__(self, *of_error: object) -> None:
         self._lock.release()
 
-    def take(self) -> bool:
-        """Take it if that needs no waiting; whether it did. To be given back by `give`."""
+    def acquire(self) -> bool:
+        """Acquire it if that needs no waiting; whether it did. To be released by `release`."""
         return self._lock.acquire(blocking=False)
 
-    def give(self) -> None:
-        """Give back what was taken."""
+    def release(self) -> None:
+        """Release what was acquired."""
         self._lock.release()
 
     def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:

@@ -19,10 +19,10 @@ def remarks(decoder: Decoder) -> tuple[str, ...]:
     elif decoder.device.type != "cpu":
         told.append(f"passes launched one by one: {runner.reason}")
     if decoder.device.type != "cpu":
-        told += [f"could not be used: {setback}" for setback in decoder.setbacks]
+        told += [f"could not be used: {disabled}" for disabled in decoder.disabled_paths]
     if decoder.inexact:
         told.append(
-            decoder.caveat
+            decoder.exactness_note
             or "not exact to the bit: kernels here round by the number of rows, so drafts may part "
             "the text from vanilla's where two tokens are as good as equal"
         )
@@ -40,10 +40,10 @@ def run_facts(decoder: Decoder) -> dict[str, Any]:
         "one_by_one_because": decoder.runner.reason,
         "forward": _forward(decoder),
         "attention_kernel": decoder.passes.flash and decoder.passes.fused is not None,
-        "setbacks": decoder.setbacks,
-        "rows_at_least": decoder.rows.least,
+        "setbacks": list(decoder.disabled_paths),
+        "rows_at_least": decoder.invariance.min_rows,
         "exact_to_the_bit": not decoder.inexact
-        and (decoder.rows.bitwise or decoder.dtype == torch.float32),
+        and (decoder.invariance.bitwise or decoder.dtype == torch.float32),
         "compiled": compilation is not None and compilation.used,
         "compile_seconds": compilation.seconds if compilation else None,
     }

@@ -295,7 +295,7 @@ class Generation(Row):
         token, position = self.tokens[-1], len(self.tokens) - 1
         feed = self._feed
         if feed is None or self.decoder.stack.watched or not feed.goes_on_from(token, position):
-            self._feed = self.decoder.feed(token, position, self.cache)
+            self._feed = self.decoder.decode_ahead(token, position, self.cache)
         if self._feed is None:
             return ()
         self._feed.launch(min(LAUNCHED_AHEAD, self.room + 1) - self._feed.ahead)
@@ -350,7 +350,11 @@ class Generation(Row):
             # them, but nought times NaN is NaN. So what comes next is decided without drafts.
             self.cache.clear(filled + len(decided), filled + 1 + len(nodes))
             return decided or self._verify(NOTHING)
-        if row > len(draft.tokens) and self.sampler.settings.greedy and self.decoder.rows.bitwise:
+        if (
+            row > len(draft.tokens)
+            and self.sampler.settings.greedy
+            and self.decoder.invariance.bitwise
+        ):
             # The leaf is the model's choice to the bit; what follows it is so but for the order in
             # which the leaf's pass summed its keys. It opens the next draft, and is verified there.
             self._ahead = token, draft.sources[parent] if draft.sources else self._drafter_name

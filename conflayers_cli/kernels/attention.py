@@ -12,6 +12,8 @@ Two things are done to the call that transformers' models make through their att
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -174,3 +176,11 @@ def _explicit(
 # transformers finds attention functions by name; its registry is the one place for them.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def own_attention(model: Any) -> str:
+    """The attention that transformers would use, also where an earlier Decoder set the engine's."""
+    current: str = model.config._attn_implementation
+    if current != NAME:
+        return current
+    return "sdpa" if model._supports_sdpa else "eager"

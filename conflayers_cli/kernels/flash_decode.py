@@ -157,18 +157,30 @@ def _attend(
     blocks = -(-tokens * (heads // shared) // ROWS)
     others = batch * shared * blocks
     window = EVERYTHING if window is None else window
-    seen = (tokens, capacity, window, splits)
-    places = (*_strides(positions), *_strides(slots))
+    shown: dict[str, Any] = {
+        "positions": positions,
+        "slots": slots,
+        "tokens": tokens,
+        "capacity": capacity,
+        "window": window,
+        "splits": splits,
+        **_strides("positions", positions),
+        **_strides("slots", slots),
+    }
     split_kernel, combine_kernel = _kernels()
     with torch.cuda.device_of(query):
         split_kernel[(blocks, batch * shared, _programs(splits, others))](
-            *(query, keys, values, positions, slots, sums, tops, totals),
-            scaling * math.log2(math.e),
-            *seen,
-            *_strides(query, unit),
-            *_strides(keys, unit),
-            *_strides(values, value_unit),
-            *places,
+            query=query,
+            keys=keys,
+            values=values,
+            sums=sums,
+            tops=tops,
+            totals=totals,
+            scale=scaling * math.log2(math.e),
+            **shown,
+            **_strides("query", query, unit),
+            **_strides("keys", keys, unit),
+            **_strides("values", values, value_unit),
             **_sizes(heads, shared, size, value_size, keys.element_size()),
             num_warps=_warps(query.dtype),
             num_stages=_stages(query.device),
@@ -176,9 +188,11 @@ def _attend(
         )
         columns = min(COLUMNS, _power_of_two(value_size))
         combine_kernel[(batch * tokens * heads, -(-value_size // columns))](
-            *(sums, tops, totals, positions, slots, out),
-            *seen,
-            *places,
+            sums=sums,
+            tops=tops,
+            totals=totals,
+            out=out,
+            **shown,
             heads=heads,
             value_size=value_size,
             columns=columns,
@@ -288,14 +302,26 @@ def _check(
 
 def _misplaced(states: torch.Tensor, unit: int) -> bool:
     """Whether vectors don't lie where the kernel takes them to: see :func:`flash_attention`."""
-    uneven = any(step % unit for step in _strides(states))
+    uneven = any(step % unit for step in _strides("", states).values())
     return uneven or states.stride(-1) != 1 or states.data_ptr() % 16 != 0
 
 
-def _strides(tensor: torch.Tensor, unit: int = 1) -> list[int]:
-    """Strides but the last of a query, keys or values; all of positions. Zero where not needed."""
-    dimensions = tensor.dim() if tensor.dim() == 2 else tensor.dim() - 1
-    return [tensor.stride(i) // unit if tensor.shape[i] > 1 else 0 for i in range(dimensions)]
+def _strides(name: str, tensor: torch.Tensor, unit: int = 1) -> dict[str, int]:
+    """The kernels' arguments for a tensor's strides, in units; zero where not needed.
+
+    Args:
+        name: ``query``, ``keys`` or ``values``, whose last dimension is left out, or one of the
+            tensors ``[B, T]``.
+        tensor: the tensor.
+        unit: elements of a unit.
+    """
+    axes = (
+        ("batch", "token")
+        if tensor.dim() == 2
+        else ("batch", "head", "token" if name == "query" else "slot")
+    )
+    steps = zip(axes, tensor.stride(), tensor.shape, strict=False)
+    return {f"{name}_{axis}": step // unit if size > 1 else 0 for axis, step, size in steps}
 
 
 def _unit(size: int) -> int:

@@ -297,13 +297,27 @@ def flash_combine(
 
 
 _POSITIONS = [
-    *("positions", "slots", "tokens", "capacity", "window", "splits"),
-    *("positions_batch", "positions_token", "slots_batch", "slots_token"),
+    "positions",
+    "slots",
+    "tokens",
+    "capacity",
+    "window",
+    "splits",
+    "positions_batch",
+    "positions_token",
+    "slots_batch",
+    "slots_token",
 ]
 _STRIDES = [
-    *("query_batch", "query_head", "query_token"),
-    *("keys_batch", "keys_head", "keys_slot"),
-    *("values_batch", "values_head", "values_slot"),
+    "query_batch",
+    "query_head",
+    "query_token",
+    "keys_batch",
+    "keys_head",
+    "keys_slot",
+    "values_batch",
+    "values_head",
+    "values_slot",
 ]
 split_kernel = triton.jit(flash_split, do_not_specialize=_POSITIONS + _STRIDES)
 combine_kernel = triton.jit(flash_combine, do_not_specialize=_POSITIONS)

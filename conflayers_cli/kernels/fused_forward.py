@@ -148,8 +148,8 @@ class FusedForward:
 
         Args:
             tokens: ``[B, T]``. There may be more of them than positions: they repeat the last one,
-                and are there so that products have enough rows (see `.rows.RowRule`). Attention
-                needs no more rows than there are positions.
+                and are there so that products have enough rows (see
+                `.batch_invariance`). Attention needs no more rows than there are positions.
             positions: ``[B, P]``, P ≤ T.
             attend: attention of the positions' tokens by kind of layer; one entry serves all kinds.
             cache: has been told where the positions are written.

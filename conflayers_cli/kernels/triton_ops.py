@@ -70,8 +70,13 @@ def add_norm(
     padded = _power_of_two(hidden)
     with torch.cuda.device_of(x):
         add_norm_kernel[(batch * kept,)](
-            *(x, x if delta is None else delta.contiguous(), norm.weight, out),
-            *(norm.epsilon, tokens, kept),
+            x=x,
+            delta=x if delta is None else delta.contiguous(),
+            weight=norm.weight,
+            out=out,
+            epsilon=norm.epsilon,
+            tokens=tokens,
+            kept=kept,
             hidden=hidden,
             padded=padded,
             added=delta is not None,
@@ -120,12 +125,24 @@ def rotate_and_write(
     query_norm, key_norm = norms or (Norm(cos, 0.0), Norm(cos, 0.0))
     with torch.cuda.device_of(product):
         rotate_and_write_kernel[(batch * own, heads + 2 * shared)](
-            *(product.contiguous(), cos.contiguous(), sin.contiguous(), slots),
-            *(query_norm.weight, key_norm.weight, queries, keys, values),
-            *(query_norm.epsilon, key_norm.epsilon, tokens, own, capacity),
-            *_strides(keys),
-            *_strides(values),
-            *(slots.stride(0), slots.stride(1)),
+            product=product.contiguous(),
+            cos=cos.contiguous(),
+            sin=sin.contiguous(),
+            slots=slots,
+            query_weight=query_norm.weight,
+            key_weight=key_norm.weight,
+            queries=queries,
+            keys=keys,
+            values=values,
+            query_epsilon=query_norm.epsilon,
+            key_epsilon=key_norm.epsilon,
+            tokens=tokens,
+            own=own,
+            capacity=capacity,
+            **_strides("keys", keys),
+            **_strides("values", values),
+            slots_batch=slots.stride(0),
+            slots_token=slots.stride(1),
             heads=heads,
             shared=shared,
             size=size,
@@ -185,9 +202,11 @@ def _check(
             raise ValueError(f"{name} of strides {states.stride()} don't lie at even places")
 
 
-def _strides(states: torch.Tensor) -> list[int]:
-    """Of a cache's memory, in units that the compiler knows (see :mod:`conflayers_cli.kernels.flash_decode_kernels`)."""
-    return [step // _unit(states.shape[3]) for step in states.stride()[:3]]
+def _strides(name: str, states: torch.Tensor) -> dict[str, int]:
+    """The kernel's arguments for the strides of a cache's memory, in units that the compiler knows
+    (see :mod:`conflayers_cli.kernels.flash_decode_kernels`)."""
+    steps = zip(("batch", "head", "slot"), states.stride(), strict=False)
+    return {f"{name}_{axis}": step // _unit(states.shape[3]) for axis, step in steps}
 
 
 def _unit(size: int) -> int:
@@ -336,9 +355,17 @@ add_norm_kernel = triton.jit(add_norm_row, do_not_specialize=["tokens", "kept"])
 rotate_and_write_kernel = triton.jit(
     rotate_and_write_head,
     do_not_specialize=[
-        *("tokens", "own", "capacity", "slots_batch", "slots_token"),
-        *("keys_batch", "keys_head", "keys_slot"),
-        *("values_batch", "values_head", "values_slot"),
+        "tokens",
+        "own",
+        "capacity",
+        "slots_batch",
+        "slots_token",
+        "keys_batch",
+        "keys_head",
+        "keys_slot",
+        "values_batch",
+        "values_head",
+        "values_slot",
     ],
 )
 gated_kernel = triton.jit(gated_piece)

@@ -1,1 +1,1 @@
-"""From a name to a model that is ready to run."""
+"""A name, folder, GGUF file or Hub id → model, tokenizer and chat template, ready to run."""

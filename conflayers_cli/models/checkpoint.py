@@ -117,7 +117,8 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise InputError(
                 f"{source} asks for code from elsewhere ({key} {value[:100]!r} in config.json): "
-                "delete the entry, or give --trust-remote-code"
+                "delete the entry, or give trust_remote_code",
+                names=("trust_remote_code",),
             )
 
 

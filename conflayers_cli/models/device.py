@@ -25,8 +25,9 @@ def find_device(spec: str) -> torch.device:
     if here.size > 1 and torch.cuda.is_available():
         if spec not in ("auto", "cuda", f"cuda:{here.local_rank}"):
             raise InputError(
-                f"--device {spec}: under torchrun every process has a CUDA device of its own: "
-                "leave --device out (CUDA_VISIBLE_DEVICES= hides them)"
+                f"device {spec}: under torchrun every process has a CUDA device of its own: "
+                "leave device out (CUDA_VISIBLE_DEVICES= hides them)",
+                names=(f"device {spec}:", "device out"),
             )
         return torch.device("cuda", here.local_rank)
     if spec == "auto":
@@ -41,12 +42,16 @@ def find_device(spec: str) -> torch.device:
         if here.size > 1:
             raise InputError("torchrun shares a model among CUDA devices or on the CPU, not on MPS")
         if not torch.backends.mps.is_available():
-            raise InputError("no MPS device here (--device auto takes what there is)")
+            raise InputError(
+                "no MPS device here (device auto takes what there is)", names=("device auto",)
+            )
         return device
     if device.type != "cuda":
         raise InputError(f"unsupported device {spec!r}: auto, cpu, cuda, cuda:N or mps")
     if not torch.cuda.is_available():
-        raise InputError("no CUDA device here (--device auto takes what there is)")
+        raise InputError(
+            "no CUDA device here (device auto takes what there is)", names=("device auto",)
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise InputError(f"no device {spec!r}: there are {torch.cuda.device_count()} CUDA devices")
@@ -57,20 +62,22 @@ def check_device_map(spec: str | None, device: str) -> None:
     """Refuse a device map that is none, or one beside what else says where a model goes.
 
     Raises:
-        InputError: the message names the flags.
+        InputError: the message names the arguments.
     """
     if spec is None:
         return
     if spec != "auto":
-        raise InputError(f"--device-map {spec}: the only map is auto")
+        raise InputError(f"device_map {spec}: the only map is auto", names=("device_map",))
     if device != "auto":
         raise InputError(
-            f"--device-map auto and --device {device}: both say where the model goes; give one"
+            f"device_map auto and device {device}: both say where the model goes; give one",
+            names=("device_map", f"device {device}:"),
         )
     if world().size > 1:
         raise InputError(
-            "--device-map auto gives whole layers to devices, torchrun a part of every layer: "
-            "use one of the two"
+            "device_map auto gives whole layers to devices, torchrun a part of every layer: "
+            "use one of the two",
+            names=("device_map",),
         )
 
 

@@ -27,7 +27,7 @@ _WORKING_SET = 48 * 2**20
 _BLOCK = 4 * 2**20
 """Bytes of weights at the most that are timed at once."""
 _ROUNDS = 5
-# A pass of one token runs two rows in half precision (see `rows.RowRule`), and one in float32.
+# A pass of one token runs two rows in half precision (see `BatchInvariance`), and one in float32.
 _ROWS = ((torch.float32, 1), (torch.bfloat16, 2))
 
 Measure = Callable[[PreTrainedConfig], float]

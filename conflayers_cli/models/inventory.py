@@ -166,7 +166,7 @@ def clear(name: str) -> tuple[list[Path], int]:
     else:
         known = (*CATALOGUE, COSTS, COMPILED)
         names, hint = ", ".join(known), did_you_mean(name, known)
-        raise InputError(f"--clear {name}: there is {names}{hint}")
+        raise InputError(f"clear {name}: there is {names}{hint}", names=(f"clear {name}:",))
     there = [path for path in targets if path.is_dir() and not path.is_symlink()]
     total = sum(map(size_of, there))
     for path in there:

@@ -113,8 +113,9 @@ def check_merge(merge: bool | None, config: Any, source: str) -> bool:
     method = method_of(config)
     if merge and method is not None:
         raise InputError(
-            f"--merge-adapter: the base of {source} is quantised with {method}, and the sums would "
-            "be rounded to its few bits: leave it out"
+            f"merge_adapter: the base of {source} is quantised with {method}, and the sums would "
+            "be rounded to its few bits: leave it out",
+            names=("merge_adapter:",),
         )
     return method is None if merge is None else merge
 

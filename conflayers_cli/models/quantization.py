@@ -1,4 +1,4 @@
-"""Weights in fewer bits: loading them, and what can be promised of a model that has them.
+"""Weights in fewer bits: what a checkpoint has of them, and how they are loaded.
 
 A quantised checkpoint is run by what transformers puts in place of its linear layers; a plain one
 is quantised while it is loaded (``--quantize``), by torchao: one package for CPU and CUDA, which
@@ -6,7 +6,8 @@ computes with the layers' own inputs. bitsandbytes' int8 does not: it rounds the
 their columns it leaves out depends on all rows of a pass (LLM.int8(), arXiv 2208.07339 §3).
 
 Such kernels are chosen by how many rows there are, some are made for one. What wider passes cost is
-measured like any other cost; whether rows keep their bits is tried when the model is opened.
+measured like any other cost; whether rows keep their bits is tried when the model is opened (see
+`conflayers_cli.engine.batch_invariance`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -27,22 +25,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from conflayers_cli.engine.batch_invariance import (
-    NOT_INVARIANT,
-    PROBED_TOKENS,
-    BatchInvariance,
-    Logits,
-    probe_min_rows,
-)
 from conflayers_cli.errors import InputError
 
 BITS = ("int8", "int4")
 """What a plain checkpoint's weights can be loaded as."""
 GROUPS = (128, 64, 32)
 """Inputs that share one int4 scale; the largest that divides a model's sizes is taken."""
-DEAREST = 1.25
-"""A pass of one token may take this many times its time for its bits to be those of wider ones."""
-_ROUNDS = 7
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -58,20 +46,6 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # Modules that round what they are given: even float32 inputs that differ in the last bit can then
 # give products that differ by a step.
 _ROUNDING = frozenset({"Linear8bitLt", "Linear4bit"})
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What holds of a quantised model's greedy text.
-
-    Attributes:
-        rows: how many rows its passes run at the least.
-        caveat: why drafts may change the text where two tokens are nearly as good; None: they
-            don't.
-    """
-
-    rows: BatchInvariance
-    caveat: str | None = None
 
 
 def method_of(config: Any) -> str | None:
@@ -115,7 +89,7 @@ def check_packages(method: str, source: str) -> None:
         )
 
 
-def loading(
+def quantization_kwargs(
     config: PreTrainedConfig,
     source: str,
     bits: str | None,
@@ -148,7 +122,10 @@ def loading(
             logging.getLogger(method).setLevel(logging.ERROR)
         return {}
     if method is not None:
-        raise InputError(f"{source} is quantised with {method} already: leave --quantize out")
+        raise InputError(
+            f"{source} is quantised with {method} already: leave quantize out",
+            names=("quantize out",),
+        )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
@@ -157,7 +134,7 @@ def loading(
     return {"quantization_config": weight_only(bits, device, dtype, inputs)}
 
 
-def told(config: Any, bits: str | None) -> str | None:
+def describe(config: Any, bits: str | None) -> str | None:
     """What is said of a model's weights; None: nothing, they are plain.
 
     Args:
@@ -173,7 +150,9 @@ def told(config: Any, bits: str | None) -> str | None:
 def check_bits(bits: str | None) -> None:
     """Raise InputError unless ``bits`` is None or one of `BITS`."""
     if bits is not None and bits not in BITS:
-        raise InputError(f"unknown --quantize {bits!r}: {' or '.join(BITS)}")
+        raise InputError(
+            f"unknown quantize {bits!r}: {' or '.join(BITS)}", names=(f"quantize {bits!r}",)
+        )
 
 
 def weight_only(bits: str, device: torch.device, dtype: torch.dtype, inputs: Iterable[int]) -> Any:
@@ -198,101 +177,22 @@ def weight_only(bits: str, device: torch.device, dtype: torch.dtype, inputs: Ite
     """
     check_bits(bits)
     if find_spec("torchao") is None:
-        raise InputError("--quantize needs torchao: pip install torchao")
+        raise InputError("quantize needs torchao: pip install torchao", names=("quantize needs",))
     try:
         scheme = _int8() if bits == "int8" else _int4(device, dtype, inputs)
         return import_module("transformers").TorchAoConfig(scheme)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"--quantize {bits} does not work with this torchao ({reason}): "
-            "pip install --upgrade torchao"
+            f"quantize {bits} does not work with this torchao ({reason}): "
+            "pip install --upgrade torchao",
+            names=(f"quantize {bits} does",),
         ) from error
-
-
-def promise(
-    model: Any,
-    logits: Logits,
-    clock: Callable[[], float] | None = None,
-    kernels: str = "quantised kernels",
-) -> Promise:
-    """Find out whether a quantised model's rows keep their bits from pass to pass, at what price.
-
-    Or those of a model in half precision whose adapter computes in float32, where products take
-    other kernels.
-
-    Args:
-        model: the model.
-        logits: runs tokens, see `rows.probe_min_rows`.
-        clock: seconds now, with the device's work done; None: the real one.
-        kernels: what rounds otherwise, where it does.
-    """
-    if model.dtype == torch.float32 and not rounds_inputs(model):
-        return Promise(NOT_INVARIANT)  # as with every model in float32: see `rows.BatchInvariance`
-    if rows_mix(model):
-        return _broken(
-            "this model's int8 products of a token depend on the tokens beside it "
-            "(llm_int8_threshold), so drafts may change the text"
-        )
-    rule = probe_min_rows(logits)
-    if not rule.bitwise:
-        return _broken(
-            f"this model's {kernels} round otherwise for other numbers of tokens, so drafts may "
-            "change the text where two tokens are as good as equal"
-        )
-    dearer = _ratio(logits, rule.least, clock or partial(_now, model.device))
-    if dearer > DEAREST:
-        return _broken(
-            f"that would take {rule.least} rows a pass, {dearer:.1f} times as long as one with "
-            "this model's kernels, so drafts may change the text where two tokens are as good as "
-            "equal"
-        )
-    return Promise(rule)
-
-
-def _broken(reason: str) -> Promise:
-    return Promise(NOT_INVARIANT, f"not exact to the bit: {reason}")
-
-
-def rows_mix(model: nn.Module) -> bool:
-    """Whether a row's products depend on what is in the other rows, not only on how many there are.
-
-    LLM.int8() computes every column in which any row has an outlier in half precision, for all
-    rows. Whether there is one hangs on the text, so trying does not find it.
-    """
-    return any(_threshold(module) > 0 for module in model.modules())
-
-
-def _threshold(module: Any) -> float:
-    """From where on bitsandbytes' int8 takes an input for an outlier; 0: it has none."""
-    # PEFT has adapted layers of the same name, without a state of their own.
-    state = getattr(module, "state", None) if type(module).__name__ == "Linear8bitLt" else None
-    return float(getattr(state, "threshold", 0.0))
 
 
 def rounds_inputs(model: nn.Module) -> bool:
     """Whether layers round what they are given, to int8 or half precision, whatever its dtype."""
     return any(type(module).__name__ in _ROUNDING for module in model.modules())
-
-
-def _ratio(logits: Logits, least: int, clock: Callable[[], float]) -> float:
-    """The time of a token's pass of ``least`` rows in that of one row: medians, taken by turns."""
-    times: dict[int, list[float]] = {1: [], least: []}
-    for round_ in range(_ROUNDS + 1):
-        for rows, taken in times.items():
-            begin = clock()
-            logits(rows, round_ % PROBED_TOKENS, 1)
-            seconds = clock() - begin
-            if round_:  # the first round warms up
-                taken.append(seconds)
-    one, many = (sorted(taken)[_ROUNDS // 2] for taken in (times[1], times[least]))
-    return many / one if one else 1.0
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _entries(config: Any) -> dict[str, Any] | None:
@@ -314,16 +214,22 @@ def _int4(device: torch.device, dtype: torch.dtype, inputs: Iterable[int]) -> An
     group = next((g for g in GROUPS if all(size % g == 0 for size in sizes)), None)
     if group is None:
         raise InputError(
-            f"--quantize int4 needs layers with a multiple of {GROUPS[-1]} inputs, and this model "
-            f"has some with {next(size for size in sizes if size % GROUPS[-1])}"
+            f"quantize int4 needs layers with a multiple of {GROUPS[-1]} inputs, and this model "
+            f"has some with {next(size for size in sizes if size % GROUPS[-1])}",
+            names=("quantize int4",),
         )
     if device.type == "cuda":
         if dtype != torch.bfloat16:
-            raise InputError("--quantize int4 computes in bfloat16 on a GPU: --dtype bfloat16")
+            raise InputError(
+                "quantize int4 computes in bfloat16 on a GPU: dtype bfloat16",
+                names=("quantize int4", "dtype bfloat16"),
+            )
         return import_module("torchao.quantization").Int4WeightOnlyConfig(
             group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
     if device.type != "cpu":
-        raise InputError(f"--quantize int4 works on cpu and cuda, not on {device.type}")
+        raise InputError(
+            f"quantize int4 works on cpu and cuda, not on {device.type}", names=("quantize int4",)
+        )
     workflow = import_module("torchao.prototype.quantization.int4.inference_workflow")
     return workflow.PrototypeInt4WeightOnlyConfig(group_size=group, set_inductor_config=False)

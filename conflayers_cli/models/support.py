@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.kernels import attention
 
 
 def refuse_unsupported(model: Any, config: Any) -> None:
@@ -40,14 +39,6 @@ def sizes_by_layer(config: Any, name: str) -> tuple[int, ...]:
     layers = getattr(config, "per_layer_config", None) or (config,)
     values = dict.fromkeys(getattr(layer, name, None) for layer in layers)
     return tuple(int(value) for value in values if value is not None)
-
-
-def own_attention(model: Any) -> str:
-    """The attention that transformers would use, also where an earlier Decoder set the engine's."""
-    current: str = model.config._attn_implementation
-    if current != attention.NAME:
-        return current
-    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def exact_positions(config: Any) -> int | None:

@@ -1,13 +1,16 @@
-"""Texts → token ids: of texts however long, and by tokenizers that may not be the model's."""
+"""Messages and texts → token ids: however long, and by tokenizers that may not be the model's."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.chat_template import REFUSALS, bounded
+
+if TYPE_CHECKING:
+    from conflayers_cli.models.loaded_model import LoadedModel
 
 PIECE = 1 << 18
 """Characters tokenised at once where a long text's tokens are only counted."""
@@ -27,12 +30,54 @@ class TooLongError(InputError):
         self.told = told
 
 
+def encode(
+    loaded: LoadedModel, messages: list[dict[str, str]] | None, text: str | None
+) -> list[int]:
+    """The token ids of a conversation (by the chat template, up to the answer) or of a plain text.
+
+    Raises:
+        TooLongError: there are far more tokens than the model's context has room for.
+        InputError: the model has no chat template, the template refuses the messages, no tokens
+            come out, or some that the model doesn't know.
+        ValueError: not exactly one of ``messages`` and ``text`` is given.
+    """
+    if (messages is None) == (text is None):
+        raise ValueError("encode takes either messages or text")
+    if messages is None:
+        return _ids(loaded, text or "", special=True)
+    if not loaded.has_chat_template:
+        raise InputError(
+            f"{loaded.name} has no chat template: give plain text (raw)", names=("raw)",)
+        )
+    try:
+        made = render(loaded.tokenizer, messages)
+    except InputError as error:
+        raise InputError(
+            f"the chat template of {loaded.name} refuses the messages: {error}"
+        ) from error
+    return made if isinstance(made, list) else _ids(loaded, made, special=False)
+
+
+def _ids(loaded: LoadedModel, text: str, *, special: bool) -> list[int]:
+    ids = token_ids(
+        loaded.tokenizer,
+        text,
+        special=special,
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
+        context=loaded.context_length,
+        name=loaded.name,
+    )
+    if not ids:
+        raise InputError("the prompt is empty: it gives no tokens")
+    return ids
+
+
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | list[int]:
     """A conversation by the chat template, up to the answer.
 
     Token ids where the tokenizer is one of those that make them without a text. The template is run
-    within bounds (see :mod:`conflayers_cli.models.chat_template`). What reads like a special token in a message becomes one,
-    as everywhere in transformers: messages are the user's own, and ``<|im_end|>`` may be meant.
+    within bounds (see :mod:`.chat_template`). What reads like a special token in a message becomes
+    one, as everywhere in transformers: messages are the user's, and ``<|im_end|>`` may be meant.
 
     Raises:
         InputError: the template refuses the messages, does not end, or takes too much memory.

@@ -11,6 +11,7 @@ same weights give the same sketch from one file, from shards, or from GGUF.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -34,6 +35,8 @@ RUN = 32
 """Neighbours taken together: GGUF rounds 32 neighbours, or 16, to one scale."""
 RUNS = 128
 """Runs taken of each tensor."""
+SAMPLED = 16
+"""Values taken of every parameter; training changes them all."""
 
 _DIGITS = 4
 _PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -94,6 +97,27 @@ def sketch_of(model: Any) -> WeightFingerprint | None:
     return WeightFingerprint(
         tuple(_short(value) for value in projections.tolist()), _short(sqrt(rounded) / norm)
     )
+
+
+def sample_of(model: nn.Module) -> str:
+    """A hash, in hex, of the first values of every parameter.
+
+    Of a model that is shared among processes it is that of the first one's part. Weights that are
+    not plain tensors, or not in any memory (packed by torchao, offloaded), play no part in it.
+    """
+    digest = hashlib.sha256()
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+            values = parameter.data
+            if hasattr(values, "to_local"):
+                values = values.to_local()
+            if type(values) is not torch.Tensor or values.is_meta or not values.numel():
+                continue
+            while values.dim() > 1:
+                values = values[0]
+            digest.update(values.reshape(-1)[:SAMPLED].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _sampled_weights(layers: Sequence[nn.Module]) -> list[Weight]:

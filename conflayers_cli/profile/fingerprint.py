@@ -41,7 +41,7 @@ Projections = Annotated[
 
 
 class WeightSketch(Section):
-    """What tells a fine-tune from the model it was made of (see `conflayers_cli.models.weight_sketch`).
+    """What tells a fine-tune from the model it was made of (see `.models.weight_sketch`).
 
     ``rounding`` is how far the weights were moved by rounding them to few bits, relative to their
     norm: 0 for plain ones, about 0.005 for Q8 and 0.08 for Q4. ``projections`` are signed sums over

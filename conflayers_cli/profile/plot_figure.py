@@ -49,7 +49,8 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
     if find_spec("matplotlib") is None:
         raise InputError(
             "pictures are drawn by matplotlib, which is missing: pip install 'conflayers[plot]' "
-            "(without --output the picture is plain text)"
+            "(without output the picture is plain text)",
+            names=("output",),
         )
     return render(
         form,

@@ -213,12 +213,14 @@ def _opened(path: Path, profile: Path, resume: bool | None) -> tuple[BinaryIO, C
         if content.entries and resume is None:
             raise InputError(
                 f"{path}: a calibration that has not come to its end; "
-                "--resume goes on with it, --no-resume begins anew"
+                "resume goes on with it, resume=False begins anew",
+                names=("resume goes", "resume=False begins"),
             )
         if resume and not known and profile.exists():
             raise InputError(
                 f"{profile}: is finished, there is no {path.name} to resume; "
-                "without --resume a new calibration begins"
+                "without resume a new calibration begins",
+                names=("resume a new",),
             )
         if resume and content.entries and content.ends[-1] < len(raw):
             file.truncate(content.ends[-1])
@@ -238,4 +240,7 @@ def _lock(path: Path, file: BinaryIO) -> None:
     taken = try_lock(file)
     gone = taken is True and os.fstat(file.fileno()).st_nlink == 0  # its owner just removed it
     if taken is False or gone:
-        raise InputError(f"{path}: another calibration is at work with it; name another --output")
+        raise InputError(
+            f"{path}: another calibration is at work with it; name another output",
+            names=("output",),
+        )

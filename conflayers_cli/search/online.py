@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from conflayers_cli.engine.cost_model import clock
+from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.search.local_search import Move

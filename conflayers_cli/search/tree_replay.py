@@ -44,7 +44,7 @@ def with_tree(objective: Objective, score: Score, shape: TreeShape) -> Score | N
         setting,
         draft,
         objective.costs,
-        only_draft=objective.decoder.rows.bitwise,
+        only_draft=objective.decoder.invariance.bitwise,
     )
     speedup = played.tokens * objective.costs.verify_cost(1) / played.seconds
     if speedup <= score.speedup * (1 + SAME):

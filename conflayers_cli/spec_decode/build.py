@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from conflayers_cli.engine.cost_model import CostTable
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.models.loader import LoadedModel
+    from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import DraftSettings, Profile
     from conflayers_cli.skip_plan import SkipPlan
     from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
@@ -94,27 +94,37 @@ class Way:
         """Refuse what contradicts itself, before a model is loaded.
 
         Raises:
-            InputError: the message names the flags.
+            InputError: the message names the arguments.
         """
         if self.by in (By.SKIP, By.MIXED) and profile is None:
             raise InputError(
-                f"--draft {self.by.value} leaves out the layers that a profile names: give "
-                "--profile FILE, or --draft ngram, which needs none"
+                f"draft {self.by.value} leaves out the layers that a profile names: give "
+                "profile FILE, or draft ngram, which needs none",
+                names=(f"draft {self.by.value}", "profile FILE", "draft ngram"),
             )
         if self.lookahead is False and self.by in (By.NGRAM, By.MIXED):
             raise InputError(
-                f"--no-lookahead drafts as the profile says, by skipping alone: not with "
-                f"--draft {self.by.value}"
+                f"lookahead=False drafts as the profile says, by skipping alone: not with "
+                f"draft {self.by.value}",
+                names=("lookahead=False", f"draft {self.by.value}"),
             )
         idle = self.by in (By.NONE, By.NGRAM) or profile is None
         if self.lookahead and (self.by is By.NONE or (profile is None and self.by is None)):
-            raise InputError("--lookahead is about drafts, and nobody drafts: see --draft")
-        for flag, wanted in (("--tree", self.tree), ("--no-lookahead", self.lookahead is False)):
+            raise InputError(
+                "lookahead is about drafts, and nobody drafts: see draft",
+                names=("lookahead", "draft"),
+            )
+        for name, wanted in (("tree", self.tree), ("lookahead=False", self.lookahead is False)):
             if wanted and idle:
-                raise InputError(f"{flag} is about drafts by skipped layers, and there are none")
+                raise InputError(
+                    f"{name} is about drafts by skipped layers, and there are none", names=(name,)
+                )
         if self.rows > 1 and (self.tree or self.lookahead is False):
-            flag = "--tree" if self.tree else "--no-lookahead"
-            raise InputError(f"{flag} is for one prompt at a time: leave --batch-size out")
+            name = "tree" if self.tree else "lookahead=False"
+            raise InputError(
+                f"{name} is for one prompt at a time: leave batch_size out",
+                names=(name, "batch_size"),
+            )
 
 
 def drafter_for(
@@ -314,4 +324,7 @@ def rows_drafter(drafter: Proposer | None) -> BatchProposer | None:
 
     if drafter is None or isinstance(drafter, BatchProposer):
         return drafter
-    raise InputError("drafts of a fixed length are for one prompt at a time: use --lookahead")
+    raise InputError(
+        "drafts of a fixed length are for one prompt at a time: use lookahead",
+        names=("lookahead",),
+    )

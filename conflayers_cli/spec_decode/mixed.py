@@ -206,7 +206,7 @@ class MixedProposer:
             return False
         (token,), position = row.inputs, len(row.text.tokens) - 1 + chain.settled
         if self._feed is None or not self._feed.goes_on_from(token, position):
-            self._feed = self._decoder.feed(token, position, context.cache, self._plan)
+            self._feed = self._decoder.decode_ahead(token, position, context.cache, self._plan)
         if self._feed is None:
             return False
         self._feed.launch(1 + self._lookahead.blind(chain) - self._feed.ahead)

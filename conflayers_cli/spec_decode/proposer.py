@@ -213,7 +213,7 @@ def leaves_of(
         verify_cost,
         draft_seconds,
         context.cache.capacity - len(context.tokens) - len(drafted),
-        only_draft=context.sampler.settings.greedy and decoder.rows.bitwise,
+        only_draft=context.sampler.settings.greedy and decoder.invariance.bitwise,
     )
 
 

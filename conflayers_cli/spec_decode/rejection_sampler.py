@@ -18,13 +18,13 @@ def accept_greedy(
     Args:
         drafted: γ drafted tokens, a chain.
         best: the full model's choice at each row: behind the text, behind each draft, and behind
-            each leaf, position by position; `NO_TOKEN` where it has none, and no draft stands.
+            each leaf, position by position; `INVALID_TOKEN` where it has none, and no draft stands.
         leaves: other candidates for each draft's place; empty: there are none anywhere.
 
     Returns:
         (row, token): the last row that stands, and the model's choice there, which may be
-        `NO_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a leaf
-        does, and the drafts before it.
+        `INVALID_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a
+        leaf does, and the drafts before it.
     """
     kept = 0
     while kept < len(drafted) and drafted[kept] == best[kept]:

@@ -193,7 +193,8 @@ def sharding(config: Any, source: str) -> dict[str, Any]:
     if not plan:
         raise InputError(
             f"{source}: transformers has no tensor-parallel plan for {text.model_type}; "
-            "--device-map auto, without torchrun, needs none"
+            "device_map auto, without torchrun, needs none",
+            names=("device_map auto",),
         )
     if any(k.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and v == "colwise" for k, v in plan.items()):
         heads = sizes_by_layer(text, "num_attention_heads")
@@ -208,10 +209,11 @@ def _check_heads(source: str, heads: int, shared: int, size: int) -> None:
         return
     common = gcd(heads, shared)
     fitting = [str(n) for n in range(2, common + 1) if common % n == 0]
-    advice = f"--nproc-per-node {' or '.join(fitting)}" if fitting else "use --device-map auto"
+    advice = f"--nproc-per-node {' or '.join(fitting)}" if fitting else "use device_map auto"
     raise InputError(
         f"{source} has {heads} heads and {shared} key/value heads, which {size} processes "
-        f"can't share evenly: {advice}"
+        f"can't share evenly: {advice}",
+        names=("device_map auto",),
     )
 
 

@@ -146,7 +146,8 @@ class JsonLines:
             content = file.read()
             if content and not resume:
                 raise InputError(
-                    f"{path}: holds something already; --resume goes on behind its last line"
+                    f"{path}: holds something already; resume goes on behind its last line",
+                    names=("resume goes",),
                 )
             whole = content.rfind(b"\n") + 1
             lines = content[:whole].split(b"\n")[:-1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
@@ -29,6 +29,9 @@ _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 VISIBLE = _PICTURES | {0x7F: 0x2421} | dict.fromkeys((*range(0x80, 0xA0), *_DIRECTIONS), 0xFFFD)
 """Characters that could steer a terminal, and what is shown in their place (`str.translate`)."""
+
+Render = Callable[[str, tuple[str, ...]], str]
+"""Makes a notice's text of its message and the arguments' names in it (``extra={"names": …}``)."""
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 _collector: ContextVar[logging.Handler | None] = ContextVar("collector", default=None)
@@ -60,24 +63,38 @@ def say(message: str) -> None:
         print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def as_it_is(message: str, names: tuple[str, ...]) -> str:
+    """The message with arguments called by their names, for Python programs."""
+    return message
+
+
+def _text(record: logging.LogRecord, render: Render) -> str:
+    return render(record.getMessage(), tuple(getattr(record, "names", ())))
+
+
 class _StderrHandler(logging.Handler):
     """Prints notices on stderr, but for those that are being collected."""
 
+    def __init__(self, render: Render) -> None:
+        super().__init__()
+        self._render = render
+
     def emit(self, record: logging.LogRecord) -> None:
         if _collector.get() is None:
-            say(record.getMessage())
+            say(_text(record, self._render))
 
 
 class _Collector(logging.Handler):
     """Appends the notices of its own context to a list: other threads have others."""
 
-    def __init__(self, messages: list[str]) -> None:
+    def __init__(self, messages: list[str], render: Render) -> None:
         super().__init__()
         self._messages = messages
+        self._render = render
 
     def emit(self, record: logging.LogRecord) -> None:
         if _collector.get() is self:
-            self._messages.append(one_line(record.getMessage()))
+            self._messages.append(one_line(_text(record, self._render)))
 
 
 @contextmanager
@@ -91,9 +108,9 @@ def quiet(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def on_stderr() -> Iterator[None]:
+def on_stderr(render: Render = as_it_is) -> Iterator[None]:
     """Within: all notices go to stderr, a line each, and nowhere else; with `quiet` nowhere."""
-    logger, handler = logging.getLogger(LOGGER), _StderrHandler()
+    logger, handler = logging.getLogger(LOGGER), _StderrHandler(render)
     before = logger.level, logger.propagate
     logger.propagate = False
     if not _quiet.get():
@@ -108,9 +125,9 @@ def on_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def collected(messages: list[str]) -> Iterator[None]:
+def collected(messages: list[str], render: Render = as_it_is) -> Iterator[None]:
     """Within: notices of this context are appended to ``messages``, and no bar is shown."""
-    logger, handler = logging.getLogger(LOGGER), _Collector(messages)
+    logger, handler = logging.getLogger(LOGGER), _Collector(messages, render)
     token = _collector.set(handler)
     logger.addHandler(handler)
     try:

@@ -65,22 +65,29 @@ def available(device: torch.device) -> int | None:
     return free if limit is None else min(free, limit)
 
 
-def check_room(needed: int, device: torch.device, what: str, advice: str) -> None:
+def check_room(
+    needed: int, device: torch.device, what: str, advice: str, names: tuple[str, ...] = ()
+) -> None:
     """Raise the error that :func:`explained` raises where so many bytes can't be had."""
     free = available(device)
     if free is not None and needed > free:
         there = f"and {sized(free)} are free on {device}"
-        raise ShortageError(f"out of memory: {what} need {sized(needed)}, {there}: {advice}")
+        raise ShortageError(
+            f"out of memory: {what} need {sized(needed)}, {there}: {advice}", names=names
+        )
 
 
 @contextmanager
-def explained(what: str, advice: str, needed: int | None = None) -> Iterator[None]:
+def explained(
+    what: str, advice: str, needed: int | None = None, names: tuple[str, ...] = ()
+) -> Iterator[None]:
     """Within: an error that says that memory does not suffice says what for and what to do.
 
     Args:
         what: what takes the memory, in the plural.
         advice: what takes less.
         needed: bytes, where they are known.
+        names: of arguments in the advice, as those of `ConfLayersError`.
 
     Raises:
         ShortageError: in the place of such an error.
@@ -93,7 +100,9 @@ def explained(what: str, advice: str, needed: int | None = None) -> Iterator[Non
         if not is_shortage(error):
             raise
         how_much = "" if needed is None else f" ({sized(needed)})"
-        raise ShortageError(f"out of memory: {what}{how_much} don't fit: {advice}") from error
+        raise ShortageError(
+            f"out of memory: {what}{how_much} don't fit: {advice}", names=names
+        ) from error
 
 
 def sized(count: int) -> str:

@@ -61,18 +61,21 @@ class Theme(Enum):
         return BLUE if self is Theme.LIGHT else SKY
 
 
-def check_plot(path: Path, flag: str = "--plot") -> None:
+def check_plot(path: Path) -> None:
     """Refuse a picture that can't be drawn, before any work is done.
 
     Raises:
         InputError: an unknown format, a place where no file can be, or no matplotlib.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{flag} {path}: the name must end with {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"plot {path}: the name must end with {', '.join(SUFFIXES)}", names=(f"plot {path}:",)
+        )
     check_target(path)
     if find_spec("matplotlib") is None:
         raise InputError(
-            f"{flag} needs matplotlib: pip install matplotlib (this package's extra `plot`)"
+            "plot needs matplotlib: pip install matplotlib (this package's extra `plot`)",
+            names=("plot needs",),
         )
 
 

@@ -24,7 +24,6 @@ from conflayers_cli import (
     load,
     stream,
 )
-from conflayers_cli.api.drafters import in_python_words
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
 
@@ -196,9 +195,6 @@ def test_errors_name_keywords_in_place_of_flags(model: Model, profile: Path) -> 
         generate(model, "a", draft="skip")
     with pytest.raises(InputError, match="tree is for one prompt at a time: leave batch_size out"):
         generate(model, ["a"], profile, tree=True, batch_size=2)
-    assert in_python_words("use --no-exact, --top-p 1, well-known -- or x--y") == (
-        "use exact=False, top_p 1, well-known -- or x--y"
-    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation, Step
 from conflayers_cli.kernels.packed_linear import PackedLinear
-from conflayers_cli.models.loader import fingerprint
+from conflayers_cli.models.fingerprint import fingerprint
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Draft, SkipProposer

@@ -163,5 +163,5 @@ def test_without_matplotlib_it_is_said_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plotting, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--plot needs matplotlib: pip install matplotlib"):
+    with pytest.raises(InputError, match="plot needs matplotlib: pip install matplotlib"):
         check_plot(tmp_path / "a.png")

@@ -19,7 +19,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.models.loader import fingerprint
+from conflayers_cli.models.fingerprint import fingerprint
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny

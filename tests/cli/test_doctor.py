@@ -153,7 +153,7 @@ def test_the_quick_ways_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replayed.problem is None
     assert replayed.told != "passes are replayed (0 recorded)"
     assert kernels.problem is None
-    quick.setbacks.append("KernelForward: no compiler")
+    quick.disabled_paths = ("KernelForward: no compiler",)
     replay = quick.runner.run
     monkeypatch.setattr(quick.runner, "run", lambda *arguments: -replay(*arguments))
     replayed, kernels = ways(quick)

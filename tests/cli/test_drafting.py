@@ -13,7 +13,8 @@ import pytest
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels import int4_linear
-from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.profile.schema import DraftSettings, Profile
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter

@@ -11,7 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from conflayers_cli.cli.common import environment_of, fingerprint_of
-from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.profile.schema import (
     DraftSettings,
     Environment,

@@ -112,7 +112,7 @@ class TestCrew:
     def test_more_workers_than_there_is_room_for_are_refused(self) -> None:
         wide = Cluster("local", 3)
         with (
-            pytest.raises(InputError, match="--workers 3: the cluster has room for 2"),
+            pytest.raises(InputError, match="workers 3: the cluster has room for 2"),
             crew_of(wide, partial(opened, squared)),
         ):
             pass
@@ -153,7 +153,7 @@ class TestRoom:
         ("nodes", "workers", "told"),
         [
             ([(4, 0)], 5, "--workers 5: the cluster has room for 4, with a CPU for"),
-            ([(16, 2)], 3, "--workers 3: the cluster has room for 2, with a CPU and a GPU for"),
+            ([(16, 2)], 3, "workers 3: the cluster has room for 2, with a CPU and a GPU for"),
             ([(0, 0)], None, "--workers 1: the cluster has room for 0"),
         ],
     )
@@ -200,7 +200,7 @@ class TestFlags:
 
     def test_a_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
-        with pytest.raises(InputError, match=r"--ray needs Ray: pip install 'conflayers\[ray\]'"):
+        with pytest.raises(InputError, match=r"ray needs Ray: pip install 'conflayers\[ray\]'"):
             cluster_of("auto", None, device="auto", device_map=None)
 
 
@@ -209,7 +209,7 @@ class TestAddress:
         with socket.socket() as free:  # bound, not listening
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-            with pytest.raises(InputError, match=f"--ray {address}: can't be reached"):
+            with pytest.raises(InputError, match=f"ray {address}: can't be reached"):
                 ray_cluster._probe(address)
 
     def test_another_service_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,5 +217,5 @@ class TestAddress:
         monkeypatch.setattr(ray_cluster, "ANSWERED_S", 4.0)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
-            with pytest.raises(InputError, match=f"--ray {address}: no Ray cluster answers there"):
+            with pytest.raises(InputError, match=f"ray {address}: no Ray cluster answers there"):
                 ray_cluster._probe(address)

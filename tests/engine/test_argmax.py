@@ -325,7 +325,7 @@ def test_a_model_that_gives_no_numbers_is_told_when_it_is_opened(name: str, bad:
 def test_float16_that_overflows_is_told() -> None:
     model = tiny.build(tiny.CONFIGS["llama"](), dtype=torch.float16)
     model.lm_head.weight.data *= 60_000
-    with pytest.raises(ConfLayersError, match=r"float16.*--dtype float32"):
+    with pytest.raises(ConfLayersError, match=r"float16.*dtype float32"):
         Decoder(model)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
+from torch import nn
 
 from conflayers_cli.engine.batch_invariance import (
     CANDIDATES,
     NOT_INVARIANT,
     PROBED_WIDTHS,
     BatchInvariance,
+    Exactness,
+    probe_exactness,
     probe_min_rows,
 )
 from conflayers_cli.engine.graph_runner import WIDTHS
@@ -70,3 +74,69 @@ def test_on_a_cpu_it_is_known() -> None:
     assert BatchInvariance.for_cpu(torch.float32) == NOT_INVARIANT
     assert BatchInvariance.for_cpu(torch.bfloat16) == BatchInvariance(2, bitwise=True)
     assert CANDIDATES[0] == 1
+
+
+class Kernels:
+    """Logits of kernels that round otherwise for fewer rows than ``least``, and their clock.
+
+    With ``least`` 0 they round otherwise every time. A pass of one row takes a second, one of more
+    rows ``seconds``.
+    """
+
+    dtype = torch.bfloat16
+    device = torch.device("cpu")
+
+    def __init__(self, least: int, seconds: Iterable[float] = (1.0,)) -> None:
+        self._least, self._seconds, self._now = least, itertools.cycle(seconds), 0.0
+        self._right = torch.arange(200.0).view(-1, 1)
+
+    def modules(self) -> list[nn.Module]:
+        return []
+
+    def logits(self, rows: int, place: int, width: int) -> torch.Tensor:
+        count = max(rows, width)
+        self._now += 1.0 if count == 1 else next(self._seconds)
+        if not self._least:
+            return self._right[place : place + width] + 1e-3 * self._now
+        return self._right[place : place + width] + (0.0 if count >= self._least else 1e-3)
+
+    def clock(self) -> float:
+        return self._now
+
+
+@pytest.mark.parametrize(
+    ("least", "seconds", "rows", "note"),
+    [
+        (1, 9.0, 1, None),
+        (2, 1.0, 2, None),
+        (2, 1.2, 2, None),
+        (2, 9.0, None, "2 rows a pass, 9.0 times"),
+        (8, 1.0, 8, None),
+        (8, 2.0, None, "8 rows a pass, 2.0 times"),
+        (0, 1.0, None, "round otherwise"),
+    ],
+)
+def test_bits_are_promised_where_they_hold_and_are_not_too_dear(
+    least: int, seconds: float, rows: int | None, note: str | None
+) -> None:
+    kernels = Kernels(least, [seconds])
+    found = probe_exactness(kernels, kernels.logits, kernels.clock)
+    if rows is not None:
+        assert found == Exactness(BatchInvariance(rows, bitwise=True))
+        return
+    assert found.invariance == NOT_INVARIANT
+    assert found.note is not None and note is not None
+    assert found.note.startswith("not exact to the bit")
+    assert note in found.note
+
+
+def test_the_price_of_bits_is_told_by_medians() -> None:
+    kernels = Kernels(2, [1.0, 1.0, 50.0])
+    assert probe_exactness(kernels, kernels.logits, kernels.clock).invariance.min_rows == 2
+
+
+def test_nothing_is_tried_in_float32() -> None:
+    kernels = Kernels(2)
+    kernels.dtype = torch.float32
+    assert probe_exactness(kernels, kernels.logits, kernels.clock) == Exactness(NOT_INVARIANT)
+    assert kernels.clock() == 0.0

@@ -176,7 +176,7 @@ def test_without_exactness_passes_are_as_small_as_they_can_be(
     """Texts may part then, but not in float32, and each is still what the model says."""
     model = tiny.build(tiny.CONFIGS["llama"](), dtype=torch.bfloat16, gain=0.7)
     loose, prompt = Decoder(model, exact=False), tiny.prompt(30)
-    assert (loose.rows.least, loose.rows.bitwise) == (1, False)
+    assert (loose.invariance.min_rows, loose.invariance.bitwise) == (1, False)
     asked: list[tuple[int, int]] = []
     right = KVCache.announce
 

@@ -13,7 +13,8 @@ import torch
 
 from conflayers_cli.engine import cost_cache
 from conflayers_cli.engine.cost_cache import Latencies, cost_table, key_of, sizes_up_to
-from conflayers_cli.engine.cost_model import Costs, measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.utils import environment
 from tests import tiny

@@ -11,15 +11,9 @@ import pytest
 import torch
 import transformers as hf
 
-from conflayers_cli.engine import cost_model as costs_module
-from conflayers_cli.engine.cost_model import (
-    LEAST_ROUNDS,
-    WIDTHS,
-    Costs,
-    CostTable,
-    measure_costs,
-    widths_for,
-)
+from conflayers_cli.engine import cost_measurement
+from conflayers_cli.engine.cost_measurement import LEAST_ROUNDS, WIDTHS, measure_costs, widths_for
+from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
 from conflayers_cli.skip_plan import SkipPlan
@@ -154,8 +148,8 @@ class Clockwork:
         self.depth = depth
         self.runs: list[tuple[int, int, int]] = []
         self.late: dict[int, float] = {}
-        monkeypatch.setattr(costs_module, "_time", self.time)
-        monkeypatch.setattr(costs_module, "_time_head", self.head)
+        monkeypatch.setattr(cost_measurement, "_time", self.time)
+        monkeypatch.setattr(cost_measurement, "_time_head", self.head)
 
     def time(
         self, decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int

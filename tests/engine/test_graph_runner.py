@@ -268,7 +268,7 @@ def test_what_cant_be_recorded_is_run_and_told() -> None:
     assert output(decoder, prompt) == expected
     assert output(decoder, prompt, drafter=drafter) == expected
     assert decoder.runner.reason == "recording a pass failed: no graph for you"
-    assert decoder.feed(1, 0, decoder.new_cache(9)) is None
+    assert decoder.decode_ahead(1, 0, decoder.new_cache(9)) is None
 
 
 def test_reasons_for_running_one_by_one() -> None:
@@ -276,7 +276,7 @@ def test_reasons_for_running_one_by_one() -> None:
     assert Decoder(model).runner.reason == "there are no graphs on cpu"
     asked = Decoder(model, recorder=TapeRecorder(), eager="asked for")
     assert asked.runner.reason == "asked for"
-    assert asked.feed(1, 0, asked.new_cache(9)) is None
+    assert asked.decode_ahead(1, 0, asked.new_cache(9)) is None
 
 
 def test_observers_see_every_pass() -> None:
@@ -343,7 +343,7 @@ class TestFeed:
         cache, first = self.begun(decoder, prompt)
         other, same = self.begun(plain, prompt)
         assert first == same
-        feed = decoder.feed(first, len(prompt), cache, plan)
+        feed = decoder.decode_ahead(first, len(prompt), cache, plan)
         assert feed is not None
         token = first
         for place in range(len(prompt), len(prompt) + 20):
@@ -371,7 +371,7 @@ class TestFeed:
     def test_stays_within_the_cache(self) -> None:
         decoder = recording()
         cache = decoder.new_cache(10)
-        feed = decoder.feed(1, cache.capacity - 2, cache)
+        feed = decoder.decode_ahead(1, cache.capacity - 2, cache)
         assert feed is not None
         feed.launch(5)
         assert feed.ahead == 2

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine import decoder as decoder_module
+from conflayers_cli.engine import kernel_choice
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
 from conflayers_cli.kernels.packed_linear import Packing
@@ -100,6 +100,6 @@ def test_a_fused_forward_that_errs_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_put_together_otherwise_is_run_by_its_modules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decoder_module, "FAMILIES", FAMILIES | {"gpt2", "gemma3_text", "mixtral"})
+    monkeypatch.setattr(kernel_choice, "FAMILIES", FAMILIES | {"gpt2", "gemma3_text", "mixtral"})
     for family in ("gpt2", "gemma3", "mixtral"):
         assert Decoder(tiny.build(tiny.CONFIGS[family]())).passes.fused is None

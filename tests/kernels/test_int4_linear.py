@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conflayers_cli.engine.cost_cache import cost_table
-from conflayers_cli.engine.cost_model import measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.forward import ModelInput
 from conflayers_cli.engine.layer_skipping import find_layers

@@ -72,16 +72,16 @@ def models(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 @contextmanager
 def using(decoder: Decoder, forward: FusedForward | None, least: int = 1) -> Iterator[None]:
     """Within: passes go through a forward, None: the modules; and run so many rows at the least."""
-    passes, rows = decoder.passes, decoder.rows
+    passes, rows = decoder.passes, decoder.invariance
     before = passes.fused
-    passes.fused, decoder.rows = (
+    passes.fused, decoder.invariance = (
         forward,
         BatchInvariance(least, bitwise=True) if least > 1 else NOT_INVARIANT,
     )
     try:
         yield
     finally:
-        passes.fused, decoder.rows = before, rows
+        passes.fused, decoder.invariance = before, rows
 
 
 class Case:

@@ -122,7 +122,7 @@ def test_what_a_dead_process_left_of_the_same_model_is_removed_at_once(
 CONVERTER = """
 import os, sys, time
 from pathlib import Path
-from conflayers_cli.engine import builtin
+from conflayers_cli.models import builtin
 
 def make(folder, progress):
     (folder / "config.json").write_text(str(os.getpid()))

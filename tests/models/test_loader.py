@@ -17,7 +17,10 @@ from tokenizers import models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.loader import LoadedModel, encode, fingerprint, load_model
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.tokenization import encode
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
@@ -234,7 +237,7 @@ def test_encode_without_template(folder: Path) -> None:
     loaded = load_model(str(folder))
     bare = dataclasses.replace(loaded, tokenizer=_tokenizer(None), has_chat_template=False)
     assert encode(bare, None, "hello") == [4]
-    with pytest.raises(InputError, match="--raw"):
+    with pytest.raises(InputError, match=r"\(raw\)"):
         encode(bare, [{"role": "user", "content": "hello"}], None)
 
 

@@ -23,7 +23,8 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.kernels.packed_linear import PackedLinear
 from conflayers_cli.models import peft_loading
-from conflayers_cli.models.loader import fingerprint, load_model
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.peft_modules import signature
 from conflayers_cli.models.weight_sketch import sketch_of
 from conflayers_cli.skip_plan import SkipPlan
@@ -129,7 +130,7 @@ def test_drafts_change_nothing(kind: str, dtype: torch.dtype) -> None:
             without = model(ids).logits
     assert (expected - without).abs().max() > 0.1  # the adapter matters
     decoder = Decoder(model)
-    assert decoder.caveat is None
+    assert decoder.exactness_note is None
     assert decoder.sub_layers == {"attention", "mlp"}
     logits = decoder.forward(ids, torch.arange(40)[None], decoder.new_cache(40))
     close = 1e-4 if dtype == torch.float32 else 0.1
@@ -206,17 +207,17 @@ def test_a_norm_that_is_wrapped_is_not_read_past_its_adapter() -> None:
     model = peft.get_peft_model(base(), config).eval()
     decoder = Decoder(model)
     assert decoder.passes.fused is None
-    assert any("adapter around it" in setback for setback in decoder.setbacks)
+    assert any("adapter around it" in disabled for disabled in decoder.disabled_paths)
 
 
 def test_an_adapter_in_another_dtype_is_told() -> None:
     """In float32 beside bfloat16 its kernels need four rows to keep a row's bits."""
     decoder = Decoder(adapted("lora-all", torch.bfloat16, autocast_adapter_dtype=True))
-    if decoder.caveat is None:
-        assert decoder.rows.bitwise
+    if decoder.exactness_note is None:
+        assert decoder.invariance.bitwise
         assert_drafts_change_nothing(decoder)
     else:
-        assert "adapter's float32 kernels" in decoder.caveat
+        assert "adapter's float32 kernels" in decoder.exactness_note
         assert decoder.inexact
 
 
@@ -380,7 +381,7 @@ def test_weights_beside_are_in_the_model_s_dtype(folders: tuple[Path, Path]) -> 
     loaded = load_model(str(folders[1]), device="cpu", dtype="bfloat16", merge_adapter=False)
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
     decoder = Decoder(loaded.model)
-    assert decoder.caveat is None
+    assert decoder.exactness_note is None
     assert_drafts_change_nothing(decoder)
 
 
@@ -490,9 +491,9 @@ def test_which_of_two_is_meant_must_be_plain(folders: tuple[Path, Path], tmp_pat
 
 def test_flags_that_fit_no_adapter(folders: tuple[Path, Path]) -> None:
     whole, folder = folders
-    assert refusal(whole, merge_adapter=True).startswith("--merge-adapter: ")
-    assert refusal(whole, merge_adapter=False).startswith("--no-merge-adapter: ")
-    assert "--device-map can't spread" in refusal(folder, device="auto", device_map="auto")
+    assert refusal(whole, merge_adapter=True).startswith("merge_adapter: ")
+    assert refusal(whole, merge_adapter=False).startswith("merge_adapter=False: ")
+    assert "device_map can't spread" in refusal(folder, device="auto", device_map="auto")
 
 
 def test_adapters_need_peft(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

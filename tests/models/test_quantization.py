@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ from safetensors import safe_open
 from torch import nn
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.engine import cost_model as costs_module
-from conflayers_cli.engine.batch_invariance import NOT_INVARIANT, BatchInvariance
+from conflayers_cli.engine import batch_invariance, cost_measurement
+from conflayers_cli.engine.batch_invariance import rows_mix
 from conflayers_cli.engine.cost_cache import key_of
-from conflayers_cli.engine.cost_model import CostTable, measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.kernels.packed_linear import Packing, is_plain
 from conflayers_cli.models import quantization
-from conflayers_cli.models.loader import LoadedModel, fingerprint, load_model
-from conflayers_cli.models.quantization import Promise, method_of, promise, rows_mix
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.quantization import method_of
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -68,7 +71,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def even_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits cost nothing here: what they really cost is noise on models as small as these."""
     ticks = itertools.count()
-    monkeypatch.setattr(quantization, "_now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(batch_invariance, "_now", lambda device: float(next(ticks)))
 
 
 Load = Callable[[str, str], LoadedModel]
@@ -151,8 +154,8 @@ def _bytes(weight: Any) -> int:
 @pytest.mark.parametrize("bits", quantization.BITS)
 def test_drafts_change_nothing(load: Load, bits: str, dtype: str) -> None:
     decoder = Decoder(load(bits, dtype).model)
-    assert decoder.caveat is None
-    assert decoder.rows.bitwise == (dtype == "bfloat16")
+    assert decoder.exactness_note is None
+    assert decoder.invariance.bitwise == (dtype == "bfloat16")
     assert_drafts_change_nothing(decoder)
     if dtype == "float32":
         prompt = tiny.prompt(11, 5, VOCABULARY)
@@ -239,11 +242,11 @@ def test_bitsandbytes_checkpoints(
     assert not any(map(is_plain, linears(loaded.model)))
     assert not rows_mix(loaded.model)
     decoder = Decoder(loaded.model)
-    if decoder.caveat is None:
-        assert decoder.rows.bitwise
+    if decoder.exactness_note is None:
+        assert decoder.invariance.bitwise
         assert_drafts_change_nothing(decoder)
     else:
-        assert decoder.caveat.startswith("not exact to the bit")
+        assert decoder.exactness_note.startswith("not exact to the bit")
         assert greedy(decoder, [1, 2, 3], SkipProposer(decoder, PLAN, 4, 0.0))[1] > 0
     assert capfd.readouterr().err == ""
 
@@ -259,7 +262,7 @@ def test_llm_int8_as_it_is_by_default_is_decoded_with_and_told(plain: Path, dtyp
         device_map={"": "cpu"},
     )
     decoder = Decoder(model)
-    assert decoder.caveat is not None and "llm_int8_threshold" in decoder.caveat
+    assert decoder.exactness_note is not None and "llm_int8_threshold" in decoder.exactness_note
     assert decoder.sub_layers == {"attention", "mlp"}
     assert greedy(decoder, [1, 2, 3], SkipProposer(decoder, PLAN, 4, 0.0))[1] > 0
 
@@ -383,7 +386,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch, wide: float) -> tuple[int, list[int
         model.model.layers[i].mlp.down_proj.weight.data *= 1e-3
     ticks = Ticks()
     decoder = Decoder(replaced(model, lambda linear: ForOneRow(linear, ticks, wide)))
-    monkeypatch.setattr(costs_module, "clock", ticks)
+    monkeypatch.setattr(cost_measurement, "clock", ticks)
     costs = measure_costs(decoder, context=32, rounds=2)
     table = CostTable({1: costs}, decoder.depth)
     plan = SkipPlan.of_layers(skipped)
@@ -403,72 +406,6 @@ def test_where_wider_passes_cost_more_less_is_drafted(monkeypatch: pytest.Monkey
     assert text == same
     assert many > 30
     assert few <= 2  # what it takes to find out whether it pays now
-
-
-class Kernels:
-    """Logits of kernels that round otherwise for fewer rows than ``least``, and their clock.
-
-    With ``least`` 0 they round otherwise every time. A pass of one row takes a second, one of more
-    rows ``seconds``.
-    """
-
-    dtype = torch.bfloat16
-    device = torch.device("cpu")
-
-    def __init__(self, least: int, seconds: Iterable[float] = (1.0,)) -> None:
-        self._least, self._seconds, self._now = least, itertools.cycle(seconds), 0.0
-        self._right = torch.arange(200.0).view(-1, 1)
-
-    def modules(self) -> list[nn.Module]:
-        return []
-
-    def logits(self, rows: int, place: int, width: int) -> torch.Tensor:
-        count = max(rows, width)
-        self._now += 1.0 if count == 1 else next(self._seconds)
-        if not self._least:
-            return self._right[place : place + width] + 1e-3 * self._now
-        return self._right[place : place + width] + (0.0 if count >= self._least else 1e-3)
-
-    def clock(self) -> float:
-        return self._now
-
-
-@pytest.mark.parametrize(
-    ("least", "seconds", "rows", "caveat"),
-    [
-        (1, 9.0, 1, None),
-        (2, 1.0, 2, None),
-        (2, 1.2, 2, None),
-        (2, 9.0, None, "2 rows a pass, 9.0 times"),
-        (8, 1.0, 8, None),
-        (8, 2.0, None, "8 rows a pass, 2.0 times"),
-        (0, 1.0, None, "round otherwise"),
-    ],
-)
-def test_bits_are_promised_where_they_hold_and_are_not_too_dear(
-    least: int, seconds: float, rows: int | None, caveat: str | None
-) -> None:
-    kernels = Kernels(least, [seconds])
-    found = promise(kernels, kernels.logits, kernels.clock)
-    if rows is not None:
-        assert found == Promise(BatchInvariance(rows, bitwise=True))
-        return
-    assert found.rows == NOT_INVARIANT
-    assert found.caveat is not None and caveat is not None
-    assert found.caveat.startswith("not exact to the bit")
-    assert caveat in found.caveat
-
-
-def test_the_price_of_bits_is_told_by_medians() -> None:
-    kernels = Kernels(2, [1.0, 1.0, 50.0])
-    assert promise(kernels, kernels.logits, kernels.clock).rows.least == 2
-
-
-def test_nothing_is_tried_in_float32() -> None:
-    kernels = Kernels(2)
-    kernels.dtype = torch.float32
-    assert promise(kernels, kernels.logits, kernels.clock) == Promise(NOT_INVARIANT)
-    assert kernels.clock() == 0.0
 
 
 def refusal(*arguments: Any, **options: Any) -> str:
@@ -510,7 +447,7 @@ def test_missing_packages_are_named(
 def test_the_flag_needs_torchao(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     message = refusal(str(plain), device="cpu", dtype="float32", quantize="int8")
-    assert message == "--quantize needs torchao: pip install torchao"
+    assert message == "quantize needs torchao: pip install torchao"
 
 
 def test_flags_that_fit_nothing_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -518,7 +455,7 @@ def test_flags_that_fit_nothing_are_refused(plain: Path, tmp_path: Path) -> None
     folder = save(tmp_path / "quantised")
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     message = refusal(str(folder), device="cpu", dtype="float32", quantize="int4")
-    assert message.endswith("is quantised with gptq already: leave --quantize out")
+    assert message.endswith("is quantised with gptq already: leave quantize out")
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
     assert "GGUF" in refusal(str(tmp_path / "some.gguf"), quantize="int8")
 

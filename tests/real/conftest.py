@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.models.builtin import BUILTIN
-from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.registry import WHEEL_COMMAND, WHEEL_PACKAGE
 
 

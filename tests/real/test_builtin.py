@@ -17,7 +17,10 @@ from torch import nn
 
 from conflayers_cli.models import builtin
 from conflayers_cli.models.builtin import BUILTIN, ensure
-from conflayers_cli.models.loader import LoadedModel, encode, fingerprint, load_model
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.tokenization import encode
 from conflayers_cli.skip_plan import SkipPlan
 
 PLANTED = (

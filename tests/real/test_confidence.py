@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.search.strategies.layer_confidence import measure_confidence, select_layers
 from tests.search.strategies.test_layer_confidence import EXAMPLE
 

@@ -9,7 +9,8 @@ from conflayers_cli.cli.main import main
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.models.builtin import ensure
-from conflayers_cli.models.loader import LoadedModel, encode
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.tokenization import encode
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer

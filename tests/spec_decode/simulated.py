@@ -79,7 +79,7 @@ class Model:
     device: torch.device = CPU
     widths: list[int] = field(default_factory=list)
 
-    def feed(self, token: int, position: int, cache: object, plan: SkipPlan) -> None:
+    def decode_ahead(self, token: int, position: int, cache: object, plan: SkipPlan) -> None:
         """Passes are run one by one here."""
 
     def forward(

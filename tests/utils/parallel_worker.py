@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.cost_model import Costs, CostTable, measure_costs
+from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.loop import Generation
-from conflayers_cli.models.loader import LoadedModel, load_model
+from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.online import AdaptiveProposer
 from conflayers_cli.search.strategies.layer_confidence import measure_confidence

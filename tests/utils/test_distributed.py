@@ -16,7 +16,8 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.kernels.packed_linear import is_plain
 from conflayers_cli.models.device import check_device_map, device_of, find_device, spread_of
-from conflayers_cli.models.loader import fingerprint, load_model
+from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.loader import load_model
 from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.strategies.knapsack_window import Window
 from conflayers_cli.skip_plan import SkipPlan
@@ -144,7 +145,7 @@ def test_devices_under_torchrun(torchrun: pytest.MonkeyPatch) -> None:
     assert find_device("auto") == find_device("cuda") == torch.device("cuda", 1)
     assert find_device("cuda:1") == torch.device("cuda", 1)
     for other in ("cpu", "cuda:0", "nonsense"):
-        with pytest.raises(InputError, match="leave --device out"):
+        with pytest.raises(InputError, match="leave device out"):
             find_device(other)
 
 
@@ -195,7 +196,7 @@ def test_heads_that_cant_be_shared(torchrun: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"6 key/value heads.*: --nproc-per-node 2 or 3"):
         _sharding(4, torchrun, config)
     config.num_key_value_heads = 1
-    with pytest.raises(InputError, match="use --device-map auto"):
+    with pytest.raises(InputError, match="use device_map auto"):
         _sharding(4, torchrun, config)
 
 

@@ -71,7 +71,7 @@ def test_resume_refuses_what_it_did_not_write(tmp_path: Path, content: bytes, sa
 
 def test_no_resume_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("x")
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="resume goes on"):
         JsonLines.open(tmp_path / "out.jsonl", KEYS, resume=False)
     assert (tmp_path / "out.jsonl").read_text() == "x"
 

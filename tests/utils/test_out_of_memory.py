@@ -93,8 +93,8 @@ def test_an_absurd_cache_is_refused_at_once(count: int) -> None:
     needed = f"need {(count + 2) * 640 / 2**30:,.0f}"[:9]
     told = str(caught.value)
     assert told.startswith(f"out of memory: keys and values of a text of up to {count + 2:,} ")
-    assert needed in told and "lower --max-new-tokens, or give shorter prompts" in told
-    with pytest.raises(ShortageError, match=r"of 4 texts .*--max-new-tokens, --batch-size"):
+    assert needed in told and "lower max_new_tokens, or give shorter prompts" in told
+    with pytest.raises(ShortageError, match=r"of 4 texts .*max_new_tokens, batch_size"):
         decoder.new_cache(count, 4)
 
 

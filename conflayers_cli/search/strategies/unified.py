@@ -43,7 +43,9 @@ class Unified:
         try:
             plan = SkipPlan.unified(task.decoder.depth, self.target_speedup)
         except ValueError as error:
-            raise InputError(f"--target-speedup {self.target_speedup:g}: {error}") from error
+            raise InputError(
+                f"target_speedup {self.target_speedup:g}: {error}", names=("target_speedup",)
+            ) from error
         try:
             if not task.prompts or not task.objective.texts:
                 return SearchResult(plan, (), {}, False, RULE)

@@ -38,5 +38,5 @@ def test_needs_no_prompts() -> None:
 
 @pytest.mark.parametrize("target", [0.5, float("nan"), float("inf"), -1.0])
 def test_a_target_that_is_no_speedup_is_refused(target: float) -> None:
-    with pytest.raises(InputError, match="--target-speedup"):
+    with pytest.raises(InputError, match="target_speedup"):
         Unified(target).search(planted.task())

@@ -39,8 +39,8 @@ def make_systems(work: Work, found: Found, amount: Amount) -> list[System]:
     sampling = SamplingParams(temperature=amount.temperature)
     drafters: dict[str, Proposer | None] = {
         "own": _fixed(decoder, found.own),
-        "tuned": _lookahead(work, found.tuned, ngram=False),
-        "mixed": _lookahead(work, found.tuned, ngram=True),
+        "tuned": _adaptive(work, found.tuned, ngram=False),
+        "mixed": _adaptive(work, found.tuned, ngram=True),
     }
     systems: list[System] = [EngineSystem("vanilla", decoder, None, sampling, ends)]
     systems += [
@@ -63,7 +63,7 @@ def _fixed(decoder: Decoder, way: Way) -> Proposer | None:
     )
 
 
-def _lookahead(work: Work, way: Way, *, ngram: bool) -> Proposer | None:
+def _adaptive(work: Work, way: Way, *, ngram: bool) -> Proposer | None:
     """Drafts as far as they pay; None where that is n-grams alone and they are not asked for."""
     if not way.plan and not ngram:
         return None

@@ -100,9 +100,9 @@ def tell_other_device(
     if fixed:
         logger.warning(
             f"note: {path}: its draft lengths were tuned for {there}, and this is {here}: "
-            "lookahead drafts as far as it pays here (in the profile: drop `lookahead: false`), "
-            "`conflayers calibrate` tunes anew",
-            extra={"names": ("lookahead drafts",)},
+            "adaptive_draft_length drafts as far as it pays here (in the profile: drop "
+            "`lookahead: false`), `conflayers calibrate` tunes anew",
+            extra={"names": ("adaptive_draft_length drafts",)},
         )
     elif tuned:
         logger.warning(

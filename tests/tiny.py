@@ -153,11 +153,11 @@ def steps_of(generation: Generation) -> list[Step]:
 class Scripted:
     """A drafter that proposes what a function of the text says, as certain drafts."""
 
-    propose: Callable[[list[int]], Iterable[int]]
+    guess: Callable[[list[int]], Iterable[int]]
     name: str = "scripted"
 
-    def draft(self, context: Context, limit: int) -> Draft:
-        return Draft(tuple(self.propose(context.tokens))[:limit])
+    def propose(self, context: Context, limit: int) -> Draft:
+        return Draft(tuple(self.guess(context.tokens))[:limit])
 
 
 def keeps_its_text(

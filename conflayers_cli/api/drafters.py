@@ -1,4 +1,4 @@
-"""Drafters for Python callers: who drafts, by what they say and without a word on the terminal."""
+"""Proposers for Python callers: who drafts, by what they say and without a word on the terminal."""
 
 from __future__ import annotations
 
@@ -53,11 +53,25 @@ def in_python(stacklevel: int = 4) -> Iterator[None]:
             warnings.warn(note, ConfLayersWarning, stacklevel=stacklevel)
 
 
+def current_name(adaptive_draft_length: bool | None, lookahead: bool | None) -> bool | None:
+    """``adaptive_draft_length``, where it may be given by its old name, ``lookahead``.
+
+    Raises:
+        InputError: both are given.
+    """
+    if lookahead is None:
+        return adaptive_draft_length
+    if adaptive_draft_length is not None:
+        raise InputError("lookahead is the old name of adaptive_draft_length: give one of them")
+    warnings.warn("lookahead is now adaptive_draft_length", DeprecationWarning, stacklevel=4)
+    return lookahead
+
+
 def drafter_of(
     model: Opened,
     profile: ProfileLike | None,
     draft: DraftBy | None,
-    lookahead: bool | None,
+    adaptive_draft_length: bool | None,
     force: bool,
     *,
     tree: bool | None = None,
@@ -70,7 +84,7 @@ def drafter_of(
         model: to be at work.
         profile: a profile or its file.
         draft: who drafts; None: as the profile says, without one nobody.
-        lookahead, tree, greedy, rows: as for `Way`.
+        adaptive_draft_length, tree, greedy, rows: as for `Way`.
         force: take a profile of another model of the same depth.
 
     Raises:
@@ -82,7 +96,7 @@ def drafter_of(
     except ValueError:
         allowed = ", ".join(each.value for each in By)
         raise InputError(f"draft {draft!r}: allowed is one of {allowed}") from None
-    way, known = Way(by, lookahead, tree, greedy, rows), model.drafters
+    way, known = Way(by, adaptive_draft_length, tree, greedy, rows), model.drafters
     if profile is None or isinstance(profile, Profile):
         path, chosen = None if profile is None else Path("the profile"), profile
         way.check(path)

@@ -258,7 +258,7 @@ def _prepared(
         max_new_tokens=settings.max_new_tokens,
     )
     drafter = drafter_of(
-        *(opened, profile, settings.draft, settings.lookahead, settings.force),
+        *(opened, profile, settings.draft, settings.adaptive_draft_length, settings.force),
         tree=settings.tree,
         greedy=sampling.greedy,
         rows=settings.batch_size,

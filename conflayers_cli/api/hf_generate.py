@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from conflayers_cli.api.attached_model import borrow
-from conflayers_cli.api.drafters import DraftBy, ProfileLike, drafter_of, in_python
+from conflayers_cli.api.drafters import DraftBy, ProfileLike, current_name, drafter_of, in_python
 from conflayers_cli.api.hf_processors import ProcessedGeneration, Text
 from conflayers_cli.api.hf_request import Ends, GenerateError, Request
 from conflayers_cli.engine.decoder import Decoder
@@ -37,6 +37,7 @@ def conflayers_generate(
     generation_config: Any,
     profile: ProfileLike | None = None,
     draft: DraftBy | None = None,
+    adaptive_draft_length: bool | None = None,
     lookahead: bool | None = None,
     force: bool = False,
     exact: bool = True,
@@ -61,7 +62,8 @@ def conflayers_generate(
         profile: what `calibrate` wrote, or its file.
         draft: who drafts, ``skip``, ``ngram``, ``mixed`` or ``none``; None: as the profile says,
             without one nobody.
-        lookahead: draft as far as it pays; None: as the profile says.
+        adaptive_draft_length: draft as far as it pays; None: as the profile says.
+        lookahead: its old name, taken for one more version.
         force: take a profile of another model of the same depth.
         exact: as for `Decoder`.
         in_place: don't hold weights twice, see `Borrowed`.
@@ -88,10 +90,11 @@ def conflayers_generate(
     try:
         with in_python():
             borrowed = borrow(model, exact=exact, in_place=in_place)
+            adaptive = current_name(adaptive_draft_length, lookahead)
             with borrowed.at_work() as decoder:
                 rows = request.rows if request.together else 1
                 drafter = drafter_of(
-                    *(borrowed, profile, draft, lookahead, force), tree=False, rows=rows
+                    *(borrowed, profile, draft, adaptive, force), tree=False, rows=rows
                 )
                 texts, outputs = _decode(decoder, drafter, request, ends, stream.put)
     except InputError as error:

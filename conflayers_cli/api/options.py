@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict, cast
 
-from conflayers_cli.api.drafters import DraftBy
+from conflayers_cli.api.drafters import DraftBy, current_name
 from conflayers_cli.errors import InputError
 from conflayers_cli.prompts import Message, Prompt
 
@@ -17,7 +17,10 @@ ManyPrompts: TypeAlias = Sequence[str] | Sequence[Messages] | Sequence[Prompt]
 
 
 class Options(TypedDict, total=False):
-    """What may be said to `generate` and `stream`, as on the command line."""
+    """What may be said to `generate` and `stream`, as on the command line.
+
+    ``lookahead`` is the old name of ``adaptive_draft_length``, taken for one more version.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -30,6 +33,7 @@ class Options(TypedDict, total=False):
     system: str | None
     raw: bool
     draft: DraftBy | None
+    adaptive_draft_length: bool | None
     lookahead: bool | None
     tree: bool | None
     force: bool
@@ -48,7 +52,7 @@ class Settings:
         system: a system message, in place of the prompts' own.
         raw: prompts are given as they are, without the chat template.
         draft: who drafts; None: as the profile says, without one nobody.
-        lookahead: draft as far as it pays; None: as the profile says.
+        adaptive_draft_length: draft as far as it pays; None: as the profile says.
         tree: draft side candidates beside the chain; None: as the profile says.
         force: take a profile of another model of the same depth.
         batch_size: prompts decoded at once.
@@ -65,7 +69,7 @@ class Settings:
     system: str | None = None
     raw: bool = False
     draft: DraftBy | None = None
-    lookahead: bool | None = None
+    adaptive_draft_length: bool | None = None
     tree: bool | None = None
     force: bool = False
     batch_size: int = 1
@@ -90,9 +94,15 @@ def settings_of(options: Options) -> Settings:
         TypeError: there is no such option.
         InputError: a number is too small.
     """
-    if unknown := sorted(options.keys() - Settings.__dataclass_fields__.keys()):
+    given = dict(options)
+    if "lookahead" in given:
+        given["adaptive_draft_length"] = current_name(
+            options.get("adaptive_draft_length"), options["lookahead"]
+        )
+        del given["lookahead"]
+    if unknown := sorted(given.keys() - Settings.__dataclass_fields__.keys()):
         raise TypeError(f"unknown options: {', '.join(unknown)}")
-    settings = Settings(**options)
+    settings = Settings(**cast(dict[str, Any], given))
     for name in ("max_new_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} {getattr(settings, name)}: at least 1 is needed")

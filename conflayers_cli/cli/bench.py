@@ -48,8 +48,8 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
 from conflayers_cli.errors import InputError
 from conflayers_cli.spec_decode.build import (
+    AdaptiveDraftLength,
     DraftBy,
-    LookaheadOption,
     Tree,
     Way,
     drafter_for,
@@ -105,7 +105,7 @@ def bench(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     draft: DraftBy = None,
-    lookahead: LookaheadOption = None,
+    adaptive_draft_length: AdaptiveDraftLength = None,
     tree: Tree = None,
     target_speedup: TargetSpeedup = None,
     system: options.System = None,
@@ -152,7 +152,7 @@ def bench(
     _check_together(batch_size, against, target_speedup)
     chosen = load_profile(profile) if profile else None
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, lookahead, tree, sampling.greedy, batch_size)
+    way = Way(draft, adaptive_draft_length, tree, sampling.greedy, batch_size)
     way.check(profile)
     prompts = read_prompt_file(data, max_prompts)
     source = model_source(model, chosen)
@@ -180,7 +180,7 @@ def bench(
         **bench_settings(chosen, profile, prompts, data, sampling, drafter),
         **(lossy_settings(skipped, drafts=as_papers) if skipped is not None else {}),
         "draft_by": draft.value if draft else None,
-        "lookahead": lookahead,
+        "lookahead": adaptive_draft_length,
         "tree": tree,
         "batch_size": batch_size,
         "target_speedup": target_speedup,

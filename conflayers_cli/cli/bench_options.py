@@ -180,7 +180,7 @@ Judge = Annotated[
         "--judge",
         help="What --compare fails by: the speed-up over vanilla, the share of accepted drafts, or "
         "tokens/s (on the same machine only); may be given repeatedly. By default the speed-up "
-        "and, with --no-lookahead, acceptance.",
+        "and, with --no-adaptive-draft-length, acceptance.",
         rich_help_panel=_GATES,
         show_default=False,
     ),

@@ -22,7 +22,7 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
 from conflayers_cli.errors import InputError
-from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.spec_decode.build import AdaptiveDraftLength, DraftBy, Tree, Way, drafter_for
 from conflayers_cli.utils.distributed import world
 from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.progress import is_terminal
@@ -75,7 +75,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: Seed = 0,
     draft: DraftBy = None,
-    lookahead: LookaheadOption = None,
+    adaptive_draft_length: AdaptiveDraftLength = None,
     tree: Tree = None,
     force: options.Force = False,
     device: options.Device = "auto",
@@ -97,7 +97,7 @@ def chat(
         *(device_map, compile_, quantize, merge_adapter),
     )
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, lookahead, tree, sampling.greedy)
+    way = Way(draft, adaptive_draft_length, tree, sampling.greedy)
     way.check(profile)
     interactive = is_terminal(sys.stdin)
     line = from_person() if interactive else from_pipe()

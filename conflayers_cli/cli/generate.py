@@ -28,7 +28,7 @@ from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cluster.ray_cluster import cluster_of
 from conflayers_cli.errors import InputError
 from conflayers_cli.profile_check import check_fit
-from conflayers_cli.spec_decode.build import DraftBy, LookaheadOption, Tree, Way, drafter_for
+from conflayers_cli.spec_decode.build import AdaptiveDraftLength, DraftBy, Tree, Way, drafter_for
 from conflayers_cli.utils.distributed import on_first
 from conflayers_cli.utils.progress import is_terminal
 
@@ -109,7 +109,7 @@ def generate(
     json: options.Json = False,
     stats: Stats = False,
     draft: DraftBy = None,
-    lookahead: LookaheadOption = None,
+    adaptive_draft_length: AdaptiveDraftLength = None,
     tree: Tree = None,
     adapt: adapting.Adapt = None,
     adapt_budget: adapting.AdaptBudget = None,
@@ -132,11 +132,16 @@ def generate(
         skip_only_,
         target_speedup,
         profile=profile,
-        drafting={"--adapt": adapt, "--draft": draft, "--lookahead": lookahead, "--tree": tree},
+        drafting={
+            "--adapt": adapt,
+            "--draft": draft,
+            "--adaptive-draft-length": adaptive_draft_length,
+            "--tree": tree,
+        },
     )
     together = batch_size is not None and batch_size > 1
-    if adapt and (together or draft or lookahead is not None):
-        flag = "--batch-size" if together else "--draft" if draft else "--lookahead"
+    if adapt and (together or draft or adaptive_draft_length is not None):
+        flag = "--batch-size" if together else "--draft" if draft else "--adaptive-draft-length"
         raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
     check_stops(stop)
     cluster = cluster_of(ray, workers, device=device, device_map=device_map)
@@ -151,7 +156,7 @@ def generate(
         *(device_map, compile_, quantize, merge_adapter),
     )
     sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, lookahead, tree, sampling.greedy, batch_size or 1)
+    way = Way(draft, adaptive_draft_length, tree, sampling.greedy, batch_size or 1)
     if not (skip_only_ or adapt):
         way.check(profile)
     if data:

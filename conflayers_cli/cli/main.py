@@ -38,6 +38,8 @@ LESS_MEMORY = (
     "--quantize take less"
 )
 USAGE = 2
+RENAMED = {"lookahead": "adaptive-draft-length", "no-lookahead": "no-adaptive-draft-length"}
+"""Old names of flags, without their dashes, which are taken for one more version."""
 ANYWHERE = frozenset({"--debug", "--quiet"})
 """Flags of all commands, which may stand before or behind a command's name."""
 
@@ -53,13 +55,22 @@ First find the layers that a model can do without, then use what was found:
   conflayers bench --profile deep.yaml
 """
 
+
+def _current_name(name: str) -> str:
+    """Today's name of a flag given by an old one."""
+    return RENAMED.get(name, name)
+
+
 app = typer.Typer(
     name=PROGRAM,
     help=HELP,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
+    context_settings={
+        "help_option_names": ["--help", "-h"],
+        "token_normalize_func": _current_name,
+    },
 )
 app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
 app.command(name="generate", help=GENERATE_HELP)(generate)

@@ -1,4 +1,4 @@
-"""Logits → the distribution really sampled from; the rules by which drafts are kept.
+"""Logits → the distribution really sampled from.
 
 Order of the transforms as in transformers: repetition penalty, temperature, top-k, top-p, min-p.
 Both the draft's and the target's distribution are taken *after* all of them.
@@ -102,10 +102,10 @@ class Sampler:
             outside = torch.zeros_like(before, dtype=torch.bool)
             outside.scatter_(-1, order, before >= settings.top_p)
             # On a GPU sums in order differ in their last bits from one time to the next.
-            probabilities = agreed(_renormalised(probabilities.masked_fill(outside, 0.0)))
+            probabilities = agreed(renormalised(probabilities.masked_fill(outside, 0.0)))
         if settings.min_p:
             least = probabilities.amax(dim=-1, keepdim=True) * settings.min_p
-            probabilities = _renormalised(probabilities.masked_fill(probabilities < least, 0.0))
+            probabilities = renormalised(probabilities.masked_fill(probabilities < least, 0.0))
         return probabilities
 
     def choose(self, logits: torch.Tensor) -> int:
@@ -145,5 +145,6 @@ class Sampler:
         return torch.rand(count, generator=self.generator, device=self.generator.device)
 
 
-def _renormalised(probabilities: torch.Tensor) -> torch.Tensor:
+def renormalised(probabilities: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``[..., V]`` that sum to one again."""
     return probabilities / probabilities.sum(dim=-1, keepdim=True)

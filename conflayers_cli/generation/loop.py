@@ -309,13 +309,13 @@ class Generation(Row):
             return NOTHING
         context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
         if ahead is None:
-            return self.drafter.draft(context, room)
+            return self.drafter.propose(context, room)
         token, source = ahead
         if token in self.end_tokens or room == 1:
             return Draft((token,), sources=(source,))
         self.tokens.append(token)  # text, to the drafter
         try:
-            further = self.drafter.draft(context, room - 1)
+            further = self.drafter.propose(context, room - 1)
         finally:
             self.tokens.pop()
         return Draft(

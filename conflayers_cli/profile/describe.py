@@ -68,7 +68,7 @@ def how_it_drafts(draft: DraftSettings) -> str:
     if draft.lookahead is False:
         return f"drafts {fixed}{leaves}"
     also = "" if draft.by == "skip" else ", n-grams too"
-    return f"drafts as far as it pays{leaves}{also} (--no-lookahead: {fixed})"
+    return f"drafts as far as it pays{leaves}{also} (--no-adaptive-draft-length: {fixed})"
 
 
 def figures_of(profile: Profile) -> str | None:

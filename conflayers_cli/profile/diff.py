@@ -10,7 +10,7 @@ from conflayers_cli.profile.schema import Profile
 
 _DRAFTING = ("model", "skip", "draft", "ranges")
 _PRIOR = "measured.acceptance_rate"
-"""What lookahead expects of drafts until it has seen some."""
+"""The acceptance rate expected of drafts until some were seen."""
 
 
 @dataclass(frozen=True)

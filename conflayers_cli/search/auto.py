@@ -118,7 +118,8 @@ def _checks(
         return [None] * len(found)
     on_stage("checking by real decoding")
     try:
-        done = check_by_decoding(task, chosen, held_out, lookahead=any(c.refined for c in found))
+        refined = any(c.refined for c in found)
+        done = check_by_decoding(task, chosen, held_out, adaptive_draft_length=refined)
     except KeyboardInterrupt:
         found[-1] = as_interrupted(found[-1])
         return [None] * len(found)

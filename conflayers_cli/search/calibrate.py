@@ -153,7 +153,7 @@ def calibrate(
                 task,
                 [(candidate.plan, candidate.setting)],
                 held_out,
-                lookahead=candidate.refined,
+                adaptive_draft_length=candidate.refined,
             )
     except KeyboardInterrupt:
         candidate = as_interrupted(candidate)

@@ -1,9 +1,9 @@
 """Choosing the layers to skip while text is generated: ConfLayers and SWIFT as the papers run them.
 
-An :class:`AdaptiveProposer` is a drafter like any other, so that what is generated stays the model's
-own whatever it tries. What it learns carries over from prompt to prompt. It measures how fast
-decoding really is, without drafts and with what it tries; time spent on anything but decoding is
-kept under a share of the wall time; and it settles: on the fastest plan, or on drafting nothing.
+An :class:`AdaptiveProposer` is a proposer like any other, so that what is generated stays the
+model's own whatever it tries. What it learns carries over from prompt to prompt. It measures how
+fast decoding really is, without drafts and with what it tries; time spent on anything but decoding
+is kept under a share of the wall time; and it settles: on the fastest plan, or on drafting nothing.
 
 The order of things is written down as a script (:meth:`AdaptiveProposer._script`): a generator that
 asks for decode steps with a plan, or for a piece of search work, and is told what came of it.
@@ -199,7 +199,7 @@ class AdaptiveProposer:
         both = self._decode_seconds + self.search_seconds
         return self.search_seconds / both if both > 0 else 0.0
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         """Draft with whatever is being tried; between drafts the search goes on."""
         now = self._now()
         if self._prompt is None or self._prompt[0] is not context.tokens:
@@ -208,7 +208,7 @@ class AdaptiveProposer:
         self._work(_Seen(context.tokens, context.cache, self._prompt[1]))
         begin = self._now()
         drafter = self._drafter()
-        draft = drafter.draft(context, limit) if drafter else Draft()
+        draft = drafter.propose(context, limit) if drafter else Draft()
         spent = self._now() - begin
         self._pending = (len(context.tokens), len(draft.tokens), begin, spent)
         return draft

@@ -39,17 +39,17 @@ class Check:
 
 
 def drafter_of(
-    task: Task, plan: SkipPlan, setting: Setting, *, lookahead: bool = False
+    task: Task, plan: SkipPlan, setting: Setting, *, adaptive_draft_length: bool = False
 ) -> Proposer | None:
     """What decodes with a plan; None (vanilla) where it would draft nothing.
 
-    With lookahead it is decided at every step how far it pays to draft; otherwise as the setting
+    With an adaptive length every step drafts as far as it pays; otherwise as the setting
     says. n-grams don't draft: it is the plan that is put to the proof.
     """
     if not plan or setting.max_tokens == 0:
         return None
     costs = task.costs
-    if lookahead:
+    if adaptive_draft_length:
         table = CostTable({1: costs}, task.decoder.depth)
         return MixedProposer(task.decoder, plan, table, ngram=False, tree=setting.tree)
     return SkipProposer(
@@ -68,14 +68,14 @@ def check_by_decoding(
     candidates: Sequence[tuple[SkipPlan, Setting]],
     held_out: Sequence[tuple[int, ...]],
     *,
-    lookahead: bool = False,
+    adaptive_draft_length: bool = False,
 ) -> list[Check | None]:
     """Decode prompts with each plan and vanilla, in turns; who begins changes every prompt.
 
     Args:
         candidates: plans with their way of drafting.
         held_out: prompts the search has not seen; where empty, the task's first ones are decoded.
-        lookahead: as for :func:`drafter_of`.
+        adaptive_draft_length: as for :func:`drafter_of`.
 
     Returns:
         One check per candidate; None for one that drafts nothing or where nothing was decoded.
@@ -88,7 +88,7 @@ def check_by_decoding(
         f"check: {names}",
         lambda: [
             None if check is None else dict(vars(check))
-            for check in _checks(task, candidates, held_out, lookahead)
+            for check in _checks(task, candidates, held_out, adaptive_draft_length)
         ],
     )
     return [None if check is None else Check(**check) for check in found]
@@ -98,12 +98,13 @@ def _checks(
     task: Task,
     candidates: Sequence[tuple[SkipPlan, Setting]],
     held_out: Sequence[tuple[int, ...]],
-    lookahead: bool,
+    adaptive_draft_length: bool,
 ) -> list[Check | None]:
     """What :func:`check_by_decoding` gives, by decoding."""
     prompts = tuple(held_out) or task.prompts[:MOST_CHECKED]
     drafters = [
-        drafter_of(task, plan, setting, lookahead=lookahead) for plan, setting in candidates
+        drafter_of(task, plan, setting, adaptive_draft_length=adaptive_draft_length)
+        for plan, setting in candidates
     ]
     arms: list[tuple[int, Proposer | None]] = [(-1, None)]
     arms += [(i, drafter) for i, drafter in enumerate(drafters) if drafter is not None]

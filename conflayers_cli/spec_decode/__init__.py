@@ -1,1 +1,1 @@
-"""Drafting and verification: proposers, draft length, acceptance."""
+"""Speculative decoding: who drafts, how far, and which drafted tokens are kept."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_DRAFTED = 25
-"""Tokens drafted at once at the most, where lookahead decides how many."""
+"""Tokens drafted at once at the most, where the draft length is adaptive."""
 _PANEL = "Drafting"
 
 
@@ -50,10 +50,10 @@ DraftBy = Annotated[
         show_default=False,
     ),
 ]
-LookaheadOption = Annotated[
+AdaptiveDraftLength = Annotated[
     bool | None,
     typer.Option(
-        "--lookahead/--no-lookahead",
+        "--adaptive-draft-length/--no-adaptive-draft-length",
         help="Draft as long as it pays, by what was accepted so far and by what passes cost here "
         "(measured once); without, up to the profile's max_tokens and stop_probability.",
         rich_help_panel=_PANEL,
@@ -78,14 +78,14 @@ class Way:
 
     Attributes:
         by: who drafts.
-        lookahead: whether it is decided anew at every step how far.
+        adaptive_draft_length: whether it is decided anew at every step how far.
         tree: whether there are side candidates beside the chain.
         greedy: whether tokens are chosen greedily, for the papers' shape of a tree.
         rows: prompts decoded at once.
     """
 
     by: By | None = None
-    lookahead: bool | None = None
+    adaptive_draft_length: bool | None = None
     tree: bool | None = None
     greedy: bool = True
     rows: int = 1
@@ -102,25 +102,27 @@ class Way:
                 "profile FILE, or draft ngram, which needs none",
                 names=(f"draft {self.by.value}", "profile FILE", "draft ngram"),
             )
-        if self.lookahead is False and self.by in (By.NGRAM, By.MIXED):
+        if self.adaptive_draft_length is False and self.by in (By.NGRAM, By.MIXED):
             raise InputError(
-                f"lookahead=False drafts as the profile says, by skipping alone: not with "
+                f"adaptive_draft_length=False drafts as the profile says, by skipping alone: not with "
                 f"draft {self.by.value}",
-                names=("lookahead=False", f"draft {self.by.value}"),
+                names=("adaptive_draft_length=False", f"draft {self.by.value}"),
             )
         idle = self.by in (By.NONE, By.NGRAM) or profile is None
-        if self.lookahead and (self.by is By.NONE or (profile is None and self.by is None)):
+        nobody = self.by is By.NONE or (profile is None and self.by is None)
+        if self.adaptive_draft_length and nobody:
             raise InputError(
-                "lookahead is about drafts, and nobody drafts: see draft",
-                names=("lookahead", "draft"),
+                "adaptive_draft_length is about drafts, and nobody drafts: see draft",
+                names=("adaptive_draft_length", "draft"),
             )
-        for name, wanted in (("tree", self.tree), ("lookahead=False", self.lookahead is False)):
+        fixed = self.adaptive_draft_length is False
+        for name, wanted in (("tree", self.tree), ("adaptive_draft_length=False", fixed)):
             if wanted and idle:
                 raise InputError(
                     f"{name} is about drafts by skipped layers, and there are none", names=(name,)
                 )
-        if self.rows > 1 and (self.tree or self.lookahead is False):
-            name = "tree" if self.tree else "lookahead=False"
+        if self.rows > 1 and (self.tree or fixed):
+            name = "tree" if self.tree else "adaptive_draft_length=False"
             raise InputError(
                 f"{name} is for one prompt at a time: leave batch_size out",
                 names=(name, "batch_size"),
@@ -182,8 +184,8 @@ def _mode(plan: SkipPlan, draft: DraftSettings, way: Way) -> By:
 
 
 def _looks_ahead(draft: DraftSettings, way: Way) -> bool:
-    if way.lookahead is not None:
-        return way.lookahead
+    if way.adaptive_draft_length is not None:
+        return way.adaptive_draft_length
     # one that is to be as long as the profile says can't also be what n-grams give
     return draft.lookahead is not False or way.by in (By.NGRAM, By.MIXED) or way.rows > 1
 
@@ -325,6 +327,6 @@ def rows_drafter(drafter: Proposer | None) -> BatchProposer | None:
     if drafter is None or isinstance(drafter, BatchProposer):
         return drafter
     raise InputError(
-        "drafts of a fixed length are for one prompt at a time: use lookahead",
-        names=("lookahead",),
+        "drafts of a fixed length are for one prompt at a time: use adaptive_draft_length",
+        names=("adaptive_draft_length",),
     )

@@ -10,14 +10,14 @@ from conflayers_cli.spec_decode.proposer import BatchProposer, Context, Draft, P
 
 @dataclass(frozen=True)
 class ContextLengthProposer:
-    """Hands each draft to the drafter for the length of the text.
+    """Leaves each draft to the proposer for the length of the text.
 
     Attributes:
-        drafters: (from how many tokens on, drafter), ascending, the first from 0 on; None drafts
+        drafters: (from how many tokens on, proposer), ascending, the first from 0 on; None drafts
             nothing.
 
     Raises:
-        ValueError: there is no drafter from 0 on, or the lengths are not ascending.
+        ValueError: there is no proposer from 0 on, or the lengths are not ascending.
     """
 
     drafters: Sequence[tuple[int, Proposer | None]]
@@ -31,22 +31,22 @@ class ContextLengthProposer:
     def name(self) -> str:
         return next((each.name for _, each in self.drafters if each is not None), "none")
 
-    def draft(self, context: Context, limit: int) -> Draft:
-        drafter = self._for(len(context.tokens))
-        return Draft() if drafter is None else drafter.draft(context, limit)
+    def propose(self, context: Context, limit: int) -> Draft:
+        proposer = self._for(len(context.tokens))
+        return Draft() if proposer is None else proposer.propose(context, limit)
 
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
-        """Drafts for several rows by the drafter for the longest of them.
+        """Drafts for several sequences by the proposer for the longest of them.
 
         Raises:
-            TypeError: it drafts for single rows only.
+            TypeError: it drafts for one sequence at a time.
         """
-        drafter = self._for(max(len(context.tokens) for context in contexts))
-        if drafter is None:
+        proposer = self._for(max(len(context.tokens) for context in contexts))
+        if proposer is None:
             return [Draft()] * len(contexts)
-        if not isinstance(drafter, BatchProposer):
-            raise TypeError(f"{type(drafter).__name__} drafts for one row at a time")
-        return drafter.propose_batch(contexts, limits)
+        if not isinstance(proposer, BatchProposer):
+            raise TypeError(f"{type(proposer).__name__} drafts for one row at a time")
+        return proposer.propose_batch(contexts, limits)
 
     def _for(self, length: int) -> Proposer | None:
         return [each for begin, each in self.drafters if begin <= length][-1]

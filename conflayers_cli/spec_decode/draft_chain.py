@@ -1,73 +1,127 @@
-"""A draft that is growing: the chain of one row, and how likely it is to stand."""
+"""A draft that is growing: the chain of one sequence, and how likely it is to be accepted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from conflayers_cli.spec_decode.acceptance import FRESH, NOTHING, PENDING, Bias, Mark
+import torch
+
+from conflayers_cli.spec_decode.acceptance import (
+    FRESH,
+    NO_UPDATE,
+    PENDING,
+    RateUpdate,
+    TextBias,
+    confidence_bin,
+)
+from conflayers_cli.spec_decode.history import SequenceHistory
+from conflayers_cli.spec_decode.proposer import Context
 
 
 @dataclass
-class Chain:
-    """What is being drafted for one row.
+class DraftChain:
+    """What is being drafted for one sequence.
 
     Attributes:
+        context: what the proposer was given.
+        history: what it knows of the sequence.
         limit: the most tokens.
-        bias: what is special about its text.
-        state: where the skipped model stands, for the chance of the token it drafts next.
-        sampled: its tokens are sampled: what the skipped model drew must not be dropped again.
+        last_state: the state in which the skipped model drafts behind tokens that it has checked.
         tokens: drafted so far.
-        reach: the chance that all of the first i tokens stand, i = 0 … len(tokens).
-        marks: what each token teaches.
-        sources: who drafted each.
-        settled: how many of the tokens the skipped model has decided on; those behind are n-grams'.
-        fixed: how many must not be dropped any more (tokens that were sampled).
+        survival: the chance that all of the first i tokens are accepted, i = 0 … len(tokens).
+        updates: what each token teaches.
+        sources: who drafted each: "skip" or "ngram".
+        probs: the skipped model's probabilities ``[V]`` at each token, where they are asked for;
+            None where an n-gram drafted it and the skipped model had no say.
+        num_checked: how many of the tokens the skipped model has decided on; those behind are
+            n-grams'.
         closed: nothing is drafted behind the last token.
     """
 
+    context: Context
+    history: SequenceHistory
     limit: int
-    bias: Bias
-    state: int = FRESH
-    sampled: bool = False
+    last_state: int = FRESH
     tokens: list[int] = field(default_factory=list)
-    reach: list[float] = field(default_factory=lambda: [1.0])
-    marks: list[Mark] = field(default_factory=list)
+    survival: list[float] = field(default_factory=lambda: [1.0])
+    updates: list[RateUpdate] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    settled: int = 0
-    fixed: int = 0
+    probs: list[torch.Tensor | None] = field(default_factory=list)
+    num_checked: int = 0
     closed: bool = False
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its tokens are sampled: what the skipped model drew must not be dropped again."""
+        return not self.context.sampler.settings.greedy
+
+    @property
+    def bias(self) -> TextBias:
+        return self.history.bias
 
     @property
     def open(self) -> bool:
         return not self.closed and len(self.tokens) < self.limit
 
     @property
-    def pending(self) -> int:
+    def num_unchecked(self) -> int:
         """Tokens that the skipped model has not decided on."""
-        return len(self.tokens) - self.settled
+        return len(self.tokens) - self.num_checked
 
     @property
-    def standing(self) -> int:
-        """What the chance of the next token that is the skipped model's own depends on."""
-        return PENDING if self.pending else self.state
+    def num_committed(self) -> int:
+        """Tokens that must not be dropped any more."""
+        return self.num_checked if self.sampled else 0
+
+    @property
+    def state(self) -> int:
+        """What the chance of the skipped model's own next token depends on."""
+        return PENDING if self.num_unchecked else self.last_state
+
+    @property
+    def inputs(self) -> list[int]:
+        """What the skipped model has not run yet: the last checked token, the unchecked ones."""
+        checked = self.num_checked
+        last = self.tokens[checked - 1] if checked else self.context.tokens[-1]
+        return [last, *self.tokens[checked:]]
+
+    @property
+    def input_position(self) -> int:
+        """The position of the first of these."""
+        return len(self.context.tokens) - 1 + self.num_checked
 
     def add(self, token: int, chance: float, source: str) -> None:
-        """Append a token, which nobody has judged yet."""
+        """Append a token, which the skipped model has not checked."""
         self.tokens.append(token)
-        self.reach.append(self.reach[-1] * chance)
-        self.marks.append(NOTHING)
+        self.survival.append(self.survival[-1] * chance)
+        self.updates.append(NO_UPDATE)
         self.sources.append(source)
+        self.probs.append(None)
 
-    def settle(self, chance: float, mark: Mark) -> None:
-        """The skipped model has judged the first pending token: its chance is this."""
-        at = self.settled
-        factor = chance * self.reach[at] / self.reach[at + 1] if self.reach[at + 1] else 0.0
-        self.reach[at + 1 :] = [reach * factor for reach in self.reach[at + 1 :]]
-        self.marks[at] = mark
-        self.settled += 1
+    def check(
+        self, chance: float, update: RateUpdate, confidence: float, probs: torch.Tensor | None
+    ) -> None:
+        """The skipped model has decided on the first unchecked token.
+
+        Args:
+            chance: that it is accepted.
+            update: what it teaches.
+            confidence: the probability of the skipped model's own choice there.
+            probs: its probabilities there, where they are asked for.
+        """
+        at = self.num_checked
+        before, after = self.survival[at], self.survival[at + 1]
+        factor = chance * before / after if after else 0.0
+        self.survival[at + 1 :] = [each * factor for each in self.survival[at + 1 :]]
+        self.updates[at] = update
+        self.probs[at] = probs
+        self.num_checked += 1
+        self.last_state = confidence_bin(confidence)
 
     def cut(self, count: int) -> None:
         """Drop all but the first ``count`` tokens."""
-        del self.tokens[count:], self.marks[count:], self.sources[count:], self.reach[count + 1 :]
-        self.settled = min(self.settled, count)
+        for each in (self.tokens, self.updates, self.sources, self.probs):
+            del each[count:]
+        del self.survival[count + 1 :]
+        self.num_checked = min(self.num_checked, count)
         self.closed = False

@@ -1,9 +1,9 @@
-"""Drafts by n-gram matches and by the skipped model, each where it pays, for one row or many."""
+"""Drafts by n-gram matches and by the skipped model, each where it pays."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -12,66 +12,37 @@ from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.token_choice import Asked, Choice, choices
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.acceptance import (
-    NOTHING,
-    Mark,
-    agreeing,
-    confidence_bin,
-    disagreeing,
-)
-from conflayers_cli.spec_decode.draft_chain import Chain
-from conflayers_cli.spec_decode.draft_length import Figures, Lookahead
-from conflayers_cli.spec_decode.history import Text, Texts
+from conflayers_cli.spec_decode.acceptance import NO_UPDATE, agreeing, disagreeing
+from conflayers_cli.spec_decode.draft_chain import DraftChain
+from conflayers_cli.spec_decode.draft_length import DraftLengthPolicy
+from conflayers_cli.spec_decode.history import SequenceHistories, SequenceHistory
 from conflayers_cli.spec_decode.ngram import NO_MATCH, Match
 from conflayers_cli.spec_decode.proposer import Context, Draft, leaves_of
 from conflayers_cli.spec_decode.tree import TreeShape
 
-SHADOW = 8
+MIN_COMPARED = 8
 """Tokens of a match that are compared with the text whether they are drafted or not."""
 
 
-@dataclass
-class _Row:
-    """One row of a draft at work.
-
-    Attributes:
-        context: what the drafter was given.
-        text: what it remembers of the row's text.
-        chain: what is being drafted.
-        rows: the draft's probabilities ``[V]`` of each token, where they are asked for; None where
-            an n-gram drafted it and the skipped model had no say.
-    """
-
-    context: Context
-    text: Text
-    chain: Chain
-    rows: list[torch.Tensor | None] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> list[int]:
-        """What the skipped model has not run yet: the last settled token, the pending ones."""
-        chain = self.chain
-        settled = chain.settled
-        last = chain.tokens[settled - 1] if settled else self.context.tokens[-1]
-        return [last, *chain.tokens[settled:]]
-
-
 class MixedProposer:
-    """Drafts for one row, or for rows that share a cache, as far as it pays.
+    """Drafts for one sequence, or for several that share a cache, as far as it pays.
 
     n-gram matches cost nothing but the verification; the skipped model drafts behind them, and on
-    its first pass there decides about them, too. How far, and whether at all, is
-    :class:`conflayers_cli.spec_decode.draft_length.Lookahead`'s matter.
+    its first pass there decides about them, too. :class:`.draft_length.DraftLengthPolicy` decides
+    how far, and whether at all.
 
     Args:
         decoder: the model.
         plan: what drafting leaves out; None or the empty plan: only n-grams draft.
         costs: what passes cost on this device.
         ngram: whether n-grams draft.
-        prior: the share of drafted tokens that stand under the plan, where it was measured.
+        prior: the share of drafted tokens accepted under the plan, where it was measured.
         max_tokens: the most tokens drafted at once.
-        tree: how many leaves are wanted beside each drafted token; only for a single row. None
-            drafts chains.
+        tree: how many leaves are wanted beside each drafted token; only for a single sequence.
+            None drafts chains.
+
+    Attributes:
+        policy: decides how far, and estimates acceptance.
     """
 
     def __init__(
@@ -90,8 +61,8 @@ class MixedProposer:
         self._ngram = ngram
         self._tree = tree
         self._costs = costs
-        self._lookahead = Lookahead(costs, self._plan or None, max_tokens, prior)
-        self._texts = Texts(index=ngram)
+        self.policy = DraftLengthPolicy(costs, self._plan or None, max_tokens, prior)
+        self._histories = SequenceHistories(index=ngram)
         self._feed: AsyncDecode | None = None
 
     @property
@@ -100,211 +71,192 @@ class MixedProposer:
             return "ngram"
         return "mixed" if self._ngram else "skip"
 
-    def figures(self) -> Figures:
-        """What the estimates have come to."""
-        return self._lookahead.figures()
-
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         return self.propose_batch([context], [limit])[0]
 
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
-        look = self._lookahead
-        texts = self._texts.at_hand([context.tokens for context in contexts])
-        outcomes = [text.outcome() for text in texts]
+        policy = self.policy
+        histories = self._histories.get([context.tokens for context in contexts])
+        outcomes = [history.last_outcome() for history in histories]
         longest = max(len(context.tokens) for context in contexts)
-        look.begin(len(contexts), longest, [stood for _, stood in outcomes])
-        rows = [
-            _Row(context, text, self._chain(context, text, limit, state))
-            for context, text, limit, (state, _) in zip(
-                contexts, texts, limits, outcomes, strict=True
+        policy.begin(len(contexts), longest, [accepted for _, accepted in outcomes])
+        chains = [
+            self._new_chain(context, history, limit, state)
+            for context, history, limit, (state, _) in zip(
+                contexts, histories, limits, outcomes, strict=True
             )
         ]
-        chains = [row.chain for row in rows]
         while True:
             if self._ngram:
-                self._match(rows)
-            taking = look.skip(chains)
+                self._extend_with_ngrams(chains)
+            taking = policy.next_pass(chains)
             if not any(taking):
                 break
-            self._skip(rows, taking)
-        look.end(chains)
+            self._run_pass(chains, taking)
+        policy.finish(chains)
         self._feed = None  # it holds the text's cache
-        return [self._finished(row, alone=len(rows) == 1) for row in rows]
+        return [self._finished(chain, alone=len(chains) == 1) for chain in chains]
 
-    def _chain(self, context: Context, text: Text, limit: int, state: int) -> Chain:
-        text.last = None
-        limit = max(0, min(limit, self._lookahead.max_tokens))
-        return Chain(limit, text.bias, state, not context.sampler.settings.greedy)
+    def _new_chain(
+        self, context: Context, history: SequenceHistory, limit: int, state: int
+    ) -> DraftChain:
+        history.last_draft = None
+        return DraftChain(context, history, max(0, min(limit, self.policy.max_tokens)), state)
 
-    def _match(self, rows: Sequence[_Row]) -> None:
+    def _extend_with_ngrams(self, chains: Sequence[DraftChain]) -> None:
         """Let n-grams draft behind every chain, as far as that pays."""
-        look = self._lookahead
-        matches = [self._lookup(row) for row in rows]
-        before = [len(row.chain.tokens) for row in rows]
-        look.ngrams([row.chain for row in rows], matches)
-        for row, match, length in zip(rows, matches, before, strict=True):
-            chain = row.chain
+        matches = [self._lookup(chain) for chain in chains]
+        before = [len(chain.tokens) for chain in chains]
+        self.policy.extend_with_ngrams(chains, matches)
+        for chain, match, length in zip(chains, matches, before, strict=True):
             taken = len(chain.tokens) - length
-            row.rows += [None] * taken
-            if taken and chain.tokens[-1] in row.context.end_tokens:
+            if taken and chain.tokens[-1] in chain.context.end_tokens:
                 chain.closed = True
             if match.tokens and (taken or not length):
-                shown = match.tokens[: max(taken, SHADOW)]
-                marks = look.chances.ngram_marks(match, chain.sampled)[: len(shown)]
-                row.text.propose([*chain.tokens[:length], *shown], [NOTHING] * length + marks)
+                shown = match.tokens[: max(taken, MIN_COMPARED)]
+                updates = self.policy.acceptance.ngram_updates(match, chain.sampled)[: len(shown)]
+                chain.history.record_proposal(
+                    [*chain.tokens[:length], *shown], [NO_UPDATE] * length + updates
+                )
 
-    def _lookup(self, row: _Row) -> Match:
-        if not row.chain.open:
+    def _lookup(self, chain: DraftChain) -> Match:
+        if not chain.open:
             return NO_MATCH
-        tokens, chain, ends = row.text.tokens, row.chain, row.context.end_tokens
-        match = row.text.index.lookup(tokens, chain.tokens, chain.limit - len(chain.tokens))
+        tokens, ends = chain.context.tokens, chain.context.end_tokens
+        match = chain.history.index.lookup(tokens, chain.tokens, chain.limit - len(chain.tokens))
         for i, token in enumerate(match.tokens):
             if token in ends:
                 return replace(match, tokens=match.tokens[: i + 1])
         return match
 
-    def _skip(self, rows: Sequence[_Row], taking: Sequence[bool]) -> None:
+    def _run_pass(self, chains: Sequence[DraftChain], taking: Sequence[bool]) -> None:
         """One pass of the skipped model: it decides about what n-grams proposed, and adds a token.
 
-        Rows that take no part run a token that they have run before, in its own place.
+        Sequences that take no part run a token that they have run before, at its own position.
         """
-        if len(rows) == 1 and self._fed(rows[0]):
+        if len(chains) == 1 and self._run_ahead(chains[0]):
             return
         inputs = [
-            row.inputs if takes else row.inputs[:1] for row, takes in zip(rows, taking, strict=True)
+            chain.inputs if takes else chain.inputs[:1]
+            for chain, takes in zip(chains, taking, strict=True)
         ]
         width = max(map(len, inputs))
-        starts = [len(row.text.tokens) - 1 + row.chain.settled for row in rows]
+        starts = [chain.input_position for chain in chains]
         padded = [own + own[-1:] * (width - len(own)) for own in inputs]
         positions = [
             [start + min(i, len(own) - 1) for i in range(width)]
             for start, own in zip(starts, inputs, strict=True)
         ]
+        cache = chains[0].context.cache
         logits = self._decoder.forward(
-            torch.tensor(padded),
-            torch.tensor(positions),
-            rows[0].context.cache,
-            self._plan,
+            torch.tensor(padded), torch.tensor(positions), cache, self._plan
         )
         takers = [i for i, takes in enumerate(taking) if takes]
         asked = [
-            Asked(i, rows[i].context.sampler, tuple(rows[i].chain.tokens), len(inputs[i]))
+            Asked(i, chains[i].context.sampler, tuple(chains[i].tokens), len(inputs[i]))
             for i in takers
         ]
         chosen = choices(logits, asked, rows=self._tree is not None)
         for i, own in zip(takers, chosen, strict=True):
-            if not self._settle(rows[i], own):
-                rows[i].context.cache.view(i, i + 1).clear(starts[i], starts[i] + width)
+            if not self._check(chains[i], own):
+                chains[i].context.cache.view(i, i + 1).clear(starts[i], starts[i] + width)
 
-    def _fed(self, row: _Row) -> bool:
-        """One more token by a pass that feeds the next, perhaps launched before; False where that
-        can't be: tokens that are not the skipped model's own, or chosen otherwise than greedily.
+    def _run_ahead(self, chain: DraftChain) -> bool:
+        """One more token by a pass that feeds the next, perhaps launched before.
+
+        Returns:
+            False where that can't be: tokens that are not the skipped model's own, or are chosen
+            otherwise than greedily.
         """
-        context, chain = row.context, row.chain
-        sampler = context.sampler
-        if chain.pending or self._tree or not sampler.settings.greedy or sampler.penalises:
+        cache, sampler = chain.context.cache, chain.context.sampler
+        if chain.num_unchecked or self._tree or chain.sampled or sampler.penalises:
             return False
-        (token,), position = row.inputs, len(row.text.tokens) - 1 + chain.settled
+        (token,), position = chain.inputs, chain.input_position
         if self._feed is None or not self._feed.goes_on_from(token, position):
-            self._feed = self._decoder.decode_ahead(token, position, context.cache, self._plan)
+            self._feed = self._decoder.decode_ahead(token, position, cache, self._plan)
         if self._feed is None:
             return False
-        self._feed.launch(1 + self._lookahead.blind(chain) - self._feed.ahead)
-        if not self._settle(row, iter([self._feed.read()])):
-            context.cache.clear(position, self._feed.position)
+        self._feed.launch(1 + self.policy.launches_ahead(chain) - self._feed.ahead)
+        if not self._check(chain, iter([self._feed.read()])):
+            cache.clear(position, self._feed.position)
             self._feed = None
         return True
 
-    def _settle(self, row: _Row, chosen: Iterator[Choice]) -> bool:
-        """Go along the pending tokens as long as the skipped model would choose them itself.
+    def _check(self, chain: DraftChain, chosen: Iterator[Choice]) -> bool:
+        """Accept the unchecked tokens as long as the skipped model would choose them itself.
 
         What it is asked to choose where tokens are sampled is *drawn* from its probabilities, and
-        stands, so that q stays the law of every drafted token whatever n-grams proposed.
+        stays, so that q is the distribution of every drafted token whatever n-grams proposed.
 
         Returns:
-            False where the pass's logits turn out to be no numbers: the draft ends before them.
+            False where the pass's logits turn out to be NaN or infinite: the draft ends before
+            them.
         """
-        chain, chances = row.chain, self._lookahead.chances
-        greedy, standing = not chain.sampled, chain.standing
+        acceptance, state = self.policy.acceptance, chain.state
         for choice in chosen:
-            at = chain.settled
+            at, confidence = chain.num_checked, choice.confidence
             if not choice.known:
                 chain.cut(at)
-                del row.rows[at:]
                 chain.closed = True
                 return False
-            chance = chances.drafted(choice.confidence, chain.bias)
-            if chain.pending:
-                mark = chances.skip_mark(chain.state, choice.confidence, at == 0, chain.bias)
-                ngrams = chain.reach[at + 1] / chain.reach[at] if chain.reach[at] else 0.0
+            chance = acceptance.drafted_token(confidence, chain.bias)
+            if chain.num_unchecked:
+                update = acceptance.skip_update(chain.last_state, confidence, at == 0)
+                before = chain.survival[at]
+                ngram = chain.survival[at + 1] / before if before else 0.0
                 if chain.tokens[at] == choice.token:
-                    row.rows[at] = choice.row
-                    self._settled(row, choice, agreeing(chance, ngrams), mark)
+                    chain.check(agreeing(chance, ngram), update, confidence, choice.row)
                     continue
-                if greedy and ngrams > chance:
+                if not chain.sampled and ngram > chance:
                     own = [*chain.tokens[:at], choice.token]
-                    row.text.propose(own, [NOTHING] * at + [mark])
-                    row.rows[at] = choice.row
-                    self._settled(row, choice, disagreeing(ngrams, chance), NOTHING)
+                    chain.history.record_proposal(own, [NO_UPDATE] * at + [update])
+                    chain.check(disagreeing(ngram, chance), NO_UPDATE, confidence, choice.row)
                     continue
-                chance = disagreeing(chance, ngrams)
+                chance = disagreeing(chance, ngram)
                 chain.cut(at)
-                del row.rows[at:]
-            mark = chances.skip_mark(standing, choice.confidence, at == 0, chain.bias)
-            row.rows.append(choice.row)
             chain.add(choice.token, chance, "skip")
-            self._settled(row, choice, chance, mark)
-            chain.closed = choice.token in row.context.end_tokens
+            update = acceptance.skip_update(state, confidence, at == 0)
+            chain.check(chance, update, confidence, choice.row)
+            chain.closed = choice.token in chain.context.end_tokens
             break
         return True
 
-    def _settled(self, row: _Row, choice: Choice, chance: float, mark: Mark) -> None:
-        """The skipped model has judged the first pending token."""
-        chain = row.chain
-        chain.settle(chance, mark)
-        chain.state = confidence_bin(choice.confidence)
-        if chain.sampled:
-            chain.fixed = chain.settled
-
-    def _finished(self, row: _Row, alone: bool) -> Draft:
-        """The draft, and what is to be learnt from it."""
-        chain, text = row.chain, row.text
+    def _finished(self, chain: DraftChain, alone: bool) -> Draft:
+        """The draft; what it teaches is noted."""
         if not chain.tokens:
             return Draft()
-        tokens = tuple(chain.tokens)
-        text.propose(tokens, chain.marks)
-        text.drafted(tokens, chain.sources)
-        q: torch.Tensor | None = None
-        leaves: tuple[tuple[int, ...], ...] = ()
-        known = [each for each in row.rows[: len(tokens)] if each is not None]
-        if known:
-            probabilities = torch.stack(
-                [
-                    _certain(token, known[0]) if each is None else each
-                    for token, each in zip(tokens, row.rows, strict=False)
-                ]
-            )
-            if not row.context.sampler.settings.greedy:
-                q = probabilities
-            if alone:
-                leaves = self._leaves(row, probabilities)
-        return Draft(tokens, q, leaves, tuple(chain.sources))
+        tokens, sources = tuple(chain.tokens), tuple(chain.sources)
+        chain.history.record_proposal(tokens, chain.updates, sources)
+        known = [each for each in chain.probs if each is not None]
+        if not known:
+            return Draft(tokens, sources=sources)
+        probs = torch.stack(
+            [
+                _one_hot(token, known[0]) if each is None else each
+                for token, each in zip(tokens, chain.probs, strict=True)
+            ]
+        )
+        leaves = self._leaves(chain, probs) if alone else ()
+        return Draft(tokens, probs if chain.sampled else None, leaves, sources)
 
-    def _leaves(self, row: _Row, probabilities: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-        """What stands beside the chain."""
+    def _leaves(self, chain: DraftChain, probs: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+        """The tree's leaves beside the chain, whose probabilities are ``[γ, V]``."""
         if self._tree is None:
             return ()
-        context = row.context
-        costs = self._costs.at(1, len(context.tokens))
-        draft_seconds = costs.draft_cost(self._plan, self._decoder.depth)
+        costs = self._costs.at(1, len(chain.context.tokens))
         return leaves_of(
-            *(self._decoder, context, row.chain.tokens, probabilities, self._tree),
-            *(costs.verify_cost, draft_seconds),
+            self._decoder,
+            chain.context,
+            chain.tokens,
+            probs,
+            self._tree,
+            verify_cost=costs.verify_cost,
+            draft_seconds=costs.draft_cost(self._plan, self._decoder.depth),
         )
 
 
-def _certain(token: int, like: torch.Tensor) -> torch.Tensor:
+def _one_hot(token: int, like: torch.Tensor) -> torch.Tensor:
     """Probabilities ``[V]`` of a token that was certain."""
-    row = torch.zeros_like(like)
-    row[token] = 1.0
-    return row
+    probs = torch.zeros_like(like)
+    probs[token] = 1.0
+    return probs

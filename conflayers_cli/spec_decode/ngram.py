@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SIZES = (4, 2, 1)
-"""Tokens of the n-grams indexed, falling. The longest match is found among the places of the first
-size that has any, so the sizes between would rarely find another one."""
+"""Tokens of the n-grams indexed, falling. The longest match is found among the positions of the
+first size that has any, so the sizes between would rarely find another one."""
 KEPT = 8
-"""Places remembered per n-gram, the latest ones."""
+"""Positions remembered per n-gram, the latest ones."""
 LONGEST = 32
 """Tokens compared at the most: a longer match is no better."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """An earlier place whose last tokens are the text's, and what followed there.
+    """An earlier position whose last tokens are the text's, and what followed there.
 
     Attributes:
-        length: how many tokens agree, up to ``LONGEST``; 0: there is no such place.
+        length: how many tokens agree, up to ``LONGEST``; 0: there is no such position.
         tokens: what followed.
         agreed: whether the same token followed wherever as many agree.
     """
@@ -39,12 +39,12 @@ NO_MATCH = Match()
 class NgramIndex:
     """The n-grams of one text that only ever grows, but for its last token.
 
-    That one may still be taken back (what is expected to come next stands there while it is drafted
+    That one may still be taken back (what is expected to come next is there while it is drafted
     behind), so n-grams that end with it are indexed once another token follows.
     """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._positions: dict[tuple[int, ...], list[int]] = {}
         self._indexed = 0
 
     def update(self, text: Sequence[int]) -> None:
@@ -52,10 +52,12 @@ class NgramIndex:
         for end in range(self._indexed, len(text) - 1):
             for size in SIZES:
                 if size <= end + 1:
-                    places = self._places.setdefault(tuple(text[end + 1 - size : end + 1]), [])
-                    places.append(end)
-                    if len(places) > KEPT:
-                        del places[0]
+                    positions = self._positions.setdefault(
+                        tuple(text[end + 1 - size : end + 1]), []
+                    )
+                    positions.append(end)
+                    if len(positions) > KEPT:
+                        del positions[0]
         self._indexed = max(self._indexed, len(text) - 1)
 
     def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
@@ -74,9 +76,9 @@ class NgramIndex:
             return NO_MATCH
         tail = [*text[-LONGEST:], *drafted][-LONGEST:]
         for size in SIZES:
-            places = self._places.get(tuple(tail[-size:])) if size <= len(tail) else None
-            if places:
-                return self._longest(text, drafted, tail, places, count)
+            positions = self._positions.get(tuple(tail[-size:])) if size <= len(tail) else None
+            if positions:
+                return self._longest(text, drafted, tail, positions, count)
         return NO_MATCH
 
     def _longest(
@@ -84,27 +86,27 @@ class NgramIndex:
         text: Sequence[int],
         drafted: Sequence[int],
         tail: list[int],
-        places: list[int],
+        positions: list[int],
         count: int,
     ) -> Match:
         longest = 0
-        best: list[int] = []  # the places that match longest, the latest first
-        for place in reversed(places):
-            bound, length = min(len(tail), place + 1), 1
-            while length < bound and text[place - length] == tail[-1 - length]:
+        best: list[int] = []  # the positions that match longest, the latest first
+        for position in reversed(positions):
+            bound, length = min(len(tail), position + 1), 1
+            while length < bound and text[position - length] == tail[-1 - length]:
                 length += 1
             if length > longest:
-                longest, best = length, [place]
+                longest, best = length, [position]
             elif length == longest:
-                best.append(place)
-        place, agreed = best[0], True
+                best.append(position)
+        position, agreed = best[0], True
         if len(best) > 1:
             nexts = [text[at + 1] for at in best]
             counts = [nexts.count(token) for token in nexts]
-            place, agreed = best[counts.index(max(counts))], counts[0] == len(counts)
-        if place + 1 + count <= len(text):
-            return Match(longest, tuple(text[place + 1 : place + 1 + count]), agreed)
-        behind = [*text[place + 1 :], *drafted]
+            position, agreed = best[counts.index(max(counts))], counts[0] == len(counts)
+        if position + 1 + count <= len(text):
+            return Match(longest, tuple(text[position + 1 : position + 1 + count]), agreed)
+        behind = [*text[position + 1 :], *drafted]
         known = len(behind)
         while len(behind) < known + count:
             behind.append(behind[len(behind) - known])

@@ -1,4 +1,4 @@
-"""Drafters: guess the next few tokens cheaply, and say what distribution they came from."""
+"""Proposers: draft the next few tokens cheaply, and say what distribution they came from."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Draft:
             (greedy), which acceptance treats as q = 1 at the token.
         leaves: for each token other candidates for its place, in the order in which they are tried,
             drawn from the same q without replacement where there is one; empty: none anywhere.
-        sources: for each token who drafted it, where a drafter has several ways ("skip", "ngram");
-            empty: the drafter's name holds for all.
+        sources: for each token who drafted it, where a proposer has several ways ("skip",
+            "ngram"); empty: the proposer's name holds for all.
 
     Raises:
         ValueError: there are leaves or sources, but not an entry for each token.
@@ -66,7 +66,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Context:
-    """What a drafter sees: the text so far and the caches behind it.
+    """What a proposer is given: the text so far and its KV cache.
 
     Attributes:
         tokens: prompt and output; the last one is not in the cache yet.
@@ -87,15 +87,15 @@ class Proposer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def draft(self, context: Context, limit: int) -> Draft: ...
+    def propose(self, context: Context, limit: int) -> Draft: ...
 
 
 @runtime_checkable
 class BatchProposer(Protocol):
-    """Drafts for several rows at once, which share one cache; contexts[i] is its row i.
+    """Drafts for several sequences at once, which share one cache; contexts[i] is its row i.
 
-    Row i gets up to ``limits[i]`` tokens; a limit of 0 means that nothing is to be drafted for it,
-    though it keeps its place. May write to the cache behind the filled part of every row.
+    Sequence i gets up to ``limits[i]`` tokens, with a limit of 0 none. May write to the cache
+    behind the filled part of every row.
     """
 
     @property
@@ -109,18 +109,18 @@ class SkipProposer:
     """Drafts with the model itself, some sub-layers left out: a chain, or a tree.
 
     Source: Draft & Verify, arXiv 2309.08168 §3; the stop rule as in SWIFT, arXiv 2410.06916 §4.2;
-    the tree as in :mod:`conflayers_cli.spec_decode.tree`.
+    the tree as in :mod:`.tree`.
 
     Attributes:
         decoder: the model.
         plan: what is left out.
         max_tokens: the most tokens drafted at once.
-        stop_probability: the chain ends after the first token whose draft probability is under
-            this; 0 never stops early.
+        stop_probability: the chain ends after the first token whose draft probability is lower;
+            0 never stops early.
         tree: how many leaves are wanted beside each token; None drafts a chain.
-        verify_cost: seconds of a full pass by its number of tokens: only leaves that earn theirs
-            are drafted; None: all that are wanted.
-        draft_seconds: what drafting one token takes, for the same account.
+        verify_cost: seconds of a full pass by its number of tokens: only leaves that are worth
+            their cost are drafted; None: all that are wanted.
+        draft_seconds: what drafting one token takes, for the same decision.
     """
 
     decoder: Decoder
@@ -135,13 +135,13 @@ class SkipProposer:
     def name(self) -> str:
         return "skip"
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         sampler = context.sampler
         filled = len(context.tokens) - 1
         token = torch.tensor([[context.tokens[-1]]])
         position = torch.tensor([[filled]])
         drafted: list[int] = []
-        rows: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
         for _ in range(min(limit, self.max_tokens)):
             logits = self.decoder.forward(token, position, context.cache, self.plan)[0]
             chosen, probability, row = self._choose(logits, drafted, sampler)
@@ -151,28 +151,35 @@ class SkipProposer:
                 break
             drafted.append(chosen)
             if row is not None:
-                rows.append(row)
+                probs.append(row)
             if probability < self.stop_probability or chosen in context.end_tokens:
                 break
             token = torch.tensor([[chosen]])
             position = position + 1
-        if not rows:
+        if not probs:
             return Draft(tuple(drafted))
-        probabilities = torch.stack(rows)
+        probabilities = torch.stack(probs)
         q = None if sampler.settings.greedy else probabilities
         leaves: tuple[tuple[int, ...], ...] = ()
         if self.tree is not None:
-            costs = self.verify_cost, self.draft_seconds
-            leaves = leaves_of(self.decoder, context, drafted, probabilities, self.tree, *costs)
+            leaves = leaves_of(
+                self.decoder,
+                context,
+                drafted,
+                probabilities,
+                self.tree,
+                verify_cost=self.verify_cost,
+                draft_seconds=self.draft_seconds,
+            )
         return Draft(tuple(drafted), q, leaves)
 
     def _choose(
         self, logits: torch.Tensor, drafted: list[int], sampler: Sampler
     ) -> tuple[int, float, torch.Tensor | None]:
-        """(token, its draft probability, the draft's probabilities) from the logits ``[1, V]``.
+        """(token, its draft probability, probabilities ``[V]``) from the logits ``[1, V]``.
 
-        Those of all tokens only where somebody asks: for sampling, and for leaves. The token is
-        `INVALID_TOKEN` where the logits are not numbers.
+        The probabilities of all tokens only for sampling and for leaves; else None. The token is
+        `INVALID_TOKEN` where the logits are NaN or infinite.
         """
         if sampler.settings.greedy:
             scores = _last_row(sampler, logits, drafted)
@@ -198,12 +205,13 @@ def leaves_of(
     drafted: Sequence[int],
     probabilities: torch.Tensor,
     tree: TreeShape,
+    *,
     verify_cost: VerifyCost | None,
     draft_seconds: float,
 ) -> tuple[tuple[int, ...], ...]:
-    """What stands beside a chain (see `.tree.leaves_beside`), as far as the cache has room.
+    """The leaves beside a chain (see `.tree.leaves_beside`), as far as the cache has room.
 
-    Each leaf needs a slot behind the chain.
+    Each leaf needs a slot behind the chain. ``probabilities`` are the draft's, ``[γ, V]``.
     """
     return leaves_beside(
         drafted,
@@ -212,7 +220,7 @@ def leaves_of(
         tree,
         verify_cost,
         draft_seconds,
-        context.cache.capacity - len(context.tokens) - len(drafted),
+        room=context.cache.capacity - len(context.tokens) - len(drafted),
         only_draft=context.sampler.settings.greedy and decoder.invariance.bitwise,
     )
 

@@ -1,4 +1,7 @@
-"""TODO: conflayers_cli.spec_decode.rejection_sampler"""
+"""Which drafted tokens the target accepts: by its own choice (greedy), or by rejection sampling.
+
+Speculative sampling: arXiv 2211.17192, algorithm 1, with several candidates for one position.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,24 @@ from collections.abc import Sequence
 
 import torch
 
-from conflayers_cli.engine.sampler import Sampler, _renormalised
+from conflayers_cli.engine.sampler import Sampler, renormalised
 
 
 def accept_greedy(
     drafted: Sequence[int], best: Sequence[int], leaves: Sequence[Sequence[int]] = ()
 ) -> tuple[int, int]:
-    """Which drafts stand, and the token that follows them.
+    """Which drafts are accepted, and the token that follows them.
 
     Args:
         drafted: γ drafted tokens, a chain.
         best: the full model's choice at each row: behind the text, behind each draft, and behind
-            each leaf, position by position; `INVALID_TOKEN` where it has none, and no draft stands.
-        leaves: other candidates for each draft's place; empty: there are none anywhere.
+            each leaf, position by position; `INVALID_TOKEN` where it has none, and no draft is accepted.
+        leaves: other candidates for each draft's position; empty: there are none anywhere.
 
     Returns:
-        (row, token): the last row that stands, and the model's choice there, which may be
-        `INVALID_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a
-        leaf does, and the drafts before it.
+        (row, token): the last row accepted, and the model's choice there, which may be
+        `INVALID_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a leaf
+        does, and the drafts before it.
     """
     kept = 0
     while kept < len(drafted) and drafted[kept] == best[kept]:
@@ -44,21 +47,21 @@ def accept_sampled(
 ) -> tuple[int, int]:
     """Speculative sampling (arXiv 2211.17192, algorithm 1): the result has the target's law.
 
-    The candidates for a place are tried in turn, the draft first, then its leaves. Whatever is
-    refused is the residual's matter from then on: p becomes max(0, p − q) and q loses the refused
-    token, both normalised anew; the next candidate, drawn from that q, meets that p.
+    The candidates for a position are tried in turn, the draft first, then its leaves. Whatever is
+    rejected leaves a residual: p becomes max(0, p − q) and q loses the rejected token, both
+    normalised anew; the next candidate, drawn from that q, meets that p.
 
     Args:
         drafted: γ drafted tokens, a chain.
         target: p, ``[γ + 1 + leaves, V]``; rows as in :func:`accept_greedy`.
         draft: q, ``[γ, V]``; None where the tokens were not sampled (q is one at the token).
         sampler: gives the random numbers.
-        leaves: other candidates for each draft's place, drawn from its q without replacement after
-            it; empty: there are none anywhere.
+        leaves: other candidates for each draft's position, drawn from its q without replacement
+            after it; empty: there are none anywhere.
 
     Returns:
-        (row, token): the last row that stands, as in :func:`accept_greedy`. ``token`` comes from p
-        there, or from what is left of it after the refusal of all candidates.
+        (row, token): the last row accepted, as in :func:`accept_greedy`. ``token`` comes from p
+        there, or from what is left of it after all candidates were rejected.
     """
     leaf_rows = itertools.count(len(drafted) + 1)
     first, chances = _first_chances(drafted, target, draft, sampler, sum(map(len, leaves)))
@@ -73,7 +76,7 @@ def accept_sampled(
                 q_candidate = 1.0 if q is None else float(q[candidate])
             if chances[row - 1] * q_candidate < p_candidate:
                 break
-            p, q = _after_refusal(p, q, candidate)
+            p, q = _after_rejection(p, q, candidate)
         else:
             return i, sampler.draw(p)
         if row > len(drafted):
@@ -102,7 +105,7 @@ def _first_chances(
     return list(zip(read[:count], read[count : 2 * count], strict=True)), read[2 * count :]
 
 
-def _after_refusal(
+def _after_rejection(
     p: torch.Tensor, q: torch.Tensor | None, token: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(residual of p, q without the token), ``[V]`` each; q None: it was one at the token."""
@@ -110,9 +113,9 @@ def _after_refusal(
         residual = _without(p, token)
     else:
         residual = (p - q).clamp_(min=0.0)
-        q = _renormalised(_without(q, token))
+        q = renormalised(_without(q, token))
     # p = q up to rounding leaves nothing to sample from; the rule's limit there is p itself.
-    return torch.where(residual.sum() > 0, _renormalised(residual), p), q
+    return torch.where(residual.sum() > 0, renormalised(residual), p), q
 
 
 def _without(probabilities: torch.Tensor, token: int) -> torch.Tensor:

@@ -162,7 +162,12 @@ def leaves_beside(
     best = others.topk(min(shape.most, rows.shape[1]), dim=1)
     own = rows.gather(1, chosen)[:, 0].tolist()
     counts = leaf_counts(
-        *(own, best.values.tolist(), shape, verify_cost, draft_seconds, room),
+        own,
+        best.values.tolist(),
+        shape,
+        verify_cost,
+        draft_seconds,
+        room,
         only_draft=only_draft,
     )
     if sampler.settings.greedy:

@@ -24,6 +24,7 @@ from conflayers_cli import (
     load,
     stream,
 )
+from conflayers_cli.api.options import settings_of
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
 
@@ -302,3 +303,10 @@ def test_skip_plans_reach_the_decoder(model: Model, folder: Path, tmp_path: Path
 def load_own(model: Model) -> Any:
     """The same model anew, as somebody would load it with transformers."""
     return AutoModelForCausalLM.from_pretrained(model.loaded.name, dtype=torch.float32)
+
+
+def test_lookahead_is_the_old_name_of_the_adaptive_draft_length() -> None:
+    with pytest.warns(DeprecationWarning, match="adaptive_draft_length"):
+        assert settings_of({"lookahead": False}).adaptive_draft_length is False
+    with pytest.raises(InputError, match="give one of them"):
+        settings_of({"lookahead": False, "adaptive_draft_length": True})

@@ -391,7 +391,7 @@ def test_a_batch_drafts_by_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     class Rows(tiny.Scripted):
         def propose_batch(self, contexts: Sequence[Any], limits: Sequence[int]) -> list[Draft]:
             return [
-                self.draft(each, n) if n else Draft()
+                self.propose(each, n) if n else Draft()
                 for each, n in zip(contexts, limits, strict=True)
             ]
 

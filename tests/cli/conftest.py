@@ -86,8 +86,8 @@ def save_profile(
 ) -> Path:
     """A profile for a saved model; ``changes`` falsify its fingerprint.
 
-    Without lookahead drafts are as long as it says, whatever passes cost: on a tiny model nothing
-    ever pays.
+    With lookahead false drafts are as long as it says, whatever passes cost: on a tiny model
+    nothing ever pays.
     """
     values = {"name": str(model), **fingerprint(hf.AutoConfig.from_pretrained(model)), **changes}
     Profile(

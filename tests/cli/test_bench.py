@@ -131,7 +131,7 @@ def test_a_batch_that_is_never_full_is_told(run: Run, profile: Path, prompts: Pa
     "flags",
     [
         ("--tree",),
-        ("--no-lookahead",),
+        ("--no-adaptive-draft-length",),
         ("--target-speedup", "2"),
         ("--against", "transformers"),
     ],

@@ -178,7 +178,7 @@ def test_drafts_may_use_rounded_weights(
     assert profile.plan.weights == "int4"
     vanilla, drafted = (
         run("generate", "Hello", "-m", model, *more, "-n", 12, "--json")
-        for more in ((), ("-p", "int4.yaml", "--no-lookahead"))
+        for more in ((), ("-p", "int4.yaml", "--no-adaptive-draft-length"))
     )
     assert drafted.code == 0, drafted.err
     assert drafted.document["text"] == vanilla.document["text"]

@@ -1,4 +1,4 @@
-"""``--draft`` and ``--lookahead``: who drafts, by command line and profile."""
+"""``--draft`` and ``--adaptive-draft-length``: who drafts, by command line and profile."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_who_drafts(
     ("draft", "way", "fixed"),
     [
         ({"by": "skip", "lookahead": False}, Way(), True),
-        ({"by": "skip", "lookahead": False}, Way(lookahead=True), False),
+        ({"by": "skip", "lookahead": False}, Way(adaptive_draft_length=True), False),
         ({"by": "skip", "lookahead": False}, Way(by=By.MIXED), False),
         ({"by": "skip", "lookahead": False}, Way(rows=4), False),
-        ({"by": "skip"}, Way(lookahead=False), True),
+        ({"by": "skip"}, Way(adaptive_draft_length=False), True),
         ({"by": "skip"}, Way(), False),
     ],
 )
@@ -111,12 +111,12 @@ def test_how_far(
         assert rows_drafter(drafter) is drafter
 
 
-def test_no_lookahead_means_skipping_alone(
+def test_a_fixed_length_means_skipping_alone(
     loaded: LoadedModel, decoder: Decoder, model: Path, tmp_path: Path
 ) -> None:
-    """Where the profile says mixed, --no-lookahead still drafts as long as the profile says."""
+    """Where the profile says mixed, drafts of a fixed length are still as long as it says."""
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, by="mixed")
-    way = Way(lookahead=False)
+    way = Way(adaptive_draft_length=False)
     drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
     assert isinstance(drafter, SkipProposer)
 
@@ -145,15 +145,20 @@ def test_each_range_has_its_drafter(
     [
         (("--draft", "skip"), "--profile FILE, or --draft ngram"),
         (("--draft", "mixed"), "--profile FILE, or --draft ngram"),
-        (("--no-lookahead",), "there are none"),
+        (("--no-adaptive-draft-length",), "there are none"),
         (("--tree",), "there are none"),
-        (("--draft", "ngram", "--no-lookahead"), "not with --draft ngram"),
+        (("--draft", "ngram", "--no-adaptive-draft-length"), "not with --draft ngram"),
         (("--draft", "ngram", "--tree"), "there are none"),
-        (("--lookahead",), "nobody drafts"),
-        (("--draft", "none", "--lookahead"), "nobody drafts"),
+        (("--adaptive-draft-length",), "nobody drafts"),
+        (("--draft", "none", "--adaptive-draft-length"), "nobody drafts"),
+        (("--lookahead",), "--adaptive-draft-length is about drafts"),  # its old names
+        (("--draft", "ngram", "--no-lookahead"), "--no-adaptive-draft-length drafts as"),
         (("--draft", "everything"), "'everything' is not one of"),
         (("--adapt", "conflayers", "--draft", "ngram"), "leave --draft out"),
-        (("--adapt", "conflayers", "--no-lookahead"), "leave --lookahead out"),
+        (
+            ("--adapt", "conflayers", "--no-adaptive-draft-length"),
+            "leave --adaptive-draft-length out",
+        ),
         (("--skip-only", "--target-speedup", "2", "--draft", "ngram"), "--draft is about drafting"),
     ],
 )
@@ -186,7 +191,7 @@ def test_batches_draft_chains_whatever_the_profile_says(
     ]
 
 
-@pytest.mark.parametrize("flag", ["--tree", "--no-lookahead"])
+@pytest.mark.parametrize("flag", ["--tree", "--no-adaptive-draft-length"])
 def test_what_does_not_go_with_batches(run: Run, profile: Path, tmp_path: Path, flag: str) -> None:
     data = write_prompts(tmp_path / "prompts.jsonl", "Hello", "world")
     result = run("generate", "--data", data, "-p", profile, "--batch-size", 2, flag)
@@ -202,7 +207,7 @@ def test_every_drafter_gives_the_same_text(
     assert plain["stats"]["drafted"] == 0
     ngram = run(*arguments, "-m", model, "--draft", "ngram").document
     assert set(ngram["stats"]["by_drafter"]) <= {"ngram"}
-    ways = [("--draft", by.value) for by in By] + [("--no-lookahead",)]
+    ways = [("--draft", by.value) for by in By] + [("--no-adaptive-draft-length",)]
     for way in ways:
         result = run(*arguments, "-p", profile, *way)
         assert result.document["token_ids"] == plain["token_ids"], way
@@ -281,7 +286,7 @@ def test_weights_that_are_not_to_be_had_here(
     plan = SkipPlan.of_layers([2])
     profile = profile_with(tmp_path / "p.yaml", model, replace(plan, weights="int4"), by="skip")
     path = Path("p.yaml")
-    for way, told in ((Way(lookahead=False), True), (Way(by=By.NGRAM), False)):
+    for way, told in ((Way(adaptive_draft_length=False), True), (Way(by=By.NGRAM), False)):
         assert drafter_for(loaded, decoder, profile, path, False, way) is not None
         err = capsys.readouterr().err
         note = "note: p.yaml: drafts use the model's own weights, not int4, which is slower: there"

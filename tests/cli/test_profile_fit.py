@@ -143,9 +143,9 @@ def test_a_profile_of_version_0_works_and_says_what_completes_it(
     ("fields", "flags", "said"),
     [
         ({"draft": FIXED}, [], "its draft lengths were tuned for cuda (NVIDIA H100) in float16"),
-        ({"draft": LOOKAHEAD}, ["--no-lookahead"], "its draft lengths were tuned"),
-        ({"draft": FIXED}, ["--lookahead"], None),
-        ({"draft": FIXED, "measured": MEASURED}, ["--lookahead"], "the figures of"),
+        ({"draft": LOOKAHEAD}, ["--no-adaptive-draft-length"], "its draft lengths were tuned"),
+        ({"draft": FIXED}, ["--adaptive-draft-length"], None),
+        ({"draft": FIXED, "measured": MEASURED}, ["--adaptive-draft-length"], "the figures of"),
         ({"draft": LOOKAHEAD, "measured": MEASURED}, [], "costs are measured here"),
         ({"draft": LOOKAHEAD}, [], None),
         ({"draft": FIXED, "measured": MEASURED}, ["--draft", "ngram"], None),

@@ -1,4 +1,4 @@
-"""Drafters for several rows, small enough to be seen through."""
+"""Proposers for several rows, small enough to be seen through."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_what_follows_a_leaf_is_verified_in_the_next_step() -> None:
     class OnlyLeaves:
         name = "leaves"
 
-        def draft(self, context: Context, limit: int) -> Draft:
+        def propose(self, context: Context, limit: int) -> Draft:
             at = len(context.tokens) - 3
             asked.append((at, limit))
             right = text[at]

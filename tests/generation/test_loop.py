@@ -159,9 +159,9 @@ def test_drafts_end_with_the_budget() -> None:
     limits: list[int] = []
 
     class Greedy(tiny.Scripted):
-        def draft(self, context: Context, limit: int) -> Draft:
+        def propose(self, context: Context, limit: int) -> Draft:
             limits.append(limit)
-            return super().draft(context, limit)
+            return super().propose(context, limit)
 
     text = finished(generation(40))
     right = Greedy(lambda tokens: text[len(tokens) - len(PROMPT) :][:4])

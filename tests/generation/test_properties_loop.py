@@ -56,7 +56,7 @@ class Patterned:
     name: str = "patterned"
     asked: list[tuple[int, int]] = field(default_factory=list)
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         return self.propose_batch([context], [limit])[0]
 
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
@@ -218,7 +218,7 @@ def test_chains_keep_to_their_limit_and_end_at_end_tokens(
         sampler = Sampler(
             SamplingParams(temperature, seed=seed), decoder.vocabulary, decoder.device
         )
-        return drafter.draft(Context(list(text), cache, sampler, end_tokens), limit)
+        return drafter.propose(Context(list(text), cache, sampler, end_tokens), limit)
 
     whole = draft(frozenset()).tokens
     assert len(whole) == min(limit, most)
@@ -241,7 +241,7 @@ def test_chains_keep_to_their_limit_and_end_at_end_tokens(
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_lookahead_keeps_to_the_room_and_never_drafts_behind_an_end_token(
+def test_it_keeps_to_the_room_and_never_drafts_behind_an_end_token(
     rows: int,
     skip: bool,
     ngram: bool,

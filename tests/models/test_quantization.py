@@ -398,7 +398,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch, wide: float) -> tuple[int, list[int
 
 
 def test_where_wider_passes_cost_more_less_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From measured costs to drafts: lookahead knows nothing of kernels."""
+    """From measured costs to drafts: the draft length policy knows nothing of kernels."""
     many, text, ratio = drafted(monkeypatch, 1.0)
     assert ratio == pytest.approx(1.0)
     few, same, ratio = drafted(monkeypatch, 9.0)

@@ -36,7 +36,11 @@ def checks_by_size(
     asked: list[list[tuple[SkipPlan, Setting]]] = []
 
     def check(
-        task: Task, candidates: list[tuple[SkipPlan, Setting]], held_out: object, *, lookahead: bool
+        task: Task,
+        candidates: list[tuple[SkipPlan, Setting]],
+        held_out: object,
+        *,
+        adaptive_draft_length: bool,
     ) -> list[Check]:
         asked.append(candidates)
         return [Check(worth.get(len(plan), 1.1), 0.9, 3.0, 1, True) for plan, _ in candidates]

@@ -115,16 +115,18 @@ def test_the_check_decodes_every_arm() -> None:
     assert bad.acceptance_rate is not None and bad.acceptance_rate < one.acceptance_rate
 
 
-def test_with_lookahead_the_check_drafts_as_far_as_it_pays() -> None:
+def test_with_an_adaptive_length_the_check_drafts_as_far_as_it_pays() -> None:
     task, setting = small_task(), Setting(3, 0.0)
     plan = SkipPlan.of_layers([2])
-    fixed, ahead = (drafter_of(task, plan, setting, lookahead=way) for way in (False, True))
+    fixed, ahead = (
+        drafter_of(task, plan, setting, adaptive_draft_length=way) for way in (False, True)
+    )
     assert isinstance(fixed, SkipProposer)
     assert isinstance(ahead, MixedProposer) and ahead.name == "skip"
-    assert drafter_of(task, SkipPlan(), setting, lookahead=True) is None
-    (check,) = check_by_decoding(task, [(plan, setting)], (), lookahead=True)
+    assert drafter_of(task, SkipPlan(), setting, adaptive_draft_length=True) is None
+    (check,) = check_by_decoding(task, [(plan, setting)], (), adaptive_draft_length=True)
     assert check is not None and check.speedup > 0
-    # drafts are as good as free by these costs, so lookahead drafts more than three at once
+    # drafts are as good as free by these costs, so more than three are drafted at once
     assert check.tokens_per_step is not None and check.tokens_per_step > 1
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conflayers_cli.engine.cost_model import Costs, CostTable
-from conflayers_cli.spec_decode.acceptance import Chances
+from conflayers_cli.spec_decode.acceptance import AcceptanceModel, TextBias
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.ngram import Match
 from tests.spec_decode.simulated import (
@@ -232,47 +232,49 @@ def test_a_prior_of_nothing_is_no_verdict() -> None:
     assert decode(table, text, drafter, model).rate(1000) >= 1.3
 
 
-def test_figures_say_what_was_learnt() -> None:
+def test_the_estimates_come_to_what_is_so() -> None:
     table, text = costs(0.3, 0.02), random_text(2000, independent(0.8, 0.93), seed=11)
     model = Model([text])
     drafter = MixedProposer(model, PLAN, table, ngram=False)  # type: ignore[arg-type]
     decode(table, text, drafter, model)
-    figures = drafter.figures()
-    assert figures.skip == pytest.approx(0.8, abs=0.08)
-    assert dict(figures.by_confidence)[0.9] == pytest.approx(0.8, abs=0.08)
-    assert figures.speedup > 1.2
+    acceptance, policy = drafter.policy.acceptance, drafter.policy
+    assert acceptance.later_token(TextBias()) == pytest.approx(0.8, abs=0.08)
+    assert acceptance.drafted_token(0.93, TextBias()) == pytest.approx(0.8, abs=0.08)
+    assert policy.rate > 1.2 * policy.costs.vanilla_rate
 
 
 def test_sampled_texts_are_judged_by_themselves() -> None:
     """What greedy texts repeat says nothing about those that are sampled, which repeat less."""
-    chances, match = Chances(), Match(4, (1, 2, 3), agreed=True)
-    before = chances.ngram(match, sampled=True)
-    assert before < chances.ngram(match, sampled=False)
+    model, match = AcceptanceModel(), Match(4, (1, 2, 3), agreed=True)
+    before = model.ngram_tokens(match, sampled=True)
+    assert before < model.ngram_tokens(match, sampled=False)
     for _ in range(50):
-        for mark in chances.ngram_marks(match, sampled=False):
-            for share in mark.shares:
-                share.saw(True)
-    assert min(chances.ngram(match, sampled=False)) > 0.9
-    assert chances.ngram(match, sampled=True) == before
+        for update in model.ngram_updates(match, sampled=False):
+            for rate in update.rates:
+                rate.update(True)
+    assert min(model.ngram_tokens(match, sampled=False)) > 0.9
+    assert model.ngram_tokens(match, sampled=True) == before
 
 
 def test_careful_chances_come_to_be_the_plain_ones() -> None:
-    chances, match = Chances(), Match(4, (1,), agreed=True)
-    (share,) = chances.ngram_marks(match, sampled=False)[0].shares
+    model, match = AcceptanceModel(), Match(4, (1,), agreed=True)
+    (rate,) = model.ngram_updates(match, sampled=False)[0].rates
     apart = []
     for number in range(400):
         if number in (0, 20, 399):
-            (careful,), (plain,) = (chances.ngram(match, False, each) for each in (True, False))
+            (careful,), (plain,) = (
+                model.ngram_tokens(match, False, each) for each in (True, False)
+            )
             apart.append(plain - careful)
-        share.saw(number % 2 == 0)
+        rate.update(number % 2 == 0)
     assert apart[0] > 0.15
     assert apart[0] > 2 * apart[1] > 3 * apart[2] > 0
 
 
 def test_careful_chances_stay_chances() -> None:
     """However bad: what is drafted by the way must have one."""
-    chances, match = Chances(), Match(1, (1,), agreed=False)
-    (share,) = chances.ngram_marks(match, sampled=True)[0].shares
+    model, match = AcceptanceModel(), Match(1, (1,), agreed=False)
+    (rate,) = model.ngram_updates(match, sampled=True)[0].rates
     for _ in range(300):
-        share.saw(False)
-        assert 0 < chances.ngram(match, True, careful=True)[0] < 1
+        rate.update(False)
+        assert 0 < model.ngram_tokens(match, True, conservative=True)[0] < 1

@@ -22,7 +22,7 @@ from conflayers_cli.generation.loop import Generation, Step
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode import mixed as mixed_drafts
-from conflayers_cli.spec_decode.history import REMEMBERED
+from conflayers_cli.spec_decode.history import MIN_REMEMBERED
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Context, Draft
 from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
@@ -294,7 +294,7 @@ def test_texts_are_forgotten_but_those_at_hand() -> None:
         for i in range(40)
     ]
     for context in contexts:
-        drafter.draft(context, 4)
-    assert len(drafter._texts) == REMEMBERED
+        drafter.propose(context, 4)
+    assert len(drafter._histories) == MIN_REMEMBERED
     drafter.propose_batch(contexts[:20], [4] * 20)
-    assert all(context.tokens in drafter._texts for context in contexts[:20])
+    assert all(context.tokens in drafter._histories for context in contexts[:20])

@@ -237,8 +237,8 @@ def test_certain_drafts_have_the_targets_law(seed: int, tokens: list[int], leave
 
 def test_a_rule_that_is_slightly_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A q that keeps the refused token, which only a second candidate feels."""
-    right = rules._after_refusal
-    monkeypatch.setattr(rules, "_after_refusal", lambda p, q, token: (right(p, q, token)[0], q))
+    right = rules._after_rejection
+    monkeypatch.setattr(rules, "_after_rejection", lambda p, q, token: (right(p, q, token)[0], q))
     wrong = [seed for seed in range(30) if (d := Drawn(seed, 1)).summed(d.drafts(3)) != d.law()]
     assert len(wrong) >= 4
 

@@ -71,7 +71,7 @@ class Once:
     drafted: Draft
     name: str = "once"
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         return self.drafted
 
 

@@ -46,7 +46,7 @@ def chain_logits(decoder: Decoder, plan: SkipPlan, drafted: tuple[int, ...]) -> 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_greedy_drafts_are_the_skipped_models_choices(family: str, plan: SkipPlan) -> None:
     decoder = tiny.decoder(family)
-    draft = SkipProposer(decoder, plan, 6, 0.0).draft(context(decoder, GREEDY), 20)
+    draft = SkipProposer(decoder, plan, 6, 0.0).propose(context(decoder, GREEDY), 20)
     assert len(draft.tokens) == 6
     assert draft.distribution is None
     expected = chain_logits(decoder, plan, draft.tokens).argmax(-1)
@@ -56,7 +56,7 @@ def test_greedy_drafts_are_the_skipped_models_choices(family: str, plan: SkipPla
 @each_plan
 def test_sampled_drafts_come_with_their_distribution(plan: SkipPlan) -> None:
     decoder = tiny.decoder("llama")
-    draft = SkipProposer(decoder, plan, 6, 0.0).draft(context(decoder, SAMPLED), 20)
+    draft = SkipProposer(decoder, plan, 6, 0.0).propose(context(decoder, SAMPLED), 20)
     logits = chain_logits(decoder, plan, draft.tokens)
     sampler = context(decoder, SAMPLED).sampler
     assert draft.distribution is not None
@@ -71,7 +71,7 @@ def test_no_more_than_asked_for(
     sampling: SamplingParams, limit: int, most: int, count: int
 ) -> None:
     decoder = tiny.decoder("llama")
-    draft = SkipProposer(decoder, PLANS[0], most, 0.0).draft(context(decoder, sampling), limit)
+    draft = SkipProposer(decoder, PLANS[0], most, 0.0).propose(context(decoder, sampling), limit)
     assert len(draft.tokens) == count
 
 
@@ -79,12 +79,12 @@ def test_no_more_than_asked_for(
 @pytest.mark.parametrize("stop", [0.1, 0.3, 0.6, 1.1])
 def test_a_chain_ends_after_the_first_unlikely_token(sampling: SamplingParams, stop: float) -> None:
     decoder = tiny.decoder("llama")
-    whole = SkipProposer(decoder, PLANS[0], 8, 0.0).draft(context(decoder, sampling), 20)
+    whole = SkipProposer(decoder, PLANS[0], 8, 0.0).propose(context(decoder, sampling), 20)
     logits = chain_logits(decoder, PLANS[0], whole.tokens)
     rows = torch.softmax(logits, -1) if whole.distribution is None else whole.distribution
     unlikely = [i for i, token in enumerate(whole.tokens) if rows[i, token] < stop]
     count = unlikely[0] + 1 if unlikely else 8
-    draft = SkipProposer(decoder, PLANS[0], 8, stop).draft(context(decoder, sampling), 20)
+    draft = SkipProposer(decoder, PLANS[0], 8, stop).propose(context(decoder, sampling), 20)
     assert draft.tokens == whole.tokens[:count]
     if draft.distribution is not None:
         assert draft.distribution.shape == (count, tiny.VOCABULARY)

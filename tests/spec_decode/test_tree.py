@@ -256,8 +256,8 @@ def context(decoder: Decoder, sampling: SamplingParams, capacity: int = 64) -> C
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_greedy_leaves_are_the_next_best_tokens(penalty: float) -> None:
     decoder, sampling = tiny.decoder("llama"), SamplingParams(repetition_penalty=penalty)
-    chain = SkipProposer(decoder, PLAN, 5, 0.2).draft(context(decoder, sampling), 20)
-    draft = SkipProposer(decoder, PLAN, 5, 0.2, TWO).draft(context(decoder, sampling), 20)
+    chain = SkipProposer(decoder, PLAN, 5, 0.2).propose(context(decoder, sampling), 20)
+    draft = SkipProposer(decoder, PLAN, 5, 0.2, TWO).propose(context(decoder, sampling), 20)
     assert draft.tokens == chain.tokens
     assert chain.leaves == () and chain.width == len(chain.tokens)
     assert draft.distribution is None and draft.width == 3 * len(chain.tokens)
@@ -274,9 +274,9 @@ def test_sampled_leaves_are_others_that_the_draft_could_have_drawn() -> None:
     few = 0
     for seed in range(20):
         sampling = SamplingParams(1.0, top_p=0.5, seed=seed)
-        chain = SkipProposer(decoder, PLAN, 5, 0.0).draft(context(decoder, sampling), 20)
+        chain = SkipProposer(decoder, PLAN, 5, 0.0).propose(context(decoder, sampling), 20)
         drafter = SkipProposer(decoder, PLAN, 5, 0.0, SAMPLING_SHAPE)
-        draft = drafter.draft(context(decoder, sampling), 20)
+        draft = drafter.propose(context(decoder, sampling), 20)
         assert draft.tokens == chain.tokens  # leaves are drawn behind the whole chain
         assert draft.distribution is not None
         for token, side, q in zip(draft.tokens, draft.leaves, draft.distribution, strict=True):
@@ -297,11 +297,11 @@ def test_leaves_keep_to_the_room_in_the_cache(sampling: SamplingParams) -> None:
     cache = prefilled(decoder, text[:-1], EXTENT_MULTIPLE)
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
     drafter = SkipProposer(decoder, PLAN, 4, 0.0, TreeShape(((0.0, 10),)))
-    draft = drafter.draft(Context(text, cache, sampler), 20)
+    draft = drafter.propose(Context(text, cache, sampler), 20)
     # Slots of the pending token, the chain, and the leaves: the last one is the cache's last.
     assert len(text) + draft.width == cache.capacity == EXTENT_MULTIPLE
     drafter = SkipProposer(decoder, PLAN, 10, 0.0, TreeShape(((0.0, 10),)))
-    assert drafter.draft(Context(text, cache, sampler), 20).width == 10
+    assert drafter.propose(Context(text, cache, sampler), 20).width == 10
 
 
 def test_costs_reach_the_drafter() -> None:
@@ -313,7 +313,7 @@ def test_costs_reach_the_drafter() -> None:
         return 1.0 if width <= 7 else 100.0
 
     drafter = SkipProposer(decoder, PLAN, 4, 0.0, GREEDY_SHAPE, cost, 0.5)
-    draft = drafter.draft(context(decoder, SamplingParams()), 20)
+    draft = drafter.propose(context(decoder, SamplingParams()), 20)
     assert draft.width + 1 == 7
     assert min(widths) == 5
 
@@ -411,7 +411,7 @@ class Missing:
     place: int = 1
     name: str = "missing"
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         at = len(context.tokens) - self.start
         tokens = self.text[at : at + min(self.size, limit)]
         leaves: list[tuple[int, ...]] = [()] * len(tokens)

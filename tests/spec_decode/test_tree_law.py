@@ -133,11 +133,11 @@ Refusal = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def q_as_it_was(p: torch.Tensor, q: torch.Tensor | None, token: int) -> Refusal:
-    return rules_after_refusal(p, q, token)[0], q
+    return rules_after_rejection(p, q, token)[0], q
 
 
 def q_not_normalised(p: torch.Tensor, q: torch.Tensor | None, token: int) -> Refusal:
-    residual, _ = rules_after_refusal(p, q, token)
+    residual, _ = rules_after_rejection(p, q, token)
     assert q is not None
     rest = q.clone()
     rest[token] = 0.0
@@ -147,14 +147,14 @@ def q_not_normalised(p: torch.Tensor, q: torch.Tensor | None, token: int) -> Ref
 def p_not_normalised(p: torch.Tensor, q: torch.Tensor | None, token: int) -> Refusal:
     assert q is not None
     residual = (p - q).clamp(min=0.0)
-    return (residual if residual.sum() > 0 else p), rules_after_refusal(p, q, token)[1]
+    return (residual if residual.sum() > 0 else p), rules_after_rejection(p, q, token)[1]
 
 
 def p_as_it_was(p: torch.Tensor, q: torch.Tensor | None, token: int) -> Refusal:
-    return p, rules_after_refusal(p, q, token)[1]
+    return p, rules_after_rejection(p, q, token)[1]
 
 
-rules_after_refusal = rules._after_refusal
+rules_after_rejection = rules._after_rejection
 WRONG = [q_as_it_was, q_not_normalised, p_not_normalised, p_as_it_was]
 
 
@@ -163,7 +163,7 @@ def test_wrong_rules_are_found(
     wrong: Callable[[torch.Tensor, torch.Tensor | None, int], Refusal],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rules, "_after_refusal", wrong)
+    monkeypatch.setattr(rules, "_after_rejection", wrong)
     counts, _, _ = trees(P, NEAR, 3)
     assert chi_square(counts, law(P)) < 1e-6
 
@@ -193,8 +193,8 @@ class Noting:
     leaves: Counter[int] = field(default_factory=Counter)
     name: str = "noting"
 
-    def draft(self, context: Context, limit: int) -> Draft:
-        draft = self.drafter.draft(context, limit)
+    def propose(self, context: Context, limit: int) -> Draft:
+        draft = self.drafter.propose(context, limit)
         self.leaves.update(map(len, draft.leaves))
         return draft
 
@@ -255,7 +255,7 @@ class Hopeless:
     certain: bool
     name: str = "hopeless"
 
-    def draft(self, context: Context, limit: int) -> Draft:
+    def propose(self, context: Context, limit: int) -> Draft:
         text, tokens = tuple(context.tokens), list[int]()
         rows, leaves = list[torch.Tensor](), list[tuple[int, ...]]()
         for _ in range(min(limit, 2)):
@@ -289,7 +289,7 @@ def test_wrong_rules_show_in_the_output(
     wrong: Callable[[torch.Tensor, torch.Tensor | None, int], Refusal],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rules, "_after_refusal", wrong)
+    monkeypatch.setattr(rules, "_after_rejection", wrong)
     setting = SETTINGS["temperature 0.7"]
     counts, _ = sample(setting, skip(wanting(3)))
     assert chi_square(counts, enumerated.law(setting)) < 1e-6

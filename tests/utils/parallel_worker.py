@@ -62,7 +62,7 @@ def in_some_ways(loaded: LoadedModel, decoder: Decoder) -> dict[str, Any]:
 def in_more_ways(decoder: Decoder) -> dict[str, Any]:
     """Drafted by all kinds of drafters, sampled, in a batch; and what passes cost."""
     costs = measure_costs(decoder, context=16, rounds=5, growth=False, seconds=0.1)
-    # Lookahead would never draft for a model so small: its passes are made to cost as large ones'.
+    # Drafts would never pay for a model so small: its passes are made to cost as large ones'.
     prices = Costs({1: 1.01, 26: 1.26}, floor=0.05, attention=0.01, mlp=0.01, context=16)
     table = CostTable({1: prices}, decoder.depth)
     batch = Batch(

@@ -14,15 +14,24 @@ from typing import Any
 
 from conflayers_cli.bench.batched import measure_batches
 from conflayers_cli.bench.runner import BenchResult, measure, run_ratios
-from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, PromptRuns
-from conflayers_cli.cli.common import Loading, encode_prompts, fingerprint_of, open_model
+from conflayers_cli.bench.systems import (
+    BatchedEngineSystem,
+    BenchPrompt,
+    EngineSystem,
+    PromptRuns,
+)
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.models.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
+from conflayers_cli.profile_check import fingerprint_of
 from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter
+from conflayers_cli.spec_decode.build import build_proposer, rows_drafter
+from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
@@ -125,7 +134,7 @@ def parse_quick(
 def open_subject(name: str, options: argparse.Namespace) -> Subject:
     """Load a model, and its profile where the folder has one that leaves out anything."""
     say(f"loading {name}")
-    loaded, decoder = open_model(name, Loading(dtype=options.dtype))
+    loaded, decoder = open_model(name, LoadOptions(dtype=options.dtype))
     file = options.profiles / f"{Path(name).name}.yaml"
     profile = Profile.load(file) if file.is_file() else None
     return Subject(loaded, decoder, profile if profile and profile.plan else None)
@@ -172,9 +181,8 @@ def to_bench_prompts(
     subject: Subject, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[BenchPrompt]:
     """The prompts as the tool gives them to the model."""
-    encoded = encode_prompts(
-        subject.loaded, prompts, system=None, raw=False, max_new_tokens=max_new_tokens
-    )
+    options = PromptOptions(max_new_tokens=max_new_tokens)
+    encoded = encode_prompts(subject.loaded, prompts, options)
     return [
         BenchPrompt(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed)
         for seed, prompt in enumerate(encoded)
@@ -203,7 +211,7 @@ def bad_profile(subject: Subject, seed: int = 0) -> Profile:
 
 
 def drafter_of(
-    subject: Subject, profile: Profile | None, by: By | None = None, *, rows: int = 1
+    subject: Subject, profile: Profile | None, by: DraftMethod | None = None, *, rows: int = 1
 ) -> Proposer | None:
     """A new drafter, made as the tool makes it, with costs that are measured or known.
 
@@ -213,8 +221,8 @@ def drafter_of(
         by: who drafts; None: as the profile says.
         rows: prompts decoded at once.
     """
-    way = Way(by=By.NGRAM if profile is None else by, rows=rows)
-    return drafter_for(subject.loaded, subject.decoder, profile, None, False, way)
+    way = DraftOptions(method=DraftMethod.NGRAM if profile is None else by, batch_size=rows)
+    return build_proposer(subject.loaded, subject.decoder, profile, None, False, way)
 
 
 def compare(

@@ -35,10 +35,11 @@ from benchmarks.paper_results import Results, Setting, table
 from benchmarks.paper_search import PUBLISHED, published_file
 from benchmarks.paper_tasks import TASKS, TaskPrompts
 from benchmarks.paper_work import Amount, Work
-from conflayers_cli.cli.common import Loading, open_model
 from conflayers_cli.cli.strategies import STRATEGIES
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.device import find_device
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.models.loading import open_model
 from conflayers_cli.spec_decode.build import costs_for
 from conflayers_cli.utils.files import check_target
 
@@ -207,7 +208,7 @@ def run_model(
         return
     common.say(f"loading {model}")
     device = "auto" if options.device_map else options.device
-    loading = Loading(device=device, dtype=options.dtype, device_map=options.device_map)
+    loading = LoadOptions(device=device, dtype=options.dtype, device_map=options.device_map)
     loaded, decoder = open_model(MODELS.get(model, model), loading)
     costs = costs_for(loaded, decoder)
     for setting, strategy in wanted:

@@ -33,7 +33,7 @@ from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.objective import PAPER
-from conflayers_cli.spec_decode.build import By
+from conflayers_cli.spec_decode.options import DraftMethod
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 from conflayers_cli.utils.statistics import Spread
 
@@ -54,7 +54,7 @@ def make_systems(
             systems.append(EngineSystem(name, decoder, drafter_of(subject, name), sampling, ends))
     for file in beside:
         profile = Profile.load(file)
-        for by in (By.SKIP, By.MIXED):
+        for by in (DraftMethod.SKIP, DraftMethod.MIXED):
             drafter = common.drafter_of(subject, profile, by)
             systems.append(
                 EngineSystem(f"{file.stem}-{by.value}", decoder, drafter, sampling, ends)
@@ -69,7 +69,7 @@ def drafter_of(subject: common.Subject, name: str) -> Proposer | None:
         return SkipProposer(subject.decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
     if name == "ngram":
         return common.drafter_of(subject, None)
-    return common.drafter_of(subject, subject.profile, By(name))
+    return common.drafter_of(subject, subject.profile, DraftMethod(name))
 
 
 def report(result: BenchResult, subject: common.Subject) -> dict[str, Any]:

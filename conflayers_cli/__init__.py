@@ -25,8 +25,8 @@ __all__ = [
     "GenerateError",
     "InputError",
     "Model",
+    "Options",
     "Profile",
-    "Settings",
     "Stream",
     "conflayers_generate",
     "generate",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from conflayers_cli.api.generate import Model, Stream, generate, load, stream
     from conflayers_cli.api.hf_generate import conflayers_generate
     from conflayers_cli.api.hf_request import GenerateError
-    from conflayers_cli.api.options import Settings
+    from conflayers_cli.api.options import Options
     from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
     from conflayers_cli.generation.generate import Answer
     from conflayers_cli.profile.schema import Profile
@@ -50,7 +50,7 @@ else:
     _MODULES = {
         "generation.generate": ("Answer",),
         "api.generate": ("Model", "Stream", "generate", "load", "stream"),
-        "api.options": ("Settings",),
+        "api.options": ("Options",),
         "api.attached_model": ("release",),
         "api.hf_generate": ("conflayers_generate",),
         "errors": ("ConfLayersError", "ConfLayersWarning", "InputError"),

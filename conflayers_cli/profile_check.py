@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.common import environment_of, fingerprint_of
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +19,43 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INDEX = re.compile(r"^([a-z]+):\d+")
+
+
+def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
+    """What a profile says about this model.
+
+    Raises:
+        InputError: the model's configuration lacks a size that a profile needs.
+    """
+    from pydantic import ValidationError
+
+    from conflayers_cli.models.fingerprint import fingerprint
+    from conflayers_cli.profile.schema import ModelFingerprint
+
+    values = fingerprint(loaded.model.config)
+    if loaded.sketch is not None:
+        values["sketch"] = asdict(loaded.sketch)
+    try:
+        return ModelFingerprint.model_validate({"name": loaded.name, **values})
+    except ValidationError as error:
+        missing = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise InputError(f"{loaded.name}: its configuration has no usable {missing}") from None
+
+
+def environment_of(loaded: LoadedModel) -> Environment:
+    """Where a profile's figures come from: this model, here."""
+    import torch
+
+    from conflayers_cli.profile.schema import Environment
+    from conflayers_cli.utils.environment import device_name, versions
+
+    device = device_name(loaded.device)
+    return Environment(
+        device=f"{device}, {loaded.spread}" if loaded.spread else device,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads() if loaded.device.type == "cpu" else None,
+        **versions(),
+    )
 
 
 def check_fit(
@@ -39,7 +76,7 @@ def check_fit(
             raise InputError(f"{problem} (force goes on all the same)", names=("force goes",))
         logger.warning(f"warning: {problem}")
     else:
-        _tell_weights(here, profile, path)
+        _note_weights(here, profile, path)
     try:
         plans = profile.plans()
         for _, plan, _ in plans:
@@ -49,7 +86,7 @@ def check_fit(
         raise InputError(str(error) if named else f"{path}: {error}", names=error.names) from None
 
 
-def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -> None:
+def _note_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -> None:
     """A note where the profile knows too little of its model, or is of other weights."""
     from conflayers_cli.profile.fingerprint import OTHER
 
@@ -73,7 +110,7 @@ def _tell_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -
         )
 
 
-def tell_other_device(
+def note_other_device(
     loaded: LoadedModel,
     profile: Profile,
     path: Path | None,
@@ -94,7 +131,7 @@ def tell_other_device(
     """
     if profile.environment is None:
         return
-    here, there = told(environment_of(loaded)), told(profile.environment)
+    here, there = device_and_dtype(environment_of(loaded)), device_and_dtype(profile.environment)
     if here == there:
         return
     if fixed:
@@ -115,7 +152,7 @@ def tell_other_device(
         )
 
 
-def told(environment: Environment) -> str:
+def device_and_dtype(environment: Environment) -> str:
     """The device and dtype that figures belong to; which of several like devices does not count."""
     device = _INDEX.sub(r"\1", environment.device)
     return f"{device} in {environment.dtype}"

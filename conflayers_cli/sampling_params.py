@@ -1,16 +1,28 @@
-"""TODO: conflayers_cli.sampling_params"""
+"""How the tokens of a text are chosen: plain, checked values that need no PyTorch."""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 from conflayers_cli.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. Temperature 0 is greedy, whatever the other settings.
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token every time, whatever the other settings; above it,
+            tokens are drawn.
+        top_k: draw from that many likeliest tokens; None: from all.
+        top_p: draw from the likeliest tokens that hold this share; None: from all.
+        min_p: draw from tokens at least this share as likely as the likeliest; None: from all.
+        repetition_penalty: over 1 makes tokens of the text so far less likely.
+        seed: of the random numbers.
 
     Raises:
         InputError: a value is outside its range.
@@ -44,3 +56,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    def note_unused(self) -> None:
+        """A note where a setting changes nothing, since tokens are chosen greedily."""
+        given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        unused = [name for name, value in given.items() if value is not None]
+        if self.greedy and unused:
+            message = f"note: {', '.join(unused)} changes nothing at temperature 0"
+            logger.warning(message, extra={"names": (*unused, "temperature")})

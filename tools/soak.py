@@ -27,11 +27,12 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import common
-from conflayers_cli.cli.common import Loading, open_model
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.models.loading import open_model
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         tiny = options.model == "tiny"
         source = str(save_model(Path(made) / "tiny")) if tiny else options.model
-        loaded, decoder = open_model(source, Loading(dtype=options.dtype))
+        loaded, decoder = open_model(source, LoadOptions(dtype=options.dtype))
         plan = SkipPlan.of_layers(range(1, decoder.depth - 1, 4))
         requests = requests_of(decoder.vocabulary, loaded.context_length or 1024)
         rounds = soak(decoder, plan, requests, options.generations, options.minutes)

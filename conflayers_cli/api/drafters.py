@@ -12,7 +12,8 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersWarning, InputError
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.spec_decode.build import By, Way, drafter_for
+from conflayers_cli.spec_decode.build import build_proposer
+from conflayers_cli.spec_decode.options import DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.notices import collected
 
@@ -70,45 +71,34 @@ def current_name(adaptive_draft_length: bool | None, lookahead: bool | None) -> 
 def drafter_of(
     model: Opened,
     profile: ProfileLike | None,
-    draft: DraftBy | None,
-    adaptive_draft_length: bool | None,
+    options: DraftOptions,
     force: bool,
-    *,
-    tree: bool | None = None,
-    greedy: bool = True,
-    rows: int = 1,
 ) -> Proposer | None:
     """Who drafts, None where nobody does; the same one for the same wishes.
 
     Args:
         model: to be at work.
         profile: a profile or its file.
-        draft: who drafts; None: as the profile says, without one nobody.
-        adaptive_draft_length, tree, greedy, rows: as for `Way`.
+        options: who drafts, and how far.
         force: take a profile of another model of the same depth.
 
     Raises:
-        InputError: there is no such profile or way, it contradicts itself, or the profile does not
-            fit.
+        InputError: there is no such profile, the options contradict themselves, or the profile does
+            not fit.
     """
-    try:
-        by = None if draft is None else By(draft)
-    except ValueError:
-        allowed = ", ".join(each.value for each in By)
-        raise InputError(f"draft {draft!r}: allowed is one of {allowed}") from None
-    way, known = Way(by, adaptive_draft_length, tree, greedy, rows), model.drafters
+    known = model.drafters
     if profile is None or isinstance(profile, Profile):
         path, chosen = None if profile is None else Path("the profile"), profile
-        way.check(path)
+        options.check(path)
     else:
         path = Path(profile)
-        way.check(path)
-        if (file := (_version(path), way)) in known:  # it needs not be read again
+        options.check(path)
+        if (file := (_version(path), options)) in known:  # it needs not be read again
             return known[file]
         chosen = Profile.load(path)
-    key = (chosen and chosen.model_dump_json(), way)
+    key = (chosen and chosen.model_dump_json(), options)
     if key not in known:
-        known[key] = drafter_for(model.loaded, model.decoder, chosen, path, force, way)
+        known[key] = build_proposer(model.loaded, model.decoder, chosen, path, force, options)
     if chosen is not profile:
         known[file] = known[key]
     return known[key]

@@ -22,6 +22,7 @@ from typing import Any, Unpack, overload
 from conflayers_cli.api.attached_model import borrow
 from conflayers_cli.api.drafters import Opened, ProfileLike, drafter_of, in_python
 from conflayers_cli.api.options import (
+    LoadKeywords,
     ManyPrompts,
     OnePrompt,
     Options,
@@ -31,17 +32,13 @@ from conflayers_cli.api.options import (
     settings_of,
 )
 from conflayers_cli.cli.answering import Machine
-from conflayers_cli.cli.common import (
-    EncodedPrompt,
-    Loading,
-    encode_prompts,
-    open_model,
-    sampling_from,
-)
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generate import Answer, answering
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.models.prompt_encoding import EncodedPrompt, encode_prompts
 from conflayers_cli.prompts import Prompt
 from conflayers_cli.spec_decode.proposer import Proposer
 
@@ -75,15 +72,8 @@ def load(
     model: str | Any,
     *,
     tokenizer: Any = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    exact: bool = True,
-    compiled: bool = False,
-    device_map: str | None = None,
-    quantize: str | None = None,
-    merge_adapter: bool | None = None,
-    trust_remote_code: bool = False,
     in_place: bool = False,
+    **keywords: Unpack[LoadKeywords],
 ) -> Model:
     """A model by its name, or the engine on one that is loaded already.
 
@@ -92,29 +82,25 @@ def load(
             transformers causal language model, or a `PeftModel` of one. Such a one stays where it
             is, in its dtype, and is as it was whenever nothing is being decoded (see `Borrowed`).
         tokenizer: of a transformers model; not to be given otherwise.
-        device, dtype, device_map, quantize, merge_adapter, trust_remote_code: as for `load_model`.
-        exact: half-precision passes give a token the same bits whatever is checked beside it.
-        compiled: compile the layers, where steps then are quicker; the bits are given up.
         in_place: don't hold a given model's weights twice, see `Borrowed`.
+        keywords: how the model is loaded and run, see `LoadOptions`; of these only ``exact``
+            matters to a model that is loaded already.
 
     Raises:
         InputError: there is no such model, or it can't be decoded exactly.
         ConfLayersError: it does not fit into the memory.
     """
+    options = LoadOptions(**keywords)
     with in_python():
         if not isinstance(model, str):
             if tokenizer is None:
                 raise InputError("tokenizer: is needed with a model that is loaded already")
-            borrowing = partial(borrow, model, exact=exact, in_place=in_place)
+            borrowing = partial(borrow, model, exact=options.exact, in_place=in_place)
             known = borrowing().loaded
             return Model(as_loaded(model, tokenizer, known.name, known.dtype_reason), borrowing)
         if tokenizer is not None:
             raise InputError("tokenizer: comes with the model; give both loaded, or a name alone")
-        how = Loading(
-            *(device, dtype, trust_remote_code, exact),
-            *(device_map, compiled, quantize, merge_adapter),
-        )
-        owned = _Owned(*open_model(model, how))
+        owned = _Owned(*open_model(model, options))
         return Model(owned.loaded, lambda: owned)
 
 
@@ -149,7 +135,7 @@ def generate(
         prompt: a text, a chat, or a list of either. A text is put into the model's chat template,
             if it has one, unless ``raw``.
         profile: what `calibrate` wrote, or its file; None: nobody drafts unless ``draft`` says so.
-        options: see `Settings`.
+        options: see `Options`.
 
     Returns:
         The answer; for a list of prompts a list of answers in their order.
@@ -159,9 +145,9 @@ def generate(
             model.
         ConfLayersError: a failure while decoding.
     """
-    settings = settings_of(options)
     prompts = as_prompts(prompt)
     with in_python():
+        settings = settings_of(options)
         opened = model.opened()
         with opened.at_work():
             machine, encoded = _prepared(model, opened, prompts, profile, settings)
@@ -209,10 +195,10 @@ def stream(
     Raises:
         InputError, ConfLayersError: as `generate`; what is wrong with the arguments at once.
     """
-    settings = settings_of(options)
     if not is_one(prompt):
         raise InputError("stream: takes one prompt, generate takes a list")
     with in_python():
+        settings = settings_of(options)
         opened = model.opened()
         with opened.at_work():
             machine, (encoded,) = _prepared(model, opened, as_prompts(prompt), profile, settings)
@@ -241,29 +227,14 @@ def _prepared(
     settings: Settings,
 ) -> tuple[Machine, list[EncodedPrompt]]:
     """Who answers, and the prompts as the model gets them."""
-    sampling = sampling_from(
-        settings.temperature,
-        settings.top_p,
-        settings.top_k,
-        settings.min_p,
-        settings.repetition_penalty,
-        settings.seed,
-    )
-    stops = settings.stops
-    encoded = encode_prompts(
-        model.loaded,
-        prompts,
-        system=settings.system,
-        raw=settings.raw,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    drafter = drafter_of(
-        *(opened, profile, settings.draft, settings.adaptive_draft_length, settings.force),
-        tree=settings.tree,
-        greedy=sampling.greedy,
-        rows=settings.batch_size,
-    )
+    settings.sampling.note_unused()
+    encoded = encode_prompts(model.loaded, prompts, settings.prompts)
     machine = Machine(
-        *(model.loaded, opened.decoder, drafter, sampling, stops), batch_size=settings.batch_size
+        model.loaded,
+        opened.decoder,
+        drafter_of(opened, profile, settings.drafting, settings.force),
+        settings.sampling,
+        settings.stops,
+        batch_size=settings.drafting.batch_size,
     )
     return machine, encoded

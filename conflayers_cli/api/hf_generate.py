@@ -25,6 +25,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch, BatchRequest
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.spec_decode.build import rows_drafter
+from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 
 
@@ -92,10 +93,13 @@ def conflayers_generate(
             borrowed = borrow(model, exact=exact, in_place=in_place)
             adaptive = current_name(adaptive_draft_length, lookahead)
             with borrowed.at_work() as decoder:
-                rows = request.rows if request.together else 1
-                drafter = drafter_of(
-                    *(borrowed, profile, draft, adaptive, force), tree=False, rows=rows
+                options = DraftOptions(
+                    method=None if draft is None else DraftMethod.of(draft),
+                    adaptive_draft_length=adaptive,
+                    tree=False,
+                    batch_size=request.rows if request.together else 1,
                 )
+                drafter = drafter_of(borrowed, profile, options, force)
                 texts, outputs = _decode(decoder, drafter, request, ends, stream.put)
     except InputError as error:
         raise GenerateError(str(error)) from error

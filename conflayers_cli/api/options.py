@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, cast
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, TypedDict
 
 from conflayers_cli.api.drafters import DraftBy, current_name
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.prompt_encoding import PromptOptions
 from conflayers_cli.prompts import Message, Prompt
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A chat: ``{"role": …, "content": …}`` in order."""
@@ -16,10 +19,32 @@ OnePrompt: TypeAlias = str | Messages | Prompt
 ManyPrompts: TypeAlias = Sequence[str] | Sequence[Messages] | Sequence[Prompt]
 
 
-class Options(TypedDict, total=False):
-    """What may be said to `generate` and `stream`, as on the command line.
+class LoadKeywords(TypedDict, total=False):
+    """Keywords of `load`: the fields of `LoadOptions`."""
 
-    ``lookahead`` is the old name of ``adaptive_draft_length``, taken for one more version.
+    device: str
+    dtype: str
+    exact: bool
+    compiled: bool
+    device_map: str | None
+    quantize: str | None
+    merge_adapter: bool | None
+    trust_remote_code: bool
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `generate` and `stream`: fields of `SamplingParams`, `PromptOptions` and
+    `DraftOptions`, which say their defaults, and a few more.
+
+    Attributes:
+        max_new_tokens, system, raw: as in `PromptOptions`.
+        temperature, top_p, top_k, min_p, repetition_penalty: as in `SamplingParams`.
+        seed: of the first prompt; the next one's is one more, and so on.
+        stop: texts that end an answer and are not part of it.
+        draft: who drafts; None: as the profile says, without one nobody.
+        adaptive_draft_length, tree, batch_size: as in `DraftOptions`.
+        lookahead: the old name of ``adaptive_draft_length``, taken for one more version.
+        force: take a profile of another model of the same depth.
     """
 
     max_new_tokens: int
@@ -42,71 +67,53 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """`Options` with their defaults.
+    """What `Options` come to: checked values, with defaults for what was not said."""
 
-    Attributes:
-        max_new_tokens: the most tokens of an answer.
-        temperature: 0 chooses greedily; the four after it are as in `Sampling`.
-        seed: of the first prompt; the next one's is one more, and so on.
-        stop: texts that end an answer and are not part of it.
-        system: a system message, in place of the prompts' own.
-        raw: prompts are given as they are, without the chat template.
-        draft: who drafts; None: as the profile says, without one nobody.
-        adaptive_draft_length: draft as far as it pays; None: as the profile says.
-        tree: draft side candidates beside the chain; None: as the profile says.
-        force: take a profile of another model of the same depth.
-        batch_size: prompts decoded at once.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: str | Sequence[str] = ()
-    system: str | None = None
-    raw: bool = False
-    draft: DraftBy | None = None
-    adaptive_draft_length: bool | None = None
-    tree: bool | None = None
-    force: bool = False
-    batch_size: int = 1
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts of ``stop``.
-
-        Raises:
-            InputError: one is empty.
-        """
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if "" in stops:
-            raise InputError("stop: an empty text would end every answer at once")
-        return stops
+    sampling: SamplingParams
+    prompts: PromptOptions
+    drafting: DraftOptions
+    stops: tuple[str, ...]
+    force: bool
 
 
 def settings_of(options: Options) -> Settings:
-    """Options with their defaults.
+    """Options with their defaults, checked.
 
     Raises:
         TypeError: there is no such option.
-        InputError: a number is too small.
+        InputError: a value is out of its range.
     """
-    given = dict(options)
-    if "lookahead" in given:
-        given["adaptive_draft_length"] = current_name(
-            options.get("adaptive_draft_length"), options["lookahead"]
-        )
-        del given["lookahead"]
-    if unknown := sorted(given.keys() - Settings.__dataclass_fields__.keys()):
+    if unknown := sorted(options.keys() - Options.__optional_keys__):
         raise TypeError(f"unknown options: {', '.join(unknown)}")
-    settings = Settings(**cast(dict[str, Any], given))
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} {getattr(settings, name)}: at least 1 is needed")
-    return settings
+    sampling = SamplingParams(**_fields(SamplingParams, options))
+    prompts = PromptOptions(**_fields(PromptOptions, options))
+    draft = options.get("draft")
+    drafting = DraftOptions(
+        method=None if draft is None else DraftMethod.of(draft),
+        adaptive_draft_length=current_name(
+            options.get("adaptive_draft_length"), options.get("lookahead")
+        ),
+        tree=options.get("tree"),
+        greedy=sampling.greedy,
+        batch_size=options.get("batch_size", 1),
+    )
+    for name, value in (
+        ("max_new_tokens", prompts.max_new_tokens),
+        ("batch_size", drafting.batch_size),
+    ):
+        if value < 1:
+            raise InputError(f"{name} {value}: at least 1 is needed")
+    stop = options.get("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("stop: an empty text would end every answer at once")
+    return Settings(sampling, prompts, drafting, stops, options.get("force", False))
+
+
+def _fields(kind: type, options: Options) -> dict[str, Any]:
+    """The options that are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
 
 
 def is_one(prompt: OnePrompt | ManyPrompts) -> bool:

@@ -177,7 +177,6 @@ def _profile_of(
     seed: int,
 ) -> Profile:
     """What was found, with figures measured on the way."""
-    from conflayers_cli.cli.common import environment_of, fingerprint_of
     from conflayers_cli.profile.schema import (
         DraftSettings,
         FoundBy,
@@ -186,6 +185,7 @@ def _profile_of(
         PromptsUsed,
         SkipSection,
     )
+    from conflayers_cli.profile_check import environment_of, fingerprint_of
     from conflayers_cli.prompts import fingerprint
 
     best, found = adapter.best, bool(adapter.plan)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from conflayers_cli.cli.common import EncodedPrompt
 from conflayers_cli.cli.terminal import emit, emit_json
+from conflayers_cli.models.prompt_encoding import EncodedPrompt
 from conflayers_cli.spec_decode.build import rows_drafter
 from conflayers_cli.utils.progress import no_progress, progress_bar
 

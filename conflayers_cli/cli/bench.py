@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -35,24 +36,14 @@ from conflayers_cli.cli.bench_options import (
     Warmup,
 )
 from conflayers_cli.cli.bench_publish import Exports, Gates, publish
-from conflayers_cli.cli.common import (
-    EncodedPrompt,
-    Loading,
-    encode_prompts,
-    load_profile,
-    model_source,
-    open_model,
-    read_prompt_file,
-    sampling_from,
-)
+from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
+from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.models.prompt_encoding import EncodedPrompt, PromptOptions, encode_prompts
 from conflayers_cli.spec_decode.build import (
-    AdaptiveDraftLength,
-    DraftBy,
-    Tree,
-    Way,
-    drafter_for,
+    build_proposer,
     rows_drafter,
 )
 from conflayers_cli.utils.plotting import Theme
@@ -87,30 +78,22 @@ float32 are not the same. All results are written before that.
 """
 
 
+@with_groups
 def bench(
+    *,
     context: typer.Context,
     profile: options.ProfileFile = None,
     model: options.Model = None,
     data: options.Data = None,
     max_prompts: options.MaxPrompts = None,
     batch_size: BatchSize = 1,
-    max_new_tokens: options.MaxNewTokens = 128,
+    prompt_options: options.PromptFlags = PromptOptions(max_new_tokens=128),
     runs: Runs = 3,
     warmup: Warmup = 1,
     against: Against = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    draft: DraftBy = None,
-    adaptive_draft_length: AdaptiveDraftLength = None,
-    tree: Tree = None,
+    sampling: options.SamplingFlags,
+    drafting: options.DraftFlags,
     target_speedup: TargetSpeedup = None,
-    system: options.System = None,
-    raw: options.Raw = False,
-    truncate: options.Truncate = False,
     json: options.Json = False,
     stored: Stored = None,
     export_json: ExportJson = None,
@@ -124,14 +107,7 @@ def bench(
     tolerance: Tolerance = None,
     judge: Judge = None,
     force: options.Force = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    exact: options.Exact = True,
-    compile_: options.Compile = False,
-    device_map: options.DeviceMap = None,
-    quantize: options.Quantize = None,
-    merge_adapter: options.MergeAdapter = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: options.LoadFlags,
 ) -> None:
     exports = Exports(export_json, export_markdown, export_csv, export_github, plot, plot_theme)
     exports.check()
@@ -142,7 +118,7 @@ def bench(
 
         publish(load_document(stored), exports, gates, as_json=json)
         return
-    if profile is None and (model is None or (target_speedup is None and draft is None)):
+    if profile is None and (model is None or (target_speedup is None and drafting.method is None)):
         raise InputError(
             "give --profile FILE, or --model MODEL with --draft ngram or --target-speedup S, or "
             "--from FILE; "
@@ -151,54 +127,43 @@ def bench(
     check_target_speedup(target_speedup)
     _check_together(batch_size, against, target_speedup)
     chosen = load_profile(profile) if profile else None
-    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, adaptive_draft_length, tree, sampling.greedy, batch_size)
-    way.check(profile)
+    sampling.note_unused()
+    drafting = replace(drafting, greedy=sampling.greedy, batch_size=batch_size)
+    drafting.check(profile)
     prompts = read_prompt_file(data, max_prompts)
     source = model_source(model, chosen)
-    how = Loading(
-        *(device, dtype, trust_remote_code, exact),
-        *(device_map, compile_, quantize, merge_adapter),
-    )
-    loaded, decoder = open_model(source, how)
-    drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
+    loaded, decoder = open_model(source, load)
+    drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
     skipped = skip_plan(decoder, target_speedup, None) if target_speedup is not None else None
-    as_papers = chosen is None and skipped is not None and draft is None
+    as_papers = chosen is None and skipped is not None and drafting.method is None
     if skipped and as_papers:
         drafter = _paper_drafter(decoder, skipped)
-    encoded = encode_prompts(
-        loaded,
-        prompts,
-        system=system,
-        raw=raw,
-        max_new_tokens=max_new_tokens,
-        truncate=truncate,
-    )
+    encoded = encode_prompts(loaded, prompts, prompt_options)
     if drafter is None:
         logger.warning("note: nothing is left out while drafting, so both arms decode vanilla")
     settings = {
         **bench_settings(chosen, profile, prompts, data, sampling, drafter),
         **(lossy_settings(skipped, drafts=as_papers) if skipped is not None else {}),
-        "draft_by": draft.value if draft else None,
-        "lookahead": adaptive_draft_length,
-        "tree": tree,
+        "draft_by": drafting.method.value if drafting.method else None,
+        "lookahead": drafting.adaptive_draft_length,
+        "tree": drafting.tree,
         "batch_size": batch_size,
         "target_speedup": target_speedup,
-        "system": system,
-        "raw": raw,
-        "truncate": truncate,
-        "exact": exact,
-        "quantize": quantize,
-        "merge_adapter": merge_adapter,
-        "compile": compile_,
-        "device_map": device_map,
-        "max_new_tokens": max_new_tokens,
+        "system": prompt_options.system,
+        "raw": prompt_options.raw,
+        "truncate": prompt_options.truncate,
+        "exact": load.exact,
+        "quantize": load.quantize,
+        "merge_adapter": load.merge_adapter,
+        "compile": load.compiled,
+        "device_map": load.device_map,
+        "max_new_tokens": prompt_options.max_new_tokens,
         "runs": runs,
         "warmup": warmup,
     }
     ran_with = bench_context(loaded, settings)
     gates.check(ran_with, hash_prompts(prompts))
-    bench_prompts = _bench_prompts(encoded, seed)
+    bench_prompts = _bench_prompts(encoded, sampling.seed)
     if batch_size > 1:
         batched = _batched_systems(loaded, decoder, drafter, sampling, batch_size)
         result = _measure_batches(batched, bench_prompts, decoder, sampling, runs, warmup)
@@ -250,7 +215,7 @@ def _check_together(
 
 
 def _paper_drafter(decoder: Decoder, plan: SkipPlan) -> Proposer:
-    """Drafts with a plan as the papers do, where no profile says how."""
+    """Drafts with a plan as the as_papers do, where no profile says how."""
     from conflayers_cli.search.objective import PAPER
     from conflayers_cli.spec_decode.proposer import SkipProposer
 

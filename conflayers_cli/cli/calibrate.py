@@ -12,18 +12,16 @@ from conflayers_cli.cli import options
 from conflayers_cli.cli.calibrate_journal import header_of, open_journal
 from conflayers_cli.cli.calibrate_options import DraftWeights
 from conflayers_cli.cli.calibrate_profile import profile_of, tensors_path
-from conflayers_cli.cli.strategies import (
-    AUTO,
-    UNIFIED,
-    SearchOptions,
-    check_options,
-    make_strategies,
-)
+from conflayers_cli.cli.common import read_prompt_file
+from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.strategies import AUTO, UNIFIED, check_options, make_strategies
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.models.prompt_encoding import EncodedPrompt, PromptOptions, encode_prompts
+from conflayers_cli.profile_check import fingerprint_of
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate_display import Display
-    from conflayers_cli.cli.common import EncodedPrompt
     from conflayers_cli.engine.cost_model import Costs
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loaded_model import LoadedModel
@@ -107,59 +105,36 @@ class Work:
         return GREEDY_SHAPE if self.tree else None
 
 
+@with_groups
 def calibrate(
+    *,
     model: options.Model = None,
     data: options.Data = None,
     output: search_options.Output = None,
     resume: search_options.Resume = None,
     strategy: search_options.StrategyName = "conflayers",
-    target_speedup: search_options.TargetSpeedup = None,
-    budget: search_options.Budget = None,
-    skip_ratio: search_options.SkipRatio = None,
-    search_interval: search_options.SearchInterval = None,
-    max_iterations: search_options.MaxIterations = None,
-    patience: search_options.Patience = None,
-    context_window: search_options.ContextWindow = None,
+    search: search_options.SearchFlags,
     refine: search_options.Refine = None,
     refine_limit: search_options.RefineLimit = 500,
     tree: search_options.Tree = True,
     draft_weights: search_options.DraftWeightsOption = DraftWeights.AUTO,
     max_prompts: options.MaxPrompts = None,
-    max_new_tokens: search_options.MaxNewTokens = 128,
-    system: options.System = None,
-    raw: options.Raw = False,
-    truncate: options.Truncate = False,
+    prompt_options: search_options.PromptFlags = PromptOptions(max_new_tokens=128),
     ray: options.Ray = None,
     workers: options.Workers = None,
     seed: search_options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    compile_: options.Compile = False,
-    device_map: options.DeviceMap = None,
-    quantize: options.Quantize = None,
-    merge_adapter: options.MergeAdapter = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: search_options.LoadFlags,
     as_json: options.Json = False,
 ) -> None:
-    search = SearchOptions(
-        skip_ratio=skip_ratio,
-        search_interval=search_interval,
-        max_iterations=max_iterations,
-        patience=patience,
-        context_window=context_window,
-        target_speedup=target_speedup,
-        budget=budget,
-    )
     check_options(strategy, search)
     refining = refine_limit if (strategy != UNIFIED if refine is None else refine) else 0
     if draft_weights is DraftWeights.INT4 and not refining:
         raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
-    from conflayers_cli.cli import common
     from conflayers_cli.cluster.ray_cluster import cluster_of
     from conflayers_cli.cluster.workers import helping_workers
     from conflayers_cli.models.weight_sketch import sample_of
 
-    cluster = cluster_of(ray, workers, device=device, device_map=device_map)
+    cluster = cluster_of(ray, workers, device=load.device, device_map=load.device_map)
     if cluster and _by_rule(strategy, data):
         raise InputError("--ray: nothing is decoded for --strategy unified without --data")
     if model is None:
@@ -171,49 +146,31 @@ def calibrate(
         if journal.writes != tensors_path(target).name:
             _check_tensors(target)
         # Unified's rule needs no text; with --data its plan is measured.
-        prompts = [] if _by_rule(strategy, data) else common.read_prompt_file(data, max_prompts)
+        prompts = [] if _by_rule(strategy, data) else read_prompt_file(data, max_prompts)
         strategies = make_strategies(strategy, search)
         weights: list[str] = []
-        how = common.Loading(
-            device,
-            dtype,
-            trust_remote_code,
-            device_map=device_map,
-            compiled=compile_,
-            quantize=quantize,
-            merge_adapter=merge_adapter,
-        )
-        loaded, decoder = common.open_model(
-            model,
-            how,
-            lambda loaded: weights.append(sample_of(loaded.model)),
+        loaded, decoder = open_model(
+            model, load, lambda loaded: weights.append(sample_of(loaded.model))
         )
         work = Work(
             loaded=loaded,
             weights=weights[0],
             decoder=decoder,
-            fingerprint=common.fingerprint_of(loaded),
+            fingerprint=fingerprint_of(loaded),
             prompts=prompts,
-            encoded=common.encode_prompts(
-                loaded,
-                prompts,
-                system=system,
-                raw=raw,
-                max_new_tokens=max_new_tokens,
-                truncate=truncate,
-            ),
+            encoded=encode_prompts(loaded, prompts, prompt_options),
             name=strategy,
             strategies=strategies,
-            budget=budget or DEFAULT_BUDGET,
+            budget=search.budget or DEFAULT_BUDGET,
             tree=tree,
             refine=refining,
             draft_weights=draft_weights,
             seed=seed,
-            quantize=quantize,
-            compiled=compile_,
+            quantize=load.quantize,
+            compiled=load.compiled,
         )
         journal.begin(header_of(work))
-        with helping_workers(cluster, model, how, loaded) as helpers:
+        with helping_workers(cluster, model, load, loaded) as helpers:
             done = _searched(work, journal, helpers)
         _conclude(work, done, target, journal, as_json)
 

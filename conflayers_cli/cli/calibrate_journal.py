@@ -50,7 +50,7 @@ def header_of(work: Work) -> dict[str, Any]:
     Not the model's name, nor the profile's: files may have moved.
     """
 
-    from conflayers_cli.cli.common import environment_of
+    from conflayers_cli.profile_check import environment_of
 
     tokens = [(prompt.tokens, prompt.max_new_tokens) for prompt in work.encoded]
     return {

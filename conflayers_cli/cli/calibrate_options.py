@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from conflayers_cli.cli import completion
-from conflayers_cli.cli.options import MAX_SEED
-from conflayers_cli.cli.strategies import STRATEGIES
+from conflayers_cli.cli.option_groups import OptionGroup
+from conflayers_cli.cli.options import LOAD, MAX_SEED, PROMPTS
+from conflayers_cli.cli.strategies import STRATEGIES, SearchOptions
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.models.prompt_encoding import PromptOptions
 
 _SEARCH = "Search"
 
@@ -47,9 +50,24 @@ StrategyName = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
-SkipRatio = Annotated[
-    float | None,
-    typer.Option(
+SEARCH = OptionGroup(
+    target_speedup=typer.Option(
+        "--target-speedup",
+        metavar="S",
+        help="unified: keep the model's depth over S layers, evenly spaced; without --data nothing "
+        "is measured.",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+    budget=typer.Option(
+        "--budget",
+        min=1.0,
+        metavar="SECONDS",
+        help="auto: about the time for all strategies and the check of their plans (600).",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+    ),
+    skip_ratio=typer.Option(
         "--skip-ratio",
         min=0.0,
         max=0.9,
@@ -58,10 +76,7 @@ SkipRatio = Annotated[
         show_default=False,
         rich_help_panel=_SEARCH,
     ),
-]
-SearchInterval = Annotated[
-    int | None,
-    typer.Option(
+    search_interval=typer.Option(
         "--search-interval",
         min=1,
         metavar="N",
@@ -69,10 +84,7 @@ SearchInterval = Annotated[
         show_default=False,
         rich_help_panel=_SEARCH,
     ),
-]
-MaxIterations = Annotated[
-    int | None,
-    typer.Option(
+    max_iterations=typer.Option(
         "--max-iterations",
         min=1,
         metavar="N",
@@ -80,10 +92,7 @@ MaxIterations = Annotated[
         show_default=False,
         rich_help_panel=_SEARCH,
     ),
-]
-Patience = Annotated[
-    int | None,
-    typer.Option(
+    patience=typer.Option(
         "--patience",
         min=1,
         metavar="N",
@@ -91,10 +100,7 @@ Patience = Annotated[
         show_default=False,
         rich_help_panel=_SEARCH,
     ),
-]
-ContextWindow = Annotated[
-    int | None,
-    typer.Option(
+    context_window=typer.Option(
         "--context-window",
         min=1,
         metavar="W",
@@ -102,29 +108,8 @@ ContextWindow = Annotated[
         show_default=False,
         rich_help_panel=_SEARCH,
     ),
-]
-TargetSpeedup = Annotated[
-    float | None,
-    typer.Option(
-        "--target-speedup",
-        metavar="S",
-        help="unified: keep the model's depth over S layers, evenly spaced; without --data nothing "
-        "is measured.",
-        rich_help_panel=_SEARCH,
-        show_default=False,
-    ),
-]
-Budget = Annotated[
-    float | None,
-    typer.Option(
-        "--budget",
-        min=1.0,
-        metavar="SECONDS",
-        help="auto: about the time for all strategies and the check of their plans (600).",
-        rich_help_panel=_SEARCH,
-        show_default=False,
-    ),
-]
+)
+SearchFlags = Annotated[SearchOptions, SEARCH]
 Refine = Annotated[
     bool | None,
     typer.Option(
@@ -162,12 +147,15 @@ DraftWeightsOption = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
-MaxNewTokens = Annotated[
-    int,
-    typer.Option(
-        "--max-new-tokens", "-n", min=8, metavar="N", help="Tokens decoded of each prompt."
+PromptFlags = Annotated[
+    PromptOptions,
+    PROMPTS.but(
+        max_new_tokens=typer.Option(
+            "--max-new-tokens", "-n", min=8, metavar="N", help="Tokens decoded of each prompt."
+        )
     ),
 ]
+LoadFlags = Annotated[LoadOptions, LOAD.without("exact")]
 Seed = Annotated[
     int,
     typer.Option(

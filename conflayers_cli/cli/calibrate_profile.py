@@ -72,8 +72,8 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
     """How it was found, what was measured, and on what."""
     from dataclasses import asdict
 
-    from conflayers_cli.cli.common import environment_of
     from conflayers_cli.profile.schema import FoundBy, Measured, PromptsUsed
+    from conflayers_cli.profile_check import environment_of
     from conflayers_cli.prompts import fingerprint
 
     check, pays, expected = done.check, bool(done.plan), done.candidate.expected

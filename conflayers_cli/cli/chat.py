@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -12,17 +13,16 @@ from conflayers_cli.cli import options
 from conflayers_cli.cli.answering import Machine
 from conflayers_cli.cli.chat_input import from_person, from_pipe, read_message
 from conflayers_cli.cli.chat_session import Session
-from conflayers_cli.cli.common import (
-    Loading,
-    load_profile,
-    model_source,
-    open_model,
-    sampling_from,
-)
+from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
+from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.errors import InputError
-from conflayers_cli.spec_decode.build import AdaptiveDraftLength, DraftBy, Tree, Way, drafter_for
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.build import (
+    build_proposer,
+)
 from conflayers_cli.utils.distributed import world
 from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.progress import is_terminal
@@ -44,15 +44,17 @@ MaxNewTokens = Annotated[
     int,
     typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer."),
 ]
-Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        min=0,
-        max=options.MAX_SEED,
-        metavar="N",
-        help="Of the random numbers; answer i uses N + i.",
-        rich_help_panel="Sampling",
+SamplingFlags = Annotated[
+    SamplingParams,
+    options.SAMPLING.but(
+        seed=typer.Option(
+            "--seed",
+            min=0,
+            max=options.MAX_SEED,
+            metavar="N",
+            help="Of the random numbers; answer i uses N + i.",
+            rich_help_panel="Sampling",
+        )
     ),
 ]
 System = Annotated[
@@ -61,50 +63,34 @@ System = Annotated[
 ]
 
 
+@with_groups
 def chat(
+    *,
     profile: options.ProfileFile = None,
     model: options.Model = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 1024,
     stop: Stop = None,
     stats: Stats = False,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    draft: DraftBy = None,
-    adaptive_draft_length: AdaptiveDraftLength = None,
-    tree: Tree = None,
+    sampling: SamplingFlags,
+    drafting: options.DraftFlags,
     force: options.Force = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    exact: options.Exact = True,
-    compile_: options.Compile = False,
-    device_map: options.DeviceMap = None,
-    quantize: options.Quantize = None,
-    merge_adapter: options.MergeAdapter = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: options.LoadFlags,
 ) -> None:
     if world().size > 1:
         raise InputError("chat runs in one process, not under torchrun: generate takes --data")
     check_stops(stop)
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
-    how = Loading(
-        *(device, dtype, trust_remote_code, exact),
-        *(device_map, compile_, quantize, merge_adapter),
-    )
-    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, adaptive_draft_length, tree, sampling.greedy)
-    way.check(profile)
+    sampling.note_unused()
+    drafting = replace(drafting, greedy=sampling.greedy)
+    drafting.check(profile)
     interactive = is_terminal(sys.stdin)
     line = from_person() if interactive else from_pipe()
-    loaded, decoder = open_model(source, how)
+    loaded, decoder = open_model(source, load)
     if not loaded.has_chat_template:
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
-    drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
+    drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
 
     from conflayers_cli.generation.prefix_cache import Conversation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,20 +15,20 @@ from conflayers_cli.cli import adapt as adapting
 from conflayers_cli.cli import options, skip_only
 from conflayers_cli.cli.answering import Machine, answer_file, answer_one, line_keys
 from conflayers_cli.cli.common import (
-    EncodedPrompt,
-    Loading,
-    encode_prompts,
     load_profile,
     model_source,
-    open_model,
     read_prompt_file,
-    sampling_from,
 )
+from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cluster.ray_cluster import cluster_of
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.loading import open_model
+from conflayers_cli.models.prompt_encoding import EncodedPrompt, encode_prompts
 from conflayers_cli.profile_check import check_fit
-from conflayers_cli.spec_decode.build import AdaptiveDraftLength, DraftBy, Tree, Way, drafter_for
+from conflayers_cli.spec_decode.build import (
+    build_proposer,
+)
 from conflayers_cli.utils.distributed import on_first
 from conflayers_cli.utils.progress import is_terminal
 
@@ -83,7 +83,9 @@ Stats = Annotated[
 ]
 
 
+@with_groups
 def generate(
+    *,
     prompt: Prompts = None,
     profile: options.ProfileFile = None,
     model: options.Model = None,
@@ -94,85 +96,70 @@ def generate(
     batch_size: options.BatchSize = None,
     ray: options.Ray = None,
     workers: options.Workers = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    system: options.System = None,
-    raw: options.Raw = False,
-    truncate: options.Truncate = False,
+    prompt_options: options.PromptFlags,
+    sampling: options.SamplingFlags,
     stop: Stop = None,
     stream: Stream = True,
     json: options.Json = False,
     stats: Stats = False,
-    draft: DraftBy = None,
-    adaptive_draft_length: AdaptiveDraftLength = None,
-    tree: Tree = None,
+    drafting: options.DraftFlags,
     adapt: adapting.Adapt = None,
     adapt_budget: adapting.AdaptBudget = None,
     save_profile: adapting.SaveProfile = None,
     skip_only_: skip_only.SkipOnly = False,
     target_speedup: skip_only.TargetSpeedup = None,
     force: options.Force = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    exact: options.Exact = True,
-    compile_: options.Compile = False,
-    device_map: options.DeviceMap = None,
-    quantize: options.Quantize = None,
-    merge_adapter: options.MergeAdapter = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: options.LoadFlags,
 ) -> None:
     _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
-    adapting.check_flags(adapt, adapt_budget, save_profile, tree)
+    adapting.check_flags(adapt, adapt_budget, save_profile, drafting.tree)
     skip_only.check_flags(
         skip_only_,
         target_speedup,
         profile=profile,
         drafting={
             "--adapt": adapt,
-            "--draft": draft,
-            "--adaptive-draft-length": adaptive_draft_length,
-            "--tree": tree,
+            "--draft": drafting.method,
+            "--adaptive-draft-length": drafting.adaptive_draft_length,
+            "--tree": drafting.tree,
         },
     )
     together = batch_size is not None and batch_size > 1
-    if adapt and (together or draft or adaptive_draft_length is not None):
-        flag = "--batch-size" if together else "--draft" if draft else "--adaptive-draft-length"
+    if adapt and (together or drafting.method or drafting.adaptive_draft_length is not None):
+        flag = (
+            "--batch-size"
+            if together
+            else "--draft"
+            if drafting.method
+            else "--adaptive-draft-length"
+        )
         raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
     check_stops(stop)
-    cluster = cluster_of(ray, workers, device=device, device_map=device_map)
+    cluster = cluster_of(ray, workers, device=load.device, device_map=load.device_map)
     if cluster and not data:
         raise InputError("--ray answers a file of prompts: give --data FILE")
     if cluster and adapt:
         raise InputError("--adapt learns from prompt to prompt, in one process: leave --ray out")
     chosen = load_profile(profile) if profile else None
     source = model_source(model, chosen)
-    how = Loading(
-        *(device, dtype, trust_remote_code, exact),
-        *(device_map, compile_, quantize, merge_adapter),
-    )
-    sampling = sampling_from(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    way = Way(draft, adaptive_draft_length, tree, sampling.greedy, batch_size or 1)
+    sampling.note_unused()
+    drafting = replace(drafting, greedy=sampling.greedy, batch_size=batch_size or 1)
     if not (skip_only_ or adapt):
-        way.check(profile)
+        drafting.check(profile)
     if data:
         prompts = read_prompt_file(data, max_prompts)
     else:  # standard input is there once, however many processes there are
         prompts = [on_first(lambda: _prompt(prompt or []))]
-    learned = adapting.Learned(adapt, adapt_budget, save_profile, seed) if adapt else None
+    learned = adapting.Learned(adapt, adapt_budget, save_profile, sampling.seed) if adapt else None
 
     def prepare(dtype: str | None = None) -> tuple[Machine, list[EncodedPrompt]]:
-        loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
+        loaded, decoder = open_model(source, replace(load, dtype=dtype or load.dtype))
         drafter = None
         if skip_only_ or learned:
             if chosen:
                 check_fit(loaded, decoder, chosen, profile, force)
         else:
-            drafter = drafter_for(loaded, decoder, chosen, profile, force, way)
+            drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
         skipped = None
         if skip_only_:
             skipped = skip_only.skip_plan(decoder, target_speedup, chosen)
@@ -189,37 +176,30 @@ def generate(
             *(loaded, decoder, drafter, sampling, tuple(stop or ())),
             *(skipped, batch_size or 1, memory),
         )
-        return machine, encode_prompts(
-            loaded,
-            prompts,
-            system=system,
-            raw=raw,
-            max_new_tokens=max_new_tokens,
-            truncate=truncate,
-        )
+        return machine, encode_prompts(loaded, prompts, prompt_options)
 
     try:
         if data:
             settings = [
                 source,
-                how.device,
-                how.dtype,
-                how.exact,
-                max_new_tokens,
-                repr(sampling),
-                system,
-                raw,
+                load.device,
+                load.dtype,
+                load.exact,
+                prompt_options.max_new_tokens,
+                asdict(sampling),
+                prompt_options.system,
+                prompt_options.raw,
                 stop,
             ]
-            if truncate:
+            if prompt_options.truncate:
                 settings += ["truncate"]
-            if quantize:
-                settings += ["quantize", quantize]
+            if load.quantize:
+                settings += ["quantize", load.quantize]
             if skip_only_:
                 settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
-            elif not sampling.greedy and (chosen is not None or draft or adapt):
+            elif not sampling.greedy and (chosen is not None or drafting.method or adapt):
                 # Drafts don't change the law that an answer is drawn from, but which one is drawn.
-                settings += [repr(chosen), adapt, repr(way)]
+                settings += [repr(chosen), adapt, asdict(drafting)]
             answer_file(
                 *(prompts, line_keys(prompts, settings), output, resume, stats, prepare),
                 *(cluster, batch_size or 1),

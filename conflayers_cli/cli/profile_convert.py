@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from conflayers_cli.cli import options
+from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from conflayers_cli.models.load_options import LoadOptions
     from conflayers_cli.profile.schema import Profile
 
 logger = logging.getLogger(__name__)
@@ -43,15 +45,15 @@ To = Annotated[
 ]
 
 
+@with_groups
 def convert(
+    *,
     file: File,
     output: Output = None,
     in_place: InPlace = False,
     to: To = "yaml",
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: options.BriefLoadFlags,
 ) -> None:
     from conflayers_cli.profile.schema import Profile, check_replaceable
     from conflayers_cli.utils.files import write_atomically
@@ -61,7 +63,7 @@ def convert(
         check_replaceable(target)
     profile, version = Profile.load_versioned(file)
     if model is not None:
-        profile = _completed(profile, file, model, device, dtype, trust_remote_code)
+        profile = _completed(profile, file, model, load)
     elif profile.model.lacks_sizes:
         logger.warning(
             f"note: {file}: says nothing of its model but the depth; --model MODEL adds the rest"
@@ -99,19 +101,17 @@ def _as_json(profile: Profile) -> str:
     return f"{json.dumps(data, ensure_ascii=False, indent=2)}\n"
 
 
-def _completed(
-    profile: Profile, file: Path, model: str, device: str, dtype: str, trust_remote_code: bool
-) -> Profile:
+def _completed(profile: Profile, file: Path, model: str, load: LoadOptions) -> Profile:
     """The profile with what it does not know of its model, and the model tells.
 
     Raises:
         InputError: the model can't be loaded, or the profile is not its.
     """
-    from conflayers_cli.cli.common import Loading, fingerprint_of, open_model
+    from conflayers_cli.models.loading import open_model
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.profile_check import check_fit
+    from conflayers_cli.profile_check import check_fit, fingerprint_of
 
-    loaded, decoder = open_model(model, Loading(device, dtype, trust_remote_code))
+    loaded, decoder = open_model(model, load)
     here, known = fingerprint_of(loaded), profile.model
     missing = [name for name, value in known if value is None]
     if not known.lacks_sizes and "intermediate_size" in missing:

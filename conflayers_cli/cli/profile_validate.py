@@ -11,12 +11,13 @@ import typer
 
 from conflayers_cli.cli import options
 from conflayers_cli.cli.flags import in_flags
+from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from conflayers_cli.cli.common import Loading
     from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.models.load_options import LoadOptions
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
 
@@ -45,18 +46,15 @@ class _Verdict:
     error: str | None = None
 
 
+@with_groups
 def validate(
+    *,
     files: Files,
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    load: options.BriefLoadFlags,
     json: options.Json = False,
 ) -> None:
-    from conflayers_cli.cli.common import Loading
-
-    how = Loading(device, dtype, trust_remote_code)
-    checker = _Checker(model, how)
+    checker = _Checker(model, load)
     verdicts = []
     for path in files:
         verdicts.append(verdict := checker.judge(path))
@@ -78,7 +76,7 @@ class _Checker:
         how: it is loaded.
     """
 
-    def __init__(self, model: str | None, how: Loading) -> None:
+    def __init__(self, model: str | None, how: LoadOptions) -> None:
         self._model = model
         self._how = how
         self._opened: tuple[LoadedModel, Decoder] | None = None
@@ -90,7 +88,7 @@ class _Checker:
         except InputError as error:
             return _Verdict(path, None, in_flags(error))
         if self._model is not None and self._opened is None:
-            from conflayers_cli.cli.common import open_model
+            from conflayers_cli.models.loading import open_model
 
             self._opened = open_model(self._model, self._how)
         try:

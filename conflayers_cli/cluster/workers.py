@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.answering import Done, Facts, Prepare
-from conflayers_cli.cli.common import Loading, open_model
 from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.models.loading import open_model
 from conflayers_cli.utils.notices import collected
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class HelperWorker:
         notes, place: as of `Answerer`.
     """
 
-    def __init__(self, source: str, how: Loading, threads: int, dtype: str | None) -> None:
+    def __init__(self, source: str, how: LoadOptions, threads: int, dtype: str | None) -> None:
         import torch
 
         from conflayers_cli.search.helpers import Helper
@@ -162,7 +163,7 @@ class CrewHelpers:
 
 @contextmanager
 def helping_workers(
-    cluster: Cluster | None, source: str, how: Loading, loaded: LoadedModel
+    cluster: Cluster | None, source: str, how: LoadOptions, loaded: LoadedModel
 ) -> Iterator[Helpers | None]:
     """Within: workers that help a search in this process, all of them ready.
 

@@ -1,16 +1,14 @@
-"""Who drafts, and how far: what a profile and the command line say, made into a drafter."""
+"""What a profile and a caller say about drafting, made into a proposer."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile_check import check_fit, tell_other_device
+from conflayers_cli.profile_check import check_fit, note_other_device
+from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -28,114 +26,15 @@ logger = logging.getLogger(__name__)
 
 MOST_DRAFTED = 25
 """Tokens drafted at once at the most, where the draft length is adaptive."""
-_PANEL = "Drafting"
 
 
-class By(Enum):
-    """Who drafts."""
-
-    SKIP = "skip"
-    NGRAM = "ngram"
-    MIXED = "mixed"
-    NONE = "none"
-
-
-DraftBy = Annotated[
-    By | None,
-    typer.Option(
-        "--draft",
-        help="Who drafts: the profile's skipped layers, n-grams found in prompt and output, both "
-        "(mixed), or nobody; by default as the profile says, else nobody.",
-        rich_help_panel=_PANEL,
-        show_default=False,
-    ),
-]
-AdaptiveDraftLength = Annotated[
-    bool | None,
-    typer.Option(
-        "--adaptive-draft-length/--no-adaptive-draft-length",
-        help="Draft as long as it pays, by what was accepted so far and by what passes cost here "
-        "(measured once); without, up to the profile's max_tokens and stop_probability.",
-        rich_help_panel=_PANEL,
-        show_default=False,
-    ),
-]
-Tree = Annotated[
-    bool | None,
-    typer.Option(
-        "--tree/--no-tree",
-        help="Draft side candidates beside the chain, as far as they earn their cost; by default "
-        "as the profile says.",
-        rich_help_panel=_PANEL,
-        show_default=False,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class Way:
-    """What the command line says about drafting; None leaves it to the profile.
-
-    Attributes:
-        by: who drafts.
-        adaptive_draft_length: whether it is decided anew at every step how far.
-        tree: whether there are side candidates beside the chain.
-        greedy: whether tokens are chosen greedily, for the papers' shape of a tree.
-        rows: prompts decoded at once.
-    """
-
-    by: By | None = None
-    adaptive_draft_length: bool | None = None
-    tree: bool | None = None
-    greedy: bool = True
-    rows: int = 1
-
-    def check(self, profile: Path | None) -> None:
-        """Refuse what contradicts itself, before a model is loaded.
-
-        Raises:
-            InputError: the message names the arguments.
-        """
-        if self.by in (By.SKIP, By.MIXED) and profile is None:
-            raise InputError(
-                f"draft {self.by.value} leaves out the layers that a profile names: give "
-                "profile FILE, or draft ngram, which needs none",
-                names=(f"draft {self.by.value}", "profile FILE", "draft ngram"),
-            )
-        if self.adaptive_draft_length is False and self.by in (By.NGRAM, By.MIXED):
-            raise InputError(
-                f"adaptive_draft_length=False drafts as the profile says, by skipping alone: not with "
-                f"draft {self.by.value}",
-                names=("adaptive_draft_length=False", f"draft {self.by.value}"),
-            )
-        idle = self.by in (By.NONE, By.NGRAM) or profile is None
-        nobody = self.by is By.NONE or (profile is None and self.by is None)
-        if self.adaptive_draft_length and nobody:
-            raise InputError(
-                "adaptive_draft_length is about drafts, and nobody drafts: see draft",
-                names=("adaptive_draft_length", "draft"),
-            )
-        fixed = self.adaptive_draft_length is False
-        for name, wanted in (("tree", self.tree), ("adaptive_draft_length=False", fixed)):
-            if wanted and idle:
-                raise InputError(
-                    f"{name} is about drafts by skipped layers, and there are none", names=(name,)
-                )
-        if self.rows > 1 and (self.tree or fixed):
-            name = "tree" if self.tree else "adaptive_draft_length=False"
-            raise InputError(
-                f"{name} is for one prompt at a time: leave batch_size out",
-                names=(name, "batch_size"),
-            )
-
-
-def drafter_for(
+def build_proposer(
     loaded: LoadedModel,
     decoder: Decoder,
     profile: Profile | None,
     path: Path | None,
     force: bool,
-    way: Way,
+    options: DraftOptions,
 ) -> Proposer | None:
     """What drafts for this model; None (vanilla) where nobody does.
 
@@ -143,22 +42,22 @@ def drafter_for(
         loaded, decoder: the model.
         profile, path: the profile and the file it was read from.
         force: go on with a profile of another model of the same depth.
-        way: what the command line says.
+        options: who is to draft, and how far.
 
     Raises:
         InputError: the profile was made for another model, or this one can't run under its plan.
     """
     if profile is not None:
         check_fit(loaded, decoder, profile, path, force)
-    if profile is None or way.by is By.NGRAM:
-        return _ngrams(loaded, decoder, way) if way.by is By.NGRAM else None
+    if profile is None or options.method is DraftMethod.NGRAM:
+        return _ngrams(loaded, decoder, options) if options.method is DraftMethod.NGRAM else None
     sections = profile.plans()
-    modes = [_mode(plan, draft, way) for _, plan, draft in sections]
-    if all(mode is By.NONE for mode in modes):
+    modes = [_mode(plan, draft, options) for _, plan, draft in sections]
+    if all(mode is DraftMethod.NONE for mode in modes):
         return None
-    _tell_other_device(loaded, profile, path, modes, way)
+    _note_other_device(loaded, profile, path, modes, options)
     _prepare_weights(decoder, [plan for _, plan, _ in sections], modes, path)
-    builder = _Builder(loaded, decoder, profile, way)
+    builder = _Builder(loaded, decoder, profile, options)
     drafters = [
         (begin, builder.drafter(mode, plan, draft))
         for (begin, plan, draft), mode in zip(sections, modes, strict=True)
@@ -170,55 +69,58 @@ def drafter_for(
     return ContextLengthProposer(tuple(drafters))
 
 
-def _mode(plan: SkipPlan, draft: DraftSettings, way: Way) -> By:
+def _mode(plan: SkipPlan, draft: DraftSettings, options: DraftOptions) -> DraftMethod:
     """Who drafts with one section of a profile."""
-    by = way.by or (By(draft.by) if draft.by else None)
-    skips = bool(plan) and draft.max_tokens > 0
-    if by is None:
-        by = By.MIXED if skips else By.NONE
-    if by is By.MIXED and not skips:
-        return By.NGRAM
-    if by is By.SKIP and not skips:
-        return By.NONE
-    return by
+    method = options.method or (DraftMethod(draft.by) if draft.by else None)
+    if bool(plan) and draft.max_tokens > 0:
+        return method or DraftMethod.MIXED
+    if method is None or not method.uses_ngrams:
+        return DraftMethod.NONE
+    return DraftMethod.NGRAM
 
 
-def _looks_ahead(draft: DraftSettings, way: Way) -> bool:
-    if way.adaptive_draft_length is not None:
-        return way.adaptive_draft_length
+def _is_adaptive(draft: DraftSettings, options: DraftOptions) -> bool:
+    if options.adaptive_draft_length is not None:
+        return options.adaptive_draft_length
     # one that is to be as long as the profile says can't also be what n-grams give
-    return draft.lookahead is not False or way.by in (By.NGRAM, By.MIXED) or way.rows > 1
+    ngrams = options.method is not None and options.method.uses_ngrams
+    return draft.lookahead is not False or ngrams or options.batch_size > 1
 
 
-def _tell_other_device(
-    loaded: LoadedModel, profile: Profile, path: Path | None, modes: list[By], way: Way
+def _note_other_device(
+    loaded: LoadedModel,
+    profile: Profile,
+    path: Path | None,
+    modes: list[DraftMethod],
+    options: DraftOptions,
 ) -> None:
     """A note where something tuned on another device is used, and only of what is used."""
     drafts = [profile.draft, *(each.draft for each in profile.ranges or ())]
     skipping = [
         draft
         for draft, mode in zip(drafts, modes, strict=True)
-        if mode in (By.SKIP, By.MIXED)  # n-grams draft by nothing that a profile says
+        if mode.skips_layers  # n-grams draft by nothing that a profile says
     ]
     if not skipping:
         return
-    trees = way.tree is not False and way.rows == 1 and any(draft.tree for draft in skipping)
+    chains = options.tree is False or options.batch_size > 1
+    trees = not chains and any(draft.tree for draft in skipping)
     tuned = ("ranges of context lengths",) if profile.ranges else ()
-    tell_other_device(
+    note_other_device(
         loaded,
         profile,
         path,
-        fixed=not all(_looks_ahead(draft, way) for draft in skipping),
+        fixed=not all(_is_adaptive(draft, options) for draft in skipping),
         tuned=(*tuned, "side candidates") if trees else tuned,
     )
 
 
 def _prepare_weights(
-    decoder: Decoder, plans: list[SkipPlan], modes: list[By], path: Path | None
+    decoder: Decoder, plans: list[SkipPlan], modes: list[DraftMethod], path: Path | None
 ) -> None:
     """Make the rounded weights that drafts use; a note where they can't be had."""
     drafting = zip(plans, modes, strict=True)
-    rounded = [p for p, mode in drafting if p.weights and mode in (By.SKIP, By.MIXED)]
+    rounded = [plan for plan, mode in drafting if plan.weights and mode.skips_layers]
     if not rounded:
         return
     reason = decoder.stack.int4.reason
@@ -242,29 +144,29 @@ class _Builder:
     loaded: LoadedModel
     decoder: Decoder
     profile: Profile
-    way: Way
+    options: DraftOptions
     _costs: CostTable | None = None
 
     @property
     def costs(self) -> CostTable:
         if self._costs is None:
             int4 = self.profile.drafts_with_int4
-            self._costs = costs_for(self.loaded, self.decoder, self.way.rows, int4)
+            self._costs = costs_for(self.loaded, self.decoder, self.options.batch_size, int4)
         return self._costs
 
-    def drafter(self, mode: By, plan: SkipPlan, draft: DraftSettings) -> Proposer | None:
-        if mode is By.NONE:
+    def drafter(self, mode: DraftMethod, plan: SkipPlan, draft: DraftSettings) -> Proposer | None:
+        if mode is DraftMethod.NONE:
             return None
         tree = self._tree_shape(draft)
-        if mode is By.NGRAM or _looks_ahead(draft, self.way):
+        if mode is DraftMethod.NGRAM or _is_adaptive(draft, self.options):
             from conflayers_cli.spec_decode.mixed import MixedProposer
 
             measured = self.profile.measured
             return MixedProposer(
                 self.decoder,
-                None if mode is By.NGRAM else plan,
+                None if mode is DraftMethod.NGRAM else plan,
                 self.costs,
-                ngram=mode is not By.SKIP,
+                ngram=mode is not DraftMethod.SKIP,
                 prior=measured.acceptance_rate if measured else None,
                 max_tokens=MOST_DRAFTED,
                 tree=tree,
@@ -275,7 +177,11 @@ class _Builder:
             return SkipProposer(self.decoder, plan, draft.max_tokens, draft.stop_probability)
         one = self.costs.by_batch[1]
         return SkipProposer(
-            *(self.decoder, plan, draft.max_tokens, draft.stop_probability, tree),
+            self.decoder,
+            plan,
+            draft.max_tokens,
+            draft.stop_probability,
+            tree,
             verify_cost=one.verify_cost,
             draft_seconds=one.draft_cost(plan, self.decoder.depth),
         )
@@ -284,19 +190,19 @@ class _Builder:
         """The side candidates wanted: the profile's, or the papers' where they are asked for."""
         from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
 
-        if self.way.tree is False or (self.way.tree is None and draft.tree is None):
+        if self.options.tree is False or (self.options.tree is None and draft.tree is None):
             return None
-        if self.way.rows > 1:  # batches verify chains
+        if self.options.batch_size > 1:  # batches verify chains
             return None
         if draft.tree is not None:
             return TreeShape(draft.tree)
-        return GREEDY_SHAPE if self.way.greedy else SAMPLING_SHAPE
+        return GREEDY_SHAPE if self.options.greedy else SAMPLING_SHAPE
 
 
-def _ngrams(loaded: LoadedModel, decoder: Decoder, way: Way) -> Proposer:
+def _ngrams(loaded: LoadedModel, decoder: Decoder, options: DraftOptions) -> Proposer:
     from conflayers_cli.spec_decode.mixed import MixedProposer
 
-    costs = costs_for(loaded, decoder, way.rows)
+    costs = costs_for(loaded, decoder, options.batch_size)
     return MixedProposer(decoder, None, costs, max_tokens=MOST_DRAFTED)
 
 

@@ -307,6 +307,6 @@ def load_own(model: Model) -> Any:
 
 def test_lookahead_is_the_old_name_of_the_adaptive_draft_length() -> None:
     with pytest.warns(DeprecationWarning, match="adaptive_draft_length"):
-        assert settings_of({"lookahead": False}).adaptive_draft_length is False
+        assert settings_of({"lookahead": False}).drafting.adaptive_draft_length is False
     with pytest.raises(InputError, match="give one of them"):
         settings_of({"lookahead": False, "adaptive_draft_length": True})

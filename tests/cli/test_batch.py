@@ -52,7 +52,7 @@ def drafting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(Interrupting, "calls", 0)
         monkeypatch.setattr(Interrupting, "last", last)
         monkeypatch.setattr(
-            "conflayers_cli.cli.generate.drafter_for",
+            "conflayers_cli.cli.generate.build_proposer",
             lambda loaded, decoder, *_, **__: Interrupting(decoder, SkipPlan.of_layers([2]), 3),
         )
 

@@ -17,9 +17,10 @@ from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.profile.schema import DraftSettings, Profile
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.build import By, Way, drafter_for, rows_drafter
+from conflayers_cli.spec_decode.build import build_proposer, rows_drafter
 from conflayers_cli.spec_decode.by_context import ContextLengthProposer
 from conflayers_cli.spec_decode.mixed import MixedProposer
+from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests.cli.conftest import Run, save_profile, write_prompts
 
@@ -48,20 +49,20 @@ SKIPS, SKIPS_NOTHING = SkipPlan.of_layers([2]), SkipPlan()
 @pytest.mark.parametrize(
     ("plan", "draft", "way", "name"),
     [
-        (SKIPS, {}, Way(), "mixed"),
-        (SKIPS, {"by": "skip"}, Way(), "skip"),
-        (SKIPS, {"by": "mixed"}, Way(by=By.SKIP), "skip"),
-        (SKIPS, {"by": "skip"}, Way(by=By.MIXED), "mixed"),
-        (SKIPS, {"by": "none"}, Way(), None),
-        (SKIPS, {}, Way(by=By.NONE), None),
-        (SKIPS, {"max_tokens": 0}, Way(), None),
-        (SKIPS, {"max_tokens": 0}, Way(by=By.SKIP), None),
-        (SKIPS, {}, Way(by=By.NGRAM), "ngram"),
-        (SKIPS_NOTHING, {"by": "ngram"}, Way(), "ngram"),
-        (SKIPS_NOTHING, {"by": "mixed"}, Way(), "ngram"),
-        (SKIPS_NOTHING, {}, Way(), None),
-        (SKIPS_NOTHING, {}, Way(by=By.MIXED), "ngram"),
-        (SKIPS_NOTHING, {}, Way(by=By.NGRAM), "ngram"),
+        (SKIPS, {}, DraftOptions(), "mixed"),
+        (SKIPS, {"by": "skip"}, DraftOptions(), "skip"),
+        (SKIPS, {"by": "mixed"}, DraftOptions(method=DraftMethod.SKIP), "skip"),
+        (SKIPS, {"by": "skip"}, DraftOptions(method=DraftMethod.MIXED), "mixed"),
+        (SKIPS, {"by": "none"}, DraftOptions(), None),
+        (SKIPS, {}, DraftOptions(method=DraftMethod.NONE), None),
+        (SKIPS, {"max_tokens": 0}, DraftOptions(), None),
+        (SKIPS, {"max_tokens": 0}, DraftOptions(method=DraftMethod.SKIP), None),
+        (SKIPS, {}, DraftOptions(method=DraftMethod.NGRAM), "ngram"),
+        (SKIPS_NOTHING, {"by": "ngram"}, DraftOptions(), "ngram"),
+        (SKIPS_NOTHING, {"by": "mixed"}, DraftOptions(), "ngram"),
+        (SKIPS_NOTHING, {}, DraftOptions(), None),
+        (SKIPS_NOTHING, {}, DraftOptions(method=DraftMethod.MIXED), "ngram"),
+        (SKIPS_NOTHING, {}, DraftOptions(method=DraftMethod.NGRAM), "ngram"),
     ],
 )
 def test_who_drafts(
@@ -71,11 +72,11 @@ def test_who_drafts(
     tmp_path: Path,
     plan: SkipPlan,
     draft: dict[str, Any],
-    way: Way,
+    way: DraftOptions,
     name: str | None,
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, plan, **draft)
-    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
     assert (drafter.name if drafter else None) == name
     assert drafter is None or isinstance(drafter, MixedProposer)
 
@@ -83,12 +84,12 @@ def test_who_drafts(
 @pytest.mark.parametrize(
     ("draft", "way", "fixed"),
     [
-        ({"by": "skip", "lookahead": False}, Way(), True),
-        ({"by": "skip", "lookahead": False}, Way(adaptive_draft_length=True), False),
-        ({"by": "skip", "lookahead": False}, Way(by=By.MIXED), False),
-        ({"by": "skip", "lookahead": False}, Way(rows=4), False),
-        ({"by": "skip"}, Way(adaptive_draft_length=False), True),
-        ({"by": "skip"}, Way(), False),
+        ({"by": "skip", "lookahead": False}, DraftOptions(), True),
+        ({"by": "skip", "lookahead": False}, DraftOptions(adaptive_draft_length=True), False),
+        ({"by": "skip", "lookahead": False}, DraftOptions(method=DraftMethod.MIXED), False),
+        ({"by": "skip", "lookahead": False}, DraftOptions(batch_size=4), False),
+        ({"by": "skip"}, DraftOptions(adaptive_draft_length=False), True),
+        ({"by": "skip"}, DraftOptions(), False),
     ],
 )
 def test_how_far(
@@ -97,11 +98,11 @@ def test_how_far(
     model: Path,
     tmp_path: Path,
     draft: dict[str, Any],
-    way: Way,
+    way: DraftOptions,
     fixed: bool,
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, **draft)
-    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
     assert isinstance(drafter, SkipProposer if fixed else MixedProposer)
     if isinstance(drafter, SkipProposer):
         assert (drafter.max_tokens, drafter.stop_probability) == (4, 0.5)
@@ -116,8 +117,8 @@ def test_a_fixed_length_means_skipping_alone(
 ) -> None:
     """Where the profile says mixed, drafts of a fixed length are still as long as it says."""
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, by="mixed")
-    way = Way(adaptive_draft_length=False)
-    drafter = drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    way = DraftOptions(adaptive_draft_length=False)
+    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
     assert isinstance(drafter, SkipProposer)
 
 
@@ -131,11 +132,11 @@ def test_each_range_has_its_drafter(
             "  draft: {max_tokens: 2, stop_probability: 0.0, by: skip, lookahead: false}\n"
         )
     profile = Profile.load(path)
-    drafter = drafter_for(loaded, decoder, profile, path, False, Way())
+    drafter = build_proposer(loaded, decoder, profile, path, False, DraftOptions())
     assert isinstance(drafter, ContextLengthProposer)
     kinds = [type(each) for _, each in drafter.drafters]
     assert kinds == [MixedProposer, SkipProposer]
-    together = drafter_for(loaded, decoder, profile, path, False, Way(rows=2))
+    together = build_proposer(loaded, decoder, profile, path, False, DraftOptions(batch_size=2))
     assert isinstance(together, ContextLengthProposer)
     assert [type(each) for _, each in together.drafters] == [MixedProposer, MixedProposer]
 
@@ -182,7 +183,9 @@ def test_batches_draft_chains_whatever_the_profile_says(
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, tree=((0.0, 3),))
     drafters = [
-        drafter_for(loaded, decoder, profile, tmp_path / "p.yaml", False, Way(rows=rows))
+        build_proposer(
+            loaded, decoder, profile, tmp_path / "p.yaml", False, DraftOptions(batch_size=rows)
+        )
         for rows in (1, 2)
     ]
     assert [each._tree is not None for each in drafters if isinstance(each, MixedProposer)] == [
@@ -207,7 +210,7 @@ def test_every_drafter_gives_the_same_text(
     assert plain["stats"]["drafted"] == 0
     ngram = run(*arguments, "-m", model, "--draft", "ngram").document
     assert set(ngram["stats"]["by_drafter"]) <= {"ngram"}
-    ways = [("--draft", by.value) for by in By] + [("--no-adaptive-draft-length",)]
+    ways = [("--draft", by.value) for by in DraftMethod] + [("--no-adaptive-draft-length",)]
     for way in ways:
         result = run(*arguments, "-p", profile, *way)
         assert result.document["token_ids"] == plain["token_ids"], way
@@ -286,8 +289,11 @@ def test_weights_that_are_not_to_be_had_here(
     plan = SkipPlan.of_layers([2])
     profile = profile_with(tmp_path / "p.yaml", model, replace(plan, weights="int4"), by="skip")
     path = Path("p.yaml")
-    for way, told in ((Way(adaptive_draft_length=False), True), (Way(by=By.NGRAM), False)):
-        assert drafter_for(loaded, decoder, profile, path, False, way) is not None
+    for way, told in (
+        (DraftOptions(adaptive_draft_length=False), True),
+        (DraftOptions(method=DraftMethod.NGRAM), False),
+    ):
+        assert build_proposer(loaded, decoder, profile, path, False, way) is not None
         err = capsys.readouterr().err
         note = "note: p.yaml: drafts use the model's own weights, not int4, which is slower: there"
         assert (note in err) == told

@@ -10,7 +10,6 @@ import pytest
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from conflayers_cli.cli.common import environment_of, fingerprint_of
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.profile.schema import (
@@ -21,6 +20,7 @@ from conflayers_cli.profile.schema import (
     RangeSection,
     SkipSection,
 )
+from conflayers_cli.profile_check import environment_of, fingerprint_of
 from conflayers_cli.skip_plan import SkipPlan
 from tests import rounding
 from tests.cli.conftest import Run, save_model
@@ -193,8 +193,10 @@ def test_another_device_gets_one_note_where_it_matters(
 
 
 def test_one_of_several_like_devices_is_as_good_as_another(here: Environment) -> None:
-    from conflayers_cli.profile_check import told
+    from conflayers_cli.profile_check import device_and_dtype
 
     one, other = (here.model_copy(update={"device": f"cuda:{n} (NVIDIA H100)"}) for n in (0, 3))
-    assert told(one) == told(other) == f"cuda (NVIDIA H100) in {here.dtype}"
-    assert told(one) != told(here.model_copy(update={"device": "cuda:0 (NVIDIA A100)"}))
+    assert device_and_dtype(one) == device_and_dtype(other) == f"cuda (NVIDIA H100) in {here.dtype}"
+    assert device_and_dtype(one) != device_and_dtype(
+        here.model_copy(update={"device": "cuda:0 (NVIDIA A100)"})
+    )

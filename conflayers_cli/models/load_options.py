@@ -1,0 +1,31 @@
+"""How a model is to be loaded and run: plain values that need no PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is to be loaded and run.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        dtype: ``auto`` (what is fast on the device), ``float32``, ``bfloat16`` or ``float16``.
+        exact: half-precision passes give a token the same bits whatever is checked beside it.
+        compiled: compile the layers, where steps then are quicker; the bits are given up.
+        device_map: ``auto`` spreads the layers over all devices; None: one device.
+        quantize: load a plain model's weights as ``int8`` or ``int4``; None: as they are.
+        merge_adapter: add an adapter's weights to its base's; None: where the base is not
+            quantised.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    exact: bool = True
+    compiled: bool = False
+    device_map: str | None = None
+    quantize: str | None = None
+    merge_adapter: bool | None = None
+    trust_remote_code: bool = False

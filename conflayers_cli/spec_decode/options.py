@@ -1,0 +1,102 @@
+"""What may be said about drafting: plain values that need no PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from conflayers_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class DraftMethod(StrEnum):
+    """Who drafts: skipped layers, n-grams, both, or nobody."""
+
+    SKIP = "skip"
+    NGRAM = "ngram"
+    MIXED = "mixed"
+    NONE = "none"
+
+    @property
+    def skips_layers(self) -> bool:
+        """Whether some drafts come from the model with layers left out."""
+        return self in (DraftMethod.SKIP, DraftMethod.MIXED)
+
+    @property
+    def uses_ngrams(self) -> bool:
+        """Whether some drafts are n-grams of the text so far."""
+        return self in (DraftMethod.NGRAM, DraftMethod.MIXED)
+
+    @classmethod
+    def of(cls, name: str) -> DraftMethod:
+        """The method of this name.
+
+        Raises:
+            InputError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise InputError(f"draft {name!r}: allowed is one of {', '.join(cls)}") from None
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """Who is to draft, and how far; None leaves it to the profile.
+
+    Attributes:
+        method: who drafts.
+        adaptive_draft_length: draft as far as it pays, decided anew at every step; False: as far as
+            the profile says.
+        tree: draft side candidates beside the chain.
+        greedy: tokens are chosen greedily, which decides between the papers' shapes of a tree.
+        batch_size: prompts decoded at once.
+    """
+
+    method: DraftMethod | None = None
+    adaptive_draft_length: bool | None = None
+    tree: bool | None = None
+    greedy: bool = True
+    batch_size: int = 1
+
+    def check(self, profile: Path | None) -> None:
+        """Refuse what contradicts itself, before a model is loaded.
+
+        Raises:
+            InputError: they contradict each other.
+        """
+        method = self.method
+        if method and method.skips_layers and profile is None:
+            raise InputError(
+                f"draft {method} leaves out the layers that a profile names: give "
+                "profile FILE, or draft ngram, which needs none",
+                names=(f"draft {method}", "profile FILE", "draft ngram"),
+            )
+        fixed = self.adaptive_draft_length is False
+        if fixed and method and method.uses_ngrams:
+            raise InputError(
+                "adaptive_draft_length=False drafts as the profile says, by skipping alone: not "
+                f"with draft {method}",
+                names=("adaptive_draft_length=False", f"draft {method}"),
+            )
+        idle = method in (DraftMethod.NONE, DraftMethod.NGRAM) or profile is None
+        nobody = method is DraftMethod.NONE or (profile is None and method is None)
+        if self.adaptive_draft_length and nobody:
+            raise InputError(
+                "adaptive_draft_length is about drafts, and nobody drafts: see draft",
+                names=("adaptive_draft_length", "draft"),
+            )
+        for name, wanted in (("tree", self.tree), ("adaptive_draft_length=False", fixed)):
+            if wanted and idle:
+                raise InputError(
+                    f"{name} is about drafts by skipped layers, and there are none", names=(name,)
+                )
+        if self.batch_size > 1 and (self.tree or fixed):
+            name = "tree" if self.tree else "adaptive_draft_length=False"
+            raise InputError(
+                f"{name} is for one prompt at a time: leave batch_size out",
+                names=(name, "batch_size"),
+            )

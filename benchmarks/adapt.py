@@ -16,6 +16,7 @@ from typing import Any
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
@@ -50,8 +51,7 @@ def decode(
     """(tokens per second without the prefill, search included; the output's token ids)."""
     generation = Generation(
         decoder,
-        tokens,
-        max_new_tokens=max_new_tokens,
+        GenerationRequest(tokens, max_new_tokens),
         drafter=drafter,
         end_tokens=loaded.end_tokens,
     )

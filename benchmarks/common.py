@@ -21,10 +21,10 @@ from conflayers_cli.bench.systems import (
     PromptRuns,
 )
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loading import open_model
-from conflayers_cli.models.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
 from conflayers_cli.profile_check import fingerprint_of
 from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
@@ -184,7 +184,7 @@ def to_bench_prompts(
     options = PromptOptions(max_new_tokens=max_new_tokens)
     encoded = encode_prompts(subject.loaded, prompts, options)
     return [
-        BenchPrompt(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed)
+        BenchPrompt(prompt.id, prompt.category, tuple(prompt.prompt), prompt.max_new_tokens, seed)
         for seed, prompt in enumerate(encoded)
     ]
 

@@ -25,8 +25,9 @@ from benchmarks.family_models import VOCABULARY, families, tiny_model
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -82,7 +83,7 @@ def _generated(decoder: Decoder, prompt: Sequence[int]) -> list[int]:
 
 
 def _decoded(decoder: Decoder, prompt: Sequence[int], drafter: Proposer | None) -> list[int]:
-    generation = Generation(decoder, prompt, max_new_tokens=NEW_TOKENS, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, NEW_TOKENS), drafter=drafter)
     list(generation)
     return generation.output
 
@@ -94,7 +95,7 @@ def _costs(depth: int) -> CostTable:
 
 
 def _batched(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    requests = [BatchRequest(list(prompt), NEW_TOKENS, SamplingParams()) for prompt in prompts]
+    requests = [GenerationRequest(list(prompt), NEW_TOKENS, SamplingParams()) for prompt in prompts]
     drafter = MixedProposer(decoder, LAYERS, _costs(decoder.depth))
     batch = Batch(decoder, requests, size=2, drafter=drafter)
     for _ in batch:

@@ -14,7 +14,9 @@ from conflayers_cli.engine.compile import compile_forward
 from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.run_info import remarks, run_facts
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.spec_decode.proposer import Proposer
 
@@ -88,7 +90,7 @@ def decode(
     decoder: Decoder, prompt: Sequence[int], count: int, drafter: Proposer | None = None
 ) -> Decoded:
     """Decode one prompt greedily; nothing ends it early."""
-    generation = Generation(decoder, prompt, max_new_tokens=count, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, count), drafter=drafter)
     generation.step()
     begin = clock(decoder.device)
     steps = tuple(generation)

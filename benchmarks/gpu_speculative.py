@@ -24,7 +24,9 @@ from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -229,7 +231,7 @@ def _watched(
 ) -> Result:
     """A decoding run under the profiler, behind its prompt, and another one as it is."""
     plain = decode(decoder, prompt, count, drafter)
-    generation = Generation(decoder, prompt, max_new_tokens=count, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, count), drafter=drafter)
     generation.step()
     steps: list[Step] = []
     begin = clock(bench.device)

@@ -20,7 +20,9 @@ from typing import Any
 
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
@@ -170,8 +172,7 @@ def decode(decoder: Decoder, prompt: tuple[int, ...], plan: Plan | None, task: T
     drafter = drafter_of(task, plan.plan, plan.setting) if plan else None
     generation = Generation(
         decoder,
-        prompt,
-        max_new_tokens=task.max_new_tokens,
+        GenerationRequest(prompt, task.max_new_tokens),
         drafter=drafter,
         end_tokens=task.end_tokens,
     )

@@ -17,7 +17,8 @@ from typing import Any
 
 from conflayers_cli.bench.agreement import measure_agreement
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
@@ -42,10 +43,10 @@ def chosen(options: argparse.Namespace) -> list[Prompt]:
 
 def requests_of(
     loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[BatchRequest]:
+) -> list[GenerationRequest]:
     """The prompts as the model gets them."""
     return [
-        BatchRequest(
+        GenerationRequest(
             encode(loaded, as_messages(prompt, None), None), max_new_tokens, SamplingParams()
         )
         for prompt in prompts
@@ -53,7 +54,7 @@ def requests_of(
 
 
 def decode(
-    decoder: Decoder, requests: Sequence[BatchRequest], plan: SkipPlan
+    decoder: Decoder, requests: Sequence[GenerationRequest], plan: SkipPlan
 ) -> tuple[float, list[list[int]]]:
     """(tokens per second behind the prompts, outputs); nothing ends before its budget."""
     batch = Batch(decoder, requests, plan=plan)
@@ -70,7 +71,7 @@ def ended(output: list[int], end_tokens: frozenset[int]) -> list[int]:
 
 def measure(
     decoder: Decoder,
-    requests: Sequence[BatchRequest],
+    requests: Sequence[GenerationRequest],
     batch: int,
     repeats: int,
     end_tokens: frozenset[int],

@@ -23,6 +23,7 @@ __all__ = [
     "ConfLayersError",
     "ConfLayersWarning",
     "GenerateError",
+    "GenerationResult",
     "InputError",
     "Model",
     "Options",
@@ -44,11 +45,11 @@ if TYPE_CHECKING:
     from conflayers_cli.api.hf_request import GenerateError
     from conflayers_cli.api.options import Options
     from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
-    from conflayers_cli.generation.generate import Answer
+    from conflayers_cli.generation.response import Answer, GenerationResult
     from conflayers_cli.profile.schema import Profile
 else:
     _MODULES = {
-        "generation.generate": ("Answer",),
+        "generation.response": ("Answer", "GenerationResult"),
         "api.generate": ("Model", "Stream", "generate", "load", "stream"),
         "api.options": ("Options",),
         "api.attached_model": ("release",),

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conflayers_cli.generation.loop import Step
+    from conflayers_cli.generation.sequence import Step
 
 
 @dataclass(frozen=True)

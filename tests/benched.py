@@ -11,7 +11,7 @@ from conflayers_cli.bench.runner import BenchResult, SystemResult
 from conflayers_cli.bench.schema import BenchContext, BenchDocument, OutputMatch
 from conflayers_cli.bench.serialize import build_document
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
-from conflayers_cli.generation.generate import DraftCount, Summary
+from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.positions import AcceptedPerPosition
 
 SETTINGS: Mapping[str, Any] = {
@@ -40,7 +40,7 @@ def runs(speed: float, *, accepted: int | None = None, count: int = 3) -> tuple[
             "by_position": {"skip": AcceptedPerPosition((40, 40), (first, accepted - first))},
         }
     steps = 100 if accepted is None else 40
-    return (Run((1,), Summary(0.5, 100 / speed, 101, 100, steps, **drafts)),) * count
+    return (Run((1,), GenerationStats(0.5, 100 / speed, 101, 100, steps, **drafts)),) * count
 
 
 def bench_document(

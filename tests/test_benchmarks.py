@@ -19,7 +19,7 @@ from benchmarks import (
 )
 from conflayers_cli.bench.runner import BenchResult, SystemResult
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
-from conflayers_cli.generation.generate import Summary
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
 
@@ -223,7 +223,7 @@ def test_prompts_come_again_with_other_seeds() -> None:
 
 def test_ratios_are_of_neighbouring_runs_of_some_length() -> None:
     def run(tokens: int, speed: float) -> Run:
-        return Run((), Summary(0.1, tokens / speed, tokens + 1, tokens, tokens))
+        return Run((), GenerationStats(0.1, tokens / speed, tokens + 1, tokens, tokens))
 
     speeds = {"vanilla": (10.0, 40.0), "speculative": (20.0, 60.0)}
     cases = tuple(

@@ -19,7 +19,7 @@ from benchmarks.gpu_bench import Bench, plain
 from benchmarks.gpu_runs import Decoded
 from benchmarks.gpu_shapes import SHAPES, Shape
 from benchmarks.gpu_timing import Budget, OutOfTimeError, busy_in, median_seconds, union
-from conflayers_cli.generation.loop import Step
+from conflayers_cli.generation.sequence import Step
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from conflayers_cli.generation.generate import Summary
-from conflayers_cli.generation.loop import Step
+from conflayers_cli.generation.sequence import Step
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.utils.bars import bar, marks
 
@@ -11,7 +11,7 @@ def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:
 
 
 def test_places_are_counted_from_the_draft_s_first() -> None:
-    stats = Summary.of([step(2, 3), step(0, 2), step(0, 0)])
+    stats = GenerationStats.of([step(2, 3), step(0, 2), step(0, 0)])
     assert stats.by_position == {"skip": AcceptedPerPosition((2, 2, 1), (1, 1, 0))}
     assert stats.by_position["skip"].rates == (0.5, 0.5, 0.0)
     assert sum(stats.by_position["skip"].accepted) == stats.accepted

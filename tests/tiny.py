@@ -18,7 +18,9 @@ import torch
 import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
@@ -144,6 +146,17 @@ def generated(decoder: Decoder, tokens: Sequence[int], count: int) -> list[int]:
     return new
 
 
+def generation(
+    model: Decoder,
+    prompt: list[int],
+    count: int,
+    sampling: SamplingParams | None = None,
+    **more: Any,
+) -> Generation:
+    """A request of these at work; what else there is goes to `Generation`."""
+    return Generation(model, GenerationRequest(prompt, count, sampling or SamplingParams()), **more)
+
+
 def steps_of(generation: Generation) -> list[Step]:
     """All steps to the end."""
     return list(generation)
@@ -167,7 +180,7 @@ def keeps_its_text(
     it should."""
     tokens, sampling = prompt(6, seed), SamplingParams(temperature=temperature, seed=seed)
     drafter = SkipProposer(model, plan, size, 0.0)
-    text = Generation(model, tokens, max_new_tokens=20, drafter=drafter, sampling=sampling)
+    text = Generation(model, GenerationRequest(tokens, 20, sampling), drafter=drafter)
     assert sum(step.drafted for step in steps_of(text)) > 0
     assert len(text.output) == 20
     if sampling.greedy:

@@ -29,8 +29,9 @@ import scipy.stats
 from benchmarks import common
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loading import open_model
 from conflayers_cli.sampling_params import SamplingParams
@@ -105,16 +106,16 @@ def decoded(
     if request.rows == 1:
         generation = Generation(
             decoder,
-            request.prompt,
-            max_new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
+            GenerationRequest(request.prompt, request.max_new_tokens, request.sampling),
             drafter=drafter,
         )
         for _ in generation:
             pass
         return [generation.output]
     variants = [
-        BatchRequest(request.prompt[i:] or request.prompt, request.max_new_tokens, request.sampling)
+        GenerationRequest(
+            request.prompt[i:] or request.prompt, request.max_new_tokens, request.sampling
+        )
         for i in range(request.rows)
     ]
     batch = Batch(decoder, variants, size=request.rows - 1, drafter=drafter)

@@ -31,15 +31,17 @@ from conflayers_cli.api.options import (
     is_one,
     settings_of,
 )
-from conflayers_cli.cli.answering import Machine
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.generate import Answer, answering
+from conflayers_cli.generation.generator import TextGenerator, naming_prompts
+from conflayers_cli.generation.prompt_encoding import encode_prompts
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.response import GenerationResponse, GenerationResult
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
 from conflayers_cli.models.loading import open_model
-from conflayers_cli.models.prompt_encoding import EncodedPrompt, encode_prompts
 from conflayers_cli.prompts import Prompt
+from conflayers_cli.spec_decode.build import rows_drafter
 from conflayers_cli.spec_decode.proposer import Proposer
 
 
@@ -110,7 +112,7 @@ def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts
     prompt: OnePrompt,
     profile: ProfileLike | None = None,
     **options: Unpack[Options],
-) -> Answer: ...
+) -> GenerationResult: ...
 
 
 @overload
@@ -119,7 +121,7 @@ def generate(
     prompt: ManyPrompts,
     profile: ProfileLike | None = None,
     **options: Unpack[Options],
-) -> list[Answer]: ...
+) -> list[GenerationResult]: ...
 
 
 def generate(
@@ -127,7 +129,7 @@ def generate(
     prompt: OnePrompt | ManyPrompts,
     profile: ProfileLike | None = None,
     **options: Unpack[Options],
-) -> Answer | list[Answer]:
+) -> GenerationResult | list[GenerationResult]:
     """Decode one prompt, or several, to the end.
 
     Args:
@@ -150,9 +152,9 @@ def generate(
         settings = settings_of(options)
         opened = model.opened()
         with opened.at_work():
-            machine, encoded = _prepared(model, opened, prompts, profile, settings)
-            done = dict(machine.answers(encoded))
-    answers = [done[number] for number in range(len(prompts))]
+            generator, requests = _prepared(model, opened, prompts, profile, settings)
+            with naming_prompts(requests):
+                answers = generator.generate(requests)
     return answers[0] if is_one(prompt) else answers
 
 
@@ -165,20 +167,20 @@ class Stream(Iterator[str]):
         answer: the whole answer, once the last piece was given; None before.
     """
 
-    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
-        self._pieces = pieces
-        self.answer: Answer | None = None
+    def __init__(self, responses: Generator[GenerationResponse, None, None]) -> None:
+        self._responses = responses
+        self.answer: GenerationResult | None = None
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.answer = self.answer or end.value
-            raise
+        for response in self._responses:
+            self.answer = response.result
+            if response.text:
+                return response.text
+        raise StopIteration
 
     def close(self) -> None:
         """Decode no further."""
-        self._pieces.close()
+        self._responses.close()
 
 
 def stream(
@@ -201,22 +203,13 @@ def stream(
         settings = settings_of(options)
         opened = model.opened()
         with opened.at_work():
-            machine, (encoded,) = _prepared(model, opened, as_prompts(prompt), profile, settings)
+            generator, requests = _prepared(model, opened, as_prompts(prompt), profile, settings)
 
-    def pieces() -> Generator[str, None, Answer]:
+    def responses() -> Generator[GenerationResponse, None, None]:
         with opened.at_work():
-            return (
-                yield from answering(
-                    *(machine.decoder, machine.loaded.tokenizer, encoded.tokens),
-                    max_new_tokens=encoded.max_new_tokens,
-                    sampling=machine.sampling,
-                    drafter=machine.drafter,
-                    end_tokens=machine.loaded.end_tokens,
-                    stops=machine.stops,
-                )
-            )
+            yield from generator.stream(requests)
 
-    return Stream(pieces())
+    return Stream(responses())
 
 
 def _prepared(
@@ -225,16 +218,19 @@ def _prepared(
     prompts: Sequence[Prompt],
     profile: ProfileLike | None,
     settings: Settings,
-) -> tuple[Machine, list[EncodedPrompt]]:
+) -> tuple[TextGenerator, list[GenerationRequest]]:
     """Who answers, and the prompts as the model gets them."""
     settings.sampling.note_unused()
-    encoded = encode_prompts(model.loaded, prompts, settings.prompts)
-    machine = Machine(
-        model.loaded,
-        opened.decoder,
-        drafter_of(opened, profile, settings.drafting, settings.force),
-        settings.sampling,
-        settings.stops,
-        batch_size=settings.drafting.batch_size,
+    requests = encode_prompts(
+        model.loaded, prompts, settings.prompts, settings.sampling, settings.stops
     )
-    return machine, encoded
+    drafter = drafter_of(opened, profile, settings.drafting, settings.force)
+    batch_size = settings.drafting.batch_size
+    generator = TextGenerator(
+        opened.decoder,
+        model.loaded.tokenizer,
+        end_tokens=model.loaded.end_tokens,
+        drafter=rows_drafter(drafter) if batch_size > 1 else drafter,
+        batch_size=batch_size,
+    )
+    return generator, requests

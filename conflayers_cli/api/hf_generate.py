@@ -18,12 +18,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from conflayers_cli.api.attached_model import borrow
 from conflayers_cli.api.drafters import DraftBy, ProfileLike, current_name, drafter_of, in_python
-from conflayers_cli.api.hf_processors import ProcessedGeneration, Text
+from conflayers_cli.api.hf_processors import Text, processing
 from conflayers_cli.api.hf_request import Ends, GenerateError, Request
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.generator import TextGenerator
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.spec_decode.build import rows_drafter
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
@@ -166,43 +166,27 @@ def _decode(
 
         return watch
 
-    if not request.together:
-        return texts, [
-            _run(
-                ProcessedGeneration(
-                    *(decoder, prompt, text),
-                    max_new_tokens=ends.max_new_tokens,
-                    sampling=request.settings(row),
-                    drafter=drafter,
-                    end_tokens=ends.end_tokens,
-                    on_token=put,
-                )
-            )
-            for row, (prompt, text) in enumerate(zip(request.prompts, texts, strict=True))
-        ]
-    if request.rows == 1:
-        only = Generation(
-            *(decoder, request.prompts[0]),
-            max_new_tokens=ends.max_new_tokens,
-            sampling=request.sampling,
-            drafter=drafter,
-            end_tokens=ends.end_tokens,
-            watch=watching(texts[0]),
-        )
-        return texts, [_run(only)]
+    def putting(token: int) -> bool:
+        put(token)
+        return False
+
     requests = [
-        BatchRequest(prompt, ends.max_new_tokens, request.settings(row), watching(text))
+        GenerationRequest(
+            prompt,
+            ends.max_new_tokens,
+            request.settings(row),
+            on_token=watching(text) if request.together else putting,
+        )
         for row, (prompt, text) in enumerate(zip(request.prompts, texts, strict=True))
     ]
-    batch = Batch(decoder, requests, drafter=rows_drafter(drafter), end_tokens=ends.end_tokens)
-    batch.run()
-    return texts, batch.outputs
-
-
-def _run(generation: Generation) -> list[int]:
-    for _ in generation:
-        pass
-    return generation.output
+    generator = TextGenerator(
+        decoder,
+        end_tokens=ends.end_tokens,
+        drafter=rows_drafter(drafter) if request.together and request.rows > 1 else drafter,
+        batch_size=request.rows if request.together else 1,
+        begin=None if request.together else processing(decoder, texts),
+    )
+    return texts, [list(result.token_ids) for result in generator.generate(requests)]
 
 
 def _joined(request: Request, outputs: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -8,7 +8,8 @@ there; a token that was drafted is looked at only once all tokens before it stan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,10 @@ from transformers import (
 
 from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import NOTHING, Generation, Step
+from conflayers_cli.generation.loop import NOTHING, Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
+from conflayers_cli.generation.serial import Begin
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import Draft, Proposer
@@ -154,40 +158,30 @@ class Text:
 class ProcessedGeneration(Generation):
     """`Generation` whose tokens are chosen and ended by transformers' processors and criteria.
 
-    Drafts are chains; they are made as ``sampling`` says, which need only be near what the
-    processors do.
+    Drafts are chains; they are made as the request's sampling says, which need only be near what
+    the processors do.
 
     Args:
         text: the text, prompt included.
-        on_token: called with every new token in order.
+        request: as for `Generation`; it is not asked whether a token ends the text.
         others: as for `Generation`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        prompt: Sequence[int],
         text: Text,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        sampling: SamplingParams,
         drafter: Proposer | None,
         end_tokens: frozenset[int],
-        on_token: Callable[[int], None],
     ) -> None:
         self._text = text
-        self._padding = text.length - len(prompt)
+        self._padding = text.length - len(request.prompt)
         self._ended = False
-        self._on_token = on_token
-        super().__init__(
-            decoder,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            drafter=drafter,
-            end_tokens=end_tokens,
-            watch=self._watched,
-        )
+        self._put = request.on_token
+        watched = replace(request, on_token=self._watched)
+        super().__init__(decoder, watched, drafter=drafter, end_tokens=end_tokens)
 
     def read_prompt(self, cache: KVCache, filled: int = 0) -> Step:
         begin = perf_counter()
@@ -198,7 +192,7 @@ class ProcessedGeneration(Generation):
         return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
 
     def decide(
-        self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None = None
+        self, draft: Draft, logits: torch.Tensor, best: list[int] | None = None
     ) -> tuple[int, int]:
         place = 0
         while True:
@@ -228,5 +222,19 @@ class ProcessedGeneration(Generation):
         return ()
 
     def _watched(self, token: int) -> bool:
-        self._on_token(token)
+        if self._put is not None:
+            self._put(token)
         return self._ended and len(self.tokens) + self._padding == self._text.length
+
+
+def processing(decoder: Decoder, texts: Iterable[Text]) -> Begin:
+    """Begins a `ProcessedGeneration` for each request, on the next of the texts."""
+    following = iter(texts)
+
+    def begin(
+        request: GenerationRequest, /, *, drafter: Proposer | None, end_tokens: frozenset[int]
+    ) -> Generation:
+        text = next(following)
+        return ProcessedGeneration(decoder, text, request, drafter=drafter, end_tokens=end_tokens)
+
+    return begin

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from conflayers_cli.api.drafters import DraftBy, current_name
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.prompt_encoding import PromptOptions
+from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.prompts import Message, Prompt
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions

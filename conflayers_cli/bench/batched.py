@@ -21,7 +21,7 @@ from conflayers_cli.bench.runner import (
 from conflayers_cli.bench.schema import VANILLA
 from conflayers_cli.bench.systems import BatchedSystem, BenchPrompt, PromptRuns, Run
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.generate import Summary
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.progress import ProgressCallback
 from conflayers_cli.utils.statistics import Spread
@@ -107,7 +107,7 @@ def _label(queue: Queue) -> str:
 
 def _merge(runs: Sequence[Run]) -> Run:
     """The runs of a queue's prompts, as one."""
-    return Run((), Summary.total(run.stats for run in runs), runs[0].cache_bytes)
+    return Run((), GenerationStats.total(run.stats for run in runs), runs[0].cache_bytes)
 
 
 def _system_result(
@@ -118,5 +118,5 @@ def _system_result(
     return SystemResult(
         Spread.of([speed for speed in speeds if speed]),
         statistics.median(waits),
-        Summary.total(queue.first_stats(system) for queue in queues),
+        GenerationStats.total(queue.first_stats(system) for queue in queues),
     )

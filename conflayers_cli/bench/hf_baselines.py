@@ -15,7 +15,7 @@ from conflayers_cli.bench.systems import BenchPrompt, Run
 from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.generate import Summary
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.sampling_params import SamplingParams
 
@@ -132,9 +132,9 @@ class _Stopwatch(StoppingCriteria):
         self._lengths.append(input_ids.shape[1])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def summary(self) -> Summary:
+    def summary(self) -> GenerationStats:
         """The first step reads the prompt, whatever it drafts; the others are decoding."""
-        return Summary(
+        return GenerationStats(
             prefill_seconds=self._times[1] - self._times[0],
             decode_seconds=self._times[-1] - self._times[1],
             tokens=self._lengths[-1] - self._lengths[0],

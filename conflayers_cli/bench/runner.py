@@ -15,7 +15,7 @@ from conflayers_cli.bench.output_match import match_outputs
 from conflayers_cli.bench.schema import SKIP_ONLY, SPECULATIVE, VANILLA, Agreement, OutputMatch
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run, System
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.generate import Summary
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
 from conflayers_cli.utils.progress import ProgressCallback
@@ -47,7 +47,7 @@ class SystemResult:
 
     tokens_per_second: Spread
     time_to_first_token: float
-    stats: Summary
+    stats: GenerationStats
 
     @classmethod
     def of(cls, prompts: Sequence[PromptRuns], system: str) -> SystemResult:
@@ -56,7 +56,7 @@ class SystemResult:
         return cls(
             Spread.of([speed for prompt in prompts if (speed := prompt.speed(system))]),
             statistics.median(waits),
-            Summary.total(prompt.first_stats(system) for prompt in prompts),
+            GenerationStats.total(prompt.first_stats(system) for prompt in prompts),
         )
 
 

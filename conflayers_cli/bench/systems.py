@@ -12,9 +12,9 @@ from typing import Protocol
 
 from conflayers_cli.bench.schema import SKIP_ONLY
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.generation.generate import Summary
-from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.generator import TextGenerator
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
@@ -52,7 +52,7 @@ class Run:
     """
 
     tokens: tuple[int, ...]
-    stats: Summary
+    stats: GenerationStats
     cache_bytes: int | None = None
     weights_twice_bytes: int = 0
 
@@ -69,7 +69,7 @@ class PromptRuns:
         speeds = [speed for run in self.runs[system] if (speed := run.stats.tokens_per_second)]
         return statistics.median(speeds) if speeds else None
 
-    def first_stats(self, system: str) -> Summary:
+    def first_stats(self, system: str) -> GenerationStats:
         """Of the first run. (Vanilla's counts are the same in every one; a drafter may learn.)"""
         return self.runs[system][0].stats
 
@@ -107,21 +107,14 @@ class EngineSystem:
 
     def run(self, prompt: BenchPrompt) -> Run:
         """Decode the prompt once."""
-        generation = Generation(
-            self.decoder,
-            prompt.tokens,
-            max_new_tokens=prompt.max_new_tokens,
-            sampling=replace(self.sampling, seed=prompt.seed),
-            drafter=self.drafter,
-            end_tokens=self.end_tokens,
-        )
-        stats = Summary.of(list(generation))
-        return Run(tuple(generation.output), stats, generation.cache.bytes)
+        generator = TextGenerator(self.decoder, end_tokens=self.end_tokens, drafter=self.drafter)
+        (run,) = _runs(generator, [prompt], self.sampling)
+        return run
 
 
 @dataclass(frozen=True)
 class SkipOnlySystem:
-    """The model with layers skipped for good after the prompt: lossy (see `engine.batch`)."""
+    """The model with layers left out for good behind the prompt: lossy (see `generation.batch`)."""
 
     decoder: Decoder
     plan: SkipPlan
@@ -131,10 +124,9 @@ class SkipOnlySystem:
 
     def run(self, prompt: BenchPrompt) -> Run:
         """Decode the prompt once."""
-        request = _request(prompt, self.sampling)
-        batch = Batch(self.decoder, [request], plan=self.plan, end_tokens=self.end_tokens)
-        batch.run()
-        return _runs(batch)[0]
+        generator = TextGenerator(self.decoder, end_tokens=self.end_tokens, skip_plan=self.plan)
+        (run,) = _runs(generator, [prompt], self.sampling)
+        return run
 
 
 @dataclass(frozen=True)
@@ -159,24 +151,22 @@ class BatchedEngineSystem:
             A run for each prompt, in order. Its seconds are its share of what all took together, so
             that those of all add up; its cache is the one that all sequences share.
         """
-        batch = Batch(
+        generator = TextGenerator(
             self.decoder,
-            [_request(prompt, self.sampling) for prompt in prompts],
-            size=self.size,
-            drafter=self.drafter,
             end_tokens=self.end_tokens,
+            drafter=self.drafter,
+            batch_size=self.size,
         )
-        batch.run()
-        return _runs(batch)
+        return _runs(generator, prompts, self.sampling)
 
 
-def _request(prompt: BenchPrompt, sampling: SamplingParams) -> BatchRequest:
-    return BatchRequest(prompt.tokens, prompt.max_new_tokens, replace(sampling, seed=prompt.seed))
-
-
-def _runs(batch: Batch) -> list[Run]:
-    """The runs of a batch that has been decoded, in the order of its requests."""
-    return [
-        Run(tuple(tokens), Summary.of(steps), batch.cache.bytes)
-        for tokens, steps in zip(batch.outputs, batch.steps, strict=True)
+def _runs(
+    generator: TextGenerator, prompts: Sequence[BenchPrompt], sampling: SamplingParams
+) -> list[Run]:
+    """Decode prompts once; only tokens, no texts."""
+    requests = [
+        GenerationRequest(each.tokens, each.max_new_tokens, replace(sampling, seed=each.seed))
+        for each in prompts
     ]
+    results = generator.generate(requests)
+    return [Run(each.token_ids, each.stats, each.cache_bytes) for each in results]

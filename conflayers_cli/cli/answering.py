@@ -6,24 +6,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conflayers_cli.cli.terminal import emit, emit_json
-from conflayers_cli.models.prompt_encoding import EncodedPrompt
-from conflayers_cli.spec_decode.build import rows_drafter
-from conflayers_cli.utils.progress import no_progress, progress_bar
+from conflayers_cli.utils.progress import ProgressCallback, no_progress, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.cluster.ray_cluster import Cluster
-    from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.generation.generate import Answer, Summary
+    from conflayers_cli.generation.generator import TextGenerator
+    from conflayers_cli.generation.request import GenerationRequest
+    from conflayers_cli.generation.response import GenerationResult
+    from conflayers_cli.generation.stats import GenerationStats
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.prompts import Prompt
-    from conflayers_cli.sampling_params import SamplingParams
-    from conflayers_cli.skip_plan import SkipPlan
-    from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
     from conflayers_cli.utils.files import JsonLines, LineKey
     from conflayers_cli.utils.memory import PeakMemory
 
@@ -33,8 +29,8 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What there is to say of a machine when its work is done.
+class RunStats:
+    """What ``--stats`` says of a run beside the figures of its texts.
 
     Attributes:
         batch_size: prompts decoded at once.
@@ -50,205 +46,136 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Done:
-    """One prompt's answer.
+class PromptResult:
+    """What came of one prompt of a file.
 
     Attributes:
         number: the prompt's, from 0.
-        answer: to it.
+        result: its text and figures.
         document: what its line says of it.
         without_text: how many of its tokens the tokenizer doesn't know, and how many it does know.
     """
 
     number: int
-    answer: Answer
+    result: GenerationResult
     document: dict[str, Any]
     without_text: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A model ready to answer, and how it is to choose its tokens.
+class Prepared:
+    """A model ready to decode, and the prompts as it gets them.
 
     Attributes:
-        loaded, decoder: the model.
-        drafter: drafts for it, losslessly; None: nobody. Where prompts are decoded together, it
-            has to be one that drafts for rows; else nobody drafts for them.
-        sampling: of the first prompt; each has a seed of its own, so that an answer doesn't depend
-            on those before it.
-        stops: texts that end an answer.
-        skipped: layers left out for good, which is lossy; None: none are.
-        batch_size: prompts decoded at once.
+        loaded: the model.
+        generator: decodes with it.
+        requests: all prompts.
         memory: watches the memory in use; None: nobody asked.
     """
 
     loaded: LoadedModel
-    decoder: Decoder
-    drafter: Proposer | None
-    sampling: SamplingParams
-    stops: tuple[str, ...]
-    skipped: SkipPlan | None = None
-    batch_size: int = 1
+    generator: TextGenerator
+    requests: list[GenerationRequest]
     memory: PeakMemory | None = None
 
-    def facts(self) -> Facts:
-        """What ``--stats`` says of it, as of now."""
-        from conflayers_cli.engine.run_info import remarks
+    def run_stats(self) -> RunStats:
+        """As of now."""
+        return run_stats(self.loaded, self.generator, self.memory)
 
-        lossy = None
-        if self.skipped:
-            kept = " ".join(map(str, self.kept_layers))
-            lossy = f"lossy: decoded with layers {kept} of {self.decoder.depth} alone"
-        loaded = self.loaded
-        return Facts(
-            batch_size=self.batch_size,
-            lossy=lossy,
-            peak_bytes=self.memory.peak() if self.memory else None,
-            told=(
-                f"{loaded.name} on {loaded.place}; {loaded.dtype_reason}",
-                *remarks(self.decoder),
-            ),
-        )
-
-    @property
-    def kept_layers(self) -> list[int]:
-        """Layers of which something is left where others are left out for good."""
-        gone = set(self.skipped.layers) if self.skipped else set()
-        return [layer for layer in range(self.decoder.depth) if layer not in gone]
-
-    @property
-    def rows_drafter(self) -> BatchProposer | None:
-        """Who drafts for prompts that are decoded together, losslessly; None: nobody."""
-        return None if self.skipped is not None else rows_drafter(self.drafter)
-
-    def answers(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        begin: int = 0,
-        on_text: Callable[[str], None] | None = None,
-        end: int | None = None,
-    ) -> Iterator[tuple[int, Answer]]:
-        """Answer prompts from number ``begin`` on, to before ``end`` where it is given: (number,
-        answer), each as soon as it is done.
-
-        The text of the first one goes to ``on_text`` piece by piece.
+    def results(self, begin: int, end: int) -> Iterator[PromptResult]:
+        """The results of the prompts from one number to before another, each as soon as it is done.
 
         Raises:
-            LogitsError: an answer can't go on; it names the prompt where there are several.
+            LogitsError: a text can't go on; it names the prompt where there are several.
         """
-        from conflayers_cli.engine.argmax import LogitsError
+        from conflayers_cli.generation.generator import naming_prompts
 
-        try:
-            yield from self._answers(prompts[:end], begin, on_text)
-        except LogitsError as error:
-            if len(prompts) == 1:
-                raise
-            raise error.of(f"prompt {prompts[begin + (error.number or 0)].id}") from error
+        with naming_prompts(self.requests, begin):
+            for response in self.generator.stream(self.requests[begin:end]):
+                if response.result is not None:
+                    yield self._result(begin + response.number, response.result)
 
-    def _answers(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        begin: int,
-        on_text: Callable[[str], None] | None,
-    ) -> Iterator[tuple[int, Answer]]:
-        from conflayers_cli.engine.argmax import LogitsError
-        from conflayers_cli.engine.decoder import FULL
-        from conflayers_cli.generation.batch import BatchRequest
-        from conflayers_cli.generation.generate import answer, answer_batch
+    def _result(self, number: int, result: GenerationResult) -> PromptResult:
+        document = {**_shortened(self.requests[number]), **self.as_json(result)}
+        return PromptResult(number, result, document, self.without_text(result))
 
-        requests = [
-            BatchRequest(
-                prompt.tokens,
-                prompt.max_new_tokens,
-                replace(self.sampling, seed=self.sampling.seed + number),
-            )
-            for number, prompt in enumerate(prompts[begin:], begin)
-        ]
-        ends, stops, tokenizer = self.loaded.end_tokens, self.stops, self.loaded.tokenizer
-        if self.skipped is not None or self.batch_size > 1:
-            together = answer_batch(
-                *(self.decoder, tokenizer, requests),
-                size=self.batch_size,
-                drafter=self.rows_drafter,
-                plan=self.skipped or FULL,
-                end_tokens=ends,
-                stops=stops,
-                on_text=on_text,
-            )
-            for number, done in together:
-                yield begin + number, done
-            return
-        for number, request in enumerate(requests):
-            try:
-                done = answer(
-                    *(self.decoder, tokenizer, request.prompt),
-                    max_new_tokens=request.max_new_tokens,
-                    sampling=request.sampling,
-                    drafter=self.drafter,
-                    end_tokens=ends,
-                    stops=stops,
-                    on_text=on_text,
-                )
-            except LogitsError as error:
-                error.number = number
-                raise
-            yield begin + number, done
-
-    def dones(
-        self, prompts: Sequence[EncodedPrompt], begin: int = 0, end: int | None = None
-    ) -> Iterator[Done]:
-        """As :meth:`answers`, with all that a file's line says."""
-        for number, answer in self.answers(prompts, begin, end=end):
-            document = {**_shortened(prompts[number]), **self.as_json(answer)}
-            yield Done(number, answer, document, self.without_text(answer))
-
-    def without_text(self, answer: Answer) -> tuple[int, int]:
-        """(tokens of the answer beyond the tokenizer's vocabulary, its size)."""
+    def without_text(self, result: GenerationResult) -> tuple[int, int]:
+        """(tokens of the output beyond the tokenizer's vocabulary, its size)."""
         from conflayers_cli.generation.detokenizer import without_text
 
         tokenizer = self.loaded.tokenizer
-        return without_text(tokenizer, answer.token_ids), len(tokenizer)
+        return without_text(tokenizer, result.token_ids), len(tokenizer)
 
-    def as_json(self, answer: Answer) -> dict[str, Any]:
-        """An answer as JSON takes it; one that is not the model's own says so."""
-        document = answer.as_json()
-        if self.skipped is not None:
-            document["lossless"] = not self.skipped
-            document["skipped"] = {"attention": self.skipped.attention, "mlp": self.skipped.mlp}
-            document["kept_layers"] = self.kept_layers
+    def as_json(self, result: GenerationResult) -> dict[str, Any]:
+        """A result as JSON takes it; one that is not the model's own says so."""
+        document = result.as_json()
+        skipped = self.generator.skip_plan
+        if skipped is not None:
+            document["lossless"] = not skipped
+            document["skipped"] = {"attention": skipped.attention, "mlp": skipped.mlp}
+            document["kept_layers"] = _kept_layers(self.generator)
         return document
 
 
+def run_stats(
+    loaded: LoadedModel, generator: TextGenerator, memory: PeakMemory | None = None
+) -> RunStats:
+    """What ``--stats`` says of a model and its generator, as of now."""
+    from conflayers_cli.engine.run_info import remarks
+
+    decoder, lossy = generator.decoder, None
+    if generator.skip_plan:
+        kept = " ".join(map(str, _kept_layers(generator)))
+        lossy = f"lossy: decoded with layers {kept} of {decoder.depth} alone"
+    return RunStats(
+        batch_size=generator.batch_size,
+        lossy=lossy,
+        peak_bytes=memory.peak() if memory else None,
+        told=(f"{loaded.name} on {loaded.place}; {loaded.dtype_reason}", *remarks(decoder)),
+    )
+
+
+def _kept_layers(generator: TextGenerator) -> list[int]:
+    """Layers of which something is left where others are left out for good."""
+    gone = set(generator.skip_plan.layers) if generator.skip_plan else set()
+    return [layer for layer in range(generator.decoder.depth) if layer not in gone]
+
+
 class Prepare(Protocol):
-    """Makes a machine and encodes the prompts.
+    """Loads the model and encodes the prompts.
 
     Args:
         dtype: which the model is loaded in; None: as the command line says.
     """
 
-    def __call__(self, dtype: str | None = None) -> tuple[Machine, list[EncodedPrompt]]: ...
+    def __call__(self, dtype: str | None = None) -> Prepared: ...
 
 
-def answer_one(
-    machine: Machine, prompt: EncodedPrompt, *, stream: bool, as_json: bool, stats: bool
-) -> None:
+def answer_one(prepared: Prepared, *, stream: bool, as_json: bool, stats: bool) -> None:
     """Answer a prompt on standard output: its text as it comes, or one JSON document."""
     streaming = stream and not as_json
+    (request,) = prepared.requests
+    result = None
     try:
-        ((_, answer),) = machine.answers([prompt], on_text=emit if streaming else None)
+        for response in prepared.generator.stream([request]):
+            if streaming and response.text:
+                emit(response.text)
+            result = response.result
     except KeyboardInterrupt:
         if streaming:
             emit("\n")
         raise
+    if result is None:
+        raise RuntimeError("a stream has ended without a result")
     if as_json:
-        head = {"schema_version": SCHEMA_VERSION, "model": machine.loaded.name}
-        document = {**head, **_shortened(prompt), **machine.as_json(answer)}
+        head = {"schema_version": SCHEMA_VERSION, "model": prepared.loaded.name}
+        document = {**head, **_shortened(request), **prepared.as_json(result)}
         emit_json(document, indent=None)
     else:
-        emit("\n" if streaming else f"{answer.text}\n")
-    _tell_textless(*machine.without_text(answer))
+        emit("\n" if streaming else f"{result.text}\n")
+    _tell_textless(*prepared.without_text(result))
     if stats:
-        tell_stats(machine, answer.stats, 1, answer.prompt_tokens)
+        tell_stats(prepared.run_stats(), result.stats, 1, result.prompt_tokens)
 
 
 def answer_file(
@@ -282,70 +209,86 @@ def answer_file(
             logger.info(f"{done} of {len(prompts)} prompts are answered already")
         if done == len(prompts):
             return
-        written: list[Done] = []
+        lines = _Lines(prompts, keys, opened)
         at_work = _at_work(prepare, cluster, done, len(prompts), batch_size)
-        with at_work as (dones, tell_all):
+        with at_work as (results, run_stats_now):
             try:
-                _write_answers(dones, prompts, keys, opened, written)
+                # a bar would run into the lines where both go to one terminal
+                with progress_bar() if output else nullcontext(no_progress) as on_progress:
+                    lines.show_progress(on_progress)
+                    for result in results:
+                        lines.add(result)
+                        lines.show_progress(on_progress)
             except KeyboardInterrupt:
                 if opened:
-                    there = f"{done + len(written)} of {len(prompts)} prompts are answered"
+                    there = f"{lines.next} of {len(prompts)} prompts are answered"
                     logger.info(f"{there}; --resume goes on from there")
                 raise
-    known = min((done.without_text[1] for done in written), default=0)
-    _tell_textless(sum(done.without_text[0] for done in written), known)
+    known = min((result.without_text[1] for result in lines.written), default=0)
+    _tell_textless(sum(result.without_text[0] for result in lines.written), known)
     if stats:
-        tell_all([done.answer for done in written])
+        from conflayers_cli.generation.stats import GenerationStats
+
+        total = GenerationStats.total(each.result.stats for each in lines.written)
+        read = sum(each.result.prompt_tokens for each in lines.written)
+        tell_stats(run_stats_now(), total, len(lines.written), read)
+
+
+class _Lines:
+    """Writes results as JSON lines in the prompts' order: one that is done waits for those before.
+
+    Args:
+        prompts, keys: as for `answer_file`.
+        output: where lines go, behind those that are there; None: standard output.
+
+    Attributes:
+        written: the results written, without their documents.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], keys: Sequence[LineKey], output: JsonLines | None
+    ) -> None:
+        self._prompts, self._keys, self._output = prompts, keys, output
+        self._begin = output.done if output else 0
+        self._waiting: dict[int, PromptResult] = {}
+        self.written: list[PromptResult] = []
+
+    @property
+    def next(self) -> int:
+        """The number of the prompt whose line is to be written next."""
+        return self._begin + len(self.written)
+
+    def add(self, result: PromptResult) -> None:
+        """Write all lines that can be written now."""
+        self._waiting[result.number] = result
+        while (index := self.next) in self._waiting:
+            line = _line(self._prompts[index], self._keys[index], self._waiting[index].document)
+            if self._output:
+                self._output.append(line)
+            else:
+                emit_json(line, indent=None)
+            # its document is on the disk
+            self.written.append(replace(self._waiting.pop(index), document={}))
+
+    def show_progress(self, on_progress: ProgressCallback) -> None:
+        """Say how many prompts are done."""
+        done, total = self.next + len(self._waiting), len(self._prompts)
+        on_progress(f"{done} of {total} prompts", done / total)
 
 
 @contextmanager
 def _at_work(
     prepare: Prepare, cluster: Cluster | None, begin: int, end: int, batch_size: int
-) -> Iterator[tuple[Iterator[Done], Callable[[Sequence[Answer]], None]]]:
-    """The answers to come from prompt ``begin`` on, and what says in the end what they took."""
+) -> Iterator[tuple[Iterator[PromptResult], Callable[[], RunStats]]]:
+    """The results to come from prompt ``begin`` on, and what there is to say of the run then."""
     if cluster is not None:
         from conflayers_cli.cluster.workers import answering_workers
 
-        with answering_workers(prepare, cluster, begin, end, batch_size) as (dones, facts):
-            yield dones, partial(_tell_work, facts)
+        with answering_workers(prepare, cluster, begin, end, batch_size) as work:
+            yield work
         return
-    machine, encoded = prepare()
-    yield machine.dones(encoded, begin), partial(_tell_work, machine.facts)
-
-
-def _tell_work(facts: Callable[[], Facts], answers: Sequence[Answer]) -> None:
-    from conflayers_cli.generation.generate import Summary
-
-    total = Summary.total(answer.stats for answer in answers)
-    _tell_figures(facts(), total, len(answers), sum(a.prompt_tokens for a in answers))
-
-
-def _write_answers(
-    dones: Iterator[Done],
-    prompts: Sequence[Prompt],
-    keys: Sequence[LineKey],
-    output: JsonLines | None,
-    written: list[Done],
-) -> None:
-    """Write the answers as they come, noting each as it is written: in order, so one that is done
-    waits for those before it.
-    """
-    # a bar would run into the lines where both go to one terminal
-    with progress_bar() if output else nullcontext(no_progress) as on_progress:
-        begin = output.done if output else 0
-        waiting: dict[int, Done] = {}
-        on_progress(f"{begin} of {len(prompts)} prompts", begin / len(prompts))
-        for done in dones:
-            waiting[done.number] = done
-            while (index := begin + len(written)) in waiting:
-                line = _line(prompts[index], keys[index], waiting[index].document)
-                if output:
-                    output.append(line)
-                else:
-                    emit_json(line, indent=None)
-                written.append(replace(waiting.pop(index), document={}))  # it is on the disk
-            count = begin + len(written) + len(waiting)
-            on_progress(f"{count} of {len(prompts)} prompts", count / len(prompts))
+    prepared = prepare()
+    yield prepared.results(begin, end), prepared.run_stats
 
 
 def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[LineKey]:
@@ -371,9 +314,9 @@ def _line(prompt: Prompt, key: LineKey, document: dict[str, Any]) -> dict[str, A
     return {**head, **document}
 
 
-def _shortened(prompt: EncodedPrompt) -> dict[str, int]:
+def _shortened(request: GenerationRequest) -> dict[str, int]:
     """How many tokens of a prompt were left out, where any were."""
-    return {"truncated": prompt.truncated} if prompt.truncated else {}
+    return {"truncated": request.truncated} if request.truncated else {}
 
 
 def _tell_textless(count: int, known: int) -> None:
@@ -384,16 +327,15 @@ def _tell_textless(count: int, known: int) -> None:
         )
 
 
-def tell_stats(machine: Machine, stats: Summary, prompts: int, prompt_tokens: int) -> None:
+def tell_stats(run: RunStats, stats: GenerationStats, prompts: int, prompt_tokens: int) -> None:
     """Say how fast prompts were answered and who drafted.
 
     Args:
+        run: on the model and how it ran.
+        stats: of all texts.
+        prompts: how many there were.
         prompt_tokens: how many of their tokens were read.
     """
-    _tell_figures(machine.facts(), stats, prompts, prompt_tokens)
-
-
-def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int) -> None:
     seconds = stats.prefill_seconds + stats.decode_seconds
     speed = stats.tokens_per_second
     decoding = (
@@ -402,9 +344,9 @@ def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int
     which = "" if prompts == 1 else f" for {prompts} prompts"
     reading = prompt_tokens / stats.prefill_seconds if stats.prefill_seconds > 0 else 0.0
     logger.info(f"{stats.tokens} tokens{which} in {seconds:.2f} s; decoding: {decoding}")
-    if facts.batch_size > 1:
+    if run.batch_size > 1:
         logger.info(
-            f"up to {facts.batch_size} prompts at once; reading one took "
+            f"up to {run.batch_size} prompts at once; reading one took "
             f"{stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
@@ -413,8 +355,8 @@ def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int
             f"first token after {stats.prefill_seconds / prompts:.3f} s "
             f"({prompt_tokens} prompt tokens, {reading:.0f} tokens/s)"
         )
-    if facts.lossy:
-        logger.info(facts.lossy)
+    if run.lossy:
+        logger.info(run.lossy)
     elif stats.acceptance_rate is None:
         logger.info("nothing drafted: one token per step")
     else:
@@ -424,7 +366,7 @@ def _tell_figures(facts: Facts, stats: Summary, prompts: int, prompt_tokens: int
         )
         if stats.drafted_by:
             logger.info(stats.drafted_by)
-    if facts.peak_bytes is not None:
-        logger.info(f"peak memory over the model's weights: {facts.peak_bytes / 2**20:,.0f} MiB")
-    for sentence in facts.told:
+    if run.peak_bytes is not None:
+        logger.info(f"peak memory over the model's weights: {run.peak_bytes / 2**20:,.0f} MiB")
+    for sentence in run.told:
         logger.info(sentence)

@@ -40,8 +40,8 @@ from conflayers_cli.cli.common import load_profile, model_source, read_prompt_fi
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.models.loading import open_model
-from conflayers_cli.models.prompt_encoding import EncodedPrompt, PromptOptions, encode_prompts
 from conflayers_cli.spec_decode.build import (
     build_proposer,
     rows_drafter,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from conflayers_cli.bench.runner import BenchResult
     from conflayers_cli.bench.systems import BatchedSystem, BenchPrompt, System
     from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.generation.request import GenerationRequest
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.skip_plan import SkipPlan
@@ -245,11 +246,13 @@ def _systems(
     return systems
 
 
-def _bench_prompts(prompts: Sequence[EncodedPrompt], seed: int) -> list[BenchPrompt]:
+def _bench_prompts(prompts: Sequence[GenerationRequest], seed: int) -> list[BenchPrompt]:
     from conflayers_cli.bench.systems import BenchPrompt
 
     return [
-        BenchPrompt(prompt.id, prompt.category, prompt.tokens, prompt.max_new_tokens, seed + index)
+        BenchPrompt(
+            prompt.id, prompt.category, tuple(prompt.prompt), prompt.max_new_tokens, seed + index
+        )
         for index, prompt in enumerate(prompts)
     ]
 

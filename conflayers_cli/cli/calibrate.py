@@ -16,14 +16,15 @@ from conflayers_cli.cli.common import read_prompt_file
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.strategies import AUTO, UNIFIED, check_options, make_strategies
 from conflayers_cli.errors import ConfLayersError, InputError
+from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.models.loading import open_model
-from conflayers_cli.models.prompt_encoding import EncodedPrompt, PromptOptions, encode_prompts
 from conflayers_cli.profile_check import fingerprint_of
 
 if TYPE_CHECKING:
     from conflayers_cli.cli.calibrate_display import Display
     from conflayers_cli.engine.cost_model import Costs
     from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.generation.request import GenerationRequest
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import ModelFingerprint, Profile
     from conflayers_cli.prompts import Prompt
@@ -65,7 +66,7 @@ class Work:
     decoder: Decoder
     fingerprint: ModelFingerprint
     prompts: list[Prompt]
-    encoded: list[EncodedPrompt]
+    encoded: list[GenerationRequest]
     name: str
     strategies: list[Strategy]
     budget: float
@@ -243,7 +244,7 @@ def _run(work: Work, record: Record, helpers: Helpers | None) -> Calibration:
     from conflayers_cli.search.calibrate import split_prompts
     from conflayers_cli.search.problem import Task
 
-    used, held_out = split_prompts([prompt.tokens for prompt in work.encoded], work.seed)
+    used, held_out = split_prompts([tuple(request.prompt) for request in work.encoded], work.seed)
     with Display(work.decoder.depth) as display:
         task = Task(
             decoder=work.decoder,

@@ -52,7 +52,7 @@ def header_of(work: Work) -> dict[str, Any]:
 
     from conflayers_cli.profile_check import environment_of
 
-    tokens = [(prompt.tokens, prompt.max_new_tokens) for prompt in work.encoded]
+    tokens = [(request.prompt, request.max_new_tokens) for request in work.encoded]
     return {
         "model": work.fingerprint.model_dump(mode="json", exclude={"name", "sketch"}),
         "weights": work.weights,

@@ -12,8 +12,8 @@ from conflayers_cli.cli import completion
 from conflayers_cli.cli.option_groups import OptionGroup
 from conflayers_cli.cli.options import LOAD, MAX_SEED, PROMPTS
 from conflayers_cli.cli.strategies import STRATEGIES, SearchOptions
+from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.prompt_encoding import PromptOptions
 
 _SEARCH = "Search"
 

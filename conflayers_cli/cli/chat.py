@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.answering import Machine
 from conflayers_cli.cli.chat_input import from_person, from_pipe, read_message
 from conflayers_cli.cli.chat_session import Session
 from conflayers_cli.cli.common import load_profile, model_source
@@ -92,14 +91,24 @@ def chat(
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
     drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
 
-    from conflayers_cli.generation.prefix_cache import Conversation
+    from conflayers_cli.generation.generator import TextGenerator
+    from conflayers_cli.generation.prefix_cache import PrefixCache
 
+    generator = TextGenerator(
+        decoder,
+        loaded.tokenizer,
+        end_tokens=loaded.end_tokens,
+        drafter=drafter,
+        begin=PrefixCache(decoder, loaded.context_length).begin,
+    )
     session = Session(
-        Machine(loaded, decoder, drafter, sampling, tuple(stop or ())),
-        Conversation(decoder, loaded.context_length),
-        max_new_tokens,
-        system,
-        interactive,
+        loaded=loaded,
+        generator=generator,
+        sampling=sampling,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens,
+        system=system,
+        interactive=interactive,
     )
     if interactive:
         logger.info(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")

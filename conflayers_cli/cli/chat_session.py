@@ -10,15 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.answering import Machine, tell_stats
+from conflayers_cli.cli.answering import run_stats, tell_stats
 from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from conflayers_cli.generation.generate import Answer
-    from conflayers_cli.generation.prefix_cache import Conversation
+    from conflayers_cli.generation.generator import TextGenerator
+    from conflayers_cli.generation.response import GenerationResult
+    from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,10 @@ class Session:
     """One chat.
 
     Attributes:
-        machine: the model, how it chooses tokens and what ends an answer.
-        conversation: its cache.
+        loaded: the model.
+        generator: decodes with it, on a cache that keeps what was said.
+        sampling: how the first answer's tokens are chosen.
+        stop: strings that end an answer.
         max_new_tokens: the most tokens of an answer.
         system: what stands first; None: nothing.
         interactive: a person can end an answer by Ctrl-C.
@@ -54,15 +58,17 @@ class Session:
         latest: the last answer; None: there is none.
     """
 
-    machine: Machine
-    conversation: Conversation
+    loaded: LoadedModel
+    generator: TextGenerator
+    sampling: SamplingParams
+    stop: tuple[str, ...]
     max_new_tokens: int
     system: str | None
     interactive: bool
     messages: list[Message] = field(default_factory=list)
     forgotten: int = 0
     answers: int = 0
-    latest: Answer | None = None
+    latest: GenerationResult | None = None
 
     def heard(self, text: str) -> bool:
         """Deal with a message or a command; False: the chat is to end.
@@ -109,8 +115,8 @@ class Session:
         if self.latest is None:
             logger.info("nothing was answered yet")
             return
-        total, kept = self.latest.prompt_tokens, self.latest.prompt_tokens_kept
-        tell_stats(self.machine, self.latest.stats, 1, total - kept)
+        total, kept = self.latest.prompt_tokens, self.latest.cached_prompt_tokens
+        tell_stats(run_stats(self.loaded, self.generator), self.latest.stats, 1, total - kept)
         logger.info(f"of {total:,} prompt tokens {kept:,} were there from before")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
@@ -124,13 +130,13 @@ class Session:
         """
         begin = self.forgotten
         tokens = self._encoded(messages[begin:])
-        limit = self.machine.loaded.context_length
+        limit = self.loaded.context_length
         if limit is None or len(tokens) + min(self.max_new_tokens, limit // 4) <= limit:
             return tokens, begin
         while len(messages) - begin > 2 and len(tokens) > limit // 2:
             begin += 2
             tokens = self._encoded(messages[begin:])
-        name = self.machine.loaded.name
+        name = self.loaded.name
         if len(tokens) >= limit:
             raise InputError(
                 f"the message is too long: {len(tokens):,} tokens, and {name} takes {limit:,}, "
@@ -147,27 +153,30 @@ class Session:
         from conflayers_cli.models.tokenization import encode
 
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return encode(self.machine.loaded, [*first, *messages], None)
+        return encode(self.loaded, [*first, *messages], None)
 
-    def _answer(self, tokens: list[int]) -> Answer:
-        from conflayers_cli.generation.generate import answer
+    def _answer(self, tokens: list[int]) -> GenerationResult:
+        from conflayers_cli.generation.request import GenerationRequest
 
-        machine, loaded = self.machine, self.machine.loaded
         room = self.max_new_tokens
-        if loaded.context_length is not None:
-            room = min(room, loaded.context_length - len(tokens))
+        if self.loaded.context_length is not None:
+            room = min(room, self.loaded.context_length - len(tokens))
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
+        request = GenerationRequest(tokens, room, sampling, self.stop)
+        result = None
         with _stoppable(self.interactive) as stopped:
-            return answer(
-                *(machine.decoder, loaded.tokenizer, tokens),
-                max_new_tokens=room,
-                sampling=replace(machine.sampling, seed=machine.sampling.seed + self.answers),
-                drafter=machine.drafter,
-                end_tokens=loaded.end_tokens,
-                stops=machine.stops,
-                on_text=emit,
-                conversation=self.conversation,
-                stopped=stopped,
-            )
+            for response in self.generator.stream([request]):
+                if response.text:
+                    emit(response.text)
+                result = response.result
+                if result is None and stopped():
+                    last = self.generator.cancel(response.number)
+                    if last is not None:
+                        emit(last.text)
+                        result = last.result
+        if result is None:
+            raise RuntimeError("a stream has ended without a result")
+        return result
 
     def _command(self, name: str, rest: str) -> bool:
         if name in ("/exit", "/quit"):
@@ -202,7 +211,7 @@ class Session:
         if not self.messages:
             logger.info("there is nothing to answer yet")
             return
-        if self.machine.sampling.greedy:
+        if self.sampling.greedy:
             logger.warning("note: at --temperature 0 the answer is the same every time")
         *before, mine, theirs = self.messages
         self.messages = list(before)
@@ -219,23 +228,23 @@ class Session:
             raise InputError("/save needs a file: /save FILE")
         path = Path(rest).expanduser()
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
-        document = {"model": self.machine.loaded.name, "messages": [*first, *self.messages]}
+        document = {"model": self.loaded.name, "messages": [*first, *self.messages]}
         write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
         logger.info(f"wrote {len(self.messages)} messages to {path}")
 
 
 @contextmanager
-def _stoppable(wanted: bool) -> Iterator[Callable[[], bool] | None]:
+def _stoppable(wanted: bool) -> Iterator[Callable[[], bool]]:
     """Within, if wanted: Ctrl-C is heard between two steps.
 
     So no step is cut off in its midst. The first step reads the prompt, which may take long: there
     Ctrl-C is heard at once, and so is a second one anywhere.
 
     Yields:
-        Whether to stop; to be asked after every step. None where it is not wanted.
+        Whether to stop; to be asked after every step. Never where it is not wanted.
     """
     if not wanted:
-        yield None
+        yield lambda: False
         return
     import signal
     from types import FrameType

@@ -13,7 +13,7 @@ import typer
 
 from conflayers_cli.cli import adapt as adapting
 from conflayers_cli.cli import options, skip_only
-from conflayers_cli.cli.answering import Machine, answer_file, answer_one, line_keys
+from conflayers_cli.cli.answering import Prepared, answer_file, answer_one, line_keys
 from conflayers_cli.cli.common import (
     load_profile,
     model_source,
@@ -23,11 +23,12 @@ from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cluster.ray_cluster import cluster_of
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompt_encoding import encode_prompts
 from conflayers_cli.models.loading import open_model
-from conflayers_cli.models.prompt_encoding import EncodedPrompt, encode_prompts
 from conflayers_cli.profile_check import check_fit
 from conflayers_cli.spec_decode.build import (
     build_proposer,
+    rows_drafter,
 )
 from conflayers_cli.utils.distributed import on_first
 from conflayers_cli.utils.progress import is_terminal
@@ -152,7 +153,9 @@ def generate(
         prompts = [on_first(lambda: _prompt(prompt or []))]
     learned = adapting.Learned(adapt, adapt_budget, save_profile, sampling.seed) if adapt else None
 
-    def prepare(dtype: str | None = None) -> tuple[Machine, list[EncodedPrompt]]:
+    def prepare(dtype: str | None = None) -> Prepared:
+        from conflayers_cli.generation.generator import TextGenerator
+
         loaded, decoder = open_model(source, replace(load, dtype=dtype or load.dtype))
         drafter = None
         if skip_only_ or learned:
@@ -172,11 +175,16 @@ def generate(
 
             memory = PeakMemory(loaded.device)
             memory.begin()
-        machine = Machine(
-            *(loaded, decoder, drafter, sampling, tuple(stop or ())),
-            *(skipped, batch_size or 1, memory),
+        generator = TextGenerator(
+            decoder,
+            loaded.tokenizer,
+            end_tokens=loaded.end_tokens,
+            drafter=rows_drafter(drafter) if together else drafter,
+            batch_size=batch_size or 1,
+            skip_plan=skipped,
         )
-        return machine, encode_prompts(loaded, prompts, prompt_options)
+        requests = encode_prompts(loaded, prompts, prompt_options, sampling, stop or ())
+        return Prepared(loaded, generator, requests, memory)
 
     try:
         if data:
@@ -205,8 +213,7 @@ def generate(
                 *(cluster, batch_size or 1),
             )
         else:
-            machine, encoded = prepare()
-            answer_one(machine, encoded[0], stream=stream, as_json=json, stats=stats)
+            answer_one(prepare(), stream=stream, as_json=json, stats=stats)
     except KeyboardInterrupt:  # it must not cost what was found until then
         if learned:
             with suppress_failures():

@@ -9,8 +9,8 @@ import typer
 
 from conflayers_cli.cli import completion
 from conflayers_cli.cli.option_groups import OptionGroup
+from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.prompt_encoding import PromptOptions
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.options import DraftOptions
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from conflayers_cli.cli.answering import Done, Facts, Prepare
+from conflayers_cli.cli.answering import Prepare, PromptResult, RunStats
 from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
@@ -31,10 +31,11 @@ BATCHES = 4
 
 
 class Answerer:
-    """A machine that answers shares of the prompts.
+    """A worker that answers shares of the prompts.
 
     Args:
-        prepare: makes it and encodes all prompts, so that what is wrong with one is told at once.
+        prepare: loads the model and encodes all prompts, so that what is wrong with one is told at
+            once.
         dtype: which the model is loaded in; None: as the command line says.
 
     Attributes:
@@ -45,21 +46,21 @@ class Answerer:
     def __init__(self, prepare: Prepare, dtype: str | None) -> None:
         self.notes: list[str] = []
         with collected(self.notes, with_flags):
-            self._machine, self._prompts = prepare(dtype)
-        self.place = place_of(self._machine.loaded)
+            self._prepared = prepare(dtype)
+        self.place = place_of(self._prepared.loaded)
 
-    def __call__(self, share: tuple[int, int]) -> tuple[Sequence[Done], Facts]:
-        """The answers to the prompts from one number to before another, and the machine's facts."""
+    def __call__(self, share: tuple[int, int]) -> tuple[Sequence[PromptResult], RunStats]:
+        """The results of the prompts from one number to before another, and the worker's run."""
         begin, end = share
         with collected(self.notes, with_flags):
-            dones = list(self._machine.dones(self._prompts, begin, end))
-        return dones, self._machine.facts()
+            results = list(self._prepared.results(begin, end))
+        return results, self._prepared.run_stats()
 
 
 @contextmanager
 def answering_workers(
     prepare: Prepare, cluster: Cluster, begin: int, end: int, batch_size: int
-) -> Iterator[tuple[Iterator[Done], Callable[[], Facts]]]:
+) -> Iterator[tuple[Iterator[PromptResult], Callable[[], RunStats]]]:
     """Within: the answers to the prompts from number ``begin`` to before ``end``, as they are done,
     and behind the last one what there is to say of the workers.
 
@@ -76,21 +77,21 @@ def answering_workers(
     shares = [(first, min(first + size, end)) for first in range(begin, end, size)]
     started = time.perf_counter()
     with crew_of(cluster, partial(Answerer, prepare)) as crew:
-        facts: list[Facts] = []
-        yield _dones(crew, shares, started, facts), lambda: facts[-1]
+        runs: list[RunStats] = []
+        yield _results(crew, shares, started, runs), lambda: runs[-1]
 
 
-def _dones(
-    crew: Crew, shares: Sequence[tuple[int, int]], started: float, facts: list[Facts]
-) -> Iterator[Done]:
-    """The answers; the facts that come with the last of them are left in ``facts``."""
-    for dones, latest in crew.results(shares):
-        yield from dones
-        facts[:] = [_of_all(latest, crew, time.perf_counter() - started)]
+def _results(
+    crew: Crew, shares: Sequence[tuple[int, int]], started: float, runs: list[RunStats]
+) -> Iterator[PromptResult]:
+    """The results; what there is to say of the run comes with the last of them, in ``runs``."""
+    for results, latest in crew.results(shares):
+        yield from results
+        runs[:] = [_of_all(latest, crew, time.perf_counter() - started)]
 
 
-def _of_all(latest: Facts, crew: Crew, seconds: float) -> Facts:
-    """A worker's facts, and that there were several."""
+def _of_all(latest: RunStats, crew: Crew, seconds: float) -> RunStats:
+    """A worker's run, and that there were several."""
     hosts = len({place.host for place in crew.places})
     told = (
         f"{_count(len(crew.places), 'worker')} on {_count(hosts, 'machine')}, "

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.run_info import run_facts
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 
@@ -122,6 +123,6 @@ def tiny_model(device: torch.device, dtype: torch.dtype) -> Any:
 
 def _decoded(decoder: Decoder, drafter: Proposer | None) -> tuple[list[int], int]:
     """(the tokens decoded, how many drafts were accepted)."""
-    generation = Generation(decoder, _PROMPT, max_new_tokens=TOKENS, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(_PROMPT, TOKENS), drafter=drafter)
     accepted = sum(step.accepted for step in generation)
     return generation.output, accepted

@@ -1,1 +1,1 @@
-"""From a request to its text: sequences, batches, the decode loop."""
+"""From a request to its text: sequences, the decode loops, batches, statistics."""

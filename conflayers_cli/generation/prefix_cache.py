@@ -3,19 +3,20 @@
 A chat gives the model its whole conversation at every turn. Most of it has been read or written
 before: keys and values of the tokens that the text shares, from its beginning on, with the one
 before it are still in the cache. What differs behind them is overwritten, which costs nothing (see
-:mod:`conflayers_cli.kernels.kv_cache`). Texts are compared by their tokens, for a chat template may render earlier turns
+`engine.cache`). Texts are compared by their tokens, for a chat template may render earlier turns
 otherwise than before (models that reason drop their thoughts), and an answer's text need not give
 the tokens again that it was written in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import Generation, check_request
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import check_request
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import Proposer
 
 
@@ -29,7 +30,7 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return shared
 
 
-class Conversation:
+class PrefixCache:
     """One text after another, in the same memory.
 
     Every answer is what decoding its whole prompt anew would give (in half precision as far as
@@ -46,7 +47,7 @@ class Conversation:
         self._latest: Generation | None = None
 
     @property
-    def held(self) -> list[int]:
+    def cached_tokens(self) -> list[int]:
         """The tokens whose keys and values are there."""
         latest = self._latest
         if latest is None:
@@ -55,45 +56,40 @@ class Conversation:
 
     def begin(
         self,
-        prompt: Sequence[int],
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        sampling: SamplingParams | None = None,
         drafter: Proposer | None = None,
         end_tokens: frozenset[int] = frozenset(),
-        watch: Callable[[int], bool] | None = None,
     ) -> Generation:
-        """A generation that goes on from the tokens held, as far as the prompt begins with them.
+        """A generation that goes on from the cached tokens, as far as the prompt begins with them.
 
         It may be left at any step. The one begun before must not be gone on with: its memory is
         this one's now.
 
         Args:
-            prompt: the whole text so far, at least one token.
-            max_new_tokens, sampling, drafter, end_tokens, watch: as `Generation`.
+            request: its prompt is the whole text so far.
+            drafter, end_tokens: as for `Generation`.
 
         Raises:
-            InputError: as `Generation`; what is held stays as it is.
+            InputError: as `Generation`; what is cached stays as it is.
         """
-        check_request(self._decoder, prompt, max_new_tokens)  # before memory is taken for it
+        check_request(self._decoder, request)  # before memory is taken for it
         # the last token is run in any case: it decides the first new one
-        filled = min(common_length(self.held, prompt), len(prompt) - 1)
+        shared = common_length(self.cached_tokens, request.prompt)
+        filled = min(shared, len(request.prompt) - 1)
         generation = Generation(
             self._decoder,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            request,
             drafter=drafter,
             end_tokens=end_tokens,
-            watch=watch,
-            cache=self._memory(len(prompt) + max_new_tokens, filled),
+            cache=self._memory(request.length, filled),
             filled=filled,
         )
         self._latest = generation
         return generation
 
     def _memory(self, length: int, filled: int) -> KVCache:
-        """A cache for ``length`` positions with the first ``filled`` ones held by now in it."""
+        """A cache for ``length`` positions with the first ``filled`` cached ones in it."""
         if self._latest is None:
             return self._decoder.new_cache(length)
         cache = self._latest.cache

@@ -237,14 +237,14 @@ class KVCache(Cache):
 
     @torch.inference_mode()
     def copy_from(self, other: KVCache, length: int) -> None:
-        """Take over the first ``length`` slots of a cache with as many rows and layers."""
+        """Take over the first ``length`` slots of a cache with as many layers, and no more rows."""
         for layer, source in zip(self.layers, other.layers, strict=True):
             if not source.is_initialized:
                 continue
             if not layer.is_initialized:
                 layer.allocate(*source.sizes, source.keys)
-            layer.keys[:, :, :length] = source.keys[:, :, :length]
-            layer.values[:, :, :length] = source.values[:, :, :length]
+            layer.keys[: other.batch, :, :length] = source.keys[:, :, :length]
+            layer.values[: other.batch, :, :length] = source.values[:, :, :length]
 
     def allocate(self, sizes: Sequence[LayerSizes], like: torch.Tensor) -> None:
         """Allocate all layers now, rather than one by one as the first pass comes to them.

@@ -11,7 +11,9 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.loop import Finish, Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import FinishReason, Step
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.search.record import Record
 from conflayers_cli.spec_decode.proposer import Proposer
@@ -69,8 +71,7 @@ class Texts:
         """A greedy decoding of a prompt; with a drafter the text is the same."""
         return Generation(
             self._decoder,
-            prompt,
-            max_new_tokens=self._max_new_tokens,
+            GenerationRequest(prompt, self._max_new_tokens),
             drafter=drafter,
             end_tokens=self._end_tokens,
         )
@@ -148,7 +149,7 @@ class Text:
         self._generation: Generation | None = None
         self.prompt = prompt
         self.output: list[int] = []
-        self.finish: Finish | None = None
+        self.finish: FinishReason | None = None
 
     @property
     def tokens(self) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.objective import JudgedText, Trace
 from conflayers_cli.skip_plan import SkipPlan
@@ -49,7 +50,7 @@ class Helper:
     ) -> list[int]:
         """As `Helpers.continuations`, of one prompt."""
         generation = Generation(
-            self._decoder, prompt, max_new_tokens=max_new_tokens, end_tokens=end_tokens
+            self._decoder, GenerationRequest(prompt, max_new_tokens), end_tokens=end_tokens
         )
         list(generation)
         return generation.output

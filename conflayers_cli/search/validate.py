@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conflayers_cli.engine.cost_model import CostTable
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.search.objective import Setting
 from conflayers_cli.search.problem import Task
 from conflayers_cli.search.record import label_of
@@ -133,8 +135,7 @@ def _decode(task: Task, prompt: tuple[int, ...], drafter: Proposer | None) -> li
     """The steps behind the prefill."""
     generation = Generation(
         task.decoder,
-        prompt,
-        max_new_tokens=min(task.max_new_tokens, CHECK_TOKENS),
+        GenerationRequest(prompt, min(task.max_new_tokens, CHECK_TOKENS)),
         drafter=drafter,
         end_tokens=task.end_tokens,
     )

@@ -23,7 +23,8 @@ from conflayers_cli.api import hf_generate as module
 from conflayers_cli.api.attached_model import borrow
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.batch import Batch
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.kernels.packed_linear import PackedLinear
 from conflayers_cli.models.fingerprint import fingerprint
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection

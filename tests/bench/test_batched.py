@@ -9,7 +9,7 @@ from conflayers_cli.bench.batched import measure_batches, split_queues
 from conflayers_cli.bench.runner import BenchResult
 from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, Run
 from conflayers_cli.engine.cost_model import Costs, CostTable
-from conflayers_cli.generation.generate import DraftCount, Summary
+from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from tests import tiny
@@ -30,7 +30,7 @@ class PacedRows:
     def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
         self.log.append(f"{self.name} {' '.join(prompt.id for prompt in prompts)}")
         speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
-        stats = Summary(0.1, 10 / speed, 11, 10, 5, {"ngram": DraftCount(5, 10, 5)})
+        stats = GenerationStats(0.1, 10 / speed, 11, 10, 5, {"ngram": DraftCount(5, 10, 5)})
         return [Run(self.tokens, stats, 1000) for _ in prompts]
 
 
@@ -139,4 +139,4 @@ def test_batch_system_drafts() -> None:
     )
     assert [run.tokens for run in drafted] == [run.tokens for run in plain]
     assert sum(run.stats.drafted for run in drafted) > 0
-    assert Summary.total(run.stats for run in plain).by_drafter == {}
+    assert GenerationStats.total(run.stats for run in plain).by_drafter == {}

@@ -7,8 +7,9 @@ import torch
 
 from conflayers_cli.bench.runner import measure
 from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run, SkipOnlySystem
-from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.generation.generate import DraftCount, Summary
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.memory import PeakMemory
@@ -29,7 +30,7 @@ class Paced:
     def run(self, prompt: BenchPrompt) -> Run:
         self.log.append(f"{self.name} {prompt.id}")
         speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
-        stats = Summary(0.1, 10 / speed, 11, 10, 5, {"skip": DraftCount(5, 10, 5)})
+        stats = GenerationStats(0.1, 10 / speed, 11, 10, 5, {"skip": DraftCount(5, 10, 5)})
         return Run((1, 2, 3), stats, 1000)
 
 
@@ -139,7 +140,7 @@ def test_skip_only_system_decodes_with_its_plan_its_seed_and_its_ends(temperatur
     decoder, plan = tiny.decoder("llama"), SkipPlan.of_layers([1, 3])
     sampling = SamplingParams(temperature=temperature)
     prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20, seed=4)
-    request = BatchRequest(prompt.tokens, 20, SamplingParams(temperature=temperature, seed=4))
+    request = GenerationRequest(prompt.tokens, 20, SamplingParams(temperature=temperature, seed=4))
     batch = Batch(decoder, [request], plan=plan)
     batch.run()
     done = SkipOnlySystem(decoder, plan, sampling, frozenset()).run(prompt)

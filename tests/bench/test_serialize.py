@@ -18,7 +18,7 @@ from conflayers_cli.bench.schema import (
 from conflayers_cli.bench.serialize import build_document
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
 from conflayers_cli.bench.tables import bench_tables
-from conflayers_cli.generation.generate import DraftCount, Summary
+from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.positions import AcceptedPerPosition
 
 
@@ -45,8 +45,8 @@ def result(*, identical: bool = True, categories: tuple[str | None, ...] = ("qa"
     """Speculative twice as fast as vanilla on every prompt."""
     prompts = []
     for number, category in enumerate(categories):
-        vanilla = Summary(0.5, 10.0, 101, 100, 100)
-        drafted = Summary(
+        vanilla = GenerationStats(0.5, 10.0, 101, 100, 100)
+        drafted = GenerationStats(
             prefill_seconds=0.5,
             decode_seconds=5.0,
             tokens=101,
@@ -172,7 +172,7 @@ def test_categories_are_listed_where_there_are_several() -> None:
 def lossy(agreement: Agreement | None) -> BenchResult:
     """A third arm, one and a half times as fast as vanilla."""
     plain = result()
-    skipping = Summary(0.5, 10.0, 151, 150, 150)
+    skipping = GenerationStats(0.5, 10.0, 151, 150, 150)
     prompts = tuple(
         replace(prompt, runs={**prompt.runs, "skip-only": (Run((2,), skipping),) * 3})
         for prompt in plain.prompts
@@ -242,7 +242,7 @@ def test_who_drafted_is_told_where_several_did() -> None:
 
 def test_baselines_are_told_by_their_names() -> None:
     plain = result()
-    theirs = Summary(0.5, 20.0, 101, 100, 100)
+    theirs = GenerationStats(0.5, 20.0, 101, 100, 100)
     prompts = tuple(
         replace(prompt, runs={**prompt.runs, "early-exit": (Run((1,), theirs),) * 3})
         for prompt in plain.prompts

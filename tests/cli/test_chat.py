@@ -17,7 +17,7 @@ import pytest
 
 from conflayers_cli.cli import chat as command
 from conflayers_cli.cli import chat_input, chat_session, terminal
-from conflayers_cli.generation.prefix_cache import Conversation
+from conflayers_cli.generation.prefix_cache import PrefixCache
 from conflayers_cli.prompts import as_messages, read_prompts
 from tests.cli.conftest import END, Result, Run, byte_tokenizer, finished, save_model
 from tests.processes import start
@@ -54,13 +54,13 @@ def typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> Type:
 def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """All generations of the chat's conversation."""
     seen: list[Any] = []
-    begin = Conversation.begin
+    begin = PrefixCache.begin
 
-    def spying(self: Conversation, *arguments: Any, **more: Any) -> Any:
+    def spying(self: PrefixCache, *arguments: Any, **more: Any) -> Any:
         seen.append(begin(self, *arguments, **more))
         return seen[-1]
 
-    monkeypatch.setattr(Conversation, "begin", spying)
+    monkeypatch.setattr(PrefixCache, "begin", spying)
     yield seen
 
 

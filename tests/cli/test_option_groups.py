@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from conflayers_cli.api.options import LoadKeywords, Options
 from conflayers_cli.cli.option_groups import OptionGroup, with_groups
+from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.prompt_encoding import PromptOptions
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.options import DraftOptions
 

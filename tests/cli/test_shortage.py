@@ -14,7 +14,7 @@ MIB = 2**20
 # The limit comes once all is imported, which itself takes gigabytes of addresses.
 SCRIPT = """
 import resource, re, sys
-import conflayers_cli.cli.common, conflayers_cli.generation.generate, conflayers_cli.models.loader
+import conflayers_cli.cli.common, conflayers_cli.generation.generator, conflayers_cli.models.loader
 import torch._dynamo
 from conflayers_cli.cli.main import main
 text = open("/proc/self/status").read()

@@ -27,6 +27,7 @@ from transformers import (
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -173,7 +174,7 @@ def sample(
     for seed in range(RUNS):
         own_seed = SamplingParams(**{**vars(setting), "seed": seed})
         generation = Generation(
-            remembering(), PROMPT, max_new_tokens=4, sampling=own_seed, drafter=drafter
+            remembering(), GenerationRequest(PROMPT, 4, own_seed), drafter=drafter
         )
         tokens, more_drafted, more_accepted = start_of(generation)
         counts[tokens] += 1

@@ -19,8 +19,9 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.forward import ModelInput
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import ConfLayersError
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -66,9 +67,7 @@ def opened(recorded: bool, dtype: torch.dtype = torch.float32) -> Decoder:
 def decoded(
     decoder: Decoder, sampling: SamplingParams, drafter: Proposer | None = None
 ) -> list[int]:
-    generation = Generation(
-        decoder, PROMPT, max_new_tokens=COUNT, sampling=sampling, drafter=drafter
-    )
+    generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=drafter)
     tiny.steps_of(generation)
     return generation.output
 
@@ -148,9 +147,7 @@ def test_a_sampled_text_never_goes_on_behind_the_bad_token(way: str) -> None:
     for seed in range(8):
         generation = Generation(
             decoder,
-            PROMPT,
-            max_new_tokens=COUNT,
-            sampling=SamplingParams(temperature=1.0, seed=seed),
+            GenerationRequest(PROMPT, COUNT, SamplingParams(temperature=1.0, seed=seed)),
             drafter=WAYS[way](decoder),
         )
         with pytest.raises(LogitsError) as caught:
@@ -171,9 +168,7 @@ def test_a_bad_token_that_is_only_drafted_changes_nothing(law: str, dtype: torch
     # Certain drafts, which are refused where the model would not have drawn them.
     wrong = tiny.Scripted(lambda text: [bad, bad])
     if not sampling.greedy:
-        generation = Generation(
-            decoder, PROMPT, max_new_tokens=COUNT, sampling=sampling, drafter=wrong
-        )
+        generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=wrong)
         with suppress(LogitsError):
             tiny.steps_of(generation)
         # Unless it is drawn the text goes on to its end.
@@ -218,7 +213,7 @@ def test_drafts_that_are_no_numbers_are_none(
     plain = decoded(decoder, sampling)
     spoilt = spoil_drafts(decoder, monkeypatch)
     generation = Generation(
-        decoder, PROMPT, max_new_tokens=COUNT, sampling=sampling, drafter=WAYS[way](decoder)
+        decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=WAYS[way](decoder)
     )
     steps = tiny.steps_of(generation)
     assert spoilt
@@ -231,7 +226,7 @@ def batch_of(
     decoder: Decoder, prompts: list[list[int]], way: str, sampling: SamplingParams, size: int = 3
 ) -> Batch:
     drafter: Any = WAYS[way](decoder)
-    requests = [BatchRequest(prompt, COUNT, sampling) for prompt in prompts]
+    requests = [GenerationRequest(prompt, COUNT, sampling) for prompt in prompts]
     return Batch(decoder, requests, size=size, drafter=drafter)
 
 
@@ -303,7 +298,7 @@ def test_a_bad_token_that_is_only_drafted_in_a_batch(law: str) -> None:
     known = {t for prompt in (*prompts, *plain.outputs) for t in prompt}
     bad = next(token for token in range(tiny.VOCABULARY) if token not in known)
     damage(decoder, bad)
-    requests = [BatchRequest(prompt, COUNT, sampling) for prompt in prompts]
+    requests = [GenerationRequest(prompt, COUNT, sampling) for prompt in prompts]
     batch = Batch(decoder, requests, drafter=Wrong(bad))
     batch.run()
     assert all(bad not in output and len(output) == COUNT for output in batch.outputs)

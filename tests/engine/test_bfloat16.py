@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.attention import attention_forward
 from conflayers_cli.kernels.kv_cache import KVCache, extent_for
 from conflayers_cli.skip_plan import SkipPlan
@@ -57,9 +58,9 @@ def decoder(shape: str = "grouped") -> Decoder:
 )
 def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, seed: int) -> None:
     prompt = tiny.prompt(length, seed, VOCABULARY)
-    vanilla = Generation(decoder(), prompt, max_new_tokens=24)
+    vanilla = Generation(decoder(), GenerationRequest(prompt, 24))
     drafter = SkipProposer(decoder(), plan, size, 0.0)
-    speculative = Generation(decoder(), prompt, max_new_tokens=24, drafter=drafter)
+    speculative = Generation(decoder(), GenerationRequest(prompt, 24), drafter=drafter)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
     assert speculative.output == vanilla.output
@@ -71,9 +72,9 @@ def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, 
 def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
     """A leaf's key lies elsewhere than vanilla's when the token behind it is first guessed."""
     prompt = tiny.prompt(3 + seed % 40, seed, VOCABULARY)
-    vanilla = Generation(decoder(shape), prompt, max_new_tokens=96)
+    vanilla = Generation(decoder(shape), GenerationRequest(prompt, 96))
     drafter = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
-    speculative = Generation(decoder(shape), prompt, max_new_tokens=96, drafter=drafter)
+    speculative = Generation(decoder(shape), GenerationRequest(prompt, 96), drafter=drafter)
     tiny.steps_of(vanilla)
     steps = tiny.steps_of(speculative)
     assert speculative.output == vanilla.output
@@ -83,7 +84,7 @@ def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
 
 def test_what_follows_a_leaf_is_verified_in_the_next_step() -> None:
     """It opens the next draft, the drafter goes on behind it, and the budget stays exact."""
-    vanilla = Generation(decoder(), [7, 8, 9], max_new_tokens=30)
+    vanilla = Generation(decoder(), GenerationRequest([7, 8, 9], 30))
     tiny.steps_of(vanilla)
     text, asked = vanilla.output, []
 
@@ -100,7 +101,7 @@ def test_what_follows_a_leaf_is_verified_in_the_next_step() -> None:
     lengths = {3: [1, 1], 4: [1, 2], 5: [1, 2, 1], 6: [1, 2, 2], 30: [1, 2, 2]}
     for count, expected in lengths.items():
         asked.clear()
-        one = Generation(decoder(), [7, 8, 9], max_new_tokens=count, drafter=OnlyLeaves())
+        one = Generation(decoder(), GenerationRequest([7, 8, 9], count), drafter=OnlyLeaves())
         steps = tiny.steps_of(one)
         assert one.output == text[:count]
         assert [len(step.tokens) for step in steps[1:4]] == expected
@@ -164,7 +165,7 @@ def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:
     assert decoder().dtype == torch.bfloat16
     drafter = SkipProposer(decoder(), SkipPlan.of_layers([2]), 4, 0.0)
     generation = Generation(
-        decoder(), tiny.prompt(20, 0, VOCABULARY), max_new_tokens=40, drafter=drafter
+        decoder(), GenerationRequest(tiny.prompt(20, 0, VOCABULARY), 40), drafter=drafter
     )
     steps = tiny.steps_of(generation)
     assert 0 < sum(step.accepted for step in steps) < sum(step.drafted for step in steps)
@@ -186,7 +187,7 @@ def test_without_exactness_passes_are_as_small_as_they_can_be(
 
     monkeypatch.setattr(KVCache, "announce", announce)
     drafter = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
-    generation = Generation(loose, prompt, max_new_tokens=40, drafter=drafter)
+    generation = Generation(loose, GenerationRequest(prompt, 40), drafter=drafter)
     tiny.steps_of(generation)
     assert len(generation.output) == 40
     assert {extent for _, extent in asked} == {64, 128}
@@ -201,9 +202,9 @@ def of_family(family: str) -> Decoder:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_family_is_exact(family: str, seed: int) -> None:
     prompt = tiny.prompt(5 + 9 * seed, seed)
-    vanilla = Generation(of_family(family), prompt, max_new_tokens=40)
+    vanilla = Generation(of_family(family), GenerationRequest(prompt, 40))
     drafter = SkipProposer(of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0)
-    speculative = Generation(of_family(family), prompt, max_new_tokens=40, drafter=drafter)
+    speculative = Generation(of_family(family), GenerationRequest(prompt, 40), drafter=drafter)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
     assert speculative.output == vanilla.output

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
@@ -56,7 +57,7 @@ def test_greedy_output_is_generates(family: str, length: int) -> None:
     decoder = tiny.decoder(family)
     prompt = tiny.prompt(length, 7)
     expected = tiny.generated(decoder, prompt, COUNT)
-    vanilla = Generation(decoder, prompt, max_new_tokens=COUNT)
+    vanilla = Generation(decoder, GenerationRequest(prompt, COUNT))
     assert all(step.drafted == 0 for step in vanilla)
     assert vanilla.output == expected
     drafted = accepted = 0
@@ -64,7 +65,7 @@ def test_greedy_output_is_generates(family: str, length: int) -> None:
         # every plan with drafts of both sizes, one of them behind each prompt
         size = (1, 4)[(i + LENGTHS.index(length)) % 2]
         drafter = SkipProposer(decoder, plan, max_tokens=size, stop_probability=0.0)
-        generation = Generation(decoder, prompt, max_new_tokens=COUNT, drafter=drafter)
+        generation = Generation(decoder, GenerationRequest(prompt, COUNT), drafter=drafter)
         for step in generation:
             drafted += step.drafted
             accepted += step.accepted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from conflayers_cli.engine.graph_runner import (
     Work,
     bucket_for,
 )
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -70,8 +72,8 @@ def free(turnaround: float = 0.0) -> CostTable:
     return CostTable({1: one}, depth=tiny.DEPTH)
 
 
-def output(decoder: Decoder, prompt: list[int], count: int = 24, **more: object) -> list[int]:
-    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+def output(decoder: Decoder, prompt: list[int], count: int = 24, **more: Any) -> list[int]:
+    generation = tiny.generation(decoder, prompt, count, **more)
     tiny.steps_of(generation)
     return generation.output
 
@@ -285,7 +287,7 @@ def test_observers_see_every_pass() -> None:
     prompt = tiny.prompt(8)
     expected = output(decoder, prompt)
     seen: list[int] = []
-    generation = Generation(decoder, prompt, max_new_tokens=12)
+    generation = Generation(decoder, GenerationRequest(prompt, 12))
     for number, _ in enumerate(generation):
         if number == 5:
             break
@@ -299,7 +301,7 @@ def test_observers_see_every_pass() -> None:
 def test_batches() -> None:
     decoder, plain = recording(), tiny.decoder("llama")
     requests = [
-        BatchRequest(tiny.prompt(4 + 3 * i, i), 6 + 5 * i, SamplingParams()) for i in range(5)
+        GenerationRequest(tiny.prompt(4 + 3 * i, i), 6 + 5 * i, SamplingParams()) for i in range(5)
     ]
     for drafter in (None, MixedProposer(decoder, PLAN, free())):
         batch = Batch(decoder, requests, size=3, drafter=drafter)
@@ -360,7 +362,7 @@ class TestFeed:
         decoder = recording()
         prompts = [tiny.prompt(6, seed) for seed in range(3)]
         expected = [output(tiny.decoder("llama"), prompt, 20) for prompt in prompts]
-        generations = [Generation(decoder, prompt, max_new_tokens=20) for prompt in prompts]
+        generations = [Generation(decoder, GenerationRequest(prompt, 20)) for prompt in prompts]
         while any(generation.finish is None for generation in generations):
             for number, generation in enumerate(generations):
                 for _ in range(1 + number):
@@ -381,7 +383,7 @@ class TestFeed:
         decoder = recording()
         prompt = tiny.prompt(7)
         expected = output(tiny.decoder("llama"), prompt, 30)
-        generation = Generation(decoder, prompt, max_new_tokens=30)
+        generation = Generation(decoder, GenerationRequest(prompt, 30))
         drafter = SkipProposer(decoder, SkipPlan.of(mlp=[2]), 3, 0.0)
         for number, _ in enumerate(generation):
             generation.drafter = drafter if number in (3, 4, 9) else None
@@ -404,7 +406,7 @@ class TestFeed:
             costs = free(turnaround=turnaround)
             drafter = MixedProposer(decoder, SkipPlan.of(mlp=[2]), costs, ngram=False)
             before = decoder.draft_passes
-            generation = Generation(decoder, prompt, max_new_tokens=40, drafter=drafter)
+            generation = Generation(decoder, GenerationRequest(prompt, 40), drafter=drafter)
             steps = tiny.steps_of(generation)
             assert generation.output == expected
             counts[turnaround] = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from transformers import LlamaConfig
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -23,8 +26,8 @@ PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
 FAMILIES = st.sampled_from(["llama", "mistral", "gemma2"])
 
 
-def output(decoder: Decoder, prompt: list[int], count: int, **more: object) -> list[int]:
-    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+def output(decoder: Decoder, prompt: list[int], count: int, **more: Any) -> list[int]:
+    generation = tiny.generation(decoder, prompt, count, **more)
     tiny.steps_of(generation)
     return generation.output
 
@@ -102,7 +105,7 @@ def test_rotations_that_depend_on_the_length_of_a_pass(kind: str) -> None:
         speculative = output(decoder, prompt, trained - 8, drafter=drafter)
         assert speculative == tiny.generated(decoder, prompt, trained - 8)
         with pytest.raises(InputError, match="beyond 32"):
-            Generation(decoder, prompt, max_new_tokens=trained - 7, drafter=drafter)
+            Generation(decoder, GenerationRequest(prompt, trained - 7), drafter=drafter)
 
 
 def assert_cache_is_fresh(generation: Generation) -> None:
@@ -125,7 +128,7 @@ def test_the_cache_after_every_step(family: str, plan: SkipPlan, sampling: Sampl
     decoder = tiny.decoder(family)
     drafter = SkipProposer(decoder, plan, 4, 0.0)
     generation = Generation(
-        decoder, tiny.prompt(9, 4), max_new_tokens=24, sampling=sampling, drafter=drafter
+        decoder, GenerationRequest(tiny.prompt(9, 4), 24, sampling), drafter=drafter
     )
     drafted = accepted = 0
     for step in generation:
@@ -144,7 +147,7 @@ def test_the_cache_after_drafts_all_kept_and_all_refused() -> None:
             return [(t + offset) % tiny.VOCABULARY for t in expected[at : at + 5]]
 
         drafter: Proposer = tiny.Scripted(propose)
-        generation = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
+        generation = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
         for step in generation:
             assert step.accepted == (step.drafted if kept else 0)
             assert_cache_is_fresh(generation)

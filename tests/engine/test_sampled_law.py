@@ -7,8 +7,9 @@ import copy
 import pytest
 
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.generation import loop
+from conflayers_cli.generation import sequence
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -79,7 +80,7 @@ def test_without_drafts() -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sample with the residual replaced by p itself."""
-    monkeypatch.setattr(loop, "accept_sampled", accept_without_residual)
+    monkeypatch.setattr(sequence, "accept_sampled", accept_without_residual)
     counts, _ = sample(SETTINGS["temperature 0.7"], skip(PLAN))
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8
 
@@ -94,9 +95,7 @@ def test_the_remembering_decoder_changes_nothing(name: str) -> None:
             start_of(
                 Generation(
                     decoder,
-                    PROMPT,
-                    max_new_tokens=4,
-                    sampling=setting,
+                    GenerationRequest(PROMPT, 4, setting),
                     drafter=SkipProposer(decoder, PLAN, 2, 0.0),
                 )
             )

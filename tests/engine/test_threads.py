@@ -13,8 +13,9 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.model_lock import lock_of
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -40,9 +41,7 @@ def single(
     def work(decoder: Decoder) -> list[list[int]]:
         generation = Generation(
             decoder,
-            tiny.prompt(5 + number, number),
-            max_new_tokens=COUNT,
-            sampling=sampling,
+            GenerationRequest(tiny.prompt(5 + number, number), COUNT, sampling),
             drafter=drafter(decoder),
         )
         tiny.steps_of(generation)
@@ -53,7 +52,9 @@ def single(
 
 def several(number: int, sampling: SamplingParams) -> Work:
     def work(decoder: Decoder) -> list[list[int]]:
-        requests = [BatchRequest(tiny.prompt(4 + i, 10 * number + i), 12, sampling) for i in (1, 2)]
+        requests = [
+            GenerationRequest(tiny.prompt(4 + i, 10 * number + i), 12, sampling) for i in (1, 2)
+        ]
         batch = Batch(decoder, requests, drafter=MixedProposer(decoder, plan(number), free()))
         batch.run()
         return batch.outputs
@@ -150,8 +151,7 @@ def test_what_fails_in_one_thread_leaves_the_others_right() -> None:
         try:
             generation = Generation(
                 decoder,
-                tiny.prompt(8),
-                max_new_tokens=8,
+                GenerationRequest(tiny.prompt(8), 8),
                 drafter=SkipProposer(decoder, draft, 4, 0.0),
             )
             with pytest.raises(BrokenError):

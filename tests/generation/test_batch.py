@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
@@ -21,12 +22,12 @@ GREEDY = SamplingParams()
 
 def request(
     length: int, tokens: int, sampling: SamplingParams = GREEDY, seed: int = 0
-) -> BatchRequest:
-    return BatchRequest(tiny.prompt(length, seed + length), tokens, sampling)
+) -> GenerationRequest:
+    return GenerationRequest(tiny.prompt(length, seed + length), tokens, sampling)
 
 
 def outputs(
-    family: str, requests: list[BatchRequest], plan: SkipPlan, size: int | None = None
+    family: str, requests: list[GenerationRequest], plan: SkipPlan, size: int | None = None
 ) -> list[list[int]]:
     batch = Batch(tiny.decoder(family), requests, size=size, plan=plan)
     batch.run()
@@ -58,7 +59,9 @@ def test_a_row_is_what_it_is_alone(
 def test_with_nothing_left_out_it_is_vanilla(family: str) -> None:
     requests = [request(5, 12), request(17, 20), request(1, 9)]
     for row, each in zip(outputs(family, requests, FULL), requests, strict=True):
-        alone = Generation(tiny.decoder(family), each.prompt, max_new_tokens=each.max_new_tokens)
+        alone = Generation(
+            tiny.decoder(family), GenerationRequest(each.prompt, each.max_new_tokens)
+        )
         list(alone)
         assert row == alone.output
 
@@ -70,12 +73,10 @@ def test_tokens_are_chosen_by_the_settings_of_their_row(temperature: float) -> N
         SamplingParams(temperature=temperature, repetition_penalty=1.8, seed=2),
         SamplingParams(temperature=temperature, repetition_penalty=1.8, top_k=5, seed=3),
     ]
-    requests = [BatchRequest(tiny.prompt(40), 30, sampling) for sampling in samplings]
+    requests = [GenerationRequest(tiny.prompt(40), 30, sampling) for sampling in samplings]
     together = outputs("llama", requests, FULL)
     for row, each in zip(together, requests, strict=True):
-        alone = Generation(
-            tiny.decoder("llama"), each.prompt, max_new_tokens=30, sampling=each.sampling
-        )
+        alone = Generation(tiny.decoder("llama"), GenerationRequest(each.prompt, 30, each.sampling))
         list(alone)
         assert row == alone.output
     assert together[0] != together[1]
@@ -90,8 +91,8 @@ def test_the_prompt_is_read_by_the_whole_model_and_the_rest_by_what_is_left() ->
         at = torch.tensor([[len(text) + len(expected) - 1]])
         logits = decoder.forward(torch.tensor([expected[-1:]]), at, cache, plan)
         expected.append(int(logits.argmax()))
-    assert outputs("llama", [BatchRequest(text, 15, GREEDY)], plan) == [expected]
-    assert outputs("llama", [BatchRequest(text, 15, GREEDY)], FULL) != [expected]
+    assert outputs("llama", [GenerationRequest(text, 15, GREEDY)], plan) == [expected]
+    assert outputs("llama", [GenerationRequest(text, 15, GREEDY)], FULL) != [expected]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -128,7 +129,7 @@ def test_every_row_ends_for_itself() -> None:
     assert batch.outputs[0] == plain[0][: plain[0].index(end) + 1]
     assert batch.finishes[0] == "stop"
     assert len(batch.outputs[1]) == 20 or batch.outputs[1][-1] == end
-    watched = BatchRequest(requests[1].prompt, 20, GREEDY, watch=lambda token: True)
+    watched = GenerationRequest(requests[1].prompt, 20, GREEDY, on_token=lambda token: True)
     assert [len(row) for row in outputs("llama", [requests[0], watched], FULL)] == [20, 1]
 
 
@@ -151,11 +152,11 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     with pytest.raises(InputError, match="at least one prompt"):
         Batch(decoder, [])
     with pytest.raises(InputError, match="no tokens"):
-        Batch(decoder, [BatchRequest([], 5, GREEDY)])
+        Batch(decoder, [GenerationRequest([], 5, GREEDY)])
     with pytest.raises(InputError, match="token id 100"):
-        Batch(decoder, [BatchRequest([100], 5, GREEDY)])
+        Batch(decoder, [GenerationRequest([100], 5, GREEDY)])
     with pytest.raises(InputError, match="at least 1"):
-        Batch(decoder, [BatchRequest([1], 0, GREEDY)])
+        Batch(decoder, [GenerationRequest([1], 0, GREEDY)])
     with pytest.raises(InputError, match="never"):
         Batch(decoder, [request(3, 5)], plan=SkipPlan.of_layers([0]))
     with pytest.raises(ValueError, match="0 rows"):

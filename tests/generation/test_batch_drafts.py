@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -28,12 +30,9 @@ FAMILIES = st.sampled_from(["llama", "mistral", "gemma2"])
 ROWS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 16)), min_size=1, max_size=7)
 
 
-def alone(model: Decoder, request: BatchRequest, more: int = 0) -> list[int]:
+def alone(model: Decoder, request: GenerationRequest, more: int = 0) -> list[int]:
     one = Generation(
-        model,
-        request.prompt,
-        max_new_tokens=request.max_new_tokens + more,
-        sampling=request.sampling,
+        model, GenerationRequest(request.prompt, request.max_new_tokens + more, request.sampling)
     )
     tiny.steps_of(one)
     return one.output
@@ -41,10 +40,10 @@ def alone(model: Decoder, request: BatchRequest, more: int = 0) -> list[int]:
 
 def requests_of(
     rows: list[tuple[int, int]], sampling: SamplingParams = GREEDY
-) -> list[BatchRequest]:
+) -> list[GenerationRequest]:
     """Prompts of these lengths, each other than the rest from its first token on."""
     return [
-        BatchRequest([i, *tiny.prompt(length, 50 * i + length)], budget, sampling)
+        GenerationRequest([i, *tiny.prompt(length, 50 * i + length)], budget, sampling)
         for i, (length, budget) in enumerate(rows)
     ]
 
@@ -68,7 +67,7 @@ class Ahead:
 
 
 def guessing(
-    model: Decoder, requests: list[BatchRequest], seed: int = 0, check: bool = False
+    model: Decoder, requests: list[GenerationRequest], seed: int = 0, check: bool = False
 ) -> Guesses:
     texts = [[*request.prompt, *alone(model, request, more=6)] for request in requests]
     return Guesses(texts, [request.prompt for request in requests], model, seed, check=check)
@@ -203,7 +202,7 @@ def test_an_end_token_and_a_watch_end_their_own_row(at: int) -> None:
         seen.append(token)
         return len(seen) == 3
 
-    requests[1] = BatchRequest(requests[1].prompt, 20, GREEDY, watch)
+    requests[1] = GenerationRequest(requests[1].prompt, 20, GREEDY, on_token=watch)
     end = plain[0][at]
     batch = Batch(
         *(model, requests),
@@ -258,7 +257,7 @@ def test_an_interruption_leaves_what_is_finished() -> None:
             raise KeyboardInterrupt
         return False
 
-    requests[1] = BatchRequest(requests[1].prompt, 20, GREEDY, interrupted)
+    requests[1] = GenerationRequest(requests[1].prompt, 20, GREEDY, on_token=interrupted)
     batch = Batch(model, requests, size=2, drafter=guessing(model, requests))
     with pytest.raises(KeyboardInterrupt):
         batch.run()
@@ -273,7 +272,9 @@ def test_sampled_texts_are_drawn_by_their_own_seed(
 ) -> None:
     model = tiny.decoder("llama")
     requests = [
-        BatchRequest(request.prompt, request.max_new_tokens, SamplingParams(temperature, seed=i))
+        GenerationRequest(
+            request.prompt, request.max_new_tokens, SamplingParams(temperature, seed=i)
+        )
         for i, request in enumerate(requests_of(rows))
     ]
     batch = Batch(model, requests, size=size)
@@ -281,9 +282,9 @@ def test_sampled_texts_are_drawn_by_their_own_seed(
     assert batch.outputs == [alone(model, request) for request in requests]
 
 
-def half_requests(rows: list[tuple[int, int]], seed: int) -> list[BatchRequest]:
+def half_requests(rows: list[tuple[int, int]], seed: int) -> list[GenerationRequest]:
     return [
-        BatchRequest([i, *tiny.prompt(length, seed + i, VOCABULARY)], budget, GREEDY)
+        GenerationRequest([i, *tiny.prompt(length, seed + i, VOCABULARY)], budget, GREEDY)
         for i, (length, budget) in enumerate(rows)
     ]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.generation import loop
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation import sequence
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -66,7 +67,7 @@ def sample(setting: SamplingParams) -> tuple[Counter[tuple[int, ...]], float]:
     lengths stand side by side.
     """
     requests = [
-        BatchRequest(
+        GenerationRequest(
             OTHER[: 4 + seed % 5] if seed % 4 == 3 else PROMPT,
             LENGTH + seed % 3,
             SamplingParams(**{**vars(setting), "seed": seed}),
@@ -93,6 +94,6 @@ def test_the_law_is_the_targets(name: str) -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sample with the residual replaced by p itself."""
-    monkeypatch.setattr(loop, "accept_sampled", accept_without_residual)
+    monkeypatch.setattr(sequence, "accept_sampled", accept_without_residual)
     counts, _ = sample(SETTINGS["temperature 0.7"])
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8

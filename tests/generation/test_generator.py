@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.generate import Answer, DraftCount, Summary, answer
-from conflayers_cli.generation.loop import Step
+from conflayers_cli.generation.generator import TextGenerator
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.response import GenerationResult
+from conflayers_cli.generation.sequence import Step
+from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
@@ -21,18 +24,16 @@ class Bytes:
 
 def ask(
     decoder: Decoder, *, stops: tuple[str, ...] = (), ends: frozenset[int] = frozenset()
-) -> tuple[Answer, list[str]]:
-    pieces: list[str] = []
-    given = answer(
+) -> tuple[GenerationResult, list[str]]:
+    generator = TextGenerator(
         decoder,
         Bytes(),
-        tiny.prompt(9),
-        max_new_tokens=20,
-        drafter=SkipProposer(decoder, SkipPlan.of_layers([2]), 4, 0.0),
         end_tokens=ends,
-        stops=stops,
-        on_text=pieces.append,
+        drafter=SkipProposer(decoder, SkipPlan.of_layers([2]), 4, 0.0),
     )
+    responses = list(generator.stream([GenerationRequest(tiny.prompt(9), 20, stop=stops)]))
+    (given,) = (each.result for each in responses if each.result is not None)
+    pieces = [each.text for each in responses if each.text]
     return given, pieces
 
 
@@ -73,7 +74,7 @@ def test_a_stop_text_is_cut_off() -> None:
 
 
 def test_nothing_decoded_has_no_rates() -> None:
-    stats = Summary.of([Step((1,), 0, 0, "prefill", 0.0, 0.5, "length")])
+    stats = GenerationStats.of([Step((1,), 0, 0, "prefill", 0.0, 0.5, "length")])
     assert (stats.tokens, stats.decode_tokens, stats.prefill_seconds) == (1, 0, 0.5)
     assert stats.tokens_per_second is stats.tokens_per_step is stats.acceptance_rate is None
 
@@ -83,24 +84,28 @@ def test_a_step_with_several_sources_counts_for_each() -> None:
     sources = ("ngram", "ngram", "skip", "skip")
     mixed = Step((1, 2, 3, 4), 4, 3, "mixed", 0.0, 0.5, None, sources=sources)
     plain = Step((5, 6), 2, 1, "mixed", 0.0, 0.5, "length", sources=("ngram", "ngram"))
-    stats = Summary.of([mixed, plain])
+    stats = GenerationStats.of([mixed, plain])
     assert stats.by_drafter == {"ngram": DraftCount(2, 4, 3), "skip": DraftCount(1, 2, 1)}
     assert (stats.drafted, stats.accepted, stats.steps) == (6, 4, 2)
 
 
 def test_total() -> None:
-    one = Summary(1.0, 2.0, 11, 10, 5, {"skip": DraftCount(5, 10, 6)})
-    two = Summary(1.0, 2.0, 11, 10, 10, {"ngram": DraftCount(1, 2, 1), "skip": DraftCount(1, 2, 0)})
-    total = Summary.total([one, two])
-    assert total == Summary(
+    one = GenerationStats(1.0, 2.0, 11, 10, 5, {"skip": DraftCount(5, 10, 6)})
+    two = GenerationStats(
+        1.0, 2.0, 11, 10, 10, {"ngram": DraftCount(1, 2, 1), "skip": DraftCount(1, 2, 0)}
+    )
+    total = GenerationStats.total([one, two])
+    assert total == GenerationStats(
         2.0, 4.0, 22, 20, 15, {"skip": DraftCount(6, 12, 6), "ngram": DraftCount(1, 2, 1)}
     )
     assert (total.drafted, total.accepted, total.tokens_per_second) == (14, 7, 5.0)
-    assert Summary.total([]) == Summary()
+    assert GenerationStats.total([]) == GenerationStats()
 
 
 def test_json_of_an_answer() -> None:
-    given = Answer("a", (1,), "stop", 3, Summary(0.1, 0.2, 3, 2, 1, {"skip": DraftCount(1, 2, 1)}))
+    given = GenerationResult(
+        "a", (1,), "stop", 3, GenerationStats(0.1, 0.2, 3, 2, 1, {"skip": DraftCount(1, 2, 1)})
+    )
     document = given.as_json()
     assert document["token_ids"] == [1]
     assert document["stats"]["acceptance_rate"] == 0.5

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, Proposer, SkipProposer
@@ -26,9 +27,7 @@ def generation(
 ) -> Generation:
     return Generation(
         tiny.decoder("llama"),
-        PROMPT,
-        max_new_tokens=count,
-        sampling=sampling,
+        GenerationRequest(PROMPT, count, sampling or SamplingParams()),
         drafter=drafter,
         end_tokens=end_tokens,
     )
@@ -118,10 +117,8 @@ def test_watch_sees_every_token_and_ends_the_output(stop_at: int, size: int) -> 
 
     one = Generation(
         tiny.decoder("llama"),
-        PROMPT,
-        max_new_tokens=20,
+        GenerationRequest(PROMPT, 20, on_token=watch),
         drafter=oracle(size) if size else None,
-        watch=watch,
     )
     assert finished(one) == seen == text[:stop_at]
     assert one.finish == "stop"
@@ -181,4 +178,4 @@ def test_drafts_end_with_the_budget() -> None:
 )
 def test_input_errors(prompt: list[int], count: int, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        Generation(tiny.decoder("llama"), prompt, max_new_tokens=count)
+        Generation(tiny.decoder("llama"), GenerationRequest(prompt, count))

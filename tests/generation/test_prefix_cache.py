@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import LlamaConfig
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
-from conflayers_cli.generation.prefix_cache import Conversation, common_length
+from conflayers_cli.generation.prefix_cache import PrefixCache, common_length
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
@@ -34,16 +36,16 @@ DRAFTERS: dict[str, Callable[[Decoder], Proposer | None]] = {
 }
 
 
-def fresh(decoder: Decoder, prompt: list[int], count: int, **more: object) -> list[int]:
+def fresh(decoder: Decoder, prompt: list[int], count: int, **more: Any) -> list[int]:
     """What plain decoding of the whole text gives."""
-    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+    generation = tiny.generation(decoder, prompt, count, **more)
     tiny.steps_of(generation)
     return generation.output
 
 
 def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: int = 4) -> int:
     """Turns of a chat, some left early, some with earlier parts rendered anew; tokens kept."""
-    conversation = Conversation(decoder)
+    conversation = PrefixCache(decoder)
     vocabulary = decoder.vocabulary
     text: list[int] = []
     kept = 0
@@ -51,7 +53,7 @@ def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: in
         if turn == 2:  # as a template does that leaves thoughts out
             text = text[: len(text) // 2] + text[len(text) // 2 + 2 :]
         text = [*text, *tiny.prompt(7 + turn, seed + turn, vocabulary)]
-        generation = conversation.begin(text, max_new_tokens=16, drafter=drafter)
+        generation = conversation.begin(GenerationRequest(text, 16), drafter=drafter)
         kept += generation.filled
         for _ in islice(generation, 3 if turn == 1 else None):
             pass
@@ -81,13 +83,13 @@ def test_with_recorded_passes_while_the_cache_grows() -> None:
     """A longer cache is other memory, which passes recorded before know nothing of."""
     config = LlamaConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 2048})
     decoder = Decoder(tiny.build(config), recorder=TapeRecorder())
-    conversation = Conversation(decoder)
+    conversation = PrefixCache(decoder)
     drafter = SkipProposer(decoder, PLAN, 4, 0.0)
     text: list[int] = []
     capacities = []
     for turn in range(4):
         text = [*text, *tiny.prompt(220, turn)]
-        generation = conversation.begin(text, max_new_tokens=40, drafter=drafter)
+        generation = conversation.begin(GenerationRequest(text, 40), drafter=drafter)
         tiny.steps_of(generation)
         assert generation.output == fresh(decoder, text, 40)
         text = generation.tokens
@@ -97,12 +99,12 @@ def test_with_recorded_passes_while_the_cache_grows() -> None:
 
 def test_a_longer_text_than_the_cache_holds() -> None:
     decoder = test_bfloat16.decoder()
-    conversation = Conversation(decoder, limit=1024)
+    conversation = PrefixCache(decoder, limit=1024)
     text = tiny.prompt(480, 1, decoder.vocabulary)
-    first = conversation.begin(text, max_new_tokens=8)
+    first = conversation.begin(GenerationRequest(text, 8))
     tiny.steps_of(first)
     text = [*text, *first.output, *tiny.prompt(40, 2, decoder.vocabulary)]
-    second = conversation.begin(text, max_new_tokens=8)
+    second = conversation.begin(GenerationRequest(text, 8))
     tiny.steps_of(second)
     assert second.cache.capacity > first.cache.capacity
     assert second.filled == 487
@@ -117,10 +119,10 @@ def test_an_interruption_around_a_pass(
 ) -> None:
     """Whatever Ctrl-C cut off, what is said to be held is held: nothing wrong is built upon it."""
     decoder = tiny.decoder("gemma2")
-    conversation = Conversation(decoder)
+    conversation = PrefixCache(decoder)
     text = tiny.prompt(9, passes)
-    tiny.steps_of(conversation.begin(text, max_new_tokens=6))
-    text = [*conversation.held, *tiny.prompt(11, passes + 1)]
+    tiny.steps_of(conversation.begin(GenerationRequest(text, 6)))
+    text = [*conversation.cached_tokens, *tiny.prompt(11, passes + 1)]
     left, drafts = passes, DRAFTERS[drafter](decoder)
     run = decoder.runner.run
 
@@ -136,21 +138,21 @@ def test_an_interruption_around_a_pass(
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder.runner, "run", interrupted)
-        cut = conversation.begin(text, max_new_tokens=40, drafter=drafts)
+        cut = conversation.begin(GenerationRequest(text, 40), drafter=drafts)
         with pytest.raises(KeyboardInterrupt):
             tiny.steps_of(cut)
-    assert conversation.held == cut.tokens[:-1] if cut.output else text[: cut.filled]
+    assert conversation.cached_tokens == cut.tokens[:-1] if cut.output else text[: cut.filled]
     text = [*text, *cut.output, *tiny.prompt(5, passes + 2)]
     assert cut.filled > 0
-    again = conversation.begin(text, max_new_tokens=12, drafter=drafts)
+    again = conversation.begin(GenerationRequest(text, 12), drafter=drafts)
     tiny.steps_of(again)
     assert again.output == fresh(decoder, text, 12)
 
 
 def test_only_what_is_new_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny.decoder("llama")
-    conversation = Conversation(decoder)
-    first = conversation.begin(tiny.prompt(30), max_new_tokens=4)
+    conversation = PrefixCache(decoder)
+    first = conversation.begin(GenerationRequest(tiny.prompt(30), 4))
     tiny.steps_of(first)
     read: list[int] = []
     prefill = decoder.prefill
@@ -161,33 +163,33 @@ def test_only_what_is_new_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(decoder, "prefill", spying)
     # the answer's last token has not been run yet
-    tiny.steps_of(conversation.begin([*first.tokens, 7, 8], max_new_tokens=1))
-    tiny.steps_of(conversation.begin([*first.tokens, 7, 8], max_new_tokens=1))
+    tiny.steps_of(conversation.begin(GenerationRequest([*first.tokens, 7, 8], 1)))
+    tiny.steps_of(conversation.begin(GenerationRequest([*first.tokens, 7, 8], 1)))
     assert read == [3, 1]
 
 
 def test_sampled_answers_and_penalties_know_the_whole_text() -> None:
     decoder = tiny.decoder("llama")
     sampling = SamplingParams(temperature=0.9, repetition_penalty=1.5, seed=4)
-    conversation = Conversation(decoder)
-    first = conversation.begin(tiny.prompt(20), max_new_tokens=12)
+    conversation = PrefixCache(decoder)
+    first = conversation.begin(GenerationRequest(tiny.prompt(20), 12))
     tiny.steps_of(first)
     text = [*first.tokens, 3, 4]
-    second = conversation.begin(text, max_new_tokens=20, sampling=sampling)
+    second = conversation.begin(GenerationRequest(text, 20, sampling))
     tiny.steps_of(second)
     assert second.filled > 20
     assert second.output == fresh(decoder, text, 20, sampling=sampling)
 
 
 def test_a_refused_text_costs_nothing_of_what_is_held() -> None:
-    conversation = Conversation(tiny.decoder("llama"))
-    tiny.steps_of(conversation.begin(tiny.prompt(8), max_new_tokens=4))
-    held = conversation.held
+    conversation = PrefixCache(tiny.decoder("llama"))
+    tiny.steps_of(conversation.begin(GenerationRequest(tiny.prompt(8), 4)))
+    held = conversation.cached_tokens
     with pytest.raises(InputError, match="token id 100"):
-        conversation.begin([*held, 100], max_new_tokens=4)
+        conversation.begin(GenerationRequest([*held, 100], 4))
     with pytest.raises(InputError, match="no tokens"):
-        conversation.begin([], max_new_tokens=4)
-    assert conversation.held == held != []
+        conversation.begin(GenerationRequest([], 4))
+    assert conversation.cached_tokens == held != []
 
 
 def test_a_cache_that_does_not_fit() -> None:
@@ -195,9 +197,9 @@ def test_a_cache_that_does_not_fit() -> None:
     cache = decoder.new_cache(100)
     for filled, memory in ((5, cache), (-1, cache), (1, None)):
         with pytest.raises(ValueError, match="of 5 prompt tokens"):
-            Generation(decoder, [1] * 5, max_new_tokens=2, cache=memory, filled=filled)
+            Generation(decoder, GenerationRequest([1] * 5, 2), cache=memory, filled=filled)
     with pytest.raises(ValueError, match="positions for a text of"):
-        Generation(decoder, [1] * 5, max_new_tokens=cache.capacity, cache=cache)
+        Generation(decoder, GenerationRequest([1] * 5, cache.capacity), cache=cache)
 
 
 @pytest.mark.parametrize(

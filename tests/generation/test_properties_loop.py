@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.engine.sampler import Sampler
-from conflayers_cli.generation.batch import Batch, BatchRequest
-from conflayers_cli.generation.generate import answer
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.generator import TextGenerator
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -33,7 +35,7 @@ PATTERNS = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max
 def vanilla(length: int, seed: int) -> tuple[int, ...]:
     """What follows a prompt of `tiny.prompt`."""
     prompt = tiny.prompt(length, seed)
-    one = Generation(tiny.decoder("llama"), prompt, max_new_tokens=LENGTH)
+    one = Generation(tiny.decoder("llama"), GenerationRequest(prompt, LENGTH))
     tiny.steps_of(one)
     return tuple(one.output)
 
@@ -120,17 +122,16 @@ def test_nothing_is_kept_behind_what_ends_a_text(
     drafter = Patterned(length, text, pattern, leaf)
     model, steps = tiny.decoder("llama"), list[Step]()
     if batched:
-        request = BatchRequest(prompt, budget, SamplingParams(), watch)
+        request = GenerationRequest(prompt, budget, SamplingParams(), on_token=watch)
         batch = Batch(model, [request], drafter=drafter, end_tokens=end_tokens)
         batch.run()
         (output,), (finish,), (steps,) = batch.outputs, batch.finishes, batch.steps
     else:
         one = Generation(
-            *(model, prompt),
-            max_new_tokens=budget,
+            model,
+            GenerationRequest(prompt, budget, on_token=watch),
             drafter=drafter,
             end_tokens=end_tokens,
-            watch=watch,
         )
         steps = tiny.steps_of(one)
         output, finish = one.output, one.finish
@@ -163,12 +164,8 @@ def test_a_stop_string_in_the_middle_of_a_draft(
         if any(stop in text[:n] for stop in stops)
     ]
     kept, end = done[0] if done else (budget, budget)
-    given = answer(
-        *(tiny.decoder("llama"), Plain(), prompt),
-        max_new_tokens=budget,
-        drafter=Patterned(9, tokens, pattern),
-        stops=stops,
-    )
+    generator = TextGenerator(tiny.decoder("llama"), Plain(), drafter=Patterned(9, tokens, pattern))
+    (given,) = generator.generate([GenerationRequest(prompt, budget, stop=stops)])
     assert list(given.token_ids) == tokens[:kept]
     assert given.text == text[:end]
     assert given.finish_reason == ("stop" if done else "length")

@@ -17,6 +17,7 @@ from conflayers_cli.engine import compile
 from conflayers_cli.engine.compile import compile_forward, use_forward
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.compiled_forward import MOST_SHAPES, CompiledForward
 from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.skip_plan import SkipPlan
@@ -50,7 +51,7 @@ def compiled(decoder: Decoder) -> CompiledForward:
 
 def output(decoder: Decoder, prompt: list[int], plan: SkipPlan | None = None) -> list[int]:
     drafter = None if plan is None else SkipProposer(decoder, plan, 3, 0.0)
-    generation = Generation(decoder, prompt, max_new_tokens=16, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, 16), drafter=drafter)
     tiny.steps_of(generation)
     return generation.output
 

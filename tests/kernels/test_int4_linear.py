@@ -16,8 +16,9 @@ from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.forward import ModelInput
 from conflayers_cli.engine.layer_skipping import find_layers
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels import int4_linear
 from conflayers_cli.kernels.int4_linear import GROUP, LEVELS, Int4, Int4Head, rounded
 from conflayers_cli.kernels.kv_cache import KVCache
@@ -143,7 +144,7 @@ def test_with_the_output_embedding(
     heads = [each for each in decoder.stack.int4._made.values() if isinstance(each, Int4Head)]
     assert len(heads) == (1 if tied or not packed else 0)
     text = Generation(
-        decoder, tokens, max_new_tokens=16, drafter=SkipProposer(decoder, INT4, 4, 0.0)
+        decoder, GenerationRequest(tokens, 16), drafter=SkipProposer(decoder, INT4, 4, 0.0)
     )
     accepted = sum(step.accepted for step in tiny.steps_of(text))
     assert text.output == tiny.generated(decoder, tokens, 16)
@@ -171,7 +172,7 @@ def test_in_bfloat16_and_in_batches() -> None:
     drafter = MixedProposer(decoder, INT4, simulated.costs(0.05, 0.001), ngram=False, max_tokens=5)
     prompts = [tiny.prompt(length, length) for length in (3, 9, 5)]
     vanilla, batch = (
-        Batch(decoder, [BatchRequest(p, 16, SamplingParams()) for p in prompts], drafter=each)
+        Batch(decoder, [GenerationRequest(p, 16, SamplingParams()) for p in prompts], drafter=each)
         for each in (None, drafter)
     )
     vanilla.run()
@@ -187,7 +188,7 @@ def test_what_decides_never_uses_them() -> None:
     make = decoder.new_cache
     decoder.new_cache = lambda *sizes: kept.append(make(*sizes)) or kept[-1]  # type: ignore
     text = Generation(
-        decoder, prompt, max_new_tokens=12, drafter=SkipProposer(decoder, INT4, 3, 0.0)
+        decoder, GenerationRequest(prompt, 12), drafter=SkipProposer(decoder, INT4, 3, 0.0)
     )
     tiny.steps_of(text)
     whole = [*prompt, *text.output][:-1]

@@ -21,6 +21,7 @@ from conflayers_cli.engine.cost_cache import key_of
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.packed_linear import PackedLinear
 from conflayers_cli.models import peft_loading
 from conflayers_cli.models.fingerprint import fingerprint
@@ -95,7 +96,7 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 
 def greedy(decoder: Decoder, prompt: list[int], drafter: Any = None) -> tuple[list[int], int]:
     """A text, and how many of its tokens were drafted."""
-    generation = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
     steps = tiny.steps_of(generation)
     return generation.output, sum(step.accepted for step in steps)
 

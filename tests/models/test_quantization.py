@@ -28,6 +28,7 @@ from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.packed_linear import Packing, is_plain
 from conflayers_cli.models import quantization
 from conflayers_cli.models.fingerprint import fingerprint
@@ -90,7 +91,7 @@ def load(plain: Path) -> Load:
 
 def greedy(decoder: Decoder, prompt: list[int], drafter: Any = None) -> tuple[list[int], int]:
     """A text, and how many of its tokens were drafted."""
-    generation = Generation(decoder, prompt, max_new_tokens=32, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, 32), drafter=drafter)
     steps = tiny.steps_of(generation)
     return generation.output, sum(step.accepted for step in steps)
 
@@ -391,7 +392,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch, wide: float) -> tuple[int, list[int
     table = CostTable({1: costs}, decoder.depth)
     plan = SkipPlan.of_layers(skipped)
     drafter = MixedProposer(decoder, plan, table, ngram=False, prior=0.95)
-    generation = Generation(decoder, tiny.prompt(9), max_new_tokens=60, drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 60), drafter=drafter)
     steps = tiny.steps_of(generation)
     ratio = costs.verify_cost(2) / costs.verify_cost(1)
     return sum(step.drafted for step in steps), generation.output, ratio

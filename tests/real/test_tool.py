@@ -8,6 +8,7 @@ import pytest
 from conflayers_cli.cli.main import main
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.builtin import ensure
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.tokenization import encode
@@ -68,10 +69,10 @@ def test_calibrate_generate_bench(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: SkipPlan) -> None:
     decoder = Decoder(smollm2.model)
     prompt = encode(smollm2, QUESTION, None)
-    vanilla = Generation(decoder, prompt, max_new_tokens=24)
+    vanilla = Generation(decoder, GenerationRequest(prompt, 24))
     list(vanilla)
     drafter = SkipProposer(decoder, plan, 5, 0.0)
-    speculative = Generation(decoder, prompt, max_new_tokens=24, drafter=drafter)
+    speculative = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
     steps = list(speculative)
     assert speculative.output == vanilla.output
     assert 0 < sum(s.accepted for s in steps) < sum(s.drafted for s in steps)

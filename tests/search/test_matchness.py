@@ -3,13 +3,14 @@
 import torch
 
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.matchness import LEAST_WINDOW, matchness, window_of
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
 
 def generation(family: str = "llama", tokens: int = 60, done: int = 40) -> Generation:
-    begun = Generation(tiny.decoder(family), tiny.prompt(9, 3), max_new_tokens=tokens)
+    begun = Generation(tiny.decoder(family), GenerationRequest(tiny.prompt(9, 3), tokens))
     while len(begun.output) < done:
         begun.step()
     return begun
@@ -55,7 +56,7 @@ def test_a_window_needs_text_before_and_room_behind_it() -> None:
     assert window_of(text, 30) == 30
     assert window_of(text, 100) == len(text.output) - 1
     assert window_of(generation(done=LEAST_WINDOW), 30) == 0
-    full = Generation(tiny.decoder("llama"), tiny.prompt(470), max_new_tokens=40)
+    full = Generation(tiny.decoder("llama"), GenerationRequest(tiny.prompt(470), 40))
     while len(full.output) < 35:
         full.step()
     assert full.cache.capacity == 512

@@ -9,6 +9,7 @@ import pytest
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search import online as module
 from conflayers_cli.search.online import METHODS, AdaptiveProposer, Method, Outcome
@@ -55,15 +56,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def stream(drafter: AdaptiveProposer, rounds: int = 1, tokens: int = 50) -> None:
     for prompt in PROMPTS * rounds:
-        list(Generation(planted.decoder(), prompt, max_new_tokens=tokens, drafter=drafter))
+        list(Generation(planted.decoder(), GenerationRequest(prompt, tokens), drafter=drafter))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_text_is_the_models_own(method: Method) -> None:
     drafter = AdaptiveProposer(planted.decoder(), method, budget=0.5)
     for prompt in PROMPTS[:5]:
-        adapted = Generation(planted.decoder(), prompt, max_new_tokens=50, drafter=drafter)
-        plain = Generation(planted.decoder(), prompt, max_new_tokens=50)
+        adapted = Generation(planted.decoder(), GenerationRequest(prompt, 50), drafter=drafter)
+        plain = Generation(planted.decoder(), GenerationRequest(prompt, 50))
         list(adapted)
         list(plain)
         assert adapted.tokens == plain.tokens
@@ -77,8 +78,8 @@ def test_the_text_is_the_models_own_to_the_bit(method: Method) -> None:
     for seed in range(2):
         prompt = tiny.prompt(20 + 3 * seed, seed, 500)
         drafter = AdaptiveProposer(decoder, method, budget=1.0, seed=seed)
-        adapted = Generation(decoder, prompt, max_new_tokens=100, drafter=drafter)
-        plain = Generation(decoder, prompt, max_new_tokens=100)
+        adapted = Generation(decoder, GenerationRequest(prompt, 100), drafter=drafter)
+        plain = Generation(decoder, GenerationRequest(prompt, 100))
         list(adapted)
         list(plain)
         assert drafter.tried
@@ -100,7 +101,7 @@ def test_the_search_keeps_to_its_share(clock: Clock, method: Method, budget: flo
     drafter = AdaptiveProposer(planted.decoder(), method, budget=budget)
     spent, later = 0.0, []
     for prompt in PROMPTS * (2 if budget < 0.05 else 1):  # until the first piece is made up for
-        for _ in Generation(planted.decoder(), prompt, max_new_tokens=50, drafter=drafter):
+        for _ in Generation(planted.decoder(), GenerationRequest(prompt, 50), drafter=drafter):
             if spent and drafter.search_seconds > spent:
                 later.append(drafter.search_share)
             spent = drafter.search_seconds
@@ -125,7 +126,7 @@ def test_decodes_plainly_where_no_plan_pays(monkeypatch: pytest.MonkeyPatch) -> 
     settled = []
     for prompt in PROMPTS:
         before = drafter.settled
-        steps = list(Generation(decoder, prompt, max_new_tokens=40, drafter=drafter))
+        steps = list(Generation(decoder, GenerationRequest(prompt, 40), drafter=drafter))
         if before and drafter.settled:
             settled.append({step.drafter for step in steps[1:]})
     assert not drafter.plan
@@ -161,7 +162,7 @@ def test_sampled_texts_are_searched_along_too() -> None:
     for seed, prompt in enumerate(PROMPTS):
         sampling = SamplingParams(temperature=0.8, seed=seed)
         generation = Generation(
-            planted.decoder(), prompt, max_new_tokens=40, sampling=sampling, drafter=drafter
+            planted.decoder(), GenerationRequest(prompt, 40, sampling), drafter=drafter
         )
         list(generation)
         assert len(generation.output) == 40

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.record import Entry, Meter, Outcome, Record
 from tests import tiny
 
@@ -167,7 +168,7 @@ def test_passes_add_up_over_runs() -> None:
     decoder, kept = tiny.decoder("llama"), Kept()
 
     def decode() -> int:
-        return len(list(Generation(decoder, tiny.prompt(9), max_new_tokens=3)))
+        return len(list(Generation(decoder, GenerationRequest(tiny.prompt(9), 3))))
 
     first = fresh(kept)
     first.did("a", decode)

@@ -9,6 +9,7 @@ import pytest
 
 from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.objective import Objective, Setting, SideTrace, Trace, replay
 from conflayers_cli.search.tree_replay import replay_tree, with_tree
@@ -91,7 +92,7 @@ def test_paper_and_decoding_agree_on_tokens_per_step() -> None:
     played = replay_tree(traced, Setting(4, 0.0, tree), 1.0, FLAT)
     decoder = tiny.decoder("llama")
     drafter = SkipProposer(decoder, plan, 4, 0.0, tree)
-    steps = list(Generation(decoder, tiny.prompt(9, 3), max_new_tokens=80, drafter=drafter))[1:]
+    steps = list(Generation(decoder, GenerationRequest(tiny.prompt(9, 3), 80), drafter=drafter))[1:]
     real = sum(len(step.tokens) for step in steps) / len(steps)
     # on paper the draft sees its own keys along the whole text, so the two differ a little
     assert played.tokens / played.steps == pytest.approx(real, rel=0.2)

@@ -3,6 +3,7 @@
 import pytest
 
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.by_context import ContextLengthProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -15,8 +16,8 @@ def test_the_length_of_the_text_decides_who_drafts() -> None:
         SkipProposer(decoder, SkipPlan.of_layers([i]), n, 0.0) for i, n in ((2, 3), (1, 5))
     )
     drafter = ContextLengthProposer(((0, short), (20, None), (30, long)))
-    generation = Generation(decoder, tiny.prompt(9), max_new_tokens=50, drafter=drafter)
-    plain = Generation(decoder, tiny.prompt(9), max_new_tokens=50)
+    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 50), drafter=drafter)
+    plain = Generation(decoder, GenerationRequest(tiny.prompt(9), 50))
     seen = set()
     generation.step()  # reads the prompt
     while generation.finish is None:

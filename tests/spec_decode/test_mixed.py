@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.engine.token_choice import Asked, Choice, choices
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode import mixed as mixed_drafts
@@ -56,9 +59,9 @@ def mixed(decoder: Decoder, plan: SkipPlan | None, **more: object) -> MixedPropo
 
 
 def decoded(
-    decoder: Decoder, prompt: list[int], count: int, **more: object
+    decoder: Decoder, prompt: list[int], count: int, **more: Any
 ) -> tuple[list[int], list[Step]]:
-    generation = Generation(decoder, prompt, max_new_tokens=count, **more)  # type: ignore[arg-type]
+    generation = tiny.generation(decoder, prompt, count, **more)
     steps = tiny.steps_of(generation)
     return generation.output, steps
 
@@ -147,9 +150,7 @@ def drawn(setting: SamplingParams, drafter: MixedProposer) -> Counter[tuple[int,
     for seed in range(RUNS):
         generation = Generation(
             remembering(),
-            enumerated.PROMPT,
-            max_new_tokens=7,
-            sampling=replace(setting, seed=seed),
+            GenerationRequest(enumerated.PROMPT, 7, replace(setting, seed=seed)),
             drafter=drafter,
         )
         counts[enumerated.start_of(generation)[0]] += 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import Context, Draft
@@ -92,7 +93,7 @@ def test_a_tree_is_verified_in_its_places(draft: Draft, length: int) -> None:
         return forward(tokens, positions, cache, **more)
 
     drafter = Once(draft)
-    one = Generation(decoder, tiny.prompt(length), max_new_tokens=20, drafter=drafter)
+    one = Generation(decoder, GenerationRequest(tiny.prompt(length), 20), drafter=drafter)
     one.step()
     filled, pending = len(one.tokens) - 1, one.tokens[-1]
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import torch
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, SkipProposer
@@ -99,9 +100,7 @@ def test_the_full_model_drafts_without_fault(family: str, penalty: float) -> Non
     decoder = tiny.decoder(family)
     generation = Generation(
         decoder,
-        TEXT,
-        max_new_tokens=30,
-        sampling=SamplingParams(repetition_penalty=penalty),
+        GenerationRequest(TEXT, 30, SamplingParams(repetition_penalty=penalty)),
         drafter=SkipProposer(decoder, FULL, 4, 0.0),
     )
     steps = tiny.steps_of(generation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
-from conflayers_cli.generation.loop import Generation, Step
+from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.sequence import Step
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -210,7 +213,7 @@ def test_passes_are_counted() -> None:
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
     assert (decoder.full_passes, decoder.draft_passes) == (0, 0)
     drafter = SkipProposer(decoder, PLAN, 3, 0.0, TWO)
-    steps = tiny.steps_of(Generation(decoder, TEXT, max_new_tokens=20, drafter=drafter))
+    steps = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 20), drafter=drafter))
     assert decoder.full_passes == len(steps)
     assert decoder.draft_passes == sum(step.drafted for step in steps) > 0
 
@@ -366,7 +369,7 @@ def test_the_cache_after_every_step(family: str, sampling: SamplingParams) -> No
     decoder = tiny.decoder(family)
     drafter = SkipProposer(decoder, SkipPlan.of([2], [1, 2]), 4, 0.0, GREEDY_SHAPE)
     generation = Generation(
-        decoder, tiny.prompt(9, 4), max_new_tokens=40, sampling=sampling, drafter=drafter
+        decoder, GenerationRequest(tiny.prompt(9, 4), 40, sampling), drafter=drafter
     )
     moves = counted_moves(generation)
     for step in generation:
@@ -394,7 +397,7 @@ def test_leaves_gain_tokens() -> None:
     for tree in (False, True):
         plan = SkipPlan.of_layers([1, 3])
         drafter = SkipProposer(decoder, plan, 4, 0.0, GREEDY_SHAPE if tree else None)
-        taken = tiny.steps_of(Generation(decoder, TEXT, max_new_tokens=60, drafter=drafter))
+        taken = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 60), drafter=drafter))
         assert any(step.leaves for step in taken) == tree
         steps[tree] = len(taken)
     assert steps[True] < 0.8 * steps[False]
@@ -429,14 +432,8 @@ def missing(size: int, miss: int, count: int = 24, place: int = 1) -> tuple[list
     return text[:count], Missing(text, len(TEXT), size, miss, place)
 
 
-def steps_with(drafter: Proposer, count: int = 24, **more: object) -> tuple[Generation, list[Step]]:
-    generation = Generation(
-        tiny.decoder("llama"),
-        TEXT,
-        max_new_tokens=count,
-        drafter=drafter,
-        **more,  # type: ignore[arg-type]
-    )
+def steps_with(drafter: Proposer, count: int = 24, **more: Any) -> tuple[Generation, list[Step]]:
+    generation = tiny.generation(tiny.decoder("llama"), TEXT, count, drafter=drafter, **more)
     return generation, tiny.steps_of(generation)
 
 

@@ -18,6 +18,7 @@ import torch
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode import rejection_sampler as rules
@@ -303,7 +304,7 @@ def test_the_remembering_decoder_changes_nothing(name: str, moves: list[int]) ->
         outputs = []
         for decoder in (plain, remembering()):
             drafter = SkipProposer(decoder, PLAN, 3, 0.0, SAMPLING_SHAPE)
-            one = Generation(decoder, PROMPT, max_new_tokens=8, sampling=setting, drafter=drafter)
+            one = Generation(decoder, GenerationRequest(PROMPT, 8, setting), drafter=drafter)
             outputs.append([(step.tokens, step.leaves) for step in one])
         assert outputs[0] == outputs[1]
     assert moves

@@ -13,8 +13,9 @@ from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.batch import Batch, BatchRequest
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.sampling_params import SamplingParams
@@ -39,7 +40,7 @@ def decoded(
     count: int = TOKENS,
 ) -> list[int]:
     generation = Generation(
-        decoder, PROMPT, max_new_tokens=count, drafter=drafter, sampling=sampling
+        decoder, GenerationRequest(PROMPT, count, sampling or SamplingParams()), drafter=drafter
     )
     list(generation)
     return generation.output
@@ -47,7 +48,7 @@ def decoded(
 
 def in_some_ways(loaded: LoadedModel, decoder: Decoder) -> dict[str, Any]:
     """Greedy text, plain and drafted, and what it shows of the model."""
-    generation = Generation(decoder, PROMPT, max_new_tokens=TOKENS)
+    generation = Generation(decoder, GenerationRequest(PROMPT, TOKENS))
     list(generation)
     confidence = measure_confidence(decoder, generation.cache, generation.tokens, 12)
     return {
@@ -67,7 +68,7 @@ def in_more_ways(decoder: Decoder) -> dict[str, Any]:
     table = CostTable({1: prices}, decoder.depth)
     batch = Batch(
         decoder,
-        [BatchRequest(PROMPT[n:], TOKENS, SamplingParams()) for n in (0, 3)],
+        [GenerationRequest(PROMPT[n:], TOKENS, SamplingParams()) for n in (0, 3)],
         drafter=MixedProposer(decoder, PLAN, table),
     )
     batch.run()

@@ -14,6 +14,7 @@ import transformers as hf
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.packed_linear import is_plain
 from conflayers_cli.models.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.models.fingerprint import fingerprint
@@ -238,7 +239,7 @@ def test_layers_on_the_disk_decode_the_same(folder: Path, tmp_path: Path) -> Non
 
 def test_a_window_over_layers_on_the_disk(folder: Path, tmp_path: Path) -> None:
     decoder = Decoder(_on_disk_from(folder, 2, tmp_path))
-    generation = Generation(decoder, PROMPT, max_new_tokens=8)
+    generation = Generation(decoder, GenerationRequest(PROMPT, 8))
     list(generation)
     window = Window(decoder, [Sample(tuple(PROMPT), tuple(generation.output))], 8)
     last: list[torch.Tensor] = []

@@ -15,6 +15,7 @@ import torch
 from conflayers_cli.engine.decoder import LEAST_CHUNK, PREFILL_CHUNK, Decoder
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.utils import memory
 from conflayers_cli.utils.out_of_memory import ShortageError, available, explained, is_shortage
 from tests import tiny
@@ -87,7 +88,7 @@ def test_an_absurd_cache_is_refused_at_once(count: int) -> None:
     decoder = tiny.decoder("llama")
     begin = time.process_time()
     with pytest.raises(ShortageError) as caught:
-        Generation(decoder, [1, 2], max_new_tokens=count)
+        Generation(decoder, GenerationRequest([1, 2], count))
     assert time.process_time() - begin < 5.0
     # 5 layers, keys and values, 2 heads of 8, float32
     needed = f"need {(count + 2) * 640 / 2**30:,.0f}"[:9]

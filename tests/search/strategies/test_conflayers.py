@@ -10,6 +10,7 @@ from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.problem import SearchResult, Task, Trial
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.layer_confidence import certainty, measure_confidence
@@ -102,7 +103,7 @@ def test_texts_are_the_models_own() -> None:
     samples = work.texts.enough(3)
     assert len(samples) == 3
     for sample in samples:
-        vanilla = Generation(decoder, sample.prompt, max_new_tokens=len(sample.output))
+        vanilla = Generation(decoder, GenerationRequest(sample.prompt, len(sample.output)))
         list(vanilla)
         assert tuple(vanilla.output) == sample.output
 

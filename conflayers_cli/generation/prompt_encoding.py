@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
@@ -36,20 +38,6 @@ class PromptOptions:
     truncate: bool = False
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as the model gets it, and how many new tokens it has room for.
-
-    ``truncated`` tokens of its text were left out so that there is room.
-    """
-
-    id: str
-    category: str | None
-    tokens: tuple[int, ...]
-    max_new_tokens: int
-    truncated: int = 0
-
-
 def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
     """The token ids of a prompt: by the chat template of models that have one, unless ``raw``.
 
@@ -68,12 +56,22 @@ def encode_prompts(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
     options: PromptOptions,
-) -> list[EncodedPrompt]:
+    sampling: SamplingParams | None = None,
+    stop: Sequence[str] = (),
+) -> list[GenerationRequest]:
     """Encode prompts and check that the model's context has room for them.
 
     Where a prompt leaves less room than ``max_new_tokens``, it gets what there is, and a note says
     so once; with ``truncate`` the prompt is shortened, and a note says by how much. Half of the
     context is the most that is kept free for the answer.
+
+    Args:
+        loaded: the model.
+        prompts: texts or chats.
+        options: what becomes of them, and how long answers may be.
+        sampling: of the first prompt; each has a seed of its own, so that what is drawn for it
+            doesn't depend on those before it. None: greedy.
+        stop: strings that end the texts.
 
     Raises:
         InputError: a prompt can't be encoded or fills the context; it is named.
@@ -81,8 +79,9 @@ def encode_prompts(
     from conflayers_cli.models.tokenization import TooLongError
 
     context, wanted = loaded.context_length, options.max_new_tokens
-    encoded = []
-    for prompt in prompts:
+    sampling = sampling or SamplingParams()
+    requests = []
+    for number, prompt in enumerate(prompts):
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
         left_out = 0
         try:
@@ -109,9 +108,19 @@ def encode_prompts(
                 f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept"
             )
         budget = min(wanted, room)
-        encoded.append(EncodedPrompt(prompt.id, prompt.category, tuple(tokens), budget, left_out))
-    _note_reduced_budgets(loaded, [prompt.max_new_tokens for prompt in encoded], wanted)
-    return encoded
+        requests.append(
+            GenerationRequest(
+                tokens,
+                budget,
+                replace(sampling, seed=sampling.seed + number),
+                stop=tuple(stop),
+                id=prompt.id,
+                category=prompt.category,
+                truncated=left_out,
+            )
+        )
+    _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)
+    return requests
 
 
 def _shortened(

@@ -1,0 +1,52 @@
+"""What somebody wants decoded: a prompt, how tokens are chosen, and what ends the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to be continued.
+
+    Attributes:
+        prompt: token ids, at least one; kept as a tuple.
+        max_new_tokens: the most tokens produced, at least one.
+        sampling: how its tokens are chosen, with a seed of its own.
+        stop: strings that end the text and are not part of it.
+        on_token: called with every new token in order; True ends the text with it.
+        id: the prompt's name in its file.
+        category: what kind of prompt it is, if the file says so.
+        truncated: tokens of the prompt's text that were left out so that it fits.
+
+    Raises:
+        InputError: no prompt, no budget, or an empty stop string.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    on_token: Callable[[int], bool] | None = field(default=None, compare=False)
+    id: str = ""
+    category: str | None = None
+    truncated: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not self.prompt:
+            raise InputError("the prompt has no tokens")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {self.max_new_tokens}: at least 1 is needed")
+        if "" in self.stop:
+            raise InputError("stop: an empty text would end every answer at once")
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output at the most."""
+        return len(self.prompt) + self.max_new_tokens

@@ -17,7 +17,7 @@ QUICK := \
 	tests/utils/test_statistics.py \
 	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance cache costs decode draft ngram plan ranges \
 		rows sketch text tree)) \
-	$(addprefix tests/search/test_,$(addsuffix .py,matchness objective record tensors unified window)) \
+	$(addprefix tests/search/test_,$(addsuffix .py,journal matchness memo objective tensors unified window)) \
 	$(addprefix tests/cli/test_,$(addsuffix .py,main own_strategy profile))
 
 $(BIN)/conflayers: pyproject.toml constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> Found:
         own = replace(own, setting=replace(own.setting, tree=shape))
     told: dict[str, Any] = {
         "method": candidate.strategy,
-        **asdict(task.record.meter()),
+        **task.memo.usage()._asdict(),
         "looked_at": len(candidate.result.trials),
         "judged": candidate.judged,
         "stopped_because": candidate.result.stopped_because,

@@ -94,6 +94,6 @@ def test_the_page_says_what_a_strategy_is_given() -> None:
 
     text = (DOCS / "contributing.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`task\.(\w+)", text))
-    assert {"decoder", "objective", "texts", "on_trial", "out_of_time", "record"} <= named
+    assert {"decoder", "objective", "texts", "on_trial", "out_of_time", "memo"} <= named
     known = set(Task.__dataclass_fields__) | {n for n in vars(Task) if not n.startswith("_")}
     assert named <= known

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conflayers_cli.cli.strategies import AUTO
 
 if TYPE_CHECKING:
-    from conflayers_cli.cli.calibrate import Work
+    from conflayers_cli.cli.calibrate_job import CalibrationJob
     from conflayers_cli.profile.schema import DraftSettings, Profile, RangeSection
     from conflayers_cli.search.calibrate import Calibration, Candidate
     from conflayers_cli.search.objective import Setting
@@ -21,19 +21,21 @@ def tensors_path(profile: Path) -> Path:
     return profile.with_name(f"{profile.stem}.safetensors")
 
 
-def profile_of(work: Work, done: Calibration, target: Path, tensors: bytes | None) -> Profile:
+def profile_of(
+    job: CalibrationJob, done: Calibration, target: Path, tensors: bytes | None
+) -> Profile:
     """The profile of a calibration, to be written to ``target``, with these tensors beside it."""
     from conflayers_cli.profile.schema import Profile, SkipSection
     from conflayers_cli.profile_tensors import sha256_of
 
     return Profile(
-        model=work.fingerprint,
+        model=job.fingerprint,
         skip=SkipSection.of(done.plan),
         draft=_draft_section(done.setting, done.candidate),
         ranges=tuple(_range_section(each, done) for each in done.ranges) or None,
         tensors=tensors_path(target).name if tensors is not None else None,
         tensors_sha256=sha256_of(tensors) if tensors is not None else None,
-        **_provenance(work, done),
+        **_provenance(job, done),
     )
 
 
@@ -68,7 +70,7 @@ def _draft_section(setting: Setting, found: Candidate) -> DraftSettings:
     )
 
 
-def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
+def _provenance(job: CalibrationJob, done: Calibration) -> dict[str, Any]:
     """How it was found, what was measured, and on what."""
     from dataclasses import asdict
 
@@ -76,23 +78,24 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
     from conflayers_cli.profile_check import environment_of
     from conflayers_cli.prompts import fingerprint
 
+    options = job.options
     check, pays, expected = done.check, bool(done.plan), done.candidate.expected
     settings = {
         **_plain_settings(asdict(done.candidate.method)),  # type: ignore[call-overload]
-        "refine_limit": work.refine,
-        "max_new_tokens": work.max_new_tokens,
+        "refine_limit": options.refine,
+        "max_new_tokens": job.max_new_tokens,
     }
-    if any(prompt.truncated for prompt in work.encoded):
+    if any(prompt.truncated for prompt in job.requests):
         settings["truncate"] = True
-    if work.name == AUTO:
-        settings["budget"] = work.budget
+    if options.strategy == AUTO:
+        settings["budget"] = options.budget
     return {
         "found_by": FoundBy(
             strategy=done.candidate.strategy,
             refined=done.candidate.refined,
             settings=settings,
-            seed=work.seed,
-            prompts=PromptsUsed(count=len(work.prompts), sha256=fingerprint(work.prompts)),
+            seed=options.seed,
+            prompts=PromptsUsed(count=len(job.prompts), sha256=fingerprint(job.prompts)),
         ),
         "measured": Measured(
             acceptance_rate=check.acceptance_rate if check and pays else None,
@@ -103,7 +106,7 @@ def _provenance(work: Work, done: Calibration) -> dict[str, Any]:
             seconds=done.seconds,
             conclusion=done.conclusion,
         ),
-        "environment": environment_of(work.loaded),
+        "environment": environment_of(job.loaded),
     }
 
 

@@ -150,7 +150,6 @@ class Crew:
         opening: where Ray keeps what makes a worker, in a list: so it is not sent with each share.
         hands: the actors.
         several_nodes: whether a failure has to say where it was.
-        like: where all must be like, for results that are compared; None: what differs is told.
 
     Attributes:
         places: what those that have come so far run on.
@@ -162,17 +161,14 @@ class Crew:
         opening: Sequence[Any],
         hands: Sequence[Any],
         several_nodes: bool,
-        like: Place | None = None,
     ) -> None:
         self.room = room
         self.places: list[Place] = []
         self._opening = opening
-        dtype = None if like is None else like.dtype
-        self._coming = {hand.do.remote(opening, [], dtype): hand for hand in hands}
+        self._coming = {hand.do.remote(opening, [], None): hand for hand in hands}
         self._here: list[Any] = []
         self._warned: set[str] = set()
         self._several_nodes = several_nodes
-        self._like = like
 
     def results(self, shares: Iterable[Any]) -> Iterator[Any]:
         """What each share came to, as soon as it is there, in whatever order that is.
@@ -201,23 +197,12 @@ class Crew:
                     yield value
                 self._join(pool, 0)
 
-    def gather(self) -> None:
-        """Wait for all workers.
-
-        Raises:
-            InputError, ConfLayersError: as :meth:`results`.
-        """
-        while self._coming:
-            self._join(None, None)
-
     def _begin(self, actor: Any, share: Any) -> Any:
         return actor.do.remote(self._opening, [share], self._dtype)
 
     @property
     def _dtype(self) -> str | None:
         """The first worker's: where each is to find out by itself, they might not agree."""
-        if self._like is not None:
-            return self._like.dtype
         return self.places[0].dtype if self.places else None
 
     def _join(self, pool: Any, timeout: float | None) -> None:
@@ -233,8 +218,7 @@ class Crew:
                 place = self._checked(ray.get(ready[0])).place
                 self.places.append(place)
                 self._here.append(actor)
-                if pool is not None:
-                    pool.push(actor)
+                pool.push(actor)
                 timeout = 0
 
     def _checked(self, outcome: _Outcome | _Failure) -> _Outcome:
@@ -255,14 +239,9 @@ class Crew:
             logger.warning(message)
 
     def _compare(self, place: Place) -> None:
-        if self._like is not None and not place.is_like(self._like):
-            raise InputError(
-                f"a worker runs on {place}, this process on {self._like}: what they find out can't "
-                "be compared"
-            )
         first = self.places[0] if self.places else place
         # Found in another dtype, it is going to open its model anew for its first share.
-        if self._like is None and not replace(place, dtype=first.dtype).is_like(first):
+        if not replace(place, dtype=first.dtype).is_like(first):
             self._warn_once(
                 f"note: workers differ ({first}; {place}): where two tokens are as good as equal, "
                 "texts may depend on which one decodes them"
@@ -281,13 +260,12 @@ class Crew:
 
 
 @contextmanager
-def crew_of(cluster: Cluster, opening: Opening, like: Place | None = None) -> Iterator[Crew]:
+def crew_of(cluster: Cluster, opening: Opening) -> Iterator[Crew]:
     """Within: workers on the cluster, each opened by ``opening``; behind it they are gone.
 
     Args:
         cluster: where.
         opening: is sent to every worker by value (cloudpickle).
-        like: as for `Crew`.
 
     Raises:
         InputError: the cluster can't be reached, or has no room for the workers.
@@ -303,7 +281,7 @@ def crew_of(cluster: Cluster, opening: Opening, like: Place | None = None) -> It
         kept = [ray.put(opening)]
         hands = [kind.remote(str(Path.cwd())) for _ in range(room.workers)]
         try:
-            yield Crew(room, kept, hands, len(nodes) > 1, like)
+            yield Crew(room, kept, hands, len(nodes) > 1)
         finally:
             for hand in hands:
                 ray.kill(hand)

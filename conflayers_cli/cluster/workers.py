@@ -1,4 +1,4 @@
-"""What the workers of a Ray cluster do: answer prompts, and help a calibration."""
+"""What the workers of a Ray cluster do: answer prompts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conflayers_cli.cli.answering import Prepare, PromptResult, RunStats
 from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
-from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.loading import open_model
 from conflayers_cli.utils.notices import collected
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
-    from conflayers_cli.search.corpus import Sample
-    from conflayers_cli.search.helpers import Helpers
-    from conflayers_cli.search.objective import Trace
-    from conflayers_cli.skip_plan import SkipPlan
 
 BATCHES = 4
 """Times ``--batch-size`` prompts in a share: the rows of one that ends are filled from it."""
@@ -103,88 +96,6 @@ def _of_all(latest: RunStats, crew: Crew, seconds: float) -> RunStats:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-class HelperWorker:
-    """A `Helper` of a search, as a worker.
-
-    Args:
-        source, how: the model.
-        threads: of PyTorch, the searching process's: sums may be split among them.
-        dtype: which the model is loaded in.
-
-    Attributes:
-        notes, place: as of `Answerer`.
-    """
-
-    def __init__(self, source: str, how: LoadOptions, threads: int, dtype: str | None) -> None:
-        import torch
-
-        from conflayers_cli.search.helpers import Helper
-
-        torch.set_num_threads(threads)
-        self.notes: list[str] = []
-        with collected(self.notes, with_flags):
-            loaded, decoder = open_model(source, replace(how, dtype=dtype or how.dtype))
-        self._helper = Helper(decoder)
-        self.place = place_of(loaded)
-
-    def __call__(self, share: tuple[int, str, tuple[Any, ...]]) -> tuple[int, Any]:
-        """What a method of `Helper` gives, behind the share's number."""
-        number, method, arguments = share
-        return number, getattr(self._helper, method)(*arguments)
-
-
-class CrewHelpers:
-    """`Helpers` that are the workers of a crew."""
-
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-
-    def continuations(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        max_new_tokens: int,
-        end_tokens: frozenset[int],
-    ) -> list[list[int]]:
-        asked = [(prompt, max_new_tokens, end_tokens) for prompt in prompts]
-        return self._together("continuation", asked)
-
-    def traces(self, asked: Sequence[tuple[SkipPlan, Sample]], most_tokens: int) -> list[Trace]:
-        return self._together("trace", [(plan, sample, most_tokens) for plan, sample in asked])
-
-    def _together(self, method: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
-        shares = [(number, method, arguments) for number, arguments in enumerate(asked)]
-        try:
-            found = dict(self._crew.results(shares))
-        except InputError as error:  # all were ready once: the cluster has changed, not the input
-            raise ConfLayersError(str(error), names=error.names) from error
-        return [found[number] for number in range(len(asked))]
-
-
-@contextmanager
-def helping_workers(
-    cluster: Cluster | None, source: str, how: LoadOptions, loaded: LoadedModel
-) -> Iterator[Helpers | None]:
-    """Within: workers that help a search in this process, all of them ready.
-
-    Args:
-        cluster: whose they are; None: nobody helps.
-        source, how: the model.
-        loaded: the same in this process: workers must run it on the like.
-
-    Raises:
-        InputError: as `crew_of`, or a worker runs on something else.
-    """
-    if cluster is None:
-        yield None
-        return
-    import torch
-
-    opening = partial(HelperWorker, source, how, torch.get_num_threads())
-    with crew_of(cluster, opening, like=place_of(loaded)) as crew:
-        crew.gather()
-        yield CrewHelpers(crew)
 
 
 def place_of(loaded: LoadedModel) -> Place:

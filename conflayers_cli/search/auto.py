@@ -56,11 +56,11 @@ def auto(
     Raises:
         InputError: no strategy applies to the model and the prompts.
     """
-    begin = task.record.meter().seconds
+    begin = task.memo.usage().seconds
     found: list[Candidate] = []
     refused: InputError | None = None
     for i, strategy in enumerate(strategies):
-        now = task.record.meter().seconds
+        now = task.memo.usage().seconds
         left = begin + SEARCHING * budget - now
         if left <= 0 and found:
             on_stage(f"no time left for {', '.join(s.name for s in strategies[i:])}")
@@ -95,7 +95,7 @@ def auto(
         found[best],
         checks[best],
         always=not refine,
-        seconds=task.record.meter().seconds - begin,
+        seconds=task.memo.usage().seconds - begin,
     )
     return replace(calibration, others=tuple(zip(found, checks, strict=True)))
 

@@ -134,7 +134,7 @@ def calibrate(
 
     A KeyboardInterrupt at any stage ends the work with the best plan so far.
     """
-    begin = task.record.meter()
+    begin = task.memo.usage()
     candidate = find(
         strategy,
         task,
@@ -157,7 +157,7 @@ def calibrate(
             )
     except KeyboardInterrupt:
         candidate = as_interrupted(candidate)
-    seconds = task.record.meter().seconds - begin.seconds
+    seconds = task.memo.usage().seconds - begin.seconds
     return decide(candidate, check, always=not refine, seconds=seconds)
 
 
@@ -172,7 +172,7 @@ def find(
     on_better: Better,
 ) -> Candidate:
     """Search and refine; arguments as for :func:`calibrate`."""
-    begin = task.record.meter()
+    begin = task.memo.usage()
     result = strategy.search(task)
     plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
     expected: Score | None = None
@@ -201,7 +201,7 @@ def find(
             plan, setting = expected.plan, expected.setting
     if interrupted and expected is None and refine:
         plan = _fastest_decoded(result)
-    end = task.record.meter()
+    end = task.memo.usage()
     return Candidate(
         method=strategy,
         plan=plan,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +15,8 @@ from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Step
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.search.record import Record
-from conflayers_cli.spec_decode.proposer import Proposer
-
-if TYPE_CHECKING:
-    from conflayers_cli.search.helpers import Helpers
+from conflayers_cli.search.memo import Memo, label_of
+from conflayers_cli.spec_decode.proposer import SkipProposer
 
 MOST_TEXTS = 8
 """Texts that plans are judged by."""
@@ -45,8 +42,7 @@ class Texts:
         prompts: token ids.
         max_new_tokens: tokens decoded per prompt at the most.
         end_tokens: ids that end an output.
-        record: what is decoded goes through it; None: it is not kept.
-        helpers: who decode missing texts, all at once; None: they are decoded one by one here.
+        memo: has what was decoded; None: one of their own.
     """
 
     def __init__(
@@ -55,24 +51,20 @@ class Texts:
         prompts: tuple[tuple[int, ...], ...],
         max_new_tokens: int,
         end_tokens: frozenset[int],
-        record: Record | None = None,
-        helpers: Helpers | None = None,
+        memo: Memo | None = None,
     ) -> None:
-        self.record = record or Record(decoder)
-        self._helpers = helpers
-        self._ahead: dict[tuple[int, ...], list[int]] = {}
+        self.memo = memo or Memo(decoder)
         self._decoder = decoder
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
         self._end_tokens = end_tokens
         self._known: dict[tuple[int, ...], Sample] = {}
 
-    def begin(self, prompt: tuple[int, ...], drafter: Proposer | None = None) -> Generation:
-        """A greedy decoding of a prompt; with a drafter the text is the same."""
+    def begin(self, prompt: tuple[int, ...]) -> Generation:
+        """A greedy decoding of a prompt."""
         return Generation(
             self._decoder,
             GenerationRequest(prompt, self._max_new_tokens),
-            drafter=drafter,
             end_tokens=self._end_tokens,
         )
 
@@ -103,26 +95,18 @@ class Texts:
             if len(texts) >= count:
                 break
             if self._missing(prompt):
-                work = partial(self._whole_of, number, count - len(texts))
-                self.note(prompt, self.record.did(f"text {number}", work))
+                self.note(
+                    prompt, self.memo.cached(f"text {number}", partial(self._whole_of, prompt))
+                )
             sample = self._known[prompt]
             if len(sample.output) >= LEAST_TOKENS:
                 texts.append(sample)
         return tuple(texts)
 
-    def _whole_of(self, number: int, count: int) -> list[int]:
-        """A prompt's continuation; helpers decode what is missing of ``count`` from it on."""
-        prompt = self._prompts[number]
-        if self._helpers is None:
-            generation = self.begin(prompt)
-            list(generation)
-            return generation.output
-        if prompt not in self._ahead:
-            following = dict.fromkeys(self._prompts[number : number + count])
-            asked = [each for each in following if self._missing(each)]
-            found = self._helpers.continuations(asked, self._max_new_tokens, self._end_tokens)
-            self._ahead |= zip(asked, found, strict=True)
-        return self._ahead[prompt]
+    def _whole_of(self, prompt: tuple[int, ...]) -> list[int]:
+        generation = self.begin(prompt)
+        list(generation)
+        return generation.output
 
     def _missing(self, prompt: tuple[int, ...]) -> bool:
         known = self._known.get(prompt)
@@ -136,7 +120,7 @@ class Texts:
 class Text:
     """A prompt's continuation as far as it has come.
 
-    Where its tokens are known from a record, the model reads them when its cache is first needed.
+    Steps that the memo knows don't ask the model: it reads their tokens when the cache is needed.
 
     Attributes:
         prompt: token ids.
@@ -161,7 +145,7 @@ class Text:
         """Filled for all tokens but the last."""
         return self._at_hand.cache
 
-    def decode(self, drafter: Proposer | None) -> Step:
+    def decode(self, drafter: SkipProposer | None) -> Step:
         """What one more step gives; :meth:`take` adds it."""
         self._at_hand.drafter = drafter
         return self._at_hand.step()
@@ -177,7 +161,7 @@ class Text:
 
     @property
     def _at_hand(self) -> Generation:
-        if self._generation is None:
+        if self._generation is None or len(self._generation.output) != len(self.output):
             self._generation = self._texts.resume(self.prompt, self.output)
         return self._generation
 
@@ -185,12 +169,12 @@ class Text:
 class Stream:
     """The prompts decoded one after the other, round and round, for searches that run meanwhile.
 
-    Every step is an outcome of the texts' record, held until what the search makes of it is kept.
+    Every step is an entry of the texts' memo.
 
     Args:
         texts: keeps what is decoded.
         prompts: token ids.
-        name: tells the record's steps from those of other searches.
+        name: tells the memo's steps from those of other searches.
 
     Attributes:
         current: the text at hand.
@@ -212,7 +196,7 @@ class Stream:
         self._next += 1
         return Text(self._texts, prompt)
 
-    def step(self, drafter: Proposer | None) -> Step:
+    def step(self, drafter: SkipProposer | None) -> Step:
         """One decode step; prompts are read and changed on the way.
 
         Raises:
@@ -227,21 +211,16 @@ class Stream:
                 return step
         raise InputError("every prompt's output ends with its first token")
 
-    def _step(self, text: Text, drafter: Proposer | None) -> Step:
-        given: dict[str, Any] = self._texts.record.did(
-            f"{self._name}: text {self._next}, token {len(text.output)}",
+    def _step(self, text: Text, drafter: SkipProposer | None) -> Step:
+        draft = "no draft" if drafter is None else label_of(drafter.plan)
+        given: dict[str, Any] = self._texts.memo.cached(
+            f"{self._name}: text {self._next}, token {len(text.output)}, {draft}",
             lambda: asdict(text.decode(drafter)),
-            hold=True,
         )
         lists = {name: tuple(given[name]) for name in ("tokens", "sources")}
         step = Step(**{**given, **lists})
         text.take(step)
         return step
-
-    def steps(self, drafter: Proposer) -> Iterator[Step]:
-        """Decode steps, without end."""
-        while True:
-            yield self.step(drafter)
 
     def note(self) -> None:
         """Keep the text so far."""

@@ -114,7 +114,6 @@ class Refiner:
             moves = [move for move in moves_of(best.plan) if move.apply(best.plan)]
             fresh = not promise
             if fresh:
-                self._objective.ahead([move.apply(best.plan) for move in moves], FEW_TEXTS)
                 promise = {move: self._score(best, move, FEW_TEXTS).speedup for move in moves}
             ranked = sorted((m for m in moves if m in promise), key=promise.__getitem__)
             taken, score = self._first_gain(best, ranked[::-1], promise, thorough=fresh)
@@ -141,7 +140,6 @@ class Refiner:
             few = ranked[at : at + PROMISING]
             if at and (not thorough or promise[few[0]] < rough or self._spent):
                 break
-            self._objective.ahead([move.apply(best.plan) for move in few])
             judged = {move: self._score(best, move, None) for move in few}
             promise |= {move: score.speedup for move, score in judged.items()}
             taken = max(judged, key=lambda move: judged[move].speedup)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +22,9 @@ from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.search.corpus import Sample
-from conflayers_cli.search.record import Record, label_of
+from conflayers_cli.search.memo import Memo, label_of
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.tree import TreeShape
-
-if TYPE_CHECKING:
-    from conflayers_cli.search.helpers import Helpers
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SAME = 0.015
@@ -121,8 +117,7 @@ class Objective:
         costs: its measured passes.
         samples: prompts with the model's own greedy output; those under 3 tokens are left out.
         most_tokens: positions per sample at the most.
-        record: what the passes told goes through it; None: it is not kept.
-        helpers: who make the passes, all that are asked for at once; None: they are made here.
+        memo: has what passes found; None: one of its own.
     """
 
     def __init__(
@@ -131,17 +126,13 @@ class Objective:
         costs: Costs,
         samples: Sequence[Sample],
         most_tokens: int = 96,
-        record: Record | None = None,
-        helpers: Helpers | None = None,
+        memo: Memo | None = None,
     ) -> None:
-        self._record = record or Record(decoder)
-        self._helpers = helpers
-        self._ahead: dict[tuple[SkipPlan, int], Trace] = {}
+        self._memo = memo or Memo(decoder)
         self.decoder = decoder
         self.costs = costs
-        self._samples = [sample for sample in samples if len(sample.output) >= 3]
-        self._texts = [JudgedText(decoder, sample, most_tokens) for sample in self._samples]
-        self._most_tokens = most_tokens
+        long = (sample for sample in samples if len(sample.output) >= 3)
+        self._texts = [JudgedText(decoder, sample, most_tokens) for sample in long]
         self._traces: dict[tuple[SkipPlan, int], Trace] = {}
         self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
         self._known: dict[tuple[SkipPlan, int], Score] = {}
@@ -167,39 +158,13 @@ class Objective:
         """The first texts under a plan, a draft pass each where it is not known yet."""
         missing = [i for i in range(self._count(texts)) if (plan, i) not in self._traces]
         if missing:
-            found = self._record.did(
+            found = self._memo.cached(
                 f"{label_of(plan)}: texts {' '.join(map(str, missing))}",
-                lambda: self._traced(plan, missing),
+                lambda: [dict(vars(self._texts[i].trace(self.decoder, plan))) for i in missing],
             )
             for i, trace in zip(missing, found, strict=True):
                 self._traces[plan, i] = Trace(**trace)
         return [self._traces[plan, i] for i in range(self._count(texts))]
-
-    def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
-        """Have helpers look at plans that :meth:`score` is going to be asked about."""
-        if self._helpers is None or self._record.replaying:
-            return
-        sent = [plan for plan in dict.fromkeys(plans) if plan]
-        known = self._traces.keys() | self._ahead.keys()
-        texts_asked = range(self._count(texts))
-        asked = [(plan, i) for plan in sent for i in texts_asked if (plan, i) not in known]
-        if not asked:
-            return
-        samples = [(plan, self._samples[i]) for plan, i in asked]
-        found = self._helpers.traces(samples, self._most_tokens)
-        self.decoder.draft_passes += len(found)
-        keys = ((plan, i) for plan, i in asked)
-        self._ahead |= zip(keys, found, strict=True)
-
-    def _traced(self, plan: SkipPlan, missing: Sequence[int]) -> list[dict[str, Any]]:
-        """The traces of a plan along some texts, as a record keeps them."""
-        self.ahead([plan], max(missing) + 1)
-        traces = []
-        for i in missing:
-            key, text = (plan, i), self._texts[i]
-            here = key not in self._ahead
-            traces.append(text.trace(self.decoder, plan) if here else self._ahead.pop(key))
-        return [dict(vars(trace)) for trace in traces]
 
     def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
         """Whether :meth:`score` needs no pass."""
@@ -209,7 +174,7 @@ class Objective:
         """All texts under a plan with the draft's ``most`` next-best candidates, a pass each where
         they are not known yet."""
         if (plan, most) not in self._sides:
-            found = self._record.did(
+            found = self._memo.cached(
                 f"{label_of(plan)}: {most} side candidates",
                 lambda: [dict(vars(t.side_trace(self.decoder, plan, most))) for t in self._texts],
             )

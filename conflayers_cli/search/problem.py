@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,9 +11,8 @@ import torch
 from conflayers_cli.engine.cost_model import Costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search.corpus import Texts
-from conflayers_cli.search.helpers import Helpers
+from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.objective import Objective, Setting
-from conflayers_cli.search.record import Record
 from conflayers_cli.skip_plan import SkipPlan
 
 
@@ -68,12 +67,13 @@ class Task:
         end_tokens: ids that end an output.
         on_trial: told about every trial, with the best one so far.
         seed: of whatever a search draws at random.
-        deadline: at so many seconds of the record's meter a search ends with what it has; None:
-            never.
-        recorder: has what was measured kept; None: nothing is kept.
-        helpers: who do a part of the passes; None: nobody.
-        record: the recorder, or one that keeps nothing; all that is measured goes through it.
+        deadline: once `Memo.usage` has come to so many seconds a search ends with what it has;
+            None: never.
+        memo: all that is measured goes through it.
         texts: the model's own continuations of the prompts, shared by all searches of a task.
+
+    Args:
+        shared_memo: the memo, where it knows more than this task's outcomes; None: a new one.
     """
 
     decoder: Decoder
@@ -84,21 +84,19 @@ class Task:
     on_trial: OnTrial = nobody
     seed: int = 0
     deadline: float | None = None
-    recorder: Record | None = None
-    helpers: Helpers | None = None
-    record: Record = field(init=False)
+    shared_memo: InitVar[Memo | None] = None
+    memo: Memo = field(init=False)
     texts: Texts = field(init=False)
     _objective: Objective | None = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
-        self.record = self.recorder or Record(self.decoder)
+    def __post_init__(self, shared_memo: Memo | None) -> None:
+        self.memo = shared_memo or Memo(self.decoder)
         self.texts = Texts(
             decoder=self.decoder,
             prompts=self.prompts,
             max_new_tokens=self.max_new_tokens,
             end_tokens=self.end_tokens,
-            record=self.record,
-            helpers=self.helpers,
+            memo=self.memo,
         )
 
     @property
@@ -108,19 +106,14 @@ class Task:
         Made when first asked for; what it has judged stays known to every search of the task.
         """
         if self._objective is None:
-            self._objective = Objective(
-                decoder=self.decoder,
-                costs=self.costs,
-                samples=self.texts.enough(),
-                record=self.record,
-                helpers=self.helpers,
-            )
+            samples = self.texts.enough()
+            self._objective = Objective(self.decoder, self.costs, samples, memo=self.memo)
         return self._objective
 
     @property
     def out_of_time(self) -> bool:
         """Whether a search should end with what it has."""
-        return self.deadline is not None and self.record.meter().seconds >= self.deadline
+        return self.deadline is not None and self.memo.usage().seconds >= self.deadline
 
 
 @dataclass(frozen=True)

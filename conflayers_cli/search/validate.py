@@ -10,9 +10,9 @@ from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
+from conflayers_cli.search.memo import label_of
 from conflayers_cli.search.objective import Setting
 from conflayers_cli.search.problem import Task
-from conflayers_cli.search.record import label_of
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
@@ -85,9 +85,9 @@ def check_by_decoding(
     It is measured in one go: drafters learn from prompt to prompt, so that of a check that was cut
     short nothing is kept.
     """
-    names = "; ".join(label_of(plan) for plan, _ in candidates)
-    found = task.record.did(
-        f"check: {names}",
+    names = "; ".join(f"{label_of(plan)}, {setting}" for plan, setting in candidates)
+    found = task.memo.cached(
+        f"check{' with lookahead' if adaptive_draft_length else ''}: {names}",
         lambda: [
             None if check is None else dict(vars(check))
             for check in _checks(task, candidates, held_out, adaptive_draft_length)

@@ -1,25 +1,28 @@
-"""The command line in processes that die once the journal has so many entries."""
+"""The command line in processes that die once so much was measured."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.search.record import Record
+from conflayers_cli.search.memo import Memo
 
 DIES_AFTER = "CONFLAYERS_TEST_DIES_AFTER"
 
 
 def _die_after(entries: int) -> None:
-    commit = Record.commit
+    cached = Memo.cached
 
-    def committed(self: Record) -> None:
-        commit(self)
-        if self._kept == entries:
+    def counted(self: Memo, key: str, compute: Callable[[], Any]) -> Any:
+        value = cached(self, key, compute)
+        if len(self._entries) == entries:
             os._exit(9)
+        return value
 
-    Record.commit = committed  # type: ignore[method-assign]
+    Memo.cached = counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,9 @@ import pytest
 
 from conflayers_cli.cli import calibrate as module
 from conflayers_cli.cli.calibrate_journal import temporary_of
-from conflayers_cli.journal_lines import parsed
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.search.journal import Journal
-from conflayers_cli.search.record import Entry
+from conflayers_cli.search.journal import Journal, parsed
+from conflayers_cli.search.memo import Entry
 from tests import processes
 from tests.cli.conftest import Result, Run, save_model, write_prompts
 from tests.disk import limited_to
@@ -52,16 +51,27 @@ def journal(tmp_path: Path) -> Path:
 @contextmanager
 def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
     """Within: a process dies once its journal has so many entries."""
-    append = Journal.append
-
-    def once(self: Journal, entry: Entry) -> None:
-        append(self, entry)
-        if entry.number == after:
-            raise KilledError
-
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(Journal, "append", once)
+        patch.setattr(Journal, "append", append_and(after, lambda: raise_(KilledError)))
         yield
+
+
+def append_and(after: int, then: Callable[[], object]) -> Callable[[Journal, str, Entry], None]:
+    """`Journal.append`, and something else once there were so many new entries."""
+    append, count = Journal.append, 0
+
+    def counted(self: Journal, key: str, entry: Entry) -> None:
+        nonlocal count
+        append(self, key, entry)
+        count += 1
+        if count == after:
+            then()
+
+    return counted
+
+
+def raise_(error: type[BaseException]) -> None:
+    raise error
 
 
 def entries(journal: Path) -> int:
@@ -169,16 +179,9 @@ def test_an_interrupted_search_writes_its_best_and_can_go_on(
     number: signal.Signals,
     code: int,
 ) -> None:
-    append = Journal.append
-
-    def signalled(self: Journal, entry: Entry) -> None:
-        append(self, entry)
-        if entry.number == 3:
-            signal.raise_signal(number)
-
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", signalled)
+        patch.setattr(Journal, "append", append_and(10, lambda: signal.raise_signal(number)))
         result = run(*asked)
     assert signal.getsignal(number) is before
     assert result.code == code, result.err
@@ -302,15 +305,8 @@ def test_tensors_that_are_anothers_are_not_replaced(
 def test_a_failure_of_the_model_keeps_what_was_measured(
     run: Run, asked: tuple[object, ...], journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = Journal.append
-
-    def failing(self: Journal, entry: Entry) -> None:
-        append(self, entry)
-        if entry.number == 5:
-            raise MemoryError("no room")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", failing)
+        patch.setattr(Journal, "append", append_and(5, lambda: raise_(MemoryError)))
         assert run(*asked).code == 1
     assert entries(journal) == 5
     assert run(*asked, "--resume").code == 0

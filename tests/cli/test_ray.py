@@ -38,14 +38,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "stats"} for record in records]
 
 
-def searched(document: dict[str, Any]) -> list[Any]:
-    """What a calibration says that does not depend on time, nor on who made the passes."""
-    own = ("attention", "mlp", "expected_speedup", "refined", "settings")
-    candidate = {key: document["candidate"][key] for key in own}
-    trials = [{**trial, "seconds": None} for trial in document["trials"]]
-    return [candidate, trials, document["refine_judged"], document["stopped_because"]]
-
-
 def until(reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not reached():
@@ -128,30 +120,6 @@ class TestGenerate:
         assert (result.code, len(result.lines)) == (0, 16)
 
 
-@pytest.mark.usefixtures("two_cpus")
-class TestCalibrate:
-    def test_it_comes_to_what_one_process_finds(
-        self, run: Run, model: Path, prompts: Path, tmp_path: Path
-    ) -> None:
-        # What passes cost is measured by the first, and known to the second.
-        search = ("--strategy", "knapsack", "--refine", "--refine-limit", 20, "-n", 24)
-        command = ("calibrate", "-m", model, "--data", prompts, *FAST, *search, "--json")
-        alone = run(*command, "-o", tmp_path / "alone.yaml")
-        shared = run(*command, "-o", tmp_path / "shared.yaml", *RAY)
-        assert (alone.code, shared.code) == (0, 0)
-        assert alone.document["refine_judged"] > 5
-        assert searched(shared.document) == searched(alone.document)
-
-    def test_workers_on_something_else_are_refused(
-        self, run: Run, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("conflayers_cli.utils.environment.processor_name", lambda: "an abacus")
-        result = run("calibrate", "-m", model, "--data", prompts, *FAST, *RAY)
-        assert (result.code, result.out) == (2, "")
-        assert "this process on" in result.err and "an abacus" in result.err
-        assert not list(Path.cwd().glob("*.journal.jsonl"))
-
-
 def test_flags_that_need_each_other_are_told(run: Run, model: Path, prompts: Path) -> None:
     for more, told in (
         (("Hello",), "--ray answers a file of prompts: give --data FILE"),
@@ -161,6 +129,12 @@ def test_flags_that_need_each_other_are_told(run: Run, model: Path, prompts: Pat
         result = run("generate", "-m", model, *more, "--ray", "auto")
         assert (result.code, result.out) == (2, "")
         assert told in result.err and result.err.count("\n") == 1
+
+
+def test_calibrate_has_no_such_option(run: Run, model: Path, prompts: Path) -> None:
+    result = run("calibrate", "-m", model, "--data", prompts, *RAY)
+    assert (result.code, result.out) == (2, "")
+    assert "--ray" in result.err and not list(Path.cwd().glob("*.journal.jsonl"))
 
 
 def test_ctrl_c_leaves_whole_lines_and_no_workers(

@@ -18,9 +18,9 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.search.corpus import Stream
 from conflayers_cli.search.matchness import Passage
+from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.objective import PAPER, Setting
 from conflayers_cli.search.problem import OnTrial, SearchResult, Task, Trial, nobody
-from conflayers_cli.search.record import Record
 from conflayers_cli.search.strategies.layer_confidence import (
     Confidence,
     Selection,
@@ -68,7 +68,7 @@ class ConfLayers:
         Raises:
             InputError: the model is too shallow.
         """
-        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial, record=task.record)
+        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial, memo=task.memo)
         stream = Stream(task.texts, task.prompts, self.name)
         interrupted = False
         try:
@@ -151,7 +151,7 @@ class ConfLayersLoop:
         costs: measured passes, for the trials' predicted speed; None: it is not predicted.
         on_trial: told about every trial, with the best one so far.
         start: the set to start from; by default the balanced one.
-        record: the confidences go through it; None: they are not kept.
+        memo: has the confidences measured; None: one of its own.
 
     Attributes:
         confidence: of the layers, as last measured; None before.
@@ -171,7 +171,7 @@ class ConfLayersLoop:
         costs: Costs | None = None,
         on_trial: OnTrial = nobody,
         start: SkipPlan | None = None,
-        record: Record | None = None,
+        memo: Memo | None = None,
     ) -> None:
         if decoder.depth < 4:
             raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
@@ -179,7 +179,7 @@ class ConfLayersLoop:
         self._decoder = decoder
         self._costs = costs
         self._on_trial = on_trial
-        self._record = record or Record(decoder)
+        self._memo = memo or Memo(decoder)
         self._proposals = _Proposals()
         self._tally = _Tally()
         self._since_best = 0
@@ -239,11 +239,10 @@ class ConfLayersLoop:
             return
         decoder, settings = self._decoder, self._settings
         window = min(settings.context_window, len(source.output))
-        measured = self._record.did(
-            f"conflayers: confidences after {len(self.trials)} sets",
-            lambda: dict(
-                vars(measure_confidence(decoder, source.cache, source.tokens, window)),
-            ),
+        measured = self._memo.cached(
+            f"conflayers: confidences after {len(self.trials)} sets, "
+            f"of the last {window} of {len(source.tokens)} tokens",
+            lambda: vars(measure_confidence(decoder, source.cache, source.tokens, window)),
         )
         self.confidence = confidence = Confidence(**measured)
         inner = decoder.depth - 2

@@ -170,7 +170,7 @@ class _Run:
         settings, depth = self.settings, self.task.decoder.depth
         weights = self._weights(costs)
         if weights not in self._filled:
-            found = self.task.record.did(
+            found = self.task.memo.cached(
                 f"{settings.name}: attention weighs {weights.attention}, MLP {weights.mlp}",
                 lambda: self._programme(weights),
             )
@@ -187,14 +187,14 @@ class _Run:
         ]
 
     def _programme(self, weights: Weights) -> dict[str, Any]:
-        """Run the programme with these weights; what it came to, as a record takes it."""
+        """Run the programme with these weights; what it came to, as a memo takes it."""
         settings, task = self.settings, self.task
         if self._window is None:
             self._window = Window(task.decoder, self._samples, settings.window)
         units = int(settings.most_saved * (task.decoder.depth - 2) * weights.layer)
         deadline = None
         if task.deadline is not None:
-            deadline = time.perf_counter() + task.deadline - task.record.meter().seconds
+            deadline = time.perf_counter() + task.deadline - task.memo.usage().seconds
         programme = Programme(
             task.decoder,
             self._window,

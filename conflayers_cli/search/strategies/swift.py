@@ -16,7 +16,7 @@ noise 1e-2) can be had exactly with it, where optuna's sampler brings an acquisi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,9 +29,9 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.search.corpus import Stream
 from conflayers_cli.search.matchness import LEAST_WINDOW, Passage, matchness, window_of
+from conflayers_cli.search.memo import Memo, label_of
 from conflayers_cli.search.objective import PAPER, Setting
 from conflayers_cli.search.problem import OnTrial, SearchResult, Task, Trial, nobody
-from conflayers_cli.search.record import Record, label_of
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 
@@ -77,7 +77,7 @@ class Swift:
         Raises:
             InputError: scikit-learn is missing, or the model is too shallow.
         """
-        loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial, record=task.record)
+        loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial, memo=task.memo)
         stream = Stream(task.texts, task.prompts, self.name)
         interrupted, idle, most_idle = False, 0, 2 * LEAST_WINDOW * (len(task.prompts) + 1)
         try:
@@ -112,7 +112,7 @@ class SwiftLoop:
         seed: of the random sets.
         on_trial: told about every set scored, with the best one so far.
         start: the set to start from; by default evenly spread layers.
-        record: what sets are scored goes through it; None: it is not kept.
+        memo: has what was scored; None: one of its own.
 
     Attributes:
         plan: the set kept; the starting set until a better one is found.
@@ -131,7 +131,7 @@ class SwiftLoop:
         seed: int = 0,
         on_trial: OnTrial = nobody,
         start: SkipPlan | None = None,
-        record: Record | None = None,
+        memo: Memo | None = None,
     ) -> None:
         if decoder.depth < 4:
             raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
@@ -141,11 +141,12 @@ class SwiftLoop:
         self._decoder = decoder
         self._seed = seed
         self._random = np.random.default_rng(seed)
-        self._record = record or Record(decoder)
+        self._memo = memo or Memo(decoder)
         self._on_trial = on_trial
         self._single = len(decoder.sub_layers) == 2
         self._size = (decoder.depth - 2) * (2 if self._single else 1)
         self._count = max(1, int(settings.skip_ratio * self._size))
+        self._drawn = self._random_point()  # the next set at random
         self._points: list[Point] = []
         self._since_best = 0
         self._looks = 0
@@ -177,34 +178,43 @@ class SwiftLoop:
         if self.stopped_because:
             return
         self._looks += 1
-        window = self._did(
-            f"window {self._looks}", lambda: window_of(source, self._settings.context_window)
+        found = self._memo.cached(
+            f"swift: look {self._looks}, set {len(self.trials)} beside {label_of(self.plan)}",
+            lambda: self._look(source),
         )
-        if window:
-            self._consider(source, window)
-            self._record.commit()
+        if found is not None:
+            self._take(**found)
 
-    def _did(self, what: str, work: Callable[[], Any]) -> Any:
-        """An outcome of the step at hand, kept with the others of it."""
-        return self._record.did(f"swift: {what}, set {len(self.trials)}", work, hold=True)
-
-    def _consider(self, source: Passage, window: int) -> None:
-        def score_of(plan: SkipPlan) -> float:
-            return float(
-                self._did(label_of(plan), lambda: matchness(self._decoder, plan, source, window))
-            )
-
+    def _look(self, source: Passage) -> dict[str, Any] | None:
+        """The next set, its matchness on the text's last tokens, and where that beats the best
+        one's, the kept set's on the same tokens; None where the text is too short."""
+        window = window_of(source, self._settings.context_window)
+        if not window:
+            return None
+        step = len(self.trials)
         if self.best is None:
             # The starting set first: what replaces it has to be better.
-            self._keep(self._note(self.plan, score_of(self.plan)))
+            point = self._point_of(self.plan)
+        elif step % self._settings.bayes_interval == 0:
+            point = self._suggestion(step)
+        else:
+            point = self._drawn
+        plan = self.plan if self.best is None else self._plan_of(point)
+        score = matchness(self._decoder, plan, source, window)
+        kept = None
+        if self.best is not None and score > self.best.figures["matchness"]:
+            kept = matchness(self._decoder, self.plan, source, window)
+        return {"point": point, "score": score, "kept": kept}
+
+    def _take(self, point: Point, score: float, kept: float | None) -> None:
+        """Note the set that was looked at, and keep it where it is better."""
+        if self.best is None:
+            self._keep(self._note(self.plan, score))
             return
-        step = len(self.trials)
-        bayes = step % self._settings.bayes_interval == 0
-        plan = self._plan_of(self._suggested(step) if bayes else self._random_point())
-        score = score_of(plan)
-        better = score > self.best.figures["matchness"] and score > score_of(self.plan)
-        trial = self._note(plan, score)
-        if better:
+        if len(self.trials) % self._settings.bayes_interval:
+            self._drawn = self._random_point()
+        trial = self._note(self._plan_of(point), score)
+        if kept is not None and score > kept:
             self._keep(trial)
         else:
             self._since_best += 1
@@ -266,17 +276,9 @@ class SwiftLoop:
             point[[inner + layer - 1 for layer in plan.mlp]] = 1.0
         return point
 
-    def _suggested(self, step: int) -> Point:
-        """The set with the greatest upper confidence bound among random ones and the neighbours of
-        the best.
-
-        What is drawn for it comes from random numbers of its own: where the suggestion is known
-        from the record, nothing is drawn, and the sets behind it are the same.
-        """
-        point: Point = self._did("suggestion", lambda: self._suggestion(step))
-        return point
-
     def _suggestion(self, step: int) -> Point:
+        """The set with the greatest upper confidence bound among random ones and the neighbours of
+        the best."""
         random = np.random.default_rng([self._seed, step])
         process = _fitted(
             self._points, [t.figures["matchness"] for t in self.trials], self._settings.noise

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.journal_lines import parsed
-from conflayers_cli.search.journal import Journal
-from conflayers_cli.search.record import Entry, Meter
+from conflayers_cli.search.journal import Journal, parsed
+from conflayers_cli.search.memo import Entry, Usage
 from tests.disk import limited_to
 
 HEADER = {"model": {"depth": 4}, "settings": {"patience": 3, "ratios": [0.1, 1 / 3]}, "none": None}
@@ -28,7 +27,11 @@ VALUES: list[Any] = [
 
 
 def entry(number: int) -> Entry:
-    return Entry(number, Meter(number / 3, number, 2 * number), (("a", VALUES), ("b", number)))
+    return Entry([VALUES, number], Usage(number / 3, number, 2 * number))
+
+
+def append(journal: Journal, number: int) -> None:
+    journal.append(f"step {number}", entry(number))
 
 
 @pytest.fixture
@@ -37,15 +40,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, resume: bool | None = None, told: list[str] | None = None) -> Journal:
-    tell = pytest.fail if told is None else told.append
-    return Journal.open(path, path.with_name("found.yaml"), resume=resume, tell=tell)
+    notify = pytest.fail if told is None else told.append
+    return Journal.open(path, path.with_name("found.yaml"), resume=resume, notify=notify)
 
 
 def written(path: Path, count: int = 3) -> bytes:
     with opened(path) as journal:
         journal.begin(HEADER)
         for number in range(1, count + 1):
-            journal.append(entry(number))
+            append(journal, number)
     return path.read_bytes()
 
 
@@ -58,12 +61,12 @@ def test_entries_are_read_as_they_were_written(path: Path) -> None:
     with opened(path, resume=True) as journal:
         journal.begin(HEADER)
         assert len(journal.entries) == 3
-        for number, found in enumerate(journal.entries, 1):
-            assert (found.number, found.meter) == (number, entry(number).meter)
-            same(found.outcomes, entry(number).outcomes)
-            arrays = [value for value in found.outcomes[0][1] if isinstance(value, np.ndarray)]
+        for number, (key, found) in enumerate(journal.entries.items(), 1):
+            assert (key, found.usage) == (f"step {number}", entry(number).usage)
+            same(found.value, entry(number).value)
+            arrays = [value for value in found.value[0] if isinstance(value, np.ndarray)]
             assert [a.dtype for a in arrays] == [v.dtype for v in VALUES[:-1]]
-        journal.append(entry(4))
+        append(journal, 4)
     assert len(parsed(path, path.read_bytes()).entries) == 4
 
 
@@ -78,7 +81,7 @@ def test_cut_off_anywhere_what_is_whole_is_gone_on_with(path: Path) -> None:
         with opened(path, resume=True) as journal:
             journal.begin(HEADER)
             for number in range(len(journal.entries) + 1, 4):
-                journal.append(entry(number))
+                append(journal, number)
         assert path.read_bytes() == whole
 
 
@@ -88,12 +91,11 @@ def test_a_damaged_line_ends_what_is_known(path: Path, place: int) -> None:
     lines = whole.splitlines(keepends=True)
     for damage in (
         b"\0" * 20 + b"\n",
-        b'{"entry":7}\n',
+        b'{"key":"step 7"}\n',
         b"[]\n",
-        lines[place].replace(b'"1"', b""),
+        lines[place].replace(b'"usage"', b'"used"'),
     ):
-        if damage == lines[place]:
-            continue
+        assert damage != lines[place]
         path.write_bytes(b"".join([*lines[:place], damage, *lines[place + 1 :]]))
         with opened(path, resume=True) as journal:
             assert len(journal.entries) == place - 1
@@ -109,7 +111,7 @@ def test_a_journal_is_not_begun_over_another_one(path: Path) -> None:
     assert path.read_bytes() == whole
     with opened(path, resume=False) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
     assert len(parsed(path, path.read_bytes()).entries) == 1
 
 
@@ -137,10 +139,24 @@ def test_other_files_are_left_alone(path: Path, content: bytes, resume: bool | N
     assert path.read_bytes() == content
 
 
-def test_another_version_is_refused(path: Path) -> None:
-    path.write_bytes(written(path).replace(b'journal":1', b'journal":99'))
-    with pytest.raises(InputError, match="another version"):
-        opened(path, resume=True)
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_version_is_refused_and_begun_anew_where_that_is_wanted(
+    path: Path, version: int
+) -> None:
+    old = written(path).replace(b'journal":2', f'journal":{version}'.encode())
+    path.write_bytes(old)
+    for resume in (None, True):
+        with pytest.raises(InputError, match=r"another version.* anew with --no-resume") as refused:
+            opened(path, resume=resume)
+        assert "\n" not in str(refused.value)
+    assert path.read_bytes() == old
+    with opened(path, resume=False):  # and then the model can't be loaded
+        pass
+    assert path.read_bytes() == old
+    with opened(path, resume=False) as journal:
+        journal.begin(HEADER)
+        append(journal, 1)
+    assert len(parsed(path, path.read_bytes()).entries) == 1
 
 
 def test_nothing_to_resume(path: Path) -> None:
@@ -165,16 +181,16 @@ def test_one_that_holds_nothing_does_not_stay(path: Path) -> None:
 def test_removed_when_it_is_not_needed(path: Path) -> None:
     with opened(path) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
         journal.remove()
-        journal.append(entry(2))
+        append(journal, 2)
     assert not path.exists()
 
 
 def test_two_at_once_are_refused(path: Path) -> None:
     with opened(path) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
         before = path.read_bytes()
         for resume in (None, True, False):
             with pytest.raises(InputError, match="another calibration is at work"):
@@ -184,39 +200,27 @@ def test_two_at_once_are_refused(path: Path) -> None:
         assert len(journal.entries) == 1
 
 
-def test_cut(path: Path) -> None:
-    whole, told = written(path), list[str]()
-    with opened(path, resume=True, told=told) as journal:
-        journal.begin(HEADER)
-        journal.cut(1)
-        assert len(parsed(path, path.read_bytes()).entries) == 1
-        for number in (2, 3):
-            journal.append(entry(number))
-    assert path.read_bytes() == whole
-    assert len(told) == 1 and "behind entry 1" in told[0]
-
-
 def test_what_is_being_written_beside_it_is_known(path: Path) -> None:
     with opened(path) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
         journal.will_write("found.safetensors")
     with opened(path, resume=True) as journal:
         assert journal.writes == "found.safetensors"
         journal.begin(HEADER)
-        journal.append(entry(2))
-    assert len(parsed(path, path.read_bytes()).entries) == 2
+        append(journal, 2)
+    assert list(parsed(path, path.read_bytes()).entries) == ["step 1", "writes", "step 2"]
 
 
 def test_a_full_disk_is_told_once_and_the_lines_stay_whole(path: Path) -> None:
     told: list[str] = []
     with opened(path, told=told) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
         before = path.read_bytes()
         with limited_to(len(before) + 10):
-            journal.append(entry(2))
-        journal.append(entry(3))  # there may be room again, but a line is missing
+            append(journal, 2)
+        append(journal, 3)  # there may be room again, but a line is missing
         assert journal.goes_on
     assert path.read_bytes() == before
     assert len(told) == 1
@@ -236,7 +240,7 @@ def test_a_line_is_written_whole_or_not(
     told: list[str] = []
     with opened(path, told=told) as journal:
         journal.begin(HEADER)
-        journal.append(entry(1))
+        append(journal, 1)
         before = path.read_bytes()
 
         def fail(number: int) -> None:
@@ -246,9 +250,9 @@ def test_a_line_is_written_whole_or_not(
             patch.setattr(os, "fsync", fail)
             if isinstance(failing, KeyboardInterrupt):
                 with pytest.raises(KeyboardInterrupt):
-                    journal.append(entry(2))
+                    append(journal, 2)
             else:
-                journal.append(entry(2))
+                append(journal, 2)
         assert path.read_bytes() == before
     assert len(told) == isinstance(failing, OSError)
 

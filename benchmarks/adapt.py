@@ -16,11 +16,11 @@ from typing import Any
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
-from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.online import METHODS, AdaptiveProposer
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe

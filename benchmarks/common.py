@@ -21,16 +21,16 @@ from conflayers_cli.bench.systems import (
     PromptRuns,
 )
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
+from conflayers_cli.generation.prompts import Prompt, builtin_prompts, read_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.models.loading import open_model
+from conflayers_cli.profile.build_proposer import build_proposer, rows_drafter
+from conflayers_cli.profile.check import fingerprint_of
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
-from conflayers_cli.profile_check import fingerprint_of
-from conflayers_cli.prompts import Prompt, builtin_prompts, read_prompts
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.build import build_proposer, rows_drafter
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe

@@ -21,8 +21,8 @@ from conflayers_cli.bench.hf_baselines import TransformersSystem
 from conflayers_cli.bench.runner import measure
 from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, System
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.generation.prompts import plain_text
 from conflayers_cli.models.tokenization import encode
-from conflayers_cli.prompts import plain_text
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
 from conflayers_cli.utils.statistics import Spread

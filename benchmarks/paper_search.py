@@ -13,8 +13,8 @@ from benchmarks import common
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import REFINE
 from conflayers_cli.cli.strategies import AUTO, UNIFIED, SearchOptions, make_strategies
+from conflayers_cli.profile.check import check_fit
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.profile_check import check_fit
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Candidate, find
 from conflayers_cli.search.objective import PAPER, Setting

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.prompts import Prompt, read_prompts
+from conflayers_cli.generation.prompts import Prompt, read_prompts
 from conflayers_cli.utils.files import write_atomically
 
 Row = Mapping[str, Any]

@@ -13,8 +13,8 @@ from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import encode_prompt
+from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.prompts import Prompt
 from conflayers_cli.search.problem import Task
 
 

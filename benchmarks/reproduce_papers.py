@@ -36,11 +36,11 @@ from benchmarks.paper_search import PUBLISHED, published_file
 from benchmarks.paper_tasks import TASKS, TaskPrompts
 from benchmarks.paper_work import Amount, Work
 from conflayers_cli.cli.strategies import STRATEGIES
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.device import find_device
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.loading import open_model
-from conflayers_cli.spec_decode.build import costs_for
+from conflayers_cli.profile.build_proposer import costs_for
 from conflayers_cli.utils.files import check_target
 
 MODELS: Mapping[str, str] = {

@@ -21,12 +21,12 @@ from typing import Any
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
-from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import find
 from conflayers_cli.search.objective import PAPER, Setting

@@ -18,11 +18,11 @@ from typing import Any
 from conflayers_cli.bench.agreement import measure_agreement
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
-from conflayers_cli.prompts import Prompt, as_messages, read_prompts
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.environment import describe

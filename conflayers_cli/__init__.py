@@ -16,7 +16,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from conflayers_cli.version import __version__ as __version__
 
 __all__ = [
     "Answer",

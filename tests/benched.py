@@ -11,8 +11,8 @@ from conflayers_cli.bench.runner import BenchResult, SystemResult
 from conflayers_cli.bench.schema import BenchContext, BenchDocument, OutputMatch
 from conflayers_cli.bench.serialize import build_document
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
+from conflayers_cli.generation.positions import AcceptedPerPosition
 from conflayers_cli.generation.stats import DraftCount, GenerationStats
-from conflayers_cli.positions import AcceptedPerPosition
 
 SETTINGS: Mapping[str, Any] = {
     "max_new_tokens": 101,

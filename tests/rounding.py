@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.layer_skipping import find_layers
+from conflayers_cli.models.structure import find_layers
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 

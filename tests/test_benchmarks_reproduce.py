@@ -19,7 +19,7 @@ from benchmarks.paper_tasks import TASKS, PaperTask, Row, built, few_shot, paper
 from benchmarks.reproduce_papers import MODELS, SETTINGS, SHOTS, main
 from conflayers_cli.cli.strategies import STRATEGIES
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.prompts import read_prompts
+from conflayers_cli.generation.prompts import read_prompts
 from tests.cli.conftest import save_model, save_profile
 
 ALPACA = "Below is an instruction that describes a task"

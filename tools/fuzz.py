@@ -28,8 +28,8 @@ import yaml
 
 from benchmarks.common import print_table, say
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompts import as_messages, read_prompts
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.prompts import as_messages, read_prompts
 from conflayers_cli.utils.environment import describe
 from conflayers_cli.utils.files import write_json
 

@@ -29,11 +29,11 @@ import scipy.stats
 from benchmarks import common
 from conflayers_cli.engine.cost_model import Costs, CostTable
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.models.loading import open_model
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any, Unpack, overload
 
 from conflayers_cli.api.attached_model import borrow
-from conflayers_cli.api.drafters import Opened, ProfileLike, drafter_of, in_python
 from conflayers_cli.api.options import (
     LoadKeywords,
     ManyPrompts,
@@ -31,17 +30,18 @@ from conflayers_cli.api.options import (
     is_one,
     settings_of,
 )
+from conflayers_cli.api.proposers import Opened, ProfileLike, drafter_of, in_python
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generator import TextGenerator, naming_prompts
 from conflayers_cli.generation.prompt_encoding import encode_prompts
+from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse, GenerationResult
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
-from conflayers_cli.models.loading import open_model
-from conflayers_cli.prompts import Prompt
-from conflayers_cli.spec_decode.build import rows_drafter
+from conflayers_cli.profile.build_proposer import rows_drafter
 from conflayers_cli.spec_decode.proposer import Proposer
 
 

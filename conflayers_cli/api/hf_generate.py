@@ -17,14 +17,14 @@ from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from conflayers_cli.api.attached_model import borrow
-from conflayers_cli.api.drafters import DraftBy, ProfileLike, current_name, drafter_of, in_python
 from conflayers_cli.api.hf_processors import Text, processing
 from conflayers_cli.api.hf_request import Ends, GenerateError, Request
+from conflayers_cli.api.proposers import DraftBy, ProfileLike, current_name, drafter_of, in_python
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.spec_decode.build import rows_drafter
+from conflayers_cli.profile.build_proposer import rows_drafter
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 

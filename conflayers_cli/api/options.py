@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypedDict
 
-from conflayers_cli.api.drafters import DraftBy, current_name
+from conflayers_cli.api.proposers import DraftBy, current_name
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
-from conflayers_cli.prompts import Message, Prompt
+from conflayers_cli.generation.prompts import Message, Prompt
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from conflayers_cli.positions import AcceptedPerPosition
+from conflayers_cli.generation.positions import AcceptedPerPosition
 from conflayers_cli.utils.statistics import Interval, PositiveFigure, Spread
 
 SCHEMA_VERSION: Final = 3

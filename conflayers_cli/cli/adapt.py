@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.online import AdaptiveProposer
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,8 @@ def _profile_of(
     seed: int,
 ) -> Profile:
     """What was found, with figures measured on the way."""
+    from conflayers_cli.generation.prompts import fingerprint
+    from conflayers_cli.profile.check import environment_of, fingerprint_of
     from conflayers_cli.profile.schema import (
         DraftSettings,
         FoundBy,
@@ -185,8 +187,6 @@ def _profile_of(
         PromptsUsed,
         SkipSection,
     )
-    from conflayers_cli.profile_check import environment_of, fingerprint_of
-    from conflayers_cli.prompts import fingerprint
 
     best, found = adapter.best, bool(adapter.plan)
     return Profile(

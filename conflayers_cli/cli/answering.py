@@ -5,150 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cli.terminal import emit, emit_json
+from conflayers_cli.generation.run import Prepare, Prepared, PromptResult, RunStats, truncation_note
 from conflayers_cli.utils.progress import ProgressCallback, no_progress, progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.cluster.ray_cluster import Cluster
-    from conflayers_cli.generation.generator import TextGenerator
-    from conflayers_cli.generation.request import GenerationRequest
-    from conflayers_cli.generation.response import GenerationResult
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.generation.stats import GenerationStats
-    from conflayers_cli.models.loaded_model import LoadedModel
-    from conflayers_cli.prompts import Prompt
     from conflayers_cli.utils.files import JsonLines, LineKey
-    from conflayers_cli.utils.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RunStats:
-    """What ``--stats`` says of a run beside the figures of its texts.
-
-    Attributes:
-        batch_size: prompts decoded at once.
-        lossy: what was left out for good; None: nothing.
-        peak_bytes: the most memory in use over the model's weights; None: nobody watched.
-        told: sentences on the model and how it ran.
-    """
-
-    batch_size: int
-    lossy: str | None
-    peak_bytes: int | None
-    told: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """What came of one prompt of a file.
-
-    Attributes:
-        number: the prompt's, from 0.
-        result: its text and figures.
-        document: what its line says of it.
-        without_text: how many of its tokens the tokenizer doesn't know, and how many it does know.
-    """
-
-    number: int
-    result: GenerationResult
-    document: dict[str, Any]
-    without_text: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model ready to decode, and the prompts as it gets them.
-
-    Attributes:
-        loaded: the model.
-        generator: decodes with it.
-        requests: all prompts.
-        memory: watches the memory in use; None: nobody asked.
-    """
-
-    loaded: LoadedModel
-    generator: TextGenerator
-    requests: list[GenerationRequest]
-    memory: PeakMemory | None = None
-
-    def run_stats(self) -> RunStats:
-        """As of now."""
-        return run_stats(self.loaded, self.generator, self.memory)
-
-    def results(self, begin: int, end: int) -> Iterator[PromptResult]:
-        """The results of the prompts from one number to before another, each as soon as it is done.
-
-        Raises:
-            LogitsError: a text can't go on; it names the prompt where there are several.
-        """
-        from conflayers_cli.generation.generator import naming_prompts
-
-        with naming_prompts(self.requests, begin):
-            for response in self.generator.stream(self.requests[begin:end]):
-                if response.result is not None:
-                    yield self._result(begin + response.number, response.result)
-
-    def _result(self, number: int, result: GenerationResult) -> PromptResult:
-        document = {**_shortened(self.requests[number]), **self.as_json(result)}
-        return PromptResult(number, result, document, self.without_text(result))
-
-    def without_text(self, result: GenerationResult) -> tuple[int, int]:
-        """(tokens of the output beyond the tokenizer's vocabulary, its size)."""
-        from conflayers_cli.generation.detokenizer import without_text
-
-        tokenizer = self.loaded.tokenizer
-        return without_text(tokenizer, result.token_ids), len(tokenizer)
-
-    def as_json(self, result: GenerationResult) -> dict[str, Any]:
-        """A result as JSON takes it; one that is not the model's own says so."""
-        document = result.as_json()
-        skipped = self.generator.skip_plan
-        if skipped is not None:
-            document["lossless"] = not skipped
-            document["skipped"] = {"attention": skipped.attention, "mlp": skipped.mlp}
-            document["kept_layers"] = _kept_layers(self.generator)
-        return document
-
-
-def run_stats(
-    loaded: LoadedModel, generator: TextGenerator, memory: PeakMemory | None = None
-) -> RunStats:
-    """What ``--stats`` says of a model and its generator, as of now."""
-    from conflayers_cli.engine.run_info import remarks
-
-    decoder, lossy = generator.decoder, None
-    if generator.skip_plan:
-        kept = " ".join(map(str, _kept_layers(generator)))
-        lossy = f"lossy: decoded with layers {kept} of {decoder.depth} alone"
-    return RunStats(
-        batch_size=generator.batch_size,
-        lossy=lossy,
-        peak_bytes=memory.peak() if memory else None,
-        told=(f"{loaded.name} on {loaded.place}; {loaded.dtype_reason}", *remarks(decoder)),
-    )
-
-
-def _kept_layers(generator: TextGenerator) -> list[int]:
-    """Layers of which something is left where others are left out for good."""
-    gone = set(generator.skip_plan.layers) if generator.skip_plan else set()
-    return [layer for layer in range(generator.decoder.depth) if layer not in gone]
-
-
-class Prepare(Protocol):
-    """Loads the model and encodes the prompts.
-
-    Args:
-        dtype: which the model is loaded in; None: as the command line says.
-    """
-
-    def __call__(self, dtype: str | None = None) -> Prepared: ...
 
 
 def answer_one(prepared: Prepared, *, stream: bool, as_json: bool, stats: bool) -> None:
@@ -169,7 +43,7 @@ def answer_one(prepared: Prepared, *, stream: bool, as_json: bool, stats: bool) 
         raise RuntimeError("a stream has ended without a result")
     if as_json:
         head = {"schema_version": SCHEMA_VERSION, "model": prepared.loaded.name}
-        document = {**head, **_shortened(request), **prepared.as_json(result)}
+        document = {**head, **truncation_note(request), **prepared.as_json(result)}
         emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{result.text}\n")
@@ -284,7 +158,7 @@ def _at_work(
     if cluster is not None:
         from conflayers_cli.cluster.workers import answering_workers
 
-        with answering_workers(prepare, cluster, begin, end, batch_size) as work:
+        with answering_workers(prepare, cluster, begin, end, batch_size, with_flags) as work:
             yield work
         return
     prepared = prepare()
@@ -296,7 +170,7 @@ def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[Lin
     import json
     from hashlib import sha256
 
-    from conflayers_cli.prompts import fingerprint
+    from conflayers_cli.generation.prompts import fingerprint
     from conflayers_cli.utils.files import LineKey
 
     decided = json.dumps(settings)
@@ -312,11 +186,6 @@ def _line(prompt: Prompt, key: LineKey, document: dict[str, Any]) -> dict[str, A
         "request_sha256": key.request_sha256,
     }
     return {**head, **document}
-
-
-def _shortened(request: GenerationRequest) -> dict[str, int]:
-    """How many tokens of a prompt were left out, where any were."""
-    return {"truncated": request.truncated} if request.truncated else {}
 
 
 def _tell_textless(count: int, known: int) -> None:

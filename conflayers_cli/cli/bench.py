@@ -39,10 +39,10 @@ from conflayers_cli.cli.bench_publish import Exports, Gates, publish
 from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.skip_only import check_target_speedup, skip_plan
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
-from conflayers_cli.models.loading import open_model
-from conflayers_cli.spec_decode.build import (
+from conflayers_cli.profile.build_proposer import (
     build_proposer,
     rows_drafter,
 )

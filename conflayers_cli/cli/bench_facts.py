@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from conflayers_cli.bench.runner import BenchResult
     from conflayers_cli.bench.schema import BenchContext, BenchDocument
     from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.prompts import Prompt
     from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.skip_plan import SkipPlan
     from conflayers_cli.spec_decode.proposer import Proposer
@@ -40,7 +40,7 @@ def bench_context(loaded: LoadedModel, settings: dict[str, Any]) -> BenchContext
 
 def hash_prompts(prompts: Sequence[Prompt]) -> list[str]:
     """SHA-256 of each prompt's content."""
-    from conflayers_cli.prompts import fingerprint
+    from conflayers_cli.generation.prompts import fingerprint
 
     return [fingerprint([prompt]) for prompt in prompts]
 
@@ -65,7 +65,7 @@ def bench_settings(
     drafter: Proposer | None,
 ) -> dict[str, Any]:
     """What was measured, so that it can be measured again."""
-    from conflayers_cli.prompts import fingerprint
+    from conflayers_cli.generation.prompts import fingerprint
 
     return {
         "profile": str(path) if path else None,

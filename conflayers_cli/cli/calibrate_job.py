@@ -12,11 +12,11 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.generation.prompt_encoding import PromptOptions
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.generation.request import GenerationRequest
     from conflayers_cli.models.load_options import LoadOptions
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import ModelFingerprint
-    from conflayers_cli.prompts import Prompt
     from conflayers_cli.search.problem import Strategy
     from conflayers_cli.skip_plan import Weights
     from conflayers_cli.spec_decode.tree import TreeShape
@@ -115,10 +115,10 @@ def open_job(
     Raises:
         InputError, ConfLayersError: a prompt, the strategy or the model is no good.
     """
+    from conflayers_cli.engine.open_model import open_model
     from conflayers_cli.generation.prompt_encoding import encode_prompts
-    from conflayers_cli.models.loading import open_model
     from conflayers_cli.models.weight_sketch import sample_of
-    from conflayers_cli.profile_check import fingerprint_of
+    from conflayers_cli.profile.check import fingerprint_of
 
     strategies = make_strategies(options.strategy, options.search)
     weights: list[str] = []

@@ -50,7 +50,7 @@ def header_of(job: CalibrationJob) -> dict[str, Any]:
     Not the model's name, nor the profile's: files may have moved.
     """
 
-    from conflayers_cli.profile_check import environment_of
+    from conflayers_cli.profile.check import environment_of
 
     tokens = [(request.prompt, request.max_new_tokens) for request in job.requests]
     options = job.options

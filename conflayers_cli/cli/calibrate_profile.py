@@ -26,7 +26,7 @@ def profile_of(
 ) -> Profile:
     """The profile of a calibration, to be written to ``target``, with these tensors beside it."""
     from conflayers_cli.profile.schema import Profile, SkipSection
-    from conflayers_cli.profile_tensors import sha256_of
+    from conflayers_cli.profile.tensors import sha256_of
 
     return Profile(
         model=job.fingerprint,
@@ -74,9 +74,9 @@ def _provenance(job: CalibrationJob, done: Calibration) -> dict[str, Any]:
     """How it was found, what was measured, and on what."""
     from dataclasses import asdict
 
+    from conflayers_cli.generation.prompts import fingerprint
+    from conflayers_cli.profile.check import environment_of
     from conflayers_cli.profile.schema import FoundBy, Measured, PromptsUsed
-    from conflayers_cli.profile_check import environment_of
-    from conflayers_cli.prompts import fingerprint
 
     options = job.options
     check, pays, expected = done.check, bool(done.plan), done.candidate.expected

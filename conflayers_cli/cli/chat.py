@@ -16,12 +16,12 @@ from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate import Stats, Stop, check_stops
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.loading import open_model
-from conflayers_cli.sampling_params import SamplingParams
-from conflayers_cli.spec_decode.build import (
+from conflayers_cli.profile.build_proposer import (
     build_proposer,
 )
+from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.distributed import world
 from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.progress import is_terminal

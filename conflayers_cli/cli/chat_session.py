@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.answering import run_stats, tell_stats
+from conflayers_cli.cli.answering import tell_stats
 from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.run import run_stats
 from conflayers_cli.utils.notices import say
 from conflayers_cli.utils.suggest import did_you_mean
 

@@ -13,8 +13,8 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.prompts import Prompt
 
 
 def load_profile(path: Path) -> Profile:
@@ -51,7 +51,7 @@ def read_prompt_file(path: Path | None, max_prompts: int | None) -> list[Prompt]
     Raises:
         InputError: the file can't be read, or a line of it is no prompt.
     """
-    from conflayers_cli.prompts import builtin_prompts, read_prompts
+    from conflayers_cli.generation.prompts import builtin_prompts, read_prompts
 
     prompts = builtin_prompts() if path is None else read_prompts(path)
     return prompts[:max_prompts]

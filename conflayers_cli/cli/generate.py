@@ -13,7 +13,7 @@ import typer
 
 from conflayers_cli.cli import adapt as adapting
 from conflayers_cli.cli import options, skip_only
-from conflayers_cli.cli.answering import Prepared, answer_file, answer_one, line_keys
+from conflayers_cli.cli.answering import answer_file, answer_one, line_keys
 from conflayers_cli.cli.common import (
     load_profile,
     model_source,
@@ -22,19 +22,20 @@ from conflayers_cli.cli.common import (
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cluster.ray_cluster import cluster_of
+from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import encode_prompts
-from conflayers_cli.models.loading import open_model
-from conflayers_cli.profile_check import check_fit
-from conflayers_cli.spec_decode.build import (
+from conflayers_cli.generation.run import Prepared
+from conflayers_cli.profile.build_proposer import (
     build_proposer,
     rows_drafter,
 )
+from conflayers_cli.profile.check import check_fit
 from conflayers_cli.utils.distributed import on_first
 from conflayers_cli.utils.progress import is_terminal
 
 if TYPE_CHECKING:
-    from conflayers_cli.prompts import Prompt
+    from conflayers_cli.generation.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ def _prompt(words: Sequence[str]) -> Prompt:
     in a shell's ``while read`` loop it belongs to the loop, and reading it would swallow the lines
     still to come.
     """
-    from conflayers_cli.prompts import Prompt
+    from conflayers_cli.generation.prompts import Prompt
 
     if not words:
         if is_terminal(sys.stdin):

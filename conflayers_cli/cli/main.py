@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from conflayers_cli import __version__
 from conflayers_cli.cli.bench import HELP as BENCH_HELP
 from conflayers_cli.cli.bench import bench
 from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
@@ -31,6 +30,7 @@ from conflayers_cli.cli.terminal import discard, emit
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.utils.distributed import Voice
 from conflayers_cli.utils.notices import PROGRAM, on_stderr, quiet, say, terminal_safe
+from conflayers_cli.version import __version__
 
 FAILURE = 1
 LESS_MEMORY = (

@@ -121,7 +121,7 @@ def _state_of_tensors(file: Path, profile: Profile) -> str | None:
     """The tensors' file and whether it is the one; None: none is named."""
     if profile.tensors is None:
         return None
-    from conflayers_cli.profile_tensors import read_tensors
+    from conflayers_cli.profile.tensors import read_tensors
 
     try:
         read_tensors(file, profile)

@@ -107,9 +107,9 @@ def _completed(profile: Profile, file: Path, model: str, load: LoadOptions) -> P
     Raises:
         InputError: the model can't be loaded, or the profile is not its.
     """
-    from conflayers_cli.models.loading import open_model
+    from conflayers_cli.engine.open_model import open_model
+    from conflayers_cli.profile.check import check_fit, fingerprint_of
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.profile_check import check_fit, fingerprint_of
 
     loaded, decoder = open_model(model, load)
     here, known = fingerprint_of(loaded), profile.model

@@ -42,7 +42,7 @@ Dark = Annotated[bool, typer.Option("--dark", help="With --output: for a dark pa
 def plot(file: File, output: Output = None, dark: Dark = False) -> None:
     from conflayers_cli.profile.plot_data import drawing_of
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.profile_tensors import read_tensors
+    from conflayers_cli.profile.tensors import read_tensors
 
     if dark and output is None:
         raise InputError("--dark goes with --output: a terminal has its own colours")

@@ -88,7 +88,7 @@ class _Checker:
         except InputError as error:
             return _Verdict(path, None, in_flags(error))
         if self._model is not None and self._opened is None:
-            from conflayers_cli.models.loading import open_model
+            from conflayers_cli.engine.open_model import open_model
 
             self._opened = open_model(self._model, self._how)
         try:
@@ -99,7 +99,7 @@ class _Checker:
 
     def _check_fit(self, profile: Profile, path: Path) -> None:
         if self._opened is not None:
-            from conflayers_cli.profile_check import check_fit
+            from conflayers_cli.profile.check import check_fit
 
             check_fit(*self._opened, profile, path, force=False)
 
@@ -107,7 +107,7 @@ class _Checker:
 def _read(path: Path) -> tuple[Profile, int, int]:
     """(the profile, its file's schema version, how many tensors lie beside it)."""
     from conflayers_cli.profile.schema import Profile
-    from conflayers_cli.profile_tensors import read_tensors
+    from conflayers_cli.profile.tensors import read_tensors
 
     profile, version = Profile.load_versioned(path)
     tensors = read_tensors(path, profile)

@@ -10,11 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.answering import Prepare, PromptResult, RunStats
-from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cluster.ray_cluster import Cluster
 from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
-from conflayers_cli.utils.notices import collected
+from conflayers_cli.generation.run import Prepare, PromptResult, RunStats
+from conflayers_cli.utils.notices import Render, collected
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
@@ -29,6 +28,7 @@ class Answerer:
     Args:
         prepare: loads the model and encodes all prompts, so that what is wrong with one is told at
             once.
+        render: makes a note's text of its message and the arguments' names in it.
         dtype: which the model is loaded in; None: as the command line says.
 
     Attributes:
@@ -36,23 +36,24 @@ class Answerer:
         place: what it runs on.
     """
 
-    def __init__(self, prepare: Prepare, dtype: str | None) -> None:
+    def __init__(self, prepare: Prepare, render: Render, dtype: str | None) -> None:
         self.notes: list[str] = []
-        with collected(self.notes, with_flags):
+        self._render = render
+        with collected(self.notes, self._render):
             self._prepared = prepare(dtype)
         self.place = place_of(self._prepared.loaded)
 
     def __call__(self, share: tuple[int, int]) -> tuple[Sequence[PromptResult], RunStats]:
         """The results of the prompts from one number to before another, and the worker's run."""
         begin, end = share
-        with collected(self.notes, with_flags):
+        with collected(self.notes, self._render):
             results = list(self._prepared.results(begin, end))
         return results, self._prepared.run_stats()
 
 
 @contextmanager
 def answering_workers(
-    prepare: Prepare, cluster: Cluster, begin: int, end: int, batch_size: int
+    prepare: Prepare, cluster: Cluster, begin: int, end: int, batch_size: int, render: Render
 ) -> Iterator[tuple[Iterator[PromptResult], Callable[[], RunStats]]]:
     """Within: the answers to the prompts from number ``begin`` to before ``end``, as they are done,
     and behind the last one what there is to say of the workers.
@@ -62,6 +63,7 @@ def answering_workers(
         cluster: whose workers they are.
         begin, end: as said.
         batch_size: prompts that a worker decodes at once.
+        render: as for `Answerer`.
 
     Raises:
         InputError: as `crew_of`.
@@ -69,7 +71,7 @@ def answering_workers(
     size = batch_size * BATCHES if batch_size > 1 else 1
     shares = [(first, min(first + size, end)) for first in range(begin, end, size)]
     started = time.perf_counter()
-    with crew_of(cluster, partial(Answerer, prepare)) as crew:
+    with crew_of(cluster, partial(Answerer, prepare, render)) as crew:
         runs: list[RunStats] = []
         yield _results(crew, shares, started, runs), lambda: runs[-1]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from conflayers_cli import __version__
 from conflayers_cli.doctor.finding import Finding, summary
 from conflayers_cli.models.registry import WHEEL_COMMAND, wheel_file
+from conflayers_cli.version import __version__
 
 PACKAGE = "conflayers"
 _REQUIRED = ("torch", "transformers")

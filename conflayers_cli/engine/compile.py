@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
 from conflayers_cli.engine.batch_invariance import NOT_INVARIANT
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.kernels.compiled_forward import CompiledForward
+from conflayers_cli.kernels.compiled_forward import Compilation, CompiledForward
 from conflayers_cli.kernels.fused_forward import FusedForward
-from conflayers_cli.models.support import first_line
+from conflayers_cli.utils.error_text import first_line
 
 STEPS = 12
 CONTEXT = 64
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """What came of it.
-
-    Attributes:
-        used: whether the compiled forward is used now.
-        reason: which and why, for people.
-        seconds: what compiling took, if it came to that.
-    """
-
-    used: bool
-    reason: str
-    seconds: float = 0.0
 
 
 def compile_forward(decoder: Decoder, backend: str = "inductor") -> Compilation:

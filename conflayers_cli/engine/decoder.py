@@ -47,7 +47,7 @@ DEVICE_MASK_ENTRIES = 1 << 26
 """The same on a GPU: 128 MiB."""
 
 if TYPE_CHECKING:
-    from conflayers_cli.engine.compile import Compilation
+    from conflayers_cli.kernels.compiled_forward import Compilation
 
 Observer = Callable[[SubLayer, int, torch.Tensor], None]
 

@@ -13,7 +13,7 @@ import torch
 from conflayers_cli.engine.layer_skipping import LayerStack
 from conflayers_cli.engine.model_lock import ModelLock
 from conflayers_cli.kernels import attention, flash_decode
-from conflayers_cli.kernels.fused_forward import Attend, FusedForward
+from conflayers_cli.kernels.fused_forward import Attend, FusedForward, repeated
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.models.device import device_of
 from conflayers_cli.models.support import sizes_by_layer
@@ -188,11 +188,6 @@ class ForwardRunner:
             # where layers differ, each folds it for itself
             masks[kind] = attention.fold_mask(mask, self.groups) if self.groups else mask
         return masks
-
-
-def repeated(row: torch.Tensor, width: int) -> torch.Tensor:
-    """``[B, T]`` with the last column repeated up to ``[B, width]``."""
-    return torch.cat([row, row[:, -1:].expand(-1, width - row.shape[1])], dim=1)
 
 
 def _head_size(config: Any) -> int:

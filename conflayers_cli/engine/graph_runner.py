@@ -21,8 +21,9 @@ import torch
 from conflayers_cli.engine.argmax import best_with_probability
 from conflayers_cli.engine.forward import ForwardRunner, ModelInput
 from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, Place, extent_for
-from conflayers_cli.models.support import first_line, triton_errors
+from conflayers_cli.models.support import triton_errors
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.utils.error_text import first_line
 
 LOOSE_EXTENT = 64
 """Keys are read in extents of a multiple of this where bits don't matter."""

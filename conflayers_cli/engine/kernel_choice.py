@@ -12,7 +12,8 @@ from conflayers_cli.engine.attach import SAMPLE, Attachment, forward, sample, si
 from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
 from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.kernels.triton_forward import KernelForward
-from conflayers_cli.models.support import first_line, triton_errors
+from conflayers_cli.models.support import triton_errors
+from conflayers_cli.utils.error_text import first_line
 
 # Of our own code, PyTorch and triton, which builds with a C compiler that may not be there.
 _NOT_FUSED = (

@@ -17,6 +17,7 @@ from torch import nn
 from conflayers_cli.engine.model_lock import lock_of
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels.int4_linear import Int4Weights
+from conflayers_cli.models.structure import find_layers
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import agreed
 
@@ -284,26 +285,6 @@ class LayerStack:
         swaps = (self.stub_swap("attention", layer), self.stub_swap("mlp", layer))
         with self.watching(), _swapped(swaps):
             yield
-
-
-def find_layers(model: nn.Module) -> nn.ModuleList:
-    """The ModuleList of decoder layers.
-
-    Raises:
-        InputError: there is none.
-    """
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder is not None else model
-    config: Any = getattr(decoder, "config", None)
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
-    queue: list[nn.Module] = [decoder]
-    while queue:
-        module = queue.pop(0)
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                return child
-            queue.append(child)
-    raise InputError(f"no list of {depth} decoder layers found in {type(model).__name__}")
 
 
 def _common_child(layers: tuple[nn.Module, ...], names: tuple[str, ...]) -> str | None:

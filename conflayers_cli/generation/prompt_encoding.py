@@ -13,8 +13,8 @@ from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.models.loaded_model import LoadedModel
-    from conflayers_cli.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: 
     Raises:
         InputError: the template refuses the messages, or no tokens come out.
     """
+    from conflayers_cli.generation.prompts import as_messages, plain_text
     from conflayers_cli.models.tokenization import encode
-    from conflayers_cli.prompts import as_messages, plain_text
 
     if raw or not loaded.has_chat_template:
         return encode(loaded, None, plain_text(prompt, system))
@@ -129,9 +129,9 @@ def _shortened(
     """The tokens of a prompt, ``most`` of them at the most, and how many of its text's are not
     among them.
     """
-    from conflayers_cli.fitting import fit, texts_of
+    from conflayers_cli.generation.prompts import Message, Prompt, as_messages, plain_text
+    from conflayers_cli.generation.truncation import fit, texts_of
     from conflayers_cli.models.tokenization import count_tokens, encode
-    from conflayers_cli.prompts import Message, Prompt, as_messages, plain_text
 
     if raw or not loaded.has_chat_template:
         whole = Prompt(prompt.id, text=plain_text(prompt, system))

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from conflayers_cli.generation.positions import AcceptedPerPosition, count_positions, merge
 from conflayers_cli.generation.sequence import Step
-from conflayers_cli.positions import AcceptedPerPosition, count_positions, merge
 
 
 @dataclass(frozen=True)

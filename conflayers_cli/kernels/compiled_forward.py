@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
 
@@ -17,8 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conflayers_cli.engine.forward import repeated
-from conflayers_cli.kernels.fused_forward import Attend, FusedForward, Layer, Norm, Plain, Turns
+from conflayers_cli.kernels.fused_forward import (
+    Attend,
+    FusedForward,
+    Layer,
+    Norm,
+    Plain,
+    Turns,
+    repeated,
+)
 from conflayers_cli.kernels.packed_linear import is_plain
 
 MOST_SHAPES = 6
@@ -188,3 +196,18 @@ def _leave_through_mlp(
 def _mlp(x: torch.Tensor, norm: _Scale, gate_up: _Linear, down: _Linear) -> torch.Tensor:
     gate, up = F.linear(_normed(x, norm), *gate_up).chunk(2, dim=-1)
     return x + F.linear(F.silu(gate) * up, *down)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What came of it.
+
+    Attributes:
+        used: whether the compiled forward is used now.
+        reason: which and why, for people.
+        seconds: what compiling took, if it came to that.
+    """
+
+    used: bool
+    reason: str
+    seconds: float = 0.0

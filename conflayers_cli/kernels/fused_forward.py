@@ -329,3 +329,8 @@ def _joined_before(linears: Sequence[Any]) -> torch.Tensor | None:
     rows = sum(linear.out_features for linear in linears)
     whole: torch.Tensor = first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
     return whole
+
+
+def repeated(row: torch.Tensor, width: int) -> torch.Tensor:
+    """``[B, T]`` with the last column repeated up to ``[B, width]``."""
+    return torch.cat([row, row[:, -1:].expand(-1, width - row.shape[1])], dim=1)

@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.support import first_line
+from conflayers_cli.utils.error_text import first_line
 from conflayers_cli.utils.text_files import read_json_object
 
 MOST_LAYERS = 10_000

@@ -16,8 +16,9 @@ from conflayers_cli.models.peft_loading import Adapter, attach, check_merge
 from conflayers_cli.models.pretrained import check_files, read_config, read_model, to_device
 from conflayers_cli.models.quantization import check_bits, describe, quantization_kwargs
 from conflayers_cli.models.source import ModelSource, find_source, prepare_builtin
+from conflayers_cli.models.tensor_parallel import sharding
 from conflayers_cli.models.tokenizer import read_tokenizer
-from conflayers_cli.utils.distributed import begin, on_first, sharding, world
+from conflayers_cli.utils.distributed import begin, on_first, world
 from conflayers_cli.utils.progress import ProgressCallback
 
 

@@ -27,7 +27,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.models.checkpoint import file_of
 from conflayers_cli.models.peft_modules import check_kind
 from conflayers_cli.models.quantization import method_of
-from conflayers_cli.models.tokenization import first_line
+from conflayers_cli.utils.error_text import first_line
 from conflayers_cli.utils.text_files import read_json_object
 
 CONFIG = "adapter_config.json"

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.builtin import BUILTIN, ensure
 from conflayers_cli.models.peft_loading import Adapter, find_adapter
-from conflayers_cli.models.tokenization import first_line
 from conflayers_cli.utils.distributed import on_first
+from conflayers_cli.utils.error_text import first_line
 from conflayers_cli.utils.progress import ProgressCallback
 from conflayers_cli.utils.suggest import did_you_mean
 

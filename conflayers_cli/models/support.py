@@ -60,12 +60,6 @@ def exact_positions(config: Any) -> int | None:
     return min(map(int, lengths), default=None)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line: PyTorch's and triton's go on for pages."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def triton_errors() -> tuple[type[Exception], ...]:
     """What triton raises where a kernel can't be compiled or run here; none without it."""
     try:

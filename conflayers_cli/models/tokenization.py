@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.chat_template import REFUSALS, bounded
+from conflayers_cli.utils.error_text import first_line
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
@@ -143,15 +144,6 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     pieces = [text[i * PIECE : (i + 1) * PIECE] for i in taken]
     tokens = sum(len(_tokenised(tokenizer, piece, False)) for piece in pieces)
     return tokens if count <= PIECES else round(tokens * len(text) / sum(map(len, pieces)))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message down to one line: the first, and what it announces by a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    announced = f" {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else ""
-    return (lines[0] + announced).rstrip(".")
 
 
 def _tokenised(tokenizer: Any, text: str, special: bool) -> list[int]:

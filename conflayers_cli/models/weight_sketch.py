@@ -22,11 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from conflayers_cli.engine.layer_skipping import find_layers
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.device import spread_of
 from conflayers_cli.models.peft_modules import Weight, weights_of
 from conflayers_cli.models.quantization import method_of
+from conflayers_cli.models.structure import find_layers
 
 PROJECTIONS = 32
 TENSORS = 16

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.profile_tensors import Tensors, shaped
+from conflayers_cli.profile.tensors import Tensors, shaped
 
 Values: TypeAlias = npt.NDArray[np.float64]
 

@@ -163,7 +163,7 @@ Ranges = Annotated[tuple[RangeSection, ...], BeforeValidator(list_to_tuple)]
 
 
 class PromptsUsed(Section):
-    """How many prompts a calibration used, and their `conflayers_cli.prompts.fingerprint`."""
+    """How many prompts a calibration used, and their `conflayers_cli.generation.prompts.fingerprint`."""
 
     count: Count
     sha256: Sha256

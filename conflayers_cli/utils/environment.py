@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from conflayers_cli import __version__
+from conflayers_cli.version import __version__
 
 
 def versions() -> dict[str, str]:

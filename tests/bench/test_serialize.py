@@ -18,8 +18,8 @@ from conflayers_cli.bench.schema import (
 from conflayers_cli.bench.serialize import build_document
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run
 from conflayers_cli.bench.tables import bench_tables
+from conflayers_cli.generation.positions import AcceptedPerPosition
 from conflayers_cli.generation.stats import DraftCount, GenerationStats
-from conflayers_cli.positions import AcceptedPerPosition
 
 
 def document(bench: BenchResult) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 from conflayers_cli.cli import chat as command
 from conflayers_cli.cli import chat_input, chat_session, terminal
 from conflayers_cli.generation.prefix_cache import PrefixCache
-from conflayers_cli.prompts import as_messages, read_prompts
+from conflayers_cli.generation.prompts import as_messages, read_prompts
 from tests.cli.conftest import END, Result, Run, byte_tokenizer, finished, save_model
 from tests.processes import start
 

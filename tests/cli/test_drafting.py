@@ -15,9 +15,9 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.kernels import int4_linear
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
+from conflayers_cli.profile.build_proposer import build_proposer, rows_drafter
 from conflayers_cli.profile.schema import DraftSettings, Profile
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.build import build_proposer, rows_drafter
 from conflayers_cli.spec_decode.by_context import ContextLengthProposer
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions

@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import save
 
 from conflayers_cli.profile.schema import Profile, SkipSection
-from conflayers_cli.profile_tensors import sha256_of
+from conflayers_cli.profile.tensors import sha256_of
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile
 from tests.profile.test_migrations import OLD

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
+from conflayers_cli.profile.check import environment_of, fingerprint_of
 from conflayers_cli.profile.schema import (
     DraftSettings,
     Environment,
@@ -20,7 +21,6 @@ from conflayers_cli.profile.schema import (
     RangeSection,
     SkipSection,
 )
-from conflayers_cli.profile_check import environment_of, fingerprint_of
 from conflayers_cli.skip_plan import SkipPlan
 from tests import rounding
 from tests.cli.conftest import Run, save_model
@@ -193,7 +193,7 @@ def test_another_device_gets_one_note_where_it_matters(
 
 
 def test_one_of_several_like_devices_is_as_good_as_another(here: Environment) -> None:
-    from conflayers_cli.profile_check import device_and_dtype
+    from conflayers_cli.profile.check import device_and_dtype
 
     one, other = (here.model_copy(update={"device": f"cuda:{n} (NVIDIA H100)"}) for n in (0, 3))
     assert device_and_dtype(one) == device_and_dtype(other) == f"cuda (NVIDIA H100) in {here.dtype}"

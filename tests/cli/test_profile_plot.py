@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from conflayers_cli.profile.plot_data import drawing_of
 from conflayers_cli.profile.plot_text import MOST_COLUMNS, MOST_ROWS, lines_of
 from conflayers_cli.profile.schema import Profile, SkipSection
-from conflayers_cli.profile_tensors import Tensors, sha256_of
+from conflayers_cli.profile.tensors import Tensors, sha256_of
 from tests.cli.conftest import Run
 from tests.profile.test_schema import BARE
 

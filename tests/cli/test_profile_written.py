@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.profile_tensors import read_tensors
+from conflayers_cli.profile.tensors import read_tensors
 from tests.cli.conftest import Run, write_prompts
 
 SEARCH = ("--search-interval", 4, "--max-iterations", 3)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.fitting import GAP, cut, fit, texts_of
+from conflayers_cli.generation.prompts import Message, Prompt
+from conflayers_cli.generation.truncation import GAP, cut, fit, texts_of
 from conflayers_cli.models.tokenization import TooLongError
-from conflayers_cli.prompts import Message, Prompt
 from tests.cli.conftest import Run, save_model
 
 FAST = ("--device", "cpu", "--dtype", "float32", "--no-stream")

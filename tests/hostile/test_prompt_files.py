@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli import prompts
 from conflayers_cli.errors import InputError
-from conflayers_cli.prompts import parse_prompts
+from conflayers_cli.generation import prompts
+from conflayers_cli.generation.prompts import parse_prompts
 from conflayers_cli.utils import text_files
 from conflayers_cli.utils.text_files import read_stream, read_text
 from tests.hostile.conftest import Refuse

@@ -15,7 +15,6 @@ from conflayers_cli.engine.cost_cache import cost_table
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.forward import ModelInput
-from conflayers_cli.engine.layer_skipping import find_layers
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
@@ -23,6 +22,7 @@ from conflayers_cli.kernels import int4_linear
 from conflayers_cli.kernels.int4_linear import GROUP, LEVELS, Int4, Int4Head, rounded
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.kernels.packed_linear import Packing
+from conflayers_cli.models.structure import find_layers
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer

@@ -8,8 +8,8 @@ import pytest
 import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.layer_skipping import find_layers
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.structure import find_layers
 from tests import tiny
 
 SIZES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.prompts import read_prompts
+from conflayers_cli.generation.prompts import read_prompts
 from tools import fuzz
 
 

@@ -19,19 +19,12 @@ from conflayers_cli.kernels.packed_linear import is_plain
 from conflayers_cli.models.device import check_device_map, device_of, find_device, spread_of
 from conflayers_cli.models.fingerprint import fingerprint
 from conflayers_cli.models.loader import load_model
+from conflayers_cli.models.tensor_parallel import sharding
 from conflayers_cli.search.corpus import Sample
 from conflayers_cli.search.strategies.knapsack_window import Window
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
-from conflayers_cli.utils.distributed import (
-    Voice,
-    World,
-    agreed,
-    is_first,
-    on_first,
-    sharding,
-    world,
-)
+from conflayers_cli.utils.distributed import Voice, World, agreed, is_first, on_first, world
 from tests.cli.conftest import save_model
 from tests.ranks import run_ranks
 from tests.utils.parallel_worker import PROMPT, decoded, in_some_ways

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile_check import check_fit, note_other_device
+from conflayers_cli.profile.check import check_fit, note_other_device
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.utils.progress import progress_bar
 

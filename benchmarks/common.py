@@ -12,10 +12,8 @@ from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.bench.batched import measure_batches
 from conflayers_cli.bench.runner import BenchResult, measure, run_ratios
 from conflayers_cli.bench.systems import (
-    BatchedEngineSystem,
     BenchPrompt,
     EngineSystem,
     PromptRuns,
@@ -26,14 +24,14 @@ from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prom
 from conflayers_cli.generation.prompts import Prompt, builtin_prompts, read_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.profile.build_proposer import build_proposer, rows_drafter
-from conflayers_cli.profile.check import fingerprint_of
+from conflayers_cli.profile.build_proposer import as_batch_proposer, build_proposer
+from conflayers_cli.profile.check import fingerprint_model
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.statistics import Spread
 
@@ -204,13 +202,13 @@ def bad_plan(depth: int, seed: int = 0) -> SkipPlan:
 def bad_profile(subject: Subject, seed: int = 0) -> Profile:
     """A profile with :func:`bad_plan`, as one written by hand: without anything measured."""
     return Profile(
-        model=fingerprint_of(subject.loaded),
+        model=fingerprint_model(subject.loaded),
         skip=SkipSection.of(bad_plan(subject.decoder.depth, seed)),
         draft=DraftSettings(max_tokens=8, stop_probability=0.3),
     )
 
 
-def drafter_of(
+def make_proposer(
     subject: Subject, profile: Profile | None, by: DraftMethod | None = None, *, rows: int = 1
 ) -> Proposer | None:
     """A new drafter, made as the tool makes it, with costs that are measured or known.
@@ -227,10 +225,10 @@ def drafter_of(
 
 def compare(
     subject: Subject,
-    drafter: Proposer | None,
+    proposer: Proposer | None,
     prompts: Sequence[BenchPrompt],
     *,
-    rows: int = 1,
+    batch_size: int = 1,
     temperature: float = 0.0,
     runs: int = 3,
     warmup: int = 0,
@@ -239,17 +237,14 @@ def compare(
     sampling, decoder = SamplingParams(temperature=temperature), subject.decoder
     # Sampled texts differ: were they to end, the arms would have batches of other sizes.
     ends = subject.loaded.end_tokens if sampling.greedy else frozenset()
-    if rows == 1:
-        alone = [
-            EngineSystem(name, decoder, drafts, sampling, ends)
-            for name, drafts in (("vanilla", None), ("speculative", drafter))
-        ]
-        return measure(alone, prompts, decoder, sampling, runs=runs, warmup=warmup)
-    together = [
-        BatchedEngineSystem(name, decoder, rows_drafter(drafts), rows, sampling, ends)
-        for name, drafts in (("vanilla", None), ("speculative", drafter))
+    drafts = as_batch_proposer(proposer) if batch_size > 1 else proposer
+    systems = [
+        EngineSystem("vanilla", decoder, None, sampling, ends, batch_size),
+        EngineSystem("speculative", decoder, drafts, sampling, ends, batch_size),
     ]
-    return measure_batches(together, prompts, decoder, sampling, runs=runs, warmup=warmup)
+    return measure(
+        systems, prompts, decoder, sampling, batch_size=batch_size, runs=runs, warmup=warmup
+    )
 
 
 def ratios(
@@ -337,7 +332,7 @@ def show_progress(message: str, done: float) -> None:
     say(f"{done:4.0%} {message}")
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+def describe_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What a benchmark was run with; of files their names, wherever they lie."""
     values = {name: value for name, value in vars(options).items() if name != "output"}
 
@@ -363,7 +358,7 @@ def save(
     if options.output:
         head = {
             "benchmark": name,
-            "settings": settings_of(options),
-            "environment": describe(subject.loaded.device),
+            "settings": describe_settings(options),
+            "environment": describe_environment(subject.loaded.device),
         }
         write_json(options.output, {**head, **results})

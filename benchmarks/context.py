@@ -1,7 +1,7 @@
 """Long texts: vanilla against `generate`, drafted against vanilla, and memory, by context length.
 
 Contexts are prompts' texts one behind the other, cut to length; a few tokens are decoded behind
-each, whatever they say. (They often repeat what stands there, so n-grams draft more than elsewhere:
+each, whatever they say. (They often repeat what is there, so n-grams draft more than elsewhere:
 that column says that drafting goes on to work, not what it gains on real texts.) Memory is the peak
 of one vanilla run over the model's weights, against its keys and values: those of the text, and
 those that there is room for, which is allotted in blocks.
@@ -30,7 +30,9 @@ from conflayers_cli.utils.statistics import Spread
 MIB = 2**20
 
 
-def texts_of(pieces: Sequence[Sequence[int]], length: int, count: int) -> list[tuple[int, ...]]:
+def repeat_to_length(
+    pieces: Sequence[Sequence[int]], length: int, count: int
+) -> list[tuple[int, ...]]:
     """So many texts of so many tokens, each begun with another piece."""
     texts = []
     for first in range(count):
@@ -46,7 +48,7 @@ def prompts_at(
     """The texts of a length, output included where the model has no room for more."""
     limit = subject.loaded.context_length
     room = length if limit is None else min(length, limit - options.max_new_tokens)
-    texts = texts_of(pieces, room, options.per_category)
+    texts = repeat_to_length(pieces, room, options.per_category)
     return [
         BenchPrompt(f"{length}-{i}", None, text, options.max_new_tokens, i)
         for i, text in enumerate(texts)
@@ -59,12 +61,12 @@ def compare(
     """The figures at one length."""
     decoder, greedy = subject.decoder, SamplingParams()
     none: frozenset[int] = frozenset()  # what the text says does not matter
-    drafter = common.drafter_of(subject, subject.profile)
+    proposer = common.make_proposer(subject, subject.profile)
     vanilla = EngineSystem("vanilla", decoder, None, greedy, none)
     memory.begin()
-    cache_bytes = vanilla.run(prompts[0]).cache_bytes
+    cache_bytes = vanilla.run(prompts[:1])[0].cache_bytes
     peak = memory.peak()
-    systems: list[System] = [vanilla, EngineSystem("mixed", decoder, drafter, greedy, none)]
+    systems: list[System] = [vanilla, EngineSystem("mixed", decoder, proposer, greedy, none)]
     systems.append(TransformersSystem(decoder, greedy, none))
     result = measure(systems, prompts, decoder, greedy, runs=runs, warmup=0)
     over = Spread.of(common.ratios(result, "vanilla", "transformers"))

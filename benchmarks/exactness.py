@@ -27,14 +27,13 @@ from conflayers_cli.bench.hf_baselines import TransformersSystem
 from conflayers_cli.bench.output_match import match_outputs
 from conflayers_cli.bench.schema import OutputMatch
 from conflayers_cli.bench.systems import (
-    BatchedEngineSystem,
     BenchPrompt,
     EngineSystem,
     PromptRuns,
     Run,
     System,
 )
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -44,7 +43,7 @@ from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 
 BAD_PLAN = SkipPlan.of([3, 7, 9, 12, 20], [7, 12, 15, 21])
 CHAIN = 6
-FREE = Costs(verify={1: 1.0, 64: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=1)
+FREE = PassCosts(verify={1: 1.0, 64: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=1)
 """Passes of any width cost the same and drafts nothing: it always pays to draft."""
 
 
@@ -90,19 +89,19 @@ def decode(
     plan = plan_for(decoder)
     arms: list[System] = [EngineSystem("vanilla", decoder, None, greedy, ends)]
     arms += [
-        EngineSystem(name, decoder, drafter, greedy, ends)
-        for name, drafter in alone(decoder, plan).items()
+        EngineSystem(name, decoder, proposer, greedy, ends)
+        for name, proposer in alone(decoder, plan).items()
     ]
     arms.append(TransformersSystem(decoder, greedy, ends))
     found: dict[tuple[str, int], list[Run]] = {}
     for arm in arms:
         common.say(f"{subject.name} {subject.dtype}: {arm.name}")
-        found[arm.name, 1] = [arm.run(prompt) for prompt in prompts]
+        found[arm.name, 1] = arm.run(prompts)
     for rows in (rows for rows in batches if rows > 1):
-        for name, drafter in together(decoder, plan, rows).items():
+        for name, proposer in together(decoder, plan, rows).items():
             common.say(f"{subject.name} {subject.dtype}: {name}, batch {rows}")
-            batch = BatchedEngineSystem(name, decoder, drafter, rows, greedy, ends)
-            found[name, rows] = batch.run_all(prompts)
+            batch = EngineSystem(name, decoder, proposer, greedy, ends, rows)
+            found[name, rows] = batch.run(prompts)
     return found
 
 

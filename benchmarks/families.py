@@ -2,7 +2,7 @@
 
 Of every family a tiny random model (float32) is decoded by transformers' own ``generate``, by this
 engine without drafts, and with drafts of every kind; all have to give the same tokens. What a
-family is refused for is what the user would be told.
+family is refused for is the message that a user would get.
 
     python -m benchmarks.families --output FILE --table docs/families.md
 """
@@ -22,7 +22,7 @@ import transformers
 
 from benchmarks.common import print_table, say
 from benchmarks.family_models import VOCABULARY, families, tiny_model
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch
@@ -33,7 +33,7 @@ from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 from conflayers_cli.spec_decode.tree import TreeShape
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_atomically, write_json
 
 NEW_TOKENS = 24
@@ -82,22 +82,22 @@ def _generated(decoder: Decoder, prompt: Sequence[int]) -> list[int]:
     return text[len(prompt) :]
 
 
-def _decoded(decoder: Decoder, prompt: Sequence[int], drafter: Proposer | None) -> list[int]:
-    generation = Generation(decoder, GenerationRequest(prompt, NEW_TOKENS), drafter=drafter)
+def _decoded(decoder: Decoder, prompt: Sequence[int], proposer: Proposer | None) -> list[int]:
+    generation = Generation(decoder, GenerationRequest(prompt, NEW_TOKENS), proposer=proposer)
     list(generation)
     return generation.output
 
 
 def _costs(depth: int) -> CostTable:
     """Costs under which drafting always seems to pay: it is right or wrong that counts here."""
-    cheap = Costs({n: 1.0 + n / 1000 for n in range(1, 65)}, 0.01, 0.0, 0.0, 64)
+    cheap = PassCosts({n: 1.0 + n / 1000 for n in range(1, 65)}, 0.01, 0.0, 0.0, 64)
     return CostTable(dict.fromkeys((1, 2, 4), cheap), depth=depth)
 
 
 def _batched(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     requests = [GenerationRequest(list(prompt), NEW_TOKENS, SamplingParams()) for prompt in prompts]
-    drafter = MixedProposer(decoder, LAYERS, _costs(decoder.depth))
-    batch = Batch(decoder, requests, size=2, drafter=drafter)
+    proposer = MixedProposer(decoder, LAYERS, _costs(decoder.depth))
+    batch = Batch(decoder, requests, size=2, proposer=proposer)
     for _ in batch:
         pass
     return [[t for step in batch.steps[i] for t in step.tokens] for i in range(len(prompts))]
@@ -112,8 +112,8 @@ def check(decoder: Decoder) -> dict[str, str]:
     prompts = _prompts()
     expected = [_generated(decoder, prompt) for prompt in prompts]
 
-    def drafted(drafter: Proposer | None) -> str:
-        same = [_decoded(decoder, prompt, drafter) for prompt in prompts] == expected
+    def drafted(proposer: Proposer | None) -> str:
+        same = [_decoded(decoder, prompt, proposer) for prompt in prompts] == expected
         return EXACT if same else DIFFERENT
 
     by_sub_layer = len(decoder.sub_layers) == 2
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = ["family", *(decoded[0].checks or {})] if decoded else ["family"]
     print_table(head, [[f.family, *(f.checks or {}).values()] for f in decoded])
     if options.output:
-        document: dict[str, Any] = {"environment": describe(torch.device("cpu"))}
+        document: dict[str, Any] = {"environment": describe_environment(torch.device("cpu"))}
         write_json(options.output, {**document, "families": [asdict(f) for f in findings]})
     if options.table:
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 100
 DEPTH = 5
 WINDOW = 7
-MOST_PARAMETERS = 6_000_000
+MAX_PARAMETERS = 6_000_000
 
 # Not decoders of text by themselves, though transformers lists a class of theirs: encoders,
 # decoders that attend to an encoder, models of other media.
@@ -112,7 +112,7 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     config = tiny_config(family)
     with torch.device("meta"):
         size = hf.AutoModelForCausalLM.from_config(config).num_parameters()
-    if size > MOST_PARAMETERS:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters are left at small sizes")
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(config).eval()

@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The settings, with the parts in their own order."""
     options = common.parse_quick(parser(), arguments, QUICK)
     options.device = str(find_device(options.device))
@@ -134,7 +134,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    options = options_of(arguments)
+    options = parse_options(arguments)
     bench = Bench(options)
     try:
         for part in PARTS:

@@ -16,20 +16,20 @@ import torch
 
 from benchmarks import common, gpu_models
 from benchmarks.gpu_models import PlantedModel, Planting
-from benchmarks.gpu_runs import Result, decoder_of
+from benchmarks.gpu_runs import Result, make_decoder
 from benchmarks.gpu_shapes import SHAPES, Shape
-from benchmarks.gpu_timing import Budget, OutOfTimeError, free, median_seconds, memory_of
+from benchmarks.gpu_timing import Budget, OutOfTimeError, free, median_seconds, read_memory
 from conflayers_cli.engine.cost_cache import cost_table
 from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.profile.build_proposer import MAX_DRAFT_TOKENS
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 
 COPIED = 1 << 30
 """Bytes of each of the buffers that are copied to find the memory's bandwidth."""
-MOST_DRAFTED = 25
 
 Found = TypeVar("Found")
 
@@ -112,12 +112,12 @@ class Bench:
         return made
 
     def decoder(self, runner: str | None = None, compiled: bool = False) -> Decoder:
-        """The model at hand behind the engine, passes launched in a certain way."""
+        """The model behind the engine, passes launched in a certain way."""
         key = (runner or self.runners[0], compiled)
         if key not in self._decoders:
             if self._model is None:
                 raise RuntimeError("there is no model yet")
-            self._decoders[key] = decoder_of(self._model[1].model, *key)
+            self._decoders[key] = make_decoder(self._model[1].model, *key)
         return self._decoders[key]
 
     def costs(
@@ -132,7 +132,7 @@ class Bench:
             self._tables[key] = known = found.table
         return known
 
-    def drafter(
+    def proposer(
         self, plan: SkipPlan, *, ngram: bool = False, rows: Sequence[int] = (1,), **which: Any
     ) -> MixedProposer:
         """Drafts as the tool does: as far as it pays, by what was measured.
@@ -144,7 +144,7 @@ class Bench:
             which: of the decoders.
         """
         decoder, table = self.decoder(**which), self.costs(rows, **which)
-        return MixedProposer(decoder, plan, table, ngram=ngram, max_tokens=MOST_DRAFTED)
+        return MixedProposer(decoder, plan, table, ngram=ngram, max_tokens=MAX_DRAFT_TOKENS)
 
     def release(self) -> None:
         """Give up the model and all that hangs on it."""
@@ -202,7 +202,7 @@ class Bench:
             error.__traceback__ = None  # it would hold on to the part's memory
             self.release()
         out["seconds"] = time.perf_counter() - begin
-        out["memory"] = memory_of(self.device)
+        out["memory"] = read_memory(self.device)
         self.save()
 
     def _end(self, name: str, out: Result, how: str, why: str) -> None:
@@ -212,7 +212,7 @@ class Bench:
     def line(
         self, part: str, figure: str, value: str, wanted: str = "", met: bool | None = None
     ) -> None:
-        """Note a figure for the table, and tell it."""
+        """Record a figure for the table, and print it."""
         line = Line(part, figure, value, wanted, met)
         self._lines.append(line)
         common.say("  " + "  ".join(cell for cell in line.cells if cell))
@@ -223,8 +223,8 @@ class Bench:
             return
         document = {
             "benchmark": "gpu",
-            "settings": common.settings_of(self.options),
-            "environment": describe(self.device),
+            "settings": common.describe_settings(self.options),
+            "environment": describe_environment(self.device),
             "parts": self.parts,
             "table": [asdict(line) for line in self._lines],
         }

@@ -12,9 +12,9 @@ import torch
 from benchmarks import exactness
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
-from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
+from benchmarks.gpu_runs import Decoded, Result, decode, describe_decoder, generate, model_facts
 from conflayers_cli.bench.agreement import first_difference
-from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.sampling_params import SamplingParams
 
@@ -46,7 +46,7 @@ def _check(bench: Bench, out: Result, part: str, model: PlantedModel) -> None:
         decoder = bench.attempt(part, out, runner, work)
         if decoder is None:
             continue
-        found = out[runner] = {"decoder": facts_of(decoder)}
+        found = out[runner] = {"decoder": describe_decoder(decoder)}
         own = [decode(decoder, prompt, count).output for prompt in prompts]
         if vanilla is None:
             vanilla = own
@@ -62,7 +62,7 @@ def _check(bench: Bench, out: Result, part: str, model: PlantedModel) -> None:
                 runs, figures = result
                 compared = found[name] = {**compare(decoder, prompts, runs, own), **figures}
                 _tell(bench, part, f"{runner}, {name} as vanilla", compared, wanted=True)
-        found["decoder"] = facts_of(decoder)
+        found["decoder"] = describe_decoder(decoder)
 
 
 def _against_generate(
@@ -94,23 +94,23 @@ def _drafted(
     """The ways to draft: alone, and several prompts at once."""
     alone = exactness.alone(decoder, model.plan)
     work: dict[str, Work] = {
-        name: partial(_alone, decoder, drafter, prompts, count) for name, drafter in alone.items()
+        name: partial(_alone, decoder, proposer, prompts, count) for name, proposer in alone.items()
     }
     refused = exactness.alone(decoder, model.bad_plan)["chain"]
     work["chain, bad plan"] = partial(_alone, decoder, refused, prompts, count)
     rounded = exactness.alone(decoder, replace(model.plan, weights="int4"))["chain"]
     work["chain, int4"] = partial(_alone, decoder, rounded, prompts, count)
     together = exactness.together(decoder, model.plan, TOGETHER)
-    for name, drafter in together.items():
-        arm = BatchedEngineSystem(name, decoder, drafter, TOGETHER, SamplingParams(), frozenset())
+    for name, proposer in together.items():
+        arm = EngineSystem(name, decoder, proposer, SamplingParams(), frozenset(), TOGETHER)
         work[f"{name}, batch {TOGETHER}"] = partial(_together, arm, prompts, count)
     return {name: own for name, own in work.items() if names is None or name in names}
 
 
 def _alone(
-    decoder: Decoder, drafter: Any, prompts: Sequence[Sequence[int]], count: int
+    decoder: Decoder, proposer: Any, prompts: Sequence[Sequence[int]], count: int
 ) -> tuple[Texts, Result]:
-    runs: list[Decoded] = [decode(decoder, prompt, count, drafter) for prompt in prompts]
+    runs: list[Decoded] = [decode(decoder, prompt, count, proposer) for prompt in prompts]
     figures = {
         "drafted": sum(run.drafted for run in runs),
         "accepted": sum(run.accepted for run in runs),
@@ -119,13 +119,13 @@ def _alone(
 
 
 def _together(
-    arm: BatchedEngineSystem, prompts: Sequence[Sequence[int]], count: int
+    arm: EngineSystem, prompts: Sequence[Sequence[int]], count: int
 ) -> tuple[Texts, Result]:
     bench_prompts = [
         BenchPrompt(str(number), None, tuple(prompt), count)
         for number, prompt in enumerate(prompts)
     ]
-    runs = arm.run_all(bench_prompts)
+    runs = arm.run(bench_prompts)
     figures = {
         "drafted": sum(run.stats.drafted for run in runs),
         "accepted": sum(run.stats.accepted for run in runs),

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import random_prompts
-from benchmarks.gpu_runs import Result, facts_of
+from benchmarks.gpu_runs import Result, describe_decoder
 from benchmarks.gpu_shapes import Shape
-from benchmarks.gpu_timing import Call, copies_of, free, median_seconds
+from benchmarks.gpu_timing import Call, count_copies, free, median_seconds
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.attention import fold_mask, folded_attention
 
@@ -61,7 +61,8 @@ def timed_product(bench: Bench, outputs: int, inputs: int) -> Result:
     """Seconds and bytes of weights per second, by the number of rows."""
     size = outputs * inputs * torch.bfloat16.itemsize
     weights = [
-        _drawn(bench, (outputs, inputs), number) * inputs**-0.5 for number in range(copies_of(size))
+        _drawn(bench, (outputs, inputs), number) * inputs**-0.5
+        for number in range(count_copies(size))
     ]
     found = {}
     for rows in ROWS:
@@ -77,7 +78,7 @@ def timed_attention(bench: Bench, shape: Shape, prepare: Prepare, context: int) 
     size = 2 * context * shape.shared * shape.size * torch.bfloat16.itemsize
     caches = [
         [_drawn(bench, (1, shape.shared, context, shape.size), 2 * number + i) for i in range(2)]
-        for number in range(copies_of(size))
+        for number in range(count_copies(size))
     ]
     found = {}
     for tokens in QUERIES:
@@ -97,7 +98,7 @@ def attentions(bench: Bench, shape: Shape) -> dict[str, Prepare]:
         flash: Any = importlib.import_module("conflayers_cli.kernels.flash_decode")
     except ImportError:
         return found
-    if flash.why_not(bench.device, torch.bfloat16, shape.size) is None:
+    if flash.unsupported_reason(bench.device, torch.bfloat16, shape.size) is None:
         found["flash"] = partial(_flashed, flash.flash_attention)
     return found
 
@@ -154,17 +155,17 @@ def rows(bench: Bench, out: Result) -> None:
         decoder = bench.attempt("rows", out, runner, partial(bench.decoder, runner))
         if decoder is not None:
             operations[f"whole pass, {runner}"] = partial(_pass_row, decoder, _filled(decoder))
-            out[f"decoder, {runner}"] = facts_of(decoder)
+            out[f"decoder, {runner}"] = describe_decoder(decoder)
     head = "letters by " + ", ".join(map(str, ROWS)) + " rows"
     for name, operation in operations.items():
-        letters = bench.attempt("rows", out, name, partial(letters_of, operation))
+        letters = bench.attempt("rows", out, name, partial(classify_rows, operation))
         if letters is not None:
             out[name] = letters
             same = len(set("".join(letters))) == 1
             bench.line("rows", f"{name}, {head}", " ".join(letters), "" if same else "A alone")
 
 
-def letters_of(operation: Operation) -> list[str]:
+def classify_rows(operation: Operation) -> list[str]:
     """For every number of rows a letter for the bits that the row has; the same bits, the same
     letter. Two letters where its bits depend on its place, first or last.
     """
@@ -218,7 +219,7 @@ def _attention_row(
     count: int,
     place: int,
 ) -> torch.Tensor:
-    """The row stands at the same position in every pass, as a token does."""
+    """The row is at the same position in every pass, as a token does."""
     query = _ordered(states, count, place).view(1, count, shape.heads, shape.size).transpose(1, 2)
     begin = BIT_CONTEXT // 2 - place
     positions = torch.arange(begin, begin + count, device=query.device)[None]

@@ -44,7 +44,7 @@ CLEAR = 2.0
 FACTORS = (0.01, 0.1)
 AGREEING = 0.985
 """Share of tokens at which the planted plan is to agree with the model."""
-MOST_HALVINGS = 6
+MAX_HALVINGS = 6
 TEXTS, PROMPT, OUTPUT = 8, 64, 64
 """How many texts the planting is judged by, and their lengths in tokens."""
 ROWS_AT_ONCE = 8192
@@ -220,7 +220,7 @@ def _settled(
     """Halve the planted layers' factors until leaving them out agrees with the model."""
     prompts = random_prompts(shape.vocabulary, PROMPT, TEXTS, seed=3)
     planting = _judged(model, prompts, layers, factors)
-    for _ in range(MOST_HALVINGS):
+    for _ in range(MAX_HALVINGS):
         if planting.agreement >= AGREEING:
             break
         for layer in layers:

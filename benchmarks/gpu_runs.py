@@ -11,9 +11,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from benchmarks.gpu_models import PlantedModel
 from conflayers_cli.engine.compile import compile_forward
-from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.run_info import remarks, run_facts
+from conflayers_cli.engine.graph_runner import clock
+from conflayers_cli.engine.run_info import run_details, run_notes
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
@@ -50,7 +50,7 @@ class Decoded:
         return sum(step.accepted for step in self.steps)
 
 
-def decoder_of(model: Any, runner: str, compiled: bool) -> Decoder:
+def make_decoder(model: Any, runner: str, compiled: bool) -> Decoder:
     """A decoder that launches its passes so.
 
     Args:
@@ -64,13 +64,13 @@ def decoder_of(model: Any, runner: str, compiled: bool) -> Decoder:
     return decoder
 
 
-def facts_of(decoder: Decoder) -> Result:
+def describe_decoder(decoder: Decoder) -> Result:
     """How a decoder runs."""
     forward = decoder.passes.fused
     return {
-        **run_facts(decoder),
+        **run_details(decoder),
         "forward": None if forward is None else type(forward).__name__,
-        "remarks": list(remarks(decoder)),
+        "run_notes": list(run_notes(decoder)),
         "int4": decoder.stack.int4.reason or "usable",
     }
 
@@ -87,10 +87,10 @@ def model_facts(model: PlantedModel) -> Result:
 
 
 def decode(
-    decoder: Decoder, prompt: Sequence[int], count: int, drafter: Proposer | None = None
+    decoder: Decoder, prompt: Sequence[int], count: int, proposer: Proposer | None = None
 ) -> Decoded:
     """Decode one prompt greedily; nothing ends it early."""
-    generation = Generation(decoder, GenerationRequest(prompt, count), drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, count), proposer=proposer)
     generation.step()
     begin = clock(decoder.device)
     steps = tuple(generation)

@@ -15,15 +15,15 @@ import torch
 from benchmarks import common
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
-from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, model_facts
+from benchmarks.gpu_runs import Decoded, Result, decode, describe_decoder, model_facts
 from benchmarks.gpu_speed import Run, by_turns
 from benchmarks.gpu_timing import back_to_back, profiled
 from conflayers_cli.bench.hf_baselines import TransformersSystem
 from conflayers_cli.bench.runner import measure
 from conflayers_cli.bench.systems import EngineSystem, System
 from conflayers_cli.engine.argmax import greedy_tokens
-from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
@@ -66,20 +66,21 @@ def _speculative(bench: Bench, model: PlantedModel, runner: str) -> Result:
         prompts, count, turns = prompts[:1], max(count // 2, 4), 1
     drafters: dict[str, Proposer | None] = {
         "vanilla": None,
-        "planted plan": bench.drafter(model.plan, runner=runner),
-        "with n-grams": bench.drafter(model.plan, ngram=True, runner=runner),
-        "planted plan, int4": bench.drafter(replace(model.plan, weights="int4"), runner=runner),
-        "all layers, int4": bench.drafter(SkipPlan(weights="int4"), runner=runner),
-        "bad plan": bench.drafter(model.bad_plan, runner=runner),
+        "planted plan": bench.proposer(model.plan, runner=runner),
+        "with n-grams": bench.proposer(model.plan, ngram=True, runner=runner),
+        "planted plan, int4": bench.proposer(replace(model.plan, weights="int4"), runner=runner),
+        "all layers, int4": bench.proposer(SkipPlan(weights="int4"), runner=runner),
+        "bad plan": bench.proposer(model.bad_plan, runner=runner),
     }
     # All runs of one arm are of different texts: they are compared with vanilla's text by text.
     arms: dict[str, Run] = {
-        name: partial(_all, decoder, prompts, count, drafter) for name, drafter in drafters.items()
+        name: partial(_all, decoder, prompts, count, proposer)
+        for name, proposer in drafters.items()
     }
     found = by_turns(arms, max(turns, 1))
     runs = {name: list(itertools.chain.from_iterable(own)) for name, own in found.items()}
     alone = _passes(decoder, model, _widths(runs["planted plan"]), PROMPT + count // 2)
-    result: Result = {"decoder": facts_of(decoder), "passes": alone, "arms": {}}
+    result: Result = {"decoder": describe_decoder(decoder), "passes": alone, "arms": {}}
     for name, own in runs.items():
         result["arms"][name] = _figures(own, runs["vanilla"])
     result["efficiency"] = efficiency(runs["planted plan"], runs["vanilla"], alone)
@@ -88,9 +89,9 @@ def _speculative(bench: Bench, model: PlantedModel, runner: str) -> Result:
 
 
 def _all(
-    decoder: Decoder, prompts: Iterable[Sequence[int]], count: int, drafter: Proposer | None
+    decoder: Decoder, prompts: Iterable[Sequence[int]], count: int, proposer: Proposer | None
 ) -> list[Decoded]:
-    return [decode(decoder, prompt, count, drafter) for prompt in prompts]
+    return [decode(decoder, prompt, count, proposer) for prompt in prompts]
 
 
 def _figures(runs: Sequence[Decoded], vanilla: Sequence[Decoded]) -> Result:
@@ -212,10 +213,10 @@ def idle(bench: Bench, out: Result) -> None:
     decoder = bench.decoder()
     (prompt,) = random_prompts(model.shape.vocabulary, PROMPT, 1, seed=9)
     profiled(bench.device, lambda: torch.ones(8, device=bench.device).sum())  # sets itself up
-    drafters: dict[str, Proposer | None] = {"vanilla": None, "drafted": bench.drafter(model.plan)}
-    for name, drafter in drafters.items():
-        decode(decoder, prompt, count, drafter)  # recorded, where passes are
-        out[name] = found = _watched(bench, decoder, prompt, count, drafter)
+    drafters: dict[str, Proposer | None] = {"vanilla": None, "drafted": bench.proposer(model.plan)}
+    for name, proposer in drafters.items():
+        decode(decoder, prompt, count, proposer)  # recorded, where passes are
+        out[name] = found = _watched(bench, decoder, prompt, count, proposer)
         share = found["profile"]["idle"]
         if share is not None:
             value = f"{share:.1%} of {found['profile']['seconds'] * 1000:.0f} ms"
@@ -227,11 +228,11 @@ def idle(bench: Bench, out: Result) -> None:
 
 
 def _watched(
-    bench: Bench, decoder: Decoder, prompt: Sequence[int], count: int, drafter: Proposer | None
+    bench: Bench, decoder: Decoder, prompt: Sequence[int], count: int, proposer: Proposer | None
 ) -> Result:
     """A decoding run under the profiler, behind its prompt, and another one as it is."""
-    plain = decode(decoder, prompt, count, drafter)
-    generation = Generation(decoder, GenerationRequest(prompt, count), drafter=drafter)
+    plain = decode(decoder, prompt, count, proposer)
+    generation = Generation(decoder, GenerationRequest(prompt, count), proposer=proposer)
     generation.step()
     steps: list[Step] = []
     begin = clock(bench.device)
@@ -255,17 +256,17 @@ def smollm2(bench: Bench, out: Result) -> None:
         subject = common.open_subject(str(folder), options)
         chosen = common.interleave(common.choose_prompts(None, None, 1))[: options.prompts]
         prompts = common.to_bench_prompts(subject, chosen, options.tokens)
-        drafter = common.drafter_of(subject, subject.profile)
+        proposer = common.make_proposer(subject, subject.profile)
         greedy, ends = SamplingParams(), subject.loaded.end_tokens
         systems: list[System] = [
             EngineSystem("vanilla", subject.decoder, None, greedy, ends),
-            EngineSystem("speculative", subject.decoder, drafter, greedy, ends),
+            EngineSystem("speculative", subject.decoder, proposer, greedy, ends),
             TransformersSystem(subject.decoder, greedy, ends),
         ]
         result = measure(systems, prompts, subject.decoder, greedy, runs=options.runs)
         found = out[subject.name] = {
             "dtype": subject.dtype,
-            "decoder": facts_of(subject.decoder),
+            "decoder": describe_decoder(subject.decoder),
             "arms": {arm.name: common.figures(result, arm.name) for arm in systems},
             "identical": common.matches(result),
         }

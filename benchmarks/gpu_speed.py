@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_models import PlantedModel, random_prompts
-from benchmarks.gpu_runs import Decoded, Result, decode, facts_of, generate, model_facts
+from benchmarks.gpu_runs import Decoded, Result, decode, describe_decoder, generate, model_facts
 from conflayers_cli.bench.runner import rotated
-from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt
-from conflayers_cli.engine.cost_cache import sizes_up_to
-from conflayers_cli.engine.cost_measurement import clock
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem
+from conflayers_cli.engine.cost_cache import batch_sizes_up_to
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import BatchProposer
 from conflayers_cli.utils.memory import PeakMemory
@@ -96,7 +96,7 @@ def vanilla(bench: Bench, out: Result) -> None:
     for name, runs in found.items():
         figures = engine_figures(bench, model, runs, context)
         figures["over_generate"] = eager["seconds_per_token"] / figures["seconds_per_token"]
-        out[name] = {**figures, "decoder": facts_of(decoders[name])}
+        out[name] = {**figures, "decoder": describe_decoder(decoders[name])}
         vanilla_lines(bench, "vanilla", f"8b {name}", figures, wanted=bench.aims(name))
 
 
@@ -118,12 +118,12 @@ def contexts(bench: Bench, out: Result) -> None:
     """Vanilla, drafted, and `generate` behind longer and longer texts."""
     model = bench.model("8b")
     count = max(bench.options.tokens // 2, 4)
-    decoder, drafter = bench.decoder(), bench.drafter(model.plan)
+    decoder, proposer = bench.decoder(), bench.proposer(model.plan)
     for context in bench.options.contexts:
         (prompt,) = random_prompts(model.shape.vocabulary, context, 1, seed=context)
         arms: dict[str, Run] = {
             "vanilla": partial(decode, decoder, prompt, count),
-            "speculative": partial(decode, decoder, prompt, count, drafter),
+            "speculative": partial(decode, decoder, prompt, count, proposer),
             "generate": partial(generated, decoder, [prompt], max(count // 2, 2)),
         }
         found = by_turns(arms, max(bench.options.runs - 1, 1))
@@ -150,10 +150,10 @@ def batches(bench: Bench, out: Result) -> None:
     decoder, sizes = bench.decoder(), bench.options.batches
     for size in sizes:
         prompts = random_prompts(model.shape.vocabulary, BATCH_PROMPT, size, seed=size)
-        drafter = bench.drafter(model.plan, rows=sizes_up_to(max(sizes)))
+        proposer = bench.proposer(model.plan, rows=batch_sizes_up_to(max(sizes)))
         arms: dict[str, Run] = {
             "vanilla": partial(_batch_speed, decoder, None, prompts, count),
-            "speculative": partial(_batch_speed, decoder, drafter, prompts, count),
+            "speculative": partial(_batch_speed, decoder, proposer, prompts, count),
             "generate": partial(_generate_speed, decoder, prompts, max(count // 2, 2)),
         }
         found = by_turns(arms, max(bench.options.runs - 1, 1))
@@ -168,17 +168,17 @@ def batches(bench: Bench, out: Result) -> None:
 
 
 def _batch_speed(
-    decoder: Decoder, drafter: BatchProposer | None, prompts: Sequence[Sequence[int]], count: int
+    decoder: Decoder, proposer: BatchProposer | None, prompts: Sequence[Sequence[int]], count: int
 ) -> float:
     """Tokens per second, prompts' passes left out."""
     bench_prompts = [
         BenchPrompt(str(number), None, tuple(prompt), count)
         for number, prompt in enumerate(prompts)
     ]
-    arm = BatchedEngineSystem(
-        "batch", decoder, drafter, len(prompts), SamplingParams(), frozenset()
+    system = EngineSystem(
+        "batch", decoder, proposer, SamplingParams(), frozenset(), batch_size=len(prompts)
     )
-    runs = arm.run_all(bench_prompts)
+    runs = system.run(bench_prompts)
     tokens = sum(run.stats.decode_tokens for run in runs)
     return tokens / sum(run.stats.decode_seconds for run in runs)
 
@@ -207,7 +207,7 @@ def compiled(bench: Bench, out: Result) -> None:
     found = by_turns(arms, bench.options.runs)
     for name, runs in found.items():
         figures = engine_figures(bench, model, runs, context)
-        out[name] = {**figures, "decoder": facts_of(decoders[name])}
+        out[name] = {**figures, "decoder": describe_decoder(decoders[name])}
         vanilla_lines(bench, "compile", f"8b {name}", figures)
     same = found["plain"][0].output == found["compiled"][0].output
     out["identical"] = same

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from conflayers_cli.engine.cost_measurement import clock
+from conflayers_cli.engine.graph_runner import clock
 
 Call = Callable[[], object]
 
 ROTATED = 256 << 20
 """Bytes that repeated calls go through at the least: more than any card's L2 cache holds."""
-MOST_COPIES = 64
-LEAST_SECONDS = 1e-3
+MAX_COPIES = 64
+MIN_SECONDS = 1e-3
 """What one measurement takes at the least."""
 AGAIN = 5.0
 """Seconds after which the end of the time is called out again, should nobody have heard it."""
@@ -71,9 +71,9 @@ class Budget:
             signal.signal(signal.SIGALRM, before)
 
 
-def copies_of(size: int) -> int:
+def count_copies(size: int) -> int:
     """How many pieces of memory of so many bytes calls take turns at, not to meet them cached."""
-    return max(1, min(MOST_COPIES, -(-ROTATED // max(size, 1))))
+    return max(1, min(MAX_COPIES, -(-ROTATED // max(size, 1))))
 
 
 def median_seconds(device: torch.device, calls: Sequence[Call], rounds: int = 7) -> float:
@@ -87,7 +87,7 @@ def median_seconds(device: torch.device, calls: Sequence[Call], rounds: int = 7)
     """
     replay = _recorded(calls) if device.type == "cuda" else partial(_each, calls)
     once = _seconds(device, replay)
-    times = max(1, min(1000, round(LEAST_SECONDS / max(once, 1e-9))))
+    times = max(1, min(1000, round(MIN_SECONDS / max(once, 1e-9))))
 
     def many() -> None:
         for _ in range(times):
@@ -144,7 +144,7 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def memory_of(device: torch.device) -> dict[str, int] | None:
+def read_memory(device: torch.device) -> dict[str, int] | None:
     """Bytes taken at the most so far and now; None where nothing tells."""
     if device.type != "cuda":
         return None
@@ -160,7 +160,7 @@ def profiled(device: torch.device, call: Call, shown: int = 14) -> dict[str, Any
 
     Returns:
         ``seconds``: from the first piece of work to the end of the last; ``busy``: those in which
-        the device was at work; ``idle``: share of the others; ``work``: pieces; ``by_name``: the
+        the device was busy; ``idle``: share of the others; ``work``: pieces; ``by_name``: the
         kinds that took longest, their share of the busy time and how many there were.
     """
     on_gpu = device.type == "cuda"

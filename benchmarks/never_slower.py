@@ -36,7 +36,7 @@ class Cell:
     profile: str
 
 
-def cells_of(options: argparse.Namespace, categories: Sequence[str]) -> list[Cell]:
+def make_cells(options: argparse.Namespace, categories: Sequence[str]) -> list[Cell]:
     """All of one model."""
     corners = itertools.product(options.batches, options.which, options.temperatures, categories)
     return [
@@ -54,13 +54,13 @@ def measure(
     profile = (
         subject.profile if cell.profile == "good" else common.bad_profile(subject, options.seed)
     )
-    drafter = common.drafter_of(subject, profile, rows=cell.rows)
+    proposer = common.make_proposer(subject, profile, rows=cell.rows)
     count = max(options.per_category, cell.rows + cell.rows // 2) if cell.rows > 1 else len(prompts)
     result = common.compare(
         subject,
-        drafter,
+        proposer,
         common.repeat_prompts(prompts, count),
-        rows=cell.rows,
+        batch_size=cell.rows,
         temperature=cell.temperature,
         runs=options.runs,
     )
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         first = next(iter(prompts.values()))[:1]
         common.compare(subject, None, first, runs=1)  # warms up
-        for cell in cells_of(options, list(prompts)):
+        for cell in make_cells(options, list(prompts)):
             own = prompts[cell.category]
             own = own[: options.per_category] if cell.rows == 1 else own
             rows.append(measure(subject, cell, own, options))

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.paper_figures import published
-from benchmarks.paper_search import Found, Way, search
+from benchmarks.paper_search import DraftPlan, StrategyPlans, search
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import shown
 from conflayers_cli.bench.hf_baselines import TransformersSystem
@@ -33,7 +33,7 @@ ARMS = ("vanilla", "own", "tuned", "mixed", "transformers")
 PLANNED = ("own", "tuned", "mixed")
 
 
-def make_systems(work: Work, found: Found, amount: Amount) -> list[System]:
+def make_systems(work: Work, found: StrategyPlans, amount: Amount) -> list[System]:
     """The systems asked for that the plans allow for; vanilla is always among them."""
     decoder, ends = work.decoder, work.loaded.end_tokens
     sampling = SamplingParams(temperature=amount.temperature)
@@ -44,31 +44,31 @@ def make_systems(work: Work, found: Found, amount: Amount) -> list[System]:
     }
     systems: list[System] = [EngineSystem("vanilla", decoder, None, sampling, ends)]
     systems += [
-        EngineSystem(name, decoder, drafter, sampling, ends)
-        for name, drafter in drafters.items()
-        if drafter is not None and name in amount.arms
+        EngineSystem(name, decoder, proposer, sampling, ends)
+        for name, proposer in drafters.items()
+        if proposer is not None and name in amount.arms
     ]
     if "transformers" in amount.arms:
         systems.append(TransformersSystem.baseline("transformers", decoder, sampling, ends))
     return systems
 
 
-def _fixed(decoder: Decoder, way: Way) -> Proposer | None:
+def _fixed(decoder: Decoder, draft_plan: DraftPlan) -> Proposer | None:
     """Drafts of the papers' kind: all the side candidates that are wanted, whatever they cost."""
-    setting = way.setting
-    if not way.plan or setting.max_tokens == 0:
+    setting = draft_plan.setting
+    if not draft_plan.plan or setting.max_tokens == 0:
         return None
     return SkipProposer(
-        decoder, way.plan, setting.max_tokens, setting.stop_probability, setting.tree
+        decoder, draft_plan.plan, setting.max_tokens, setting.stop_probability, setting.tree
     )
 
 
-def _adaptive(work: Work, way: Way, *, ngram: bool) -> Proposer | None:
+def _adaptive(work: Work, draft_plan: DraftPlan, *, ngram: bool) -> Proposer | None:
     """Drafts as far as they pay; None where that is n-grams alone and they are not asked for."""
-    if not way.plan and not ngram:
+    if not draft_plan.plan and not ngram:
         return None
-    tree = way.setting.tree if way.plan else None
-    return MixedProposer(work.decoder, way.plan, work.costs, ngram=ngram, tree=tree)
+    tree = draft_plan.setting.tree if draft_plan.plan else None
+    return MixedProposer(work.decoder, draft_plan.plan, work.costs, ngram=ngram, tree=tree)
 
 
 def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def run(strategy: str, work: Work, amount: Amount, profiles: Path) -> dict[str, 
     """
     begin = time.perf_counter()
     found = search(strategy, work, amount, profiles)
-    for name, way in (("own", found.own), ("tuned", found.tuned)):
-        common.say(f"  {name}: skips {shown(way.plan) or 'nothing'}")
+    for name, draft_plan in (("own", found.own), ("tuned", found.tuned)):
+        common.say(f"  {name}: skips {shown(draft_plan.plan) or 'nothing'}")
     result = measure(
         make_systems(work, found, amount),
         work.figures,

@@ -1,4 +1,4 @@
-"""What the papers say their methods reach, with where each figure stands, to be put beside ours.
+"""What the papers report, with the place of each figure, to compare with ours.
 
 Speed-ups are over transformers' eager `generate`, on the authors' GPUs and models: they are to be
 compared with this benchmark's column over `generate`, not with the one over this engine's own
@@ -34,7 +34,7 @@ class Published:
     acceptance_rate: float | None = None
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """The figures on one line."""
         parts = [f"{self.speedup}×"] if self.speedup else []
         if self.tokens_per_step is not None:

@@ -16,7 +16,7 @@ from benchmarks.gpu_bench import plain
 from benchmarks.paper_cells import PLANNED
 from benchmarks.paper_figures import published
 from conflayers_cli.errors import InputError
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.statistics import Spread
 
@@ -52,8 +52,10 @@ class Results:
         self._head = plain(
             {
                 "benchmark": "reproduce-papers",
-                "settings": {k: v for k, v in common.settings_of(options).items() if k not in FREE},
-                "environment": describe(torch.device(options.device)),
+                "settings": {
+                    k: v for k, v in common.describe_settings(options).items() if k not in FREE
+                },
+                "environment": describe_environment(torch.device(options.device)),
             }
         )
         self.cells: list[dict[str, Any]] = []
@@ -101,16 +103,16 @@ def table(cells: Iterable[Mapping[str, Any]]) -> None:
     for cell in cells:
         name = f"{cell['model']}, {cell['task']}, {cell['strategy']}"
         known = published(cell["strategy"], cell["model"], cell["task"])
-        told = "; ".join(figure.told for figure in known) or "–"
+        text = "; ".join(figure.text for figure in known) or "–"
         if "failed" in cell:
-            rows.append([name, "failed", *["–"] * 5, told])
+            rows.append([name, "failed", *["–"] * 5, text])
             continue
         arms = [arm for arm in PLANNED if arm in cell["arms"]] or ["vanilla"]
         for number, arm in enumerate(arms):
             first = number == 0
             search = f"{cell['search']['seconds']:.0f} s" if first else ""
             own = measured(cell["arms"][arm])
-            rows.append([name if first else "", arm, *own, search, told if first else ""])
+            rows.append([name if first else "", arm, *own, search, text if first else ""])
     common.print_table(head, rows)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from benchmarks import common
 from benchmarks.paper_work import Amount, Work
 from benchmarks.strategies import REFINE
-from conflayers_cli.cli.strategies import AUTO, UNIFIED, SearchOptions, make_strategies
 from conflayers_cli.profile.check import check_fit
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.auto import auto
-from conflayers_cli.search.calibrate import Candidate, find
-from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.problem import Task
+from conflayers_cli.search.calibrate import Candidate, search_and_refine
+from conflayers_cli.search.objective import PAPER, DraftParams
+from conflayers_cli.search.options import AUTO, UNIFIED, SearchOptions
+from conflayers_cli.search.problem import SearchProblem
+from conflayers_cli.search.strategies.registry import make_strategies
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE
 
@@ -29,11 +30,11 @@ SIDE_CANDIDATES = ("conflayers", "swift")
 
 
 @dataclass(frozen=True)
-class Way:
+class DraftPlan:
     """A plan and how it is drafted with."""
 
     plan: SkipPlan
-    setting: Setting
+    setting: DraftParams
 
     def as_json(self, drafted: str) -> dict[str, Any]:
         """For the results; ``drafted`` says how far."""
@@ -43,20 +44,20 @@ class Way:
             "drafted": drafted,
             "max_tokens": self.setting.max_tokens,
             "stop_probability": self.setting.stop_probability,
-            "tree": self.setting.tree.rungs if self.setting.tree else None,
+            "tree": self.setting.tree.thresholds if self.setting.tree else None,
         }
 
 
 @dataclass(frozen=True)
-class Found:
+class StrategyPlans:
     """What a strategy came to, and what it took."""
 
-    own: Way
-    tuned: Way
+    own: DraftPlan
+    tuned: DraftPlan
     search: Mapping[str, Any]
 
 
-def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> Found:
+def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> StrategyPlans:
     """Have a strategy search, and its plan refined.
 
     Raises:
@@ -71,28 +72,28 @@ def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> Found:
         profile = Profile.load(path)
         check_fit(work.loaded, work.decoder, profile, path, force=False)
         none = {"seconds": 0.0, "source": profile.source}
-        return Found(Way(profile.plan, paper), Way(profile.plan, PAPER), none)
-    task = work.search_task(amount)
-    candidate, own = _searched(strategy, task, amount)
+        return StrategyPlans(DraftPlan(profile.plan, paper), DraftPlan(profile.plan, PAPER), none)
+    problem = work.search_problem(amount)
+    candidate, own = _searched(strategy, problem, amount)
     if candidate.interrupted:
         raise KeyboardInterrupt
     if strategy in SIDE_CANDIDATES:
         own = replace(own, setting=replace(own.setting, tree=shape))
-    told: dict[str, Any] = {
+    details: dict[str, Any] = {
         "method": candidate.strategy,
-        **task.memo.usage()._asdict(),
+        **problem.memo.usage()._asdict(),
         "looked_at": len(candidate.result.trials),
         "judged": candidate.judged,
         "stopped_because": candidate.result.stopped_because,
         "expected_speedup": candidate.expected.speedup if candidate.expected else None,
     }
-    return Found(own, Way(candidate.plan, candidate.setting), told)
+    return StrategyPlans(own, DraftPlan(candidate.plan, candidate.setting), details)
 
 
-def _searched(strategy: str, task: Task, amount: Amount) -> tuple[Candidate, Way]:
-    """(what came of the search; the method's own plan and way of drafting)."""
-    options = SearchOptions(target_speedup=amount.target_speedup if strategy == UNIFIED else None)
-    methods = make_strategies(strategy, options)
+def _searched(strategy: str, problem: SearchProblem, amount: Amount) -> tuple[Candidate, DraftPlan]:
+    """(what came of the search; the method's own plan and draft settings)."""
+    target = amount.target_speedup if strategy == UNIFIED else None
+    methods = make_strategies(SearchOptions(strategy, target_speedup=target))
     how: dict[str, Any] = {
         "refine": 0 if strategy == UNIFIED else REFINE,  # its rule is all there is to it
         "tree": GREEDY_SHAPE,
@@ -101,11 +102,11 @@ def _searched(strategy: str, task: Task, amount: Amount) -> tuple[Candidate, Way
     }
     with redirect_stdout(sys.stderr):
         if strategy == AUTO:
-            candidate = auto(methods, task, (), budget=amount.search_seconds, **how).candidate
+            candidate = auto(methods, problem, (), budget=amount.search_seconds, **how).candidate
         else:
-            candidate = find(methods[0], task, **how)
+            candidate = search_and_refine(methods[0], problem, **how)
     result = candidate.result
-    return candidate, Way(result.plan, result.setting or candidate.method.setting)
+    return candidate, DraftPlan(result.plan, result.setting or candidate.method.setting)
 
 
 def published_file(model: str, task: str, profiles: Path) -> Path:

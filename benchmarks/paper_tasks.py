@@ -42,7 +42,7 @@ class PaperTask:
         path, name: of the data set on the hub, and of its configuration.
         train, test: its parts that shots and prompts come from; the same one: no row twice.
         question: of a row, up to where the answer begins.
-        answer: of a row, as it stands behind a shot's question.
+        answer: of a row, as it follows a shot's question.
         category: of Spec-Bench, the stand-in without a hub.
     """
 
@@ -210,7 +210,7 @@ def paper_prompts(
 
 
 def local_prompts(name: str, data: Path) -> TaskPrompts:
-    """The prompts of Spec-Bench's category that stands in for a task, for the two ends in turns.
+    """The prompts of Spec-Bench's category that is used for a task, for the two ends in turns.
 
     They are questions to an assistant, so the model's chat template is used where it has one.
 

@@ -15,7 +15,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import encode_prompt
 from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.search.problem import Task
+from conflayers_cli.search.problem import SearchProblem
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Work:
         )
         return cls(name, task, loaded, decoder, costs, one, other)
 
-    def search_task(self, amount: Amount) -> Task:
+    def search_problem(self, amount: Amount) -> SearchProblem:
         """What a strategy works on; made anew for each, so that none profits from another's."""
-        return Task(
+        return SearchProblem(
             self.decoder,
             tuple(prompt.tokens for prompt in self.search),
             self.costs.by_batch[1],

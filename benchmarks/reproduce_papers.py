@@ -35,12 +35,12 @@ from benchmarks.paper_results import Results, Setting, table
 from benchmarks.paper_search import PUBLISHED, published_file
 from benchmarks.paper_tasks import TASKS, TaskPrompts
 from benchmarks.paper_work import Amount, Work
-from conflayers_cli.cli.strategies import STRATEGIES
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.device import find_device
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.profile.build_proposer import costs_for
+from conflayers_cli.search.strategies.registry import STRATEGIES
 from conflayers_cli.utils.files import check_target
 
 MODELS: Mapping[str, str] = {
@@ -104,14 +104,14 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto")
     add("--device-map", choices=["auto"], help="whole layers on all GPUs there are")
     add("--dtype", default="auto")
-    add("--budget", type=float, metavar="SECONDS", help="end then; the cell at work is given up")
+    add("--budget", type=float, metavar="SECONDS", help="end then; the running cell is given up")
     add("--output", type=Path, help="results as JSON, written after each cell")
     add("--resume", action="store_true", help="go on with the cells that --output lacks")
     add("--quick", action="store_true", help="next to nothing, to see that it runs")
     return own
 
 
-def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The settings, checked.
 
     Raises:
@@ -168,7 +168,7 @@ def prompts_for(settings: Iterable[Setting], options: argparse.Namespace) -> dic
     return found
 
 
-def amount_of(setting: Setting, options: argparse.Namespace) -> Amount:
+def choose_amount(setting: Setting, options: argparse.Namespace) -> Amount:
     """How much is done for a cell of a setting."""
     return Amount(
         prompts=options.prompts,
@@ -212,7 +212,7 @@ def run_model(
     loaded, decoder = open_model(MODELS.get(model, model), loading)
     costs = costs_for(loaded, decoder)
     for setting, strategy in wanted:
-        amount = amount_of(setting, options)
+        amount = choose_amount(setting, options)
         common.say(f"{model}, {setting.task}, {strategy}")
         try:
             source = prompts[setting.task]
@@ -224,16 +224,16 @@ def run_model(
 
 
 def failed(setting: Setting, strategy: str, error: Exception) -> dict[str, Any]:
-    """The cell of what did not work; told, with the traceback where nobody foresaw it."""
+    """The cell of what failed, with the traceback where the error is no expected one."""
     common.say(f"  failed: {first_line(error)}")
-    told = str(error) if isinstance(error, ConfLayersError) else traceback.format_exc()
-    return {"model": setting.model, "task": setting.task, "strategy": strategy, "failed": told}
+    message = str(error) if isinstance(error, ConfLayersError) else traceback.format_exc()
+    return {"model": setting.model, "task": setting.task, "strategy": strategy, "failed": message}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the cells that there are not yet, save each, print all; 1 where one failed."""
     try:
-        options = options_of(arguments)
+        options = parse_options(arguments)
         settings, results = settings_for(options), Results(options)
         prompts = prompts_for(settings, options)
     except ConfLayersError as error:

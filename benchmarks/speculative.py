@@ -51,25 +51,27 @@ def make_systems(
         if name in HF_BASELINES:
             systems.append(TransformersSystem.baseline(name, decoder, sampling, ends))
         elif name != "vanilla" and (subject.profile or name == "ngram"):
-            systems.append(EngineSystem(name, decoder, drafter_of(subject, name), sampling, ends))
+            systems.append(
+                EngineSystem(name, decoder, make_proposer(subject, name), sampling, ends)
+            )
     for file in beside:
         profile = Profile.load(file)
         for by in (DraftMethod.SKIP, DraftMethod.MIXED):
-            drafter = common.drafter_of(subject, profile, by)
+            proposer = common.make_proposer(subject, profile, by)
             systems.append(
-                EngineSystem(f"{file.stem}-{by.value}", decoder, drafter, sampling, ends)
+                EngineSystem(f"{file.stem}-{by.value}", decoder, proposer, sampling, ends)
             )
     return systems
 
 
-def drafter_of(subject: common.Subject, name: str) -> Proposer | None:
+def make_proposer(subject: common.Subject, name: str) -> Proposer | None:
     """The drafter of one of the engine's systems, which serves all prompts."""
     if name == "fixed" and subject.profile:
         plan = subject.profile.plan
         return SkipProposer(subject.decoder, plan, PAPER.max_tokens, PAPER.stop_probability)
     if name == "ngram":
-        return common.drafter_of(subject, None)
-    return common.drafter_of(subject, subject.profile, DraftMethod(name))
+        return common.make_proposer(subject, None)
+    return common.make_proposer(subject, subject.profile, DraftMethod(name))
 
 
 def report(result: BenchResult, subject: common.Subject) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 from benchmarks import common
 from conflayers_cli.engine.argmax import greedy_tokens
-from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import FULL, Decoder
+from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
 
@@ -63,7 +63,7 @@ def run_modules(decoder: Decoder, text: torch.Tensor, passes: int) -> list[float
     return times
 
 
-def passes_of(
+def make_passes(
     subject: common.Subject, plan: SkipPlan, cache: KVCache, context: int
 ) -> dict[str, Callable[[], float]]:
     """The engine's passes by name."""
@@ -83,7 +83,7 @@ def measure(subject: common.Subject, plan: SkipPlan, context: int, rounds: int) 
     text = tokens_for(decoder, context)
     cache = decoder.new_cache(context + max(WIDTHS))
     decoder.prefill(text, cache)
-    passes = passes_of(subject, plan, cache, context)
+    passes = make_passes(subject, plan, cache, context)
     times: Times = {name: [] for name in (*passes, "modules 1")}
     for round_ in range(rounds + 1):
         for name, run in passes.items():

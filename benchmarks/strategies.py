@@ -28,17 +28,17 @@ from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
 from conflayers_cli.search.auto import auto
-from conflayers_cli.search.calibrate import find
-from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.problem import Strategy, Task
+from conflayers_cli.search.calibrate import search_and_refine
+from conflayers_cli.search.objective import PAPER, DraftParams
+from conflayers_cli.search.problem import SearchProblem, Strategy
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.greedy import Greedy
 from conflayers_cli.search.strategies.knapsack import Knapsack
 from conflayers_cli.search.strategies.swift import Swift
 from conflayers_cli.search.strategies.unified import Unified
-from conflayers_cli.search.validate import drafter_of
+from conflayers_cli.search.validate import make_proposer
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 
 CATEGORIES = (
@@ -61,7 +61,7 @@ class Plan:
     strategy: str
     refined: bool
     plan: SkipPlan
-    setting: Setting
+    setting: DraftParams
     seconds: float
     full_passes: int
     draft_passes: int
@@ -78,18 +78,18 @@ def halves(data: Path, pairs: int) -> tuple[list[Prompt], list[Prompt]]:
     return search, figures
 
 
-def tokens_of(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def encode_all(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """The prompts as the model gets them."""
     return [tuple(encode(loaded, as_messages(prompt, None), None)) for prompt in prompts]
 
 
-def search(strategy: Strategy, task: Task) -> list[Plan]:
+def search(strategy: Strategy, problem: SearchProblem) -> list[Plan]:
     """The strategy's own plan and the refined one."""
 
     def say(message: str) -> None:
         print(f"  {strategy.name}: {message} …", flush=True)
 
-    decoder = task.decoder
+    decoder = problem.decoder
     passes, begin = (decoder.full_passes, decoder.draft_passes), time.perf_counter()
     own: list[Plan] = []
 
@@ -109,8 +109,8 @@ def search(strategy: Strategy, task: Task) -> list[Plan]:
         say(message)
 
     refine = 0 if strategy.name == "unified" else REFINE  # its rule is all there is to it
-    found = find(
-        strategy, task, refine=refine, on_stage=note_own, on_better=lambda score, judged: None
+    found = search_and_refine(
+        strategy, problem, refine=refine, on_stage=note_own, on_better=lambda score, judged: None
     )
     result = found.result
     if not refine:
@@ -135,13 +135,13 @@ def search(strategy: Strategy, task: Task) -> list[Plan]:
     return [first, refined]
 
 
-def search_auto(strategies: Sequence[Strategy], task: Task, budget: float) -> Plan:
+def search_auto(strategies: Sequence[Strategy], problem: SearchProblem, budget: float) -> Plan:
     """What auto keeps."""
-    decoder = task.decoder
+    decoder = problem.decoder
     passes = decoder.full_passes, decoder.draft_passes
     done = auto(
         strategies,
-        task,
+        problem,
         (),
         budget=budget,
         refine=REFINE,
@@ -167,33 +167,35 @@ def shown(plan: SkipPlan) -> str:
     return f"{text} and {single} single sub-layers" if single else text
 
 
-def decode(decoder: Decoder, prompt: tuple[int, ...], plan: Plan | None, task: Task) -> list[Step]:
+def decode(
+    decoder: Decoder, prompt: tuple[int, ...], plan: Plan | None, problem: SearchProblem
+) -> list[Step]:
     """The steps of one prompt behind the prefill."""
-    drafter = drafter_of(task, plan.plan, plan.setting) if plan else None
+    proposer = make_proposer(problem, plan.plan, plan.setting) if plan else None
     generation = Generation(
         decoder,
-        GenerationRequest(prompt, task.max_new_tokens),
-        drafter=drafter,
-        end_tokens=task.end_tokens,
+        GenerationRequest(prompt, problem.max_new_tokens),
+        proposer=proposer,
+        end_tokens=problem.end_tokens,
     )
     return list(generation)[1:]
 
 
 def measure(
-    plans: Sequence[Plan], prompts: Sequence[tuple[int, ...]], task: Task
+    plans: Sequence[Plan], prompts: Sequence[tuple[int, ...]], problem: SearchProblem
 ) -> list[dict[str, Any]]:
     """Decode prompts with every plan and vanilla, in turns; the figures of each plan."""
-    decoder = task.decoder
+    decoder = problem.decoder
     distinct = list(dict.fromkeys((plan.plan, plan.setting) for plan in plans))
     by_key = {key: next(p for p in plans if (p.plan, p.setting) == key) for key in distinct}
-    arms: list[tuple[SkipPlan, Setting] | None] = [None, *distinct]
+    arms: list[tuple[SkipPlan, DraftParams] | None] = [None, *distinct]
     steps: dict[Any, list[Step]] = {arm: [] for arm in arms}
     ratios: dict[Any, list[float]] = {arm: [] for arm in arms}
     for turn, prompt in enumerate(prompts):
         print(f"  decoding prompt {turn + 1} of {len(prompts)}", flush=True)
         first, speed = turn % len(arms), {}
         for arm in [*arms[first:], *arms[:first]]:
-            done = decode(decoder, prompt, by_key[arm] if arm else None, task)
+            done = decode(decoder, prompt, by_key[arm] if arm else None, problem)
             steps[arm] += done
             speed[arm] = sum(len(s.tokens) for s in done) / sum(s.seconds for s in done)
         for arm in arms:
@@ -236,12 +238,12 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(name)
     decoder = Decoder(loaded.model)
     search_half, figures_half = halves(options.data, options.pairs)
-    prompts = tuple(tokens_of(loaded, search_half))
+    prompts = tuple(encode_all(loaded, search_half))
     costs = measure_costs(decoder)
 
-    def task() -> Task:
+    def problem() -> SearchProblem:
         """Made anew for every strategy, so that none profits from another's texts."""
-        return Task(decoder, prompts, costs, options.max_new_tokens, loaded.end_tokens)
+        return SearchProblem(decoder, prompts, costs, options.max_new_tokens, loaded.end_tokens)
 
     strategies: list[Strategy] = [ConfLayers(patience=8), Knapsack(), Knapsack.clasp(), Greedy()]
     strategies += [Swift(), Unified(1.5), Unified(2.0)]
@@ -250,17 +252,17 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         plan
         for strategy in strategies
         if not wanted or strategy.name in wanted
-        for plan in search(strategy, task())
+        for plan in search(strategy, problem())
     ]
     if not wanted or "auto" in wanted:
-        plans.append(search_auto([Unified(1.5), *strategies[:5]], task(), options.budget))
-    rows = measure(plans, tokens_of(loaded, figures_half), task())
+        plans.append(search_auto([Unified(1.5), *strategies[:5]], problem(), options.budget))
+    rows = measure(plans, encode_all(loaded, figures_half), problem())
     for row in rows:
         print(line(row), flush=True)
     return {
         "model": name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "environment": describe(loaded.device),
+        "environment": describe_environment(loaded.device),
         "prompts": {
             "search": [prompt.id for prompt in search_half],
             "figures": [prompt.id for prompt in figures_half],

@@ -25,7 +25,7 @@ from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
@@ -41,7 +41,7 @@ def chosen(options: argparse.Namespace) -> list[Prompt]:
     return prompts[:most]
 
 
-def requests_of(
+def make_requests(
     loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[GenerationRequest]:
     """The prompts as the model gets them."""
@@ -130,7 +130,7 @@ def main() -> None:
     for name in options.models:
         loaded = load_model(name)
         decoder = Decoder(loaded.model)
-        requests = requests_of(loaded, prompts, options.max_new_tokens)
+        requests = make_requests(loaded, prompts, options.max_new_tokens)
         decode(decoder, requests[:1], FULL)  # warms up
         rows = [
             row
@@ -149,7 +149,7 @@ def main() -> None:
             {
                 "model": name,
                 "dtype": str(loaded.dtype).removeprefix("torch."),
-                "environment": describe(loaded.device),
+                "environment": describe_environment(loaded.device),
                 "prompts": [prompt.id for prompt in prompts],
                 "max_new_tokens": options.max_new_tokens,
                 "repeats": options.repeats,

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 class ConfLayersError(Exception):
-    """A failure while working. The command ends with exit code 1.
+    """A failure while working, exit code 1.
 
-    Below the command line messages name arguments (``max_new_tokens``, ``exact=False``); the
-    command line shows them as its flags (see `conflayers_cli.cli.flags`).
+    Messages name arguments (``max_new_tokens``, ``exact=False``), which the command line shows as
+    its flags (see `conflayers_cli.cli.flags`).
 
     Args:
         message: one line.
-        names: the arguments' names in the message, each as it stands there, with words behind it
-            where the same word also means something else: ``device out`` in "leave device out".
+        names: the arguments' names as written in the message, with following words where the same
+            word also means something else: ``device out`` in "leave device out".
     """
 
     exit_code = 1

@@ -7,25 +7,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from conflayers_cli.errors import InputError
+
 Weights = Literal["int4"]
-"""Weights that a draft may use in place of the model's own."""
+"""Quantised weights that a draft may use instead of the model's own."""
 WEIGHTS: tuple[Weights, ...] = ("int4",)
 
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """The attention and MLP sub-layers, by layer index, that a draft leaves out.
+    """The sub-layers that a draft leaves out, and the weights that the others use.
 
-    The residual stream passes a skipped sub-layer unchanged. A layer whose two sub-layers are both
-    named is skipped whole. The empty plan is the full model. Indices are sorted and unique, so that
-    equal plans are equal objects and can key a dictionary.
+    The residual stream passes a skipped sub-layer unchanged. The empty plan is the full model.
 
-    The layers that run may do so with rounded weights (``weights``, see :mod:`conflayers_cli.kernels.int4_linear`); a plan that
-    says so is not empty, even if it leaves out nothing.
+    Attributes:
+        attention, mlp: layer indices, sorted and unique, so that plans can key a dictionary; a
+            layer in both is skipped whole.
+        weights: see :mod:`conflayers_cli.kernels.int4_linear`; None: the model's own.
 
     Raises:
-        ValueError: an index is negative, repeated, not sorted, or not an integer; weights are of an
-            unknown kind.
+        ValueError: indices or weights are not like that.
     """
 
     attention: tuple[int, ...] = ()
@@ -45,10 +46,7 @@ class SkipPlan:
 
     @classmethod
     def of(
-        cls,
-        attention: Iterable[int] = (),
-        mlp: Iterable[int] = (),
-        weights: Weights | None = None,
+        cls, attention: Iterable[int] = (), mlp: Iterable[int] = (), weights: Weights | None = None
     ) -> SkipPlan:
         """A plan from indices in any order, repeats merged."""
         return cls(tuple(sorted(set(attention))), tuple(sorted(set(mlp))), weights)
@@ -66,14 +64,11 @@ class SkipPlan:
 
     @classmethod
     def unified(cls, depth: int, speedup: float) -> SkipPlan:
-        """Evenly spaced layers kept, the rest skipped (Unified Layer Skipping, arXiv 2404.06954).
-
-        Args:
-            depth: L, layers of the model.
-            speedup: the target ratio S; max(2, round(L / S)) layers are kept, both ends among them.
+        """Of L layers, max(2, round(L / speedup)) are kept, evenly spaced, with both ends, the rest
+        skipped (Unified Layer Skipping, arXiv 2404.06954).
 
         Raises:
-            ValueError: the ratio is under 1 or no finite number.
+            ValueError: the speed-up is under 1 or no finite number.
         """
         if not (math.isfinite(speedup) and speedup >= 1):
             raise ValueError("allowed is a finite number from 1 on")
@@ -86,7 +81,7 @@ class SkipPlan:
         return bool(self.attention or self.mlp or self.weights)
 
     def __len__(self) -> int:
-        """How many sub-layers are left out."""
+        """The number of sub-layers left out."""
         return len(self.attention) + len(self.mlp)
 
     @property
@@ -96,17 +91,24 @@ class SkipPlan:
 
     @property
     def partial(self) -> tuple[int, ...]:
-        """The layers of which just one sub-layer is skipped."""
+        """The layers of which one sub-layer is skipped."""
         return tuple(sorted(set(self.attention) ^ set(self.mlp)))
 
     def check(self, depth: int) -> None:
-        """Raise ValueError unless the plan fits a model of ``depth`` layers.
-
-        The first and the last layer are never skipped (ALGORITHMS: ConfLayers, SWIFT).
-        """
+        """Raise ValueError unless the plan fits a model of ``depth`` layers, of which the first and
+        the last are never skipped (as in ConfLayers and SWIFT)."""
         named = set(self.attention) | set(self.mlp)
         if named and not 1 <= min(named) <= max(named) <= depth - 2:
             raise ValueError(
                 f"layers {min(named)}–{max(named)} named, but of a model with {depth} layers only "
                 f"1–{depth - 2} may be skipped (the first and the last never)"
             )
+
+
+def check_target_speedup(target_speedup: float | None) -> None:
+    """Raise InputError unless a target speed-up is a finite number from 1 on, or None."""
+    if target_speedup is not None and not 1 <= target_speedup < math.inf:
+        raise InputError(
+            f"target_speedup {target_speedup:g}: allowed is a finite number from 1 on",
+            names=("target_speedup",),
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.models.structure import find_layers
+from conflayers_cli.models.support import find_layers
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 

@@ -244,7 +244,7 @@ def test_ratios_are_of_neighbouring_runs_of_some_length() -> None:
 
 
 def test_texts_are_of_their_length_and_begin_differently() -> None:
-    assert context.texts_of([[1, 2, 3], [4, 5]], 7, 3) == [
+    assert context.repeat_to_length([[1, 2, 3], [4, 5]], 7, 3) == [
         (1, 2, 3, 4, 5, 1, 2),
         (4, 5, 1, 2, 3, 4, 5),
         (1, 2, 3, 4, 5, 1, 2),

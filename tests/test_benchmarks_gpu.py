@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def bench_of(*arguments: str) -> Bench:
-    return Bench(gpu.options_of(["--quick", "--device", "cpu", *arguments]))
+    return Bench(gpu.parse_options(["--quick", "--device", "cpu", *arguments]))
 
 
 def step(tokens: int, drafted: int) -> Step:
@@ -164,9 +164,9 @@ def test_letters_tell_bits_apart_by_rows_and_place() -> None:
     def last_place_differs(count: int, place: int) -> torch.Tensor:
         return torch.tensor([float(count > 4 and place > 0)])
 
-    assert gpu_kernels.letters_of(lambda count, place: torch.ones(1)) == ["A"] * 6
-    assert gpu_kernels.letters_of(one_row_differs) == ["A", *"BBBBB"]
-    assert gpu_kernels.letters_of(last_place_differs) == [*"AAA", "AB", "AB", "AB"]
+    assert gpu_kernels.classify_rows(lambda count, place: torch.ones(1)) == ["A"] * 6
+    assert gpu_kernels.classify_rows(one_row_differs) == ["A", *"BBBBB"]
+    assert gpu_kernels.classify_rows(last_place_differs) == [*"AAA", "AB", "AB", "AB"]
 
 
 def test_the_row_under_test_is_given_in_its_place() -> None:

@@ -17,9 +17,9 @@ from benchmarks.gpu_timing import OutOfTimeError
 from benchmarks.paper_figures import FIGURES, published
 from benchmarks.paper_tasks import TASKS, PaperTask, Row, built, few_shot, paper_prompts
 from benchmarks.reproduce_papers import MODELS, SETTINGS, SHOTS, main
-from conflayers_cli.cli.strategies import STRATEGIES
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.generation.prompts import read_prompts
+from conflayers_cli.search.strategies.registry import STRATEGIES
 from tests.cli.conftest import save_model, save_profile
 
 ALPACA = "Below is an instruction that describes a task"
@@ -137,11 +137,11 @@ def test_the_settings_are_the_papers() -> None:
 def test_published_figures_go_with_their_cells() -> None:
     (exact, over_all) = published("conflayers", "llama-2-13b", "cnndm")
     assert (exact.tokens_per_step, exact.acceptance_rate) == (4.33, 0.972)
-    assert exact.told == "4.33 tokens/step, 97.2% accepted"
-    assert over_all.told == "up to 1.4×"
+    assert exact.text == "4.33 tokens/step, 97.2% accepted"
+    assert over_all.text == "up to 1.4×"
     assert published("conflayers", "llama-2-70b", "gsm8k")[0].acceptance_rate == 0.946
     assert all(set(figure.models) <= set(MODELS) for figure in FIGURES)
-    assert [each.told for each in published("swift", "qwen2.5-14b", "gsm8k")] == ["1.3–1.6×"]
+    assert [each.text for each in published("swift", "qwen2.5-14b", "gsm8k")] == ["1.3–1.6×"]
     assert published("greedy", "llama-2-13b", "cnndm") == []
     known = {*STRATEGIES, paper_search.PUBLISHED}
     assert all(set(figure.strategies) <= known and "arXiv" in figure.source for figure in FIGURES)

@@ -90,10 +90,12 @@ def test_links_lead_to_files(page: str) -> None:
 
 def test_the_page_says_what_a_strategy_is_given() -> None:
     """What the table of ``contributing.md`` names exists."""
-    from conflayers_cli.search.problem import Task
+    from conflayers_cli.search.problem import SearchProblem
 
     text = (DOCS / "contributing.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`task\.(\w+)", text))
-    assert {"decoder", "objective", "texts", "on_trial", "out_of_time", "memo"} <= named
-    known = set(Task.__dataclass_fields__) | {n for n in vars(Task) if not n.startswith("_")}
+    named = set(re.findall(r"`problem\.(\w+)", text))
+    assert {"decoder", "objective", "continuations", "on_trial", "out_of_time", "memo"} <= named
+    known = set(SearchProblem.__dataclass_fields__) | {
+        n for n in vars(SearchProblem) if not n.startswith("_")
+    }
     assert named <= known

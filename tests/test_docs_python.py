@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conflayers_cli.kernels.packed_linear import PackedLinear
+from conflayers_cli.kernels.packed_linear import MergedLinearPart
 from conflayers_cli.models import source
 from tests.cli.conftest import save_model, save_profile
 
@@ -41,7 +41,7 @@ def test_the_page(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert known["answer"].stats.accepted > 0
     assert known["pieces"].answer.text in printed[2]
     assert known["tokenizer"].decode(known["output"][0]) in printed[3]
-    assert not any(isinstance(each, PackedLinear) for each in known["own"].modules())
+    assert not any(isinstance(each, MergedLinearPart) for each in known["own"].modules())
     said = re.search(r"print\(error\)  # (.*)", SNIPPETS[-1])
     assert said
     assert printed[-1] == f"{said[1]}\n"

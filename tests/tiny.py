@@ -151,10 +151,12 @@ def generation(
     prompt: list[int],
     count: int,
     sampling: SamplingParams | None = None,
+    on_token: Callable[[int], bool] | None = None,
     **more: Any,
 ) -> Generation:
     """A request of these at work; what else there is goes to `Generation`."""
-    return Generation(model, GenerationRequest(prompt, count, sampling or SamplingParams()), **more)
+    request = GenerationRequest(prompt, count, sampling or SamplingParams(), on_token=on_token)
+    return Generation(model, request, **more)
 
 
 def steps_of(generation: Generation) -> list[Step]:
@@ -179,8 +181,8 @@ def keeps_its_text(
     """Drafts of ``size`` tokens under a plan: greedy output is vanilla's; sampled output ends where
     it should."""
     tokens, sampling = prompt(6, seed), SamplingParams(temperature=temperature, seed=seed)
-    drafter = SkipProposer(model, plan, size, 0.0)
-    text = Generation(model, GenerationRequest(tokens, 20, sampling), drafter=drafter)
+    proposer = SkipProposer(model, plan, size, 0.0)
+    text = Generation(model, GenerationRequest(tokens, 20, sampling), proposer=proposer)
     assert sum(step.drafted for step in steps_of(text)) > 0
     assert len(text.output) == 20
     if sampling.greedy:

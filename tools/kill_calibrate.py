@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.cli.calibrate_journal import journal_path
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.search.journal import parsed
+from conflayers_cli.search.journal import journal_path, parse_journal
 from conflayers_cli.utils.files import write_json
 from tests.cli.conftest import save_model, write_prompts
 
@@ -37,7 +36,7 @@ STRATEGIES = {
     "greedy": ("--patience", 4),
     "auto": ("--budget", 600),
 }
-MOST_LIVES = 60
+MAX_LIVES = 60
 POLL = 0.002
 """Seconds between two looks at the journal's size."""
 
@@ -50,8 +49,8 @@ class FaultError(Exception):
 
 
 @dataclass
-class Fate:
-    """What became of one calibration.
+class KillRecord:
+    """The kills of one calibration.
 
     Attributes:
         kills: by kind of moment.
@@ -112,7 +111,7 @@ def start(arguments: Sequence[object], cache: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def ended(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+def wait_for_answer(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     """The answer of a process that ends by itself."""
     out, err = process.communicate()
     if process.returncode:
@@ -121,18 +120,18 @@ def ended(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     return document
 
 
-def hunted(
+def calibrate_with_kills(
     arguments: Sequence[object],
     profile: Path,
     cache: Path,
     moments: Sequence[tuple[str, Moment]],
-) -> tuple[Fate, dict[str, Any]]:
-    """Calibrate, killed at each of the moments as far as it lives to see them; the answer, too.
+) -> tuple[KillRecord, dict[str, Any]]:
+    """Calibrate, killed at each of the moments until it ends; what happened, and the answer.
 
     Raises:
         FaultError: what should hold does not.
     """
-    fate, before, journal = Fate(), b"", journal_path(profile)
+    record, before, journal = KillRecord(), b"", journal_path(profile)
     begin = time.perf_counter()
     for kind, moment in moments:
         process = start([*arguments, "--resume"], cache)
@@ -141,30 +140,30 @@ def hunted(
             process.communicate()
         if process.returncode != -9:
             break
-        fate.kills[kind] = fate.kills.get(kind, 0) + 1
+        record.kills[kind] = record.kills.get(kind, 0) + 1
         if profile.exists() and not journal.exists():  # all but its process had ended
-            fate.seconds = time.perf_counter() - begin
-            return fate, {}
+            record.seconds = time.perf_counter() - begin
+            return record, {}
         now = journal.read_bytes() if journal.exists() else b""
-        fate.entries.append(_checked(journal, before, now))
+        record.entries.append(_check_journal(journal, before, now))
         before = now
         if profile.exists():
             Profile.load(profile)
     else:
         process = start([*arguments, "--resume"], cache)
-    answer = ended(process)
-    fate.seconds = time.perf_counter() - begin
-    return fate, answer
+    answer = wait_for_answer(process)
+    record.seconds = time.perf_counter() - begin
+    return record, answer
 
 
-def _checked(journal: Path, before: bytes, now: bytes) -> int:
+def _check_journal(journal: Path, before: bytes, now: bytes) -> int:
     """How many entries a journal has; FaultError unless it is the one before, grown."""
     whole = before[: before.rfind(b"\n") + 1]
     if not now.startswith(whole):
         raise FaultError(
             f"{journal}: of {len(whole)} bytes written before there are {len(now)} now, or others"
         )
-    content = parsed(journal, now)
+    content = parse_journal(journal, now)
     if content.size != len(now[: now.rfind(b"\n") + 1]):
         raise FaultError(f"{journal}: a line is damaged")
     if len(content.entries) < now.count(b"\n") - 1:
@@ -192,41 +191,41 @@ def check_end(profile: Path, answer: dict[str, Any], undisturbed: dict[str, Any]
         raise FaultError("the search looked at other sets than undisturbed")
 
 
-def hunt(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
+def run_strategy(name: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """One strategy's calibrations, killed so often in all."""
     generator, cache = random.Random(seed), folder / "cache"
     common = ["--model", folder / "tiny", "--data", folder / "prompts.jsonl", "--json"]
     common += ["--dtype", "float32", "-n", 32, "--refine-limit", 40, "--strategy", name]
     common += STRATEGIES[name]
 
-    def place(number: int) -> Path:
+    def profile_path(number: int) -> Path:
         own = folder / f"{name}-{number}"
         own.mkdir()
         return own / "found.yaml"
 
-    start([*common, "-o", place(0)], cache).communicate()  # measures what passes cost
+    start([*common, "-o", profile_path(0)], cache).communicate()  # measures what passes cost
     begin = time.perf_counter()
-    undisturbed = ended(start([*common, "-o", place(1)], cache))
+    undisturbed = wait_for_answer(start([*common, "-o", profile_path(1)], cache))
     seconds = time.perf_counter() - begin
-    fates: list[Fate] = []
-    while sum(sum(fate.kills.values()) for fate in fates) < kills:
-        profile = place(len(fates) + 2)
+    records: list[KillRecord] = []
+    while sum(sum(record.kills.values()) for record in records) < kills:
+        profile = profile_path(len(records) + 2)
         kinds = [
             ("random", at_random(generator, seconds)),
             ("growth", at_growth(generator, most=8)),
         ]
-        moments = [generator.choice(kinds) for _ in range(generator.randint(2, MOST_LIVES))]
-        fate, answer = hunted([*common, "-o", profile], profile, cache, moments)
+        moments = [generator.choice(kinds) for _ in range(generator.randint(2, MAX_LIVES))]
+        record, answer = calibrate_with_kills([*common, "-o", profile], profile, cache, moments)
         if name != "auto":  # which strategies the time reaches depends on the machine
             check_end(profile, answer, undisturbed)
         else:
             check_end(profile, {}, undisturbed)
-        fates.append(fate)
-        print(f"{name}: {fate.kills}, entries found {fate.entries}, {fate.seconds:.0f} s")
+        records.append(record)
+        print(f"{name}: {record.kills}, entries found {record.entries}, {record.seconds:.0f} s")
     return {
         "seconds_undisturbed": seconds,
-        "kills": sum(sum(fate.kills.values()) for fate in fates),
-        "calibrations": [asdict(fate) for fate in fates],
+        "kills": sum(sum(record.kills.values()) for record in records),
+        "calibrations": [asdict(record) for record in records],
     }
 
 
@@ -243,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_model(folder / "tiny", num_hidden_layers=8)
         write_prompts(folder / "prompts.jsonl", *(f"Tell me about {i}." for i in range(6)))
         results = {
-            name: hunt(name, options.kills, options.seed, folder) for name in options.strategies
+            name: run_strategy(name, options.kills, options.seed, folder)
+            for name in options.strategies
         }
     total = sum(result["kills"] for result in results.values())
     print(f"{total} kills, and every calibration came to its end; nothing lost or left behind")

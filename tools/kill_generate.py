@@ -6,7 +6,7 @@ just when its output grows, and resumed, until it ends by itself. Then its outpu
 uninterrupted run's, byte for byte but for times. (Several prompts at once are drafted for as it
 pays by measured costs: there the counts of drafts may differ, too, and what is sampled is decoded
 without drafts.) Since a line is one write of the system, which no kill is likely to hit, the output
-is also cut at every byte of its last lines and mended.
+is also cut at every byte of its last lines and check_cuts.
 
     python -m tools.kill_generate --output kill-generate.json
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import JsonLines, LineKey, write_json
 from tests.cli.conftest import save_model, save_profile, write_prompts
 
@@ -61,7 +61,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
-def timeless(content: bytes, counts: bool = True) -> list[str]:
+def without_times(content: bytes, counts: bool = True) -> list[str]:
     """The lines without times, each dumped anew; every one has to be whole.
 
     Args:
@@ -82,7 +82,7 @@ def timeless(content: bytes, counts: bool = True) -> list[str]:
     return lines
 
 
-def started(arguments: Sequence[object], folder: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[object], folder: Path) -> subprocess.Popen[bytes]:
     """The command line in a process of its own."""
     environment = {
         **os.environ,
@@ -96,15 +96,15 @@ def started(arguments: Sequence[object], folder: Path) -> subprocess.Popen[bytes
     )
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def killed(
+def kill_at(
     process: subprocess.Popen[bytes], output: Path, at: float | None, delay: float = 0.0
 ) -> bool:
     """Kill after ``at`` seconds, or ``delay`` after the output has grown; False: it ended first."""
-    begin, before = time.monotonic(), size_of(output)
+    begin, before = time.monotonic(), file_size(output)
     while process.poll() is None:
         now = time.monotonic() - begin
         if now > LIMIT:
@@ -112,7 +112,7 @@ def killed(
             raise TimeoutError(f"no end after {LIMIT:.0f} s")
         if at is not None and now >= at:
             break
-        if at is None and size_of(output) > before:
+        if at is None and file_size(output) > before:
             time.sleep(delay)
             break
         time.sleep(0.0005)
@@ -123,31 +123,31 @@ def killed(
     return process.returncode == -signal.SIGKILL
 
 
-def torture(
+def run_with_kills(
     way: str, arguments: Sequence[object], folder: Path, kills: int, draw: random.Random
 ) -> Tally:
     """One way of decoding, until it has been killed so often."""
     tally = Tally(way)
     whole = folder / f"{way}-whole.jsonl"
     begin = time.monotonic()
-    first = started([*arguments, "-o", whole], folder)
+    first = start([*arguments, "-o", whole], folder)
     _, said = first.communicate(timeout=LIMIT)
     tally.seconds = time.monotonic() - begin
     if first.returncode:
         raise RuntimeError(said.decode())
     counts = not way.endswith("-4")
-    expected = timeless(whole.read_bytes(), counts)
+    expected = without_times(whole.read_bytes(), counts)
     while tally.kills < kills:
         output = folder / f"{way}-{tally.rounds}.jsonl"
         while True:
-            process = started([*arguments, "-o", output, "--resume"], folder)
+            process = start([*arguments, "-o", output, "--resume"], folder)
             grown = draw.random() < 0.5
             if tally.kills >= kills:
-                ended = not killed(process, output, LIMIT)
+                ended = not kill_at(process, output, LIMIT)
             elif grown:
-                ended = not killed(process, output, None, draw.choice([0.0, 0.0, 0.002, 0.02]))
+                ended = not kill_at(process, output, None, draw.choice([0.0, 0.0, 0.002, 0.02]))
             else:
-                ended = not killed(process, output, draw.uniform(0.0, tally.seconds))
+                ended = not kill_at(process, output, draw.uniform(0.0, tally.seconds))
             if ended:
                 break
             tally.kills += 1
@@ -157,7 +157,7 @@ def torture(
         tally.rounds += 1
         if process.returncode:
             tally.faults.append(f"exit code {process.returncode}: {said.decode().strip()}")
-        elif timeless(output.read_bytes(), counts) != expected:
+        elif without_times(output.read_bytes(), counts) != expected:
             tally.faults.append(f"{output.name} differs")
         if tally.faults:
             break
@@ -168,17 +168,17 @@ def check_partial(output: Path, expected: Sequence[str], tally: Tally, counts: b
     """What a kill left has to be a beginning of the whole; whether its last line is torn."""
     content = output.read_bytes() if output.exists() else b""
     whole = content.rfind(b"\n") + 1
-    found = timeless(content[:whole], counts)
+    found = without_times(content[:whole], counts)
     if found != expected[: len(found)]:
         tally.faults.append(f"{output.name}: not a beginning of the whole")
     return whole < len(content)
 
 
-def mended(whole: Path, lines: int) -> int:
+def check_cuts(whole: Path, lines: int) -> int:
     """Cut a copy at every byte of its last lines, and go on; how many cuts there were.
 
     Raises:
-        ValueError: one was not mended.
+        ValueError: one was not check_cuts.
     """
     content = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
@@ -231,9 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for number, way in enumerate(options.ways, 1):
             kills = options.kills * number // len(options.ways) - sum(t.kills for t in tallies)
-            tally = torture(way, [*common, *ways[way]], folder, kills, draw)
+            tally = run_with_kills(way, [*common, *ways[way]], folder, kills, draw)
             tallies.append(tally)
-            cuts[way] = mended(folder / f"{way}-whole.jsonl", 3)
+            cuts[way] = check_cuts(folder / f"{way}-whole.jsonl", 3)
             print(
                 f"{way}: {tally.kills} kills ({tally.grown} as the output grew, {tally.torn} left "
                 f"a torn line), {tally.rounds} outputs finished and the same; "
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(fault)
     if options.output:
         results = {"ways": [asdict(tally) for tally in tallies], "cuts": cuts, "seed": options.seed}
-        write_json(options.output, {**describe(torch.device("cpu")), **results})
+        write_json(options.output, {**describe_environment(torch.device("cpu")), **results})
     return bool(faults)
 
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import print_table, say
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import check_target, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ class Mutant:
         name: what is wrong with it.
         file: where, from the repository's root.
         old: text that occurs there exactly once.
-        new: what stands in its place.
+        new: what replaces it.
         tests: test files, or tests by their ids, one of which has to fail.
     """
 
@@ -74,7 +74,7 @@ class Verdict:
     """What came of a run of tests.
 
     Attributes:
-        status: "timeout" counts as killed, but is told apart.
+        status: "timeout" counts as killed.
         test: the first that failed, None where none did or time was up.
         seconds: of the run.
     """
@@ -90,7 +90,7 @@ def known_mutants() -> tuple[Mutant, ...]:
     return tuple(Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries)
 
 
-def chosen(names: Sequence[str] | None) -> list[Mutant]:
+def choose(names: Sequence[str] | None) -> list[Mutant]:
     """The mutants of these names, all of them for None.
 
     Raises:
@@ -102,12 +102,12 @@ def chosen(names: Sequence[str] | None) -> list[Mutant]:
     return [known[name] for name in dict.fromkeys(names or known)]
 
 
-def copied(folder: Path) -> Path:
-    """A copy of the repository as it stands, for tests to be run in."""
+def copy_repository(folder: Path) -> Path:
+    """A copy of the repository as it is, for tests to be run in."""
     return Path(shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*LEFT_OUT)))
 
 
-def verdict(copy: Path, tests: Sequence[str], limit: int) -> Verdict:
+def run_tests(copy: Path, tests: Sequence[str], limit: int) -> Verdict:
     """Run tests in a copy, up to the first that fails.
 
     Args:
@@ -148,7 +148,7 @@ def verdict(copy: Path, tests: Sequence[str], limit: int) -> Verdict:
     return Verdict("killed", found[1], seconds)
 
 
-def judged(mutants: Sequence[Mutant], limit: int) -> Iterator[tuple[Mutant, Verdict]]:
+def judge(mutants: Sequence[Mutant], limit: int) -> Iterator[tuple[Mutant, Verdict]]:
     """Each mutant and what came of it, in a copy that is made for all of them.
 
     Raises:
@@ -157,10 +157,10 @@ def judged(mutants: Sequence[Mutant], limit: int) -> Iterator[tuple[Mutant, Verd
     for mutant in mutants:  # all of them, before time is spent on any
         mutant.mutated(ROOT)
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(folder))
+        copy = copy_repository(Path(folder))
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         say(f"running {', '.join(tests)} without any fault")
-        plain = verdict(copy, tests, limit * len(tests))
+        plain = run_tests(copy, tests, limit * len(tests))
         if plain.status != "survived":
             what = "take too long" if plain.test is None else f"fail: {plain.test}"
             raise ConfLayersError(f"without any fault the tests {what}; mend that first")
@@ -169,7 +169,7 @@ def judged(mutants: Sequence[Mutant], limit: int) -> Iterator[tuple[Mutant, Verd
             before = file.read_bytes()
             file.write_text(mutant.mutated(copy), encoding="utf-8")
             try:
-                found = verdict(copy, mutant.tests, limit)
+                found = run_tests(copy, mutant.tests, limit)
             finally:
                 file.write_bytes(before)
             yield mutant, found
@@ -179,7 +179,7 @@ def save(output: Path | None, found: Sequence[tuple[Mutant, Verdict]]) -> None:
     """Write the results so far, where a file is asked for."""
     if output:
         rows = [{"name": m.name, "file": m.file, **asdict(v)} for m, v in found]
-        head = {"benchmark": "mutants", "environment": describe(torch.device("cpu"))}
+        head = {"benchmark": "mutants", "environment": describe_environment(torch.device("cpu"))}
         write_json(output, {**head, "mutants": rows})
 
 
@@ -215,14 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge the mutants; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        mutants = chosen(options.only)
+        mutants = choose(options.only)
         if options.list:
             print_table(["mutant", "file"], [(m.name, m.file) for m in mutants])
             return 0
         if options.output:
             check_target(options.output)
         found = []
-        for mutant, came in judged(mutants, options.limit):
+        for mutant, came in judge(mutants, options.limit):
             found.append((mutant, came))
             say(f"{len(found)} of {len(mutants)}: {came.status}: {mutant.name}")
             save(options.output, found)

@@ -27,7 +27,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import common
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.generation.batch import Batch
@@ -39,18 +39,18 @@ from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 from conflayers_cli.spec_decode.tree import TreeShape
-from conflayers_cli.utils.environment import describe
+from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.memory import resident
 from tests.cli.conftest import save_model
 
 SETTLING = 0.2
 """Share of the rounds at the beginning in which allocators and caches still grow to their size."""
-MOST_SLOPE = 5.0
+MAX_SLOPE = 5.0
 """MiB per 1,000 generations that are no leak: below it the interval's lower end has to lie."""
 LENGTHS = (3, 17, 60, 130, 300)
 ANSWERS = (4, 9, 21, 13, 30)
-ROWS = 4
+BATCH_SIZE = 4
 
 Make = Callable[[Decoder, SkipPlan, CostTable], Proposer | None]
 WAYS: dict[str, Make] = {
@@ -63,51 +63,48 @@ WAYS: dict[str, Make] = {
     "mixed": lambda decoder, plan, costs: MixedProposer(decoder, plan, costs, max_tokens=8),
 }
 TOGETHER = ("vanilla", "ngram", "mixed")
-"""Ways that draft for several rows."""
+"""Ways that draft for several sequences."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is decoded.
+    """A prompt, and how it is decode.
 
     Attributes:
         way: who drafts.
-        rows: prompts decoded at once: this one and variants of it.
+        batch_size: prompts decoded at once: this one and variants of it.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams
     way: str
-    rows: int
+    batch_size: int
 
 
-def requests_of(vocabulary: int, room: int) -> list[Request]:
+def make_requests(vocabulary: int, context: int) -> list[Request]:
     """The fixed set: every way, greedy and sampled, alone and together, of mixed lengths."""
     found: list[Request] = []
-    laws = SamplingParams(), SamplingParams(temperature=0.9, top_p=0.95, seed=5)
-    for sampling in laws:
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.9, top_p=0.95, seed=5)):
         for way in WAYS:
-            for rows in (1, ROWS) if way in TOGETHER else (1,):
+            for batch_size in (1, BATCH_SIZE) if way in TOGETHER else (1,):
                 number = len(found)
-                length = min(LENGTHS[number % len(LENGTHS)], room // 2)
+                length = min(LENGTHS[number % len(LENGTHS)], context // 2)
                 # Repeating itself, so that n-grams draft.
                 period = [(number * 7919 + i * 104729) % vocabulary for i in range(12)]
                 prompt = tuple(period[i % len(period)] for i in range(length))
-                found.append(Request(prompt, ANSWERS[number % 4], sampling, way, rows))
+                found.append(Request(prompt, ANSWERS[number % 4], sampling, way, batch_size))
     return found
 
 
-def decoded(
-    decoder: Decoder, request: Request, plan: SkipPlan, costs: CostTable
-) -> list[list[int]]:
+def decode(decoder: Decoder, request: Request, plan: SkipPlan, costs: CostTable) -> list[list[int]]:
     """The texts of one request."""
-    drafter: Any = WAYS[request.way](decoder, plan, costs)
-    if request.rows == 1:
+    proposer: Any = WAYS[request.way](decoder, plan, costs)
+    if request.batch_size == 1:
         generation = Generation(
             decoder,
             GenerationRequest(request.prompt, request.max_new_tokens, request.sampling),
-            drafter=drafter,
+            proposer=proposer,
         )
         for _ in generation:
             pass
@@ -116,17 +113,17 @@ def decoded(
         GenerationRequest(
             request.prompt[i:] or request.prompt, request.max_new_tokens, request.sampling
         )
-        for i in range(request.rows)
+        for i in range(request.batch_size)
     ]
-    batch = Batch(decoder, variants, size=request.rows - 1, drafter=drafter)
+    batch = Batch(decoder, variants, size=request.batch_size - 1, proposer=proposer)
     batch.run()
     return batch.outputs
 
 
-def even_costs(depth: int) -> CostTable:
+def constant_costs(depth: int) -> CostTable:
     """Made-up costs by which drafting pays, the same on every machine."""
     verify = {width: 1.0 + 0.02 * width for width in range(1, 40)}
-    return CostTable({1: Costs(verify, 0.1, 0.4 / depth, 0.4 / depth, 64)}, depth)
+    return CostTable({1: PassCosts(verify, 0.1, 0.4 / depth, 0.4 / depth, 64)}, depth)
 
 
 @dataclass
@@ -150,13 +147,13 @@ def soak(
     decoder: Decoder, plan: SkipPlan, requests: Sequence[Request], most: int, minutes: float
 ) -> list[Round]:
     """Rounds until so many texts are decoded, or the time is up."""
-    costs = even_costs(decoder.depth)
+    costs = constant_costs(decoder.depth)
     begin, first, rounds, generations = time.monotonic(), [], list[Round](), 0
     while generations < most and (time.monotonic() - begin) / 60 < minutes:
         taken, different = [], []
         for number, request in enumerate(requests):
             started = time.perf_counter()
-            texts = decoded(decoder, request, plan, costs)
+            texts = decode(decoder, request, plan, costs)
             taken.append((time.perf_counter() - started) / sum(map(len, texts)))
             generations += len(texts)
             if not rounds:
@@ -172,8 +169,8 @@ def soak(
     return rounds
 
 
-def slope_of(rounds: Sequence[Round]) -> dict[str, float] | None:
-    """MiB per 1,000 generations, with its interval; None: too little to tell."""
+def fit_slope(rounds: Sequence[Round]) -> dict[str, float] | None:
+    """MiB per 1,000 generations, with its interval; None: too few rounds."""
     behind = [each for each in rounds[int(len(rounds) * SETTLING) :] if each.resident is not None]
     if len(behind) < 4:
         return None
@@ -182,7 +179,7 @@ def slope_of(rounds: Sequence[Round]) -> dict[str, float] | None:
     return {"slope": float(fit[0]), "low": float(fit[2]), "high": float(fit[3])}
 
 
-def latencies_of(rounds: Sequence[Round]) -> list[dict[str, float]]:
+def latency_by_hundred(rounds: Sequence[Round]) -> list[dict[str, float]]:
     """By hundred generations: the median of their rounds' milliseconds a token."""
     parts: dict[int, list[float]] = {}
     for each in rounds:
@@ -193,7 +190,7 @@ def latencies_of(rounds: Sequence[Round]) -> list[dict[str, float]]:
     ]
 
 
-def verdict_of(rounds: Sequence[Round], slope: dict[str, float] | None) -> tuple[bool, str]:
+def judge_rounds(rounds: Sequence[Round], slope: dict[str, float] | None) -> tuple[bool, str]:
     """(whether all is well, what to say)."""
     different = sum(len(each.different) for each in rounds)
     texts = f"{rounds[-1].generations} texts in {len(rounds)} rounds, {different} different"
@@ -202,9 +199,9 @@ def verdict_of(rounds: Sequence[Round], slope: dict[str, float] | None) -> tuple
     figures = (
         f"{slope['slope']:+.2f} MiB per 1,000 texts ({slope['low']:+.2f}–{slope['high']:+.2f})"
     )
-    leaks = slope["low"] > MOST_SLOPE
-    told = "memory grows" if leaks else "memory does not grow"
-    return not different and not leaks, f"{texts}; {told}: {figures}"
+    leaks = slope["low"] > MAX_SLOPE
+    memory = "memory grows" if leaks else "memory does not grow"
+    return not different and not leaks, f"{texts}; {memory}: {figures}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,18 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = str(save_model(Path(made) / "tiny")) if tiny else options.model
         loaded, decoder = open_model(source, LoadOptions(dtype=options.dtype))
         plan = SkipPlan.of_layers(range(1, decoder.depth - 1, 4))
-        requests = requests_of(decoder.vocabulary, loaded.context_length or 1024)
+        requests = make_requests(decoder.vocabulary, loaded.context_length or 1024)
         rounds = soak(decoder, plan, requests, options.generations, options.minutes)
-    slope = slope_of(rounds)
-    well, told = verdict_of(rounds, slope)
-    print(told)
+    slope = fit_slope(rounds)
+    passed, verdict = judge_rounds(rounds, slope)
+    print(verdict)
     if options.output:
         results = {
             "benchmark": "soak",
             "model": options.model,
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "environment": describe(loaded.device),
-            "verdict": told,
+            "environment": describe_environment(loaded.device),
+            "verdict": verdict,
             "slope_mib_per_1000": slope,
             "curve": [
                 {
@@ -245,10 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 }
                 for each in rounds
             ],
-            "latency": latencies_of(rounds),
+            "latency": latency_by_hundred(rounds),
         }
         write_json(options.output, results)
-    return not well
+    return not passed
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The engine on somebody else's model, which between uses is what it was before.
+"""The engine on a user's own model, which is restored between uses.
 
-While the engine decodes, a model's attention goes through the engine, and on a CPU linear layers
-whose weights lie in the processor's order stand where its own were (see `engine.packing`); on a GPU
-weights of one input are views of one tensor (see `engine.fused`). All of that is an exchange of
-entries in the module tables, so it can be taken back and done again in no time, as long as both
-weights are kept.
+While the engine decodes, attention goes through it, and linear layers are packed (on a CPU, see
+`kernels.packed_linear`) or merged (on a GPU). Both only exchange entries of the module tables, so
+they are undone and redone at once, as long as both weights are kept.
 """
 
 from __future__ import annotations
@@ -13,40 +11,38 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.packed_linear import Packing
-from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
-from conflayers_cli.models.peft_modules import unwrapped
+from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
+from conflayers_cli.models.peft_modules import unwrap_peft
 from conflayers_cli.spec_decode.proposer import Proposer
 
-_ATTRIBUTE = "conflayers_borrowed"
-"""Where a model keeps its engine, so that the two end together."""
+_ATTRIBUTE = "conflayers_engine"
+"""Where a model keeps its engine, so that the two are freed together."""
 _ABSENT = object()
 _SAMPLED = 4
-"""Values of a weight that are looked at."""
+"""Values of each weight that are compared."""
 
 _Table = MutableMapping[str, Any]
 
 
-class Borrowed:
-    """A model that the engine decodes with now and then.
+class AttachedEngine:
+    """The engine on a user's model.
 
     Args:
         model: a transformers causal language model.
         exact: as for `Decoder`.
-        in_place: hold no weights twice. Then the model keeps the engine's between uses, too: it
-            still computes the same, but for rounding, but can't be saved until it is
-            :func:`release` d.
+        in_place: hold no weights twice. The model keeps the engine's between uses: it computes the
+            same, but for rounding, and can't be saved until :func:`release`.
 
     Attributes:
-        decoder, loaded: the engine's view of the model; to be used within :meth:`at_work`.
-        drafters: what drafted before, by whoever uses this.
+        decoder, loaded: the engine's view of the model; to be used within :meth:`active`.
+        proposers: see `.proposers.get_proposer`.
 
     Raises:
         InputError: as `Decoder`; the model is as it was.
@@ -54,40 +50,39 @@ class Borrowed:
 
     def __init__(self, model: Any, *, exact: bool = True, in_place: bool = False) -> None:
         self.exact, self.in_place = exact, in_place
-        self.drafters: dict[Hashable, Proposer | None] = {}
+        self.proposers: dict[Hashable, Proposer | None] = {}
         self._lock = threading.RLock()
         self._users = 0
         self._training: list[nn.Module] = []
         tables = _tables(model, settings_only=in_place)
         before = [dict(table) for table in tables]
         self._model = model
-        self._rest()
+        self._eval()
         try:
             self.decoder = Decoder(model, exact=exact)
         finally:
-            # Also after a failure: whatever was done until then is taken back.
             self._swaps = list(_differences(tables, before))
             self._restore()
         name = getattr(model, "name_or_path", "") or type(model).__name__
-        self.loaded: LoadedModel = as_loaded(model, None, name, f"{model.dtype}, as it is")
-        self._state = _State(model)
+        self.loaded: LoadedModel = wrap_model(model, None, name, f"{model.dtype}, as it is")
+        self._state = _ModelState(model)
 
-    def fits(self, *, exact: bool, in_place: bool) -> bool:
-        """Whether this is the way wanted, and the model still is what it was."""
+    def is_current(self, *, exact: bool, in_place: bool) -> bool:
+        """Whether it was made with these options, and the model has not changed since."""
         same = (self.exact, self.in_place) == (exact, in_place)
-        return same and (self._users > 0 or self._state.holds(self._model))
+        return same and (self._users > 0 or self._state.matches(self._model))
 
     @contextmanager
-    def at_work(self) -> Iterator[Decoder]:
+    def active(self) -> Iterator[Decoder]:
         """Within: the model is the engine's, and in evaluation mode. Always restored.
 
-        Hooks that somebody registered are called, for drafts and for several tokens at once, too.
+        The user's hooks are called, for drafts and for several tokens at once, too.
         """
         with self._lock:
             if not self._users:
                 for table, key, _, engines in self._swaps:
                     _put(table, key, engines)
-                self._rest()
+                self._eval()
             self._users += 1
         hooked = any(m._forward_pre_hooks or m._forward_hooks for m in self._model.modules())
         try:
@@ -99,8 +94,8 @@ class Borrowed:
                 if not self._users:
                     self._restore()
 
-    def _rest(self) -> None:
-        """Put the modules that are being trained into evaluation mode."""
+    def _eval(self) -> None:
+        """Put the modules in training mode into evaluation mode."""
         self._training = [module for module in self._model.modules() if module.training]
         for module in self._training:
             module.training = False
@@ -114,10 +109,10 @@ class Borrowed:
 
 
 class _Holder:
-    """Keeps a model's engine. A copy of the model, in memory or in a pickle, has none."""
+    """Keeps a model's engine, and is empty in copies and pickles of the model."""
 
-    def __init__(self, borrowed: Borrowed | None = None) -> None:
-        self.borrowed = borrowed
+    def __init__(self, engine: AttachedEngine | None = None) -> None:
+        self.engine = engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Holder:
         return _Holder()
@@ -126,68 +121,58 @@ class _Holder:
         return _Holder, ()
 
 
-def borrow(model: Any, *, exact: bool = True, in_place: bool = False) -> Borrowed:
-    """The engine on a model, made at the first call and kept on the model for the next ones.
+def attach(model: Any, *, exact: bool = True, in_place: bool = False) -> AttachedEngine:
+    """The engine on a model (or `PeftModel`), made at the first call and kept on the model.
 
-    It is made anew where weights, modules or hooks are not what they were. What changes a weight
-    behind PyTorch's back, through ``.data``, is noticed by a few of its values: whoever changes
-    others in such a way calls :func:`release`.
-
-    Args:
-        model, exact, in_place: as for `Borrowed`; the model may be a `PeftModel`, too.
-
-    Raises:
-        InputError: as `Decoder`; the model is as it was.
+    It is made anew where weights, modules or hooks have changed. Changes through ``.data`` are only
+    noticed by a few values of each weight: call :func:`release` after others. Arguments and errors
+    as of `AttachedEngine`.
     """
-    model = unwrapped(model)
+    model = unwrap_peft(model)
     holder = vars(model).get(_ATTRIBUTE)
-    borrowed = holder.borrowed if isinstance(holder, _Holder) else None
-    if borrowed is None or not borrowed.fits(exact=exact, in_place=in_place):
+    engine = holder.engine if isinstance(holder, _Holder) else None
+    if engine is None or not engine.is_current(exact=exact, in_place=in_place):
         release(model)
-        borrowed = Borrowed(model, exact=exact, in_place=in_place)
-        setattr(model, _ATTRIBUTE, _Holder(borrowed))
-    return borrowed
+        engine = AttachedEngine(model, exact=exact, in_place=in_place)
+        setattr(model, _ATTRIBUTE, _Holder(engine))
+    return engine
 
 
 def release(model: Any) -> None:
-    """Forget the engine on a model, with the memory it took; it is made again when it is needed.
+    """Free the engine on a model; it is made again when needed.
 
-    A model that was used ``in_place`` gets weights of its own back, which need no gradients.
+    A model that was used ``in_place`` gets weights of its own back, without gradients.
     """
-    model = unwrapped(model)
+    model = unwrap_peft(model)
     holder = vars(model).pop(_ATTRIBUTE, None)
-    if isinstance(holder, _Holder) and holder.borrowed is not None and holder.borrowed.in_place:
-        packing = Packing.earlier(model)
+    if isinstance(holder, _Holder) and holder.engine is not None and holder.engine.in_place:
+        packing = Packing.existing(model)
         if packing is not None:
             packing.undo()
 
 
-@dataclass(frozen=True)
-class _Swap:
-    """An entry of a table: what it is, and what it is while the engine is at work."""
+class _Swap(NamedTuple):
+    """An entry of a table: its own value, and the engine's while that is active."""
 
     table: _Table
     key: str
     own: Any
     engines: Any
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.table, self.key, self.own, self.engines))
 
-
-class _State:
-    """What a model was made of, so far as the engine depends on it."""
+class _ModelState:
+    """The modules and weights of a model that the engine depends on."""
 
     def __init__(self, model: Any) -> None:
-        self._parts = [(weakref.ref(part), _mark(part)) for part in _parts(model)]
+        self._parts = [(weakref.ref(part), _version(part)) for part in _parts(model)]
         self._values = _values(model)
 
-    def holds(self, model: Any) -> bool:
-        """Whether the model still is made of it."""
+    def matches(self, model: Any) -> bool:
+        """Whether the model still has them."""
         parts = list(_parts(model))
         same = len(parts) == len(self._parts) and all(
-            ref() is part and mark == _mark(part)
-            for part, (ref, mark) in zip(parts, self._parts, strict=True)
+            ref() is part and version == _version(part)
+            for part, (ref, version) in zip(parts, self._parts, strict=True)
         )
         return same and _values(model) == self._values
 
@@ -198,18 +183,18 @@ def _parts(model: nn.Module) -> Iterator[nn.Module | torch.Tensor]:
         yield from (weight for weight in module._parameters.values() if weight is not None)
 
 
-def _mark(part: nn.Module | torch.Tensor) -> tuple[Any, ...]:
-    """What changes when the part does."""
+def _version(part: nn.Module | torch.Tensor) -> tuple[Any, ...]:
+    """Changes when the part does."""
     if isinstance(part, nn.Module):
         hooks = (*part._forward_pre_hooks, *part._forward_hooks)
         return (*hooks, "forward" in vars(part))
     version = -1 if part.is_inference() else part._version
-    place = part.data_ptr() if type(part) is nn.Parameter else 0  # quantised ones have several
-    return version, part.dtype, part.device, place
+    address = part.data_ptr() if type(part) is nn.Parameter else 0  # quantised ones have several
+    return version, part.dtype, part.device, address
 
 
 def _values(model: nn.Module) -> list[float]:
-    """A few values of every weight: merging an adapter, for one, changes them all."""
+    """A few values of every weight; merging an adapter, for one, changes them all."""
     found: dict[torch.device, list[torch.Tensor]] = {}
     for weight in model.parameters():
         known = type(weight) is nn.Parameter and weight.numel() and not weight.is_meta
@@ -233,7 +218,7 @@ def _tables(model: Any, settings_only: bool) -> list[_Table]:
 
 
 def _gather(config: Any, configs: dict[int, Any]) -> None:
-    """Note a config and those within it; they name the attention that is used."""
+    """Collect a config and its sub-configs; they name the attention that is used."""
     if config is None or id(config) in configs:
         return
     configs[id(config)] = config

@@ -1,30 +1,40 @@
 """`model.generate(…, custom_generate=conflayers_generate)`: this engine under transformers' call.
 
-transformers prepares everything, inputs, generation config, logits processors, stopping criteria,
-and calls what it is given in place of its decoding loop. What comes out is what its own loop gives:
-greedily the same tokens (in half precision as far as kernels round alike), sampled ones of the same
-law.
+transformers prepares inputs, generation config, logits processors and stopping criteria, and calls
+`conflayers_generate` in place of its decoding loop. Greedy tokens are those of its own loop (in
+half precision as far as kernels round alike), sampled ones have the same distribution.
+
+Processors and criteria are called once for each token, in order, with the text up to there, as by
+transformers, so those that keep state work; for the texts of a batch one after the other.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from conflayers_cli.api.attached_model import borrow
-from conflayers_cli.api.hf_processors import Text, processing
-from conflayers_cli.api.hf_request import Ends, GenerateError, Request
-from conflayers_cli.api.proposers import DraftBy, ProfileLike, current_name, drafter_of, in_python
+from conflayers_cli.api.attached_model import attach
+from conflayers_cli.api.hf_processors import ProcessedText, begin_processed
+from conflayers_cli.api.hf_request import GenerateError, HFRequest, StopConditions
+from conflayers_cli.api.proposers import (
+    DraftMethodName,
+    ProfileLike,
+    get_proposer,
+    notes_as_warnings,
+    resolve_lookahead,
+)
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.profile.build_proposer import rows_drafter
+from conflayers_cli.profile.build_proposer import as_batch_proposer
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 
@@ -37,7 +47,7 @@ def conflayers_generate(
     stopping_criteria: Any,
     generation_config: Any,
     profile: ProfileLike | None = None,
-    draft: DraftBy | None = None,
+    draft: DraftMethodName | None = None,
     adaptive_draft_length: bool | None = None,
     lookahead: bool | None = None,
     force: bool = False,
@@ -46,162 +56,109 @@ def conflayers_generate(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Decode as `GenerationMixin.generate` does, with drafts.
+    """Decode as `GenerationMixin.generate`, which calls this, with drafts.
 
-    Not to be called but by `generate`: ``model.generate(**inputs, custom_generate=
-    conflayers_generate, profile="summ.yaml")``. The keywords from ``profile`` to ``in_place`` are
-    given to `generate` as any others. Between calls the model is as it was; the engine stays with
-    it (see `borrowed.borrow` and `release`).
+    ``model.generate(**inputs, custom_generate=conflayers_generate, profile="summ.yaml")``: keywords
+    from ``profile`` to ``in_place`` are given to `generate`, and as of `load` and `generate` of the
+    Python API; ``streamer`` is taken from its call, else by `functools.partial`. The model is
+    restored between calls, but keeps the engine (see `attached_model.attach` and `release`).
 
-    Logits processors and stopping criteria are called once for each token, in order, with the text
-    up to there, as by transformers: those that remember something work. Rows of a batch are called
-    for one after the other.
-
-    Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: what
-            `generate` prepared.
-        profile: what `calibrate` wrote, or its file.
-        draft: who drafts, ``skip``, ``ngram``, ``mixed`` or ``none``; None: as the profile says,
-            without one nobody.
-        adaptive_draft_length: draft as far as it pays; None: as the profile says.
-        lookahead: its old name, taken for one more version.
-        force: take a profile of another model of the same depth.
-        exact: as for `Decoder`.
-        in_place: don't hold weights twice, see `Borrowed`.
-        streamer: is taken from the call of `generate`, which does not hand it on; only where that
-            is not possible need it be given by `functools.partial`.
-
-    Returns:
-        int64 ``[B, L]``, prompts and outputs, or a `GenerateDecoderOnlyOutput`.
-
-    Raises:
-        GenerateError: (a ValueError) something is asked for that can't be done; the message says
-            what.
-        ConfLayersError: as `Generation`.
+    Returns int64 ``[B, L]``, prompts and outputs, or a `GenerateDecoderOnlyOutput`. Raises
+    GenerateError (a ValueError) for what can't be done, ConfLayersError as `Generation`.
     """
-    outside = _arguments_of_generate(model)
-    if outside.get("assistant_model") is not None:
+    outer = _arguments_of_generate(model)
+    if outer.get("assistant_model") is not None:
         raise GenerateError("assistant_model: the model drafts for itself here, leave it out")
-    stream = _Stream(streamer, outside.get("streamer"))
-    request = Request.of(input_ids, logits_processor, generation_config, model_kwargs)
-    ends = Ends.of(stopping_criteria, request)
-    if stream.streamer is not None and request.rows > 1:
-        raise GenerateError("streamer: the texts of a batch are not decoded in step: one at a time")
-    stream.begin(input_ids)
+    request = HFRequest.parse(input_ids, logits_processor, generation_config, model_kwargs)
+    conditions = StopConditions.parse(stopping_criteria, request)
+    streamer = outer.get("streamer") if streamer is None else streamer
+    if streamer is not None:
+        if request.batch_size > 1:
+            raise GenerateError(
+                "streamer: the texts of a batch are not decoded in step: one at a time"
+            )
+        if outer.get("streamer") is None:  # else `generate` has put the prompt
+            streamer.put(input_ids.cpu())
     try:
-        with in_python():
-            borrowed = borrow(model, exact=exact, in_place=in_place)
-            adaptive = current_name(adaptive_draft_length, lookahead)
-            with borrowed.at_work() as decoder:
-                options = DraftOptions(
-                    method=None if draft is None else DraftMethod.of(draft),
-                    adaptive_draft_length=adaptive,
-                    tree=False,
-                    batch_size=request.rows if request.together else 1,
-                )
-                drafter = drafter_of(borrowed, profile, options, force)
-                texts, outputs = _decode(decoder, drafter, request, ends, stream.put)
+        with notes_as_warnings():
+            engine = attach(model, exact=exact, in_place=in_place)
+            options = DraftOptions(
+                method=None if draft is None else DraftMethod.parse(draft),
+                adaptive_draft_length=resolve_lookahead(adaptive_draft_length, lookahead),
+                tree=False,
+                batch_size=request.batch_size if request.batched else 1,
+            )
+            with engine.active() as decoder:
+                proposer = get_proposer(engine, profile, options, force)
+                texts, outputs = _decode(decoder, proposer, request, conditions, streamer)
     except InputError as error:
         raise GenerateError(str(error)) from error
-    stream.end()
-    sequences = _joined(request, outputs)
+    if streamer is not None:
+        streamer.end()
     if not generation_config.return_dict_in_generate:
-        return sequences
+        return outputs
     return GenerateDecoderOnlyOutput(
-        sequences=sequences,
+        sequences=outputs,
         scores=tuple(texts[0].scores) if generation_config.output_scores else None,
         logits=tuple(texts[0].logits) if generation_config.output_logits else None,
     )
 
 
-class _Stream:
-    """The streamer of a call, if there is one.
-
-    Args:
-        given: by whoever made a `partial` of `conflayers_generate`.
-        outside: given to `generate`, which has put the prompt already.
-    """
-
-    def __init__(self, given: Any, outside: Any) -> None:
-        self.streamer = outside if given is None else given
-        self._begun = outside is not None
-
-    def begin(self, input_ids: torch.Tensor) -> None:
-        if self.streamer is not None and not self._begun:
-            self.streamer.put(input_ids.cpu())
-
-    def put(self, token: int) -> None:
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor([token]))
-
-    def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()
-
-
 def _decode(
     decoder: Decoder,
-    drafter: Proposer | None,
-    request: Request,
-    ends: Ends,
-    put: Callable[[int], None],
-) -> tuple[list[Text], list[list[int]]]:
-    """(the texts as processors and criteria saw them, the new tokens), row by row."""
-    criteria = ends.others if request.together else ends.all
+    proposer: Proposer | None,
+    request: HFRequest,
+    conditions: StopConditions,
+    streamer: Any,
+) -> tuple[list[ProcessedText], torch.Tensor]:
+    """(the texts as processors and criteria saw them, prompts and padded outputs ``[B, L]``)."""
+    ids, budget = request.input_ids, conditions.max_new_tokens
     texts = [
-        Text(
-            *(request.input_ids[row, None], ends.max_new_tokens, request.processors, criteria),
+        ProcessedText(
+            ids[row, None],
+            budget,
+            request.processors,
+            conditions.others if request.batched else conditions.all,
             row=row,
-            rows=request.rows,
+            rows=request.batch_size,
             recording=request.recording,
         )
-        for row in range(request.rows)
+        for row in range(request.batch_size)
     ]
 
-    def watching(text: Text) -> Callable[[int], bool]:
-        def watch(token: int) -> bool:
-            ended = bool(ends.others) and text.add(token)
-            put(token)
-            return ended
-
-        return watch
-
-    def putting(token: int) -> bool:
-        put(token)
-        return False
+    def on_token(text: ProcessedText, token: int) -> bool:
+        ended = request.batched and bool(conditions.others) and text.add(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+        return ended
 
     requests = [
         GenerationRequest(
             prompt,
-            ends.max_new_tokens,
-            request.settings(row),
-            on_token=watching(text) if request.together else putting,
+            budget,
+            replace(request.sampling, seed=request.sampling.seed + row),
+            on_token=partial(on_token, text),
         )
         for row, (prompt, text) in enumerate(zip(request.prompts, texts, strict=True))
     ]
+    batch_size = request.batch_size if request.batched else 1
     generator = TextGenerator(
         decoder,
-        end_tokens=ends.end_tokens,
-        drafter=rows_drafter(drafter) if request.together and request.rows > 1 else drafter,
-        batch_size=request.rows if request.together else 1,
-        begin=None if request.together else processing(decoder, texts),
+        end_tokens=conditions.end_tokens,
+        proposer=as_batch_proposer(proposer) if batch_size > 1 else proposer,
+        batch_size=batch_size,
+        begin=None if request.batched else begin_processed(decoder, texts),
     )
-    return texts, [list(result.token_ids) for result in generator.generate(requests)]
-
-
-def _joined(request: Request, outputs: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Prompts and outputs, int64 ``[B, L]``, padded behind the shorter ones."""
-    longest = max(map(len, outputs))
-    pad = 0 if request.pad is None else request.pad
-    rows = [[*output, *[pad] * (longest - len(output))] for output in outputs]
-    return torch.cat([request.input_ids, request.input_ids.new_tensor(rows)], dim=1)
+    results = generator.generate(requests)
+    outputs = [torch.tensor(result.token_ids) for result in results]
+    padded = pad_sequence(outputs, batch_first=True, padding_value=request.pad or 0)
+    return texts, torch.cat([ids, padded.to(ids)], dim=1)
 
 
 def _arguments_of_generate(model: Any) -> dict[str, Any]:
-    """The arguments of the `generate` that is calling which it does not hand on.
+    """The arguments that the calling `generate` does not pass on: a streamer and an assistant.
 
-    transformers (5.17 to 5.23) keeps a streamer and an assistant from what it is given to decode
-    with. A streamer that never hears a token would hang whoever listens to it.
+    (transformers 5.17 to 5.23.) A streamer without tokens would hang its reader.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()

@@ -1,8 +1,8 @@
 """Decoding under transformers' logits processors and stopping criteria.
 
-Both are somebody's code, and may remember what they were called with. So they are called as
-transformers' own loop calls them, once for each token of the text, in order, with the text up to
-there; a token that was drafted is looked at only once all tokens before it stand.
+Both may be user code that keeps state, so they are called as by transformers' own loop: once for
+each token, in order, with the text up to there; for a drafted token only once all tokens before it
+are accepted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from time import perf_counter
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,11 +24,9 @@ from transformers import (
 
 from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import NOTHING, Generation
+from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.generation.sequence import Step
-from conflayers_cli.generation.serial import Begin
-from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.generation.serial import BeginGeneration
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import Draft, Proposer
 from conflayers_cli.spec_decode.rejection_sampler import accept_sampled
@@ -46,24 +44,17 @@ _KNOWN = (
 def as_sampling(
     processors: Sequence[Any], do_sample: bool, seed: int, padding: Sequence[int]
 ) -> tuple[SamplingParams, bool]:
-    """Settings of the engine's that do what the processors do, or nearly so.
+    """(the sampling parameters nearest to the processors, whether they do exactly the same).
 
-    Args:
-        processors: transformers', as its ``generate`` prepared them.
-        do_sample: whether tokens are drawn.
-        seed: of what is drawn.
-        padding: how many tokens stand left of each prompt that no processor is to see.
-
-    Returns:
-        (settings, whether they are the processors' very law).
+    ``padding``: the number of padding tokens left of each prompt.
     """
     found: dict[str, float] = {}
     exact, last = True, -1
     for processor in processors:
         values = _values(processor, padding)
-        place = _KNOWN.index(type(processor)) if values else last
-        exact = exact and place > last and (do_sample or place == 0)
-        last = max(last, place)
+        order = _KNOWN.index(type(processor)) if values else last
+        exact = exact and order > last and (do_sample or order == 0)
+        last = max(last, order)
         found |= values
     if not do_sample:
         found = {key: v for key, v in found.items() if key == "repetition_penalty"}
@@ -71,7 +62,7 @@ def as_sampling(
 
 
 def _values(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
-    """A processor as one of the engine's settings; none where it is something else."""
+    """A processor as a field of `SamplingParams`; none where there is no such field."""
     kind = type(processor)
     if kind is RepetitionPenaltyLogitsProcessor:
         unseen = processor.prompt_ignore_length
@@ -84,7 +75,7 @@ def _values(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
         return {"temperature": float(processor.temperature)}
     if kind not in _KNOWN or processor.filter_value != -math.inf:
         return {}
-    if kind is TopKLogitsWarper:  # it keeps no fewer than it is told by `min_tokens_to_keep`
+    if kind is TopKLogitsWarper:  # its top_k is at least `min_tokens_to_keep`
         return {"top_k": int(processor.top_k)}
     if processor.min_tokens_to_keep != 1:
         return {}
@@ -93,15 +84,14 @@ def _values(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
     return {"min_p": float(processor.min_p)}
 
 
-class Text:
+class ProcessedText:
     """One text as processors and criteria see it.
 
     Args:
-        ids: int64 ``[1, L]``, the prompt with the padding on its left.
-        room: the most tokens that can follow.
+        ids: int64 ``[1, L]``, the prompt with its padding on the left.
+        max_new_tokens: the most tokens that can follow.
         processors, criteria: transformers' lists of them.
-        row, rows: which row of a batch it is, and of how many: processors that know one another's
-            rows get as many as they expect.
+        row, rows: its row of a batch of how many; processors get as many rows as they expect.
         recording: keep scores and logits of every token.
 
     Attributes:
@@ -112,7 +102,7 @@ class Text:
     def __init__(
         self,
         ids: torch.Tensor,
-        room: int,
+        max_new_tokens: int,
         processors: Callable[..., torch.Tensor],
         criteria: Callable[..., torch.Tensor],
         *,
@@ -120,7 +110,7 @@ class Text:
         rows: int = 1,
         recording: bool = False,
     ) -> None:
-        self._buffer = torch.cat([ids, ids.new_zeros((1, room))], dim=1)
+        self._buffer = torch.cat([ids, ids.new_zeros((1, max_new_tokens))], dim=1)
         self.length = ids.shape[1]
         self._processors, self._criteria = processors, criteria
         self._row, self._rows = row, rows
@@ -149,7 +139,7 @@ class Text:
         return scores[0]
 
     def add(self, token: int) -> bool:
-        """Append a token; whether the criteria end the text with it."""
+        """Append a token; returns whether the criteria end the text with it."""
         self._buffer[0, self.length] = token
         self.length += 1
         return bool(self._criteria(self.ids, tuple(self.scores) or None).all())
@@ -158,22 +148,17 @@ class Text:
 class ProcessedGeneration(Generation):
     """`Generation` whose tokens are chosen and ended by transformers' processors and criteria.
 
-    Drafts are chains; they are made as the request's sampling says, which need only be near what
-    the processors do.
-
-    Args:
-        text: the text, prompt included.
-        request: as for `Generation`; it is not asked whether a token ends the text.
-        others: as for `Generation`.
+    Drafts are chains by the request's sampling, which need only be near what the processors do. The
+    request's ``on_token`` is called, but can't end the text.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        text: Text,
+        text: ProcessedText,
         request: GenerationRequest,
         *,
-        drafter: Proposer | None,
+        proposer: Proposer | None,
         end_tokens: frozenset[int],
     ) -> None:
         self._text = text
@@ -181,44 +166,35 @@ class ProcessedGeneration(Generation):
         self._ended = False
         self._put = request.on_token
         watched = replace(request, on_token=self._watched)
-        super().__init__(decoder, watched, drafter=drafter, end_tokens=end_tokens)
-
-    def read_prompt(self, cache: KVCache, filled: int = 0) -> Step:
-        begin = perf_counter()
-        self.sampler.saw(self.tokens)
-        logits = self.decoder.prefill(torch.tensor([self.tokens[filled:]]), cache, start=filled)
-        _, token = self.decide(NOTHING, logits[0])
-        kept = self.keep((token,))
-        return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
+        super().__init__(decoder, watched, proposer=proposer, end_tokens=end_tokens)
 
     def decide(
         self, draft: Draft, logits: torch.Tensor, best: list[int] | None = None
     ) -> tuple[int, int]:
-        place = 0
-        while True:
-            token = self._choose(self._text.process(logits[place]), draft, place)
+        for index in count():
+            token = self._choose(self._text.process(logits[index]), draft, index)
             if token == INVALID_TOKEN:
-                return place, token
+                break
             self._ended = self._text.add(token)
-            if self._ended or token not in draft.tokens[place : place + 1]:
-                return place, token
-            place += 1
+            if self._ended or token not in draft.tokens[index : index + 1]:
+                break
+        return index, token
 
-    def _choose(self, scores: torch.Tensor, draft: Draft, place: int) -> int:
-        """The token at a place of the draft, or behind it, from its scores ``[V]``."""
+    def _choose(self, scores: torch.Tensor, draft: Draft, index: int) -> int:
+        """The token at an index of the draft, or behind it, from its scores ``[V]``."""
         if self.sampler.settings.greedy:
             return int(greedy_tokens(scores))
         p = torch.softmax(scores, dim=-1).to(self.decoder.device)
-        if place == len(draft.tokens):
+        if index == len(draft.tokens):
             return self.sampler.draw(p)
-        drafted = draft.tokens[place]
-        q = None if draft.distribution is None else draft.distribution[place, None]
-        # What would follow an accepted token is decided next, so its row can be any.
-        stands, token = accept_sampled((drafted,), p.expand(2, -1), q, self.sampler)
-        return drafted if stands else token
+        drafted = draft.tokens[index]
+        q = None if draft.distribution is None else draft.distribution[index, None]
+        # The token behind an accepted one is decided next, so its row can be any.
+        accepted, token = accept_sampled((drafted,), p.expand(2, -1), q, self.sampler)
+        return drafted if accepted else token
 
-    def _fed(self) -> tuple[int, ...]:
-        """None: passes launched ahead choose by the logits alone."""
+    def _read_ahead(self) -> tuple[int, ...]:
+        """None: such passes choose by the logits alone."""
         return ()
 
     def _watched(self, token: int) -> bool:
@@ -227,14 +203,14 @@ class ProcessedGeneration(Generation):
         return self._ended and len(self.tokens) + self._padding == self._text.length
 
 
-def processing(decoder: Decoder, texts: Iterable[Text]) -> Begin:
-    """Begins a `ProcessedGeneration` for each request, on the next of the texts."""
+def begin_processed(decoder: Decoder, texts: Iterable[ProcessedText]) -> BeginGeneration:
+    """A function that begins a `ProcessedGeneration` for each request, on the next text."""
     following = iter(texts)
 
     def begin(
-        request: GenerationRequest, /, *, drafter: Proposer | None, end_tokens: frozenset[int]
+        request: GenerationRequest, /, *, proposer: Proposer | None, end_tokens: frozenset[int]
     ) -> Generation:
         text = next(following)
-        return ProcessedGeneration(decoder, text, request, drafter=drafter, end_tokens=end_tokens)
+        return ProcessedGeneration(decoder, text, request, proposer=proposer, end_tokens=end_tokens)
 
     return begin

@@ -1,9 +1,9 @@
-"""What transformers' `generate` hands over, looked through: what the engine can do of it."""
+"""The arguments of transformers' `generate`, checked for what the engine can do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from conflayers_cli.api.hf_processors import as_sampling
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
 
-_LOOKED_AT = frozenset({"attention_mask", "position_ids", "past_key_values"})
+_CHECKED = frozenset({"attention_mask", "position_ids", "past_key_values"})
 _HARMLESS = frozenset({"use_cache", "logits_to_keep", "cache_position"})
 """Arguments of a model's forward that don't change what is decoded."""
-_REMEMBERING = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-"""transformers' processors that remember what they were called with."""
+_STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+"""transformers' processors that keep state between calls."""
 
 
 class GenerateError(InputError, ValueError):
@@ -31,17 +31,17 @@ class GenerateError(InputError, ValueError):
 
 
 @dataclass(frozen=True)
-class Request:
+class HFRequest:
     """What `generate` is asked for.
 
     Attributes:
         input_ids: int64 ``[B, L]``.
-        padding: tokens left of each prompt that are none of it.
+        padding: number of padding tokens left of each prompt.
         processors: logits processors.
-        sampling: what they do, in the engine's terms, or nearly so.
+        sampling: what they do as the engine's parameters, or nearly so.
         same_law: it is exactly what they do.
         recording: scores or logits are asked for.
-        pad: the token behind texts that end before others, if there is one.
+        pad: the token behind texts that end before others, if any.
     """
 
     input_ids: torch.Tensor
@@ -53,9 +53,9 @@ class Request:
     pad: int | None
 
     @classmethod
-    def of(
+    def parse(
         cls, input_ids: torch.Tensor, processors: Any, config: Any, model_kwargs: Mapping[str, Any]
-    ) -> Request:
+    ) -> HFRequest:
         """Raises GenerateError where something can't be done."""
         _check_config(config)
         _check_kwargs(model_kwargs, input_ids)
@@ -67,45 +67,38 @@ class Request:
         recording = bool(
             config.return_dict_in_generate and (config.output_scores or config.output_logits)
         )
-        request = cls(
-            *(input_ids, padding, processors, sampling, same_law, recording),
+        if len(input_ids) > 1 and recording:
+            raise GenerateError("output_scores, output_logits: for one text at a time")
+        if len(input_ids) > 1:
+            _check_stateless(processors, "logits_processor")
+        return cls(
+            input_ids=input_ids,
+            padding=padding,
+            processors=processors,
+            sampling=sampling,
+            same_law=same_law,
+            recording=recording,
             pad=None if pad is None else int(pad),
         )
-        if request.rows > 1 and recording:
-            raise GenerateError("output_scores, output_logits: for one text at a time")
-        if request.rows > 1:
-            _check_own(processors, "logits_processor")
-        return request
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         return self.input_ids.shape[0]
 
     @property
-    def together(self) -> bool:
-        """Whether the engine itself can choose the tokens, for all rows at once."""
+    def batched(self) -> bool:
+        """Whether the engine itself can choose the tokens, of all texts at once."""
         return self.same_law and not self.recording
 
     @property
     def prompts(self) -> list[list[int]]:
-        rows = self.input_ids.tolist()
-        return [row[padding:] for row, padding in zip(rows, self.padding, strict=True)]
-
-    def settings(self, row: int) -> SamplingParams:
-        """Those of a row, each with a seed of its own."""
-        return replace(self.sampling, seed=self.sampling.seed + row)
+        ids = self.input_ids.tolist()
+        return [own[padding:] for own, padding in zip(ids, self.padding, strict=True)]
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What ends a text.
-
-    Attributes:
-        max_new_tokens: the most tokens.
-        end_tokens: ids that end it.
-        others: criteria beside these two; empty: there are none.
-        all: all criteria.
-    """
+class StopConditions:
+    """What ends a text: the token budget, end tokens, and ``others`` of ``all`` criteria."""
 
     max_new_tokens: int
     end_tokens: frozenset[int]
@@ -113,15 +106,15 @@ class Ends:
     all: Any
 
     @classmethod
-    def of(cls, criteria: Any, request: Request) -> Ends:
+    def parse(cls, criteria: Any, request: HFRequest) -> StopConditions:
         """Raises GenerateError where something can't be done."""
         lengths = [each.max_length for each in criteria if type(each) is MaxLengthCriteria]
         if not lengths:
             raise GenerateError("max_new_tokens: is needed, or max_length")
         ends = [each for each in criteria if type(each) is EosTokenCriteria]
         others = [e for e in criteria if type(e) not in (MaxLengthCriteria, EosTokenCriteria)]
-        if request.rows > 1:
-            _check_own(others, "stopping_criteria")
+        if request.batch_size > 1:
+            _check_stateless(others, "stopping_criteria")
             if others and not ends:
                 raise GenerateError(
                     "eos_token_id: without one, texts of a batch that stop can't be padded: "
@@ -156,16 +149,15 @@ def _check_kwargs(model_kwargs: Mapping[str, Any], input_ids: torch.Tensor) -> N
     if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
         raise GenerateError("past_key_values: the engine has a cache of its own, leave them out")
     given = {name for name, value in model_kwargs.items() if value is not None}
-    if unknown := sorted(given - _LOOKED_AT - _HARMLESS):
+    if unknown := sorted(given - _CHECKED - _HARMLESS):
         raise GenerateError(f"{', '.join(unknown)}: only tokens go into the model here")
 
 
 def _padding(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many tokens stand left of each prompt.
+    """The number of padding tokens left of each prompt.
 
     Raises:
-        GenerateError: tokens are left out elsewhere, or are to stand at other positions than one
-            behind the other.
+        GenerateError: tokens are masked elsewhere, or positions are not consecutive.
     """
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
@@ -188,14 +180,10 @@ def _padding(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> tuple[
     return padding
 
 
-def _check_own(things: Sequence[Any], what: str) -> None:
-    """Refuse, for a batch, what may be about the batch as a whole, or remembers its calls.
-
-    Raises:
-        GenerateError: there is such a thing among them.
-    """
-    for each in things:
-        if not type(each).__module__.startswith("transformers.") or isinstance(each, _REMEMBERING):
+def _check_stateless(functions: Sequence[Any], what: str) -> None:
+    """Raise GenerateError for what may treat a batch as a whole, or keeps state between calls."""
+    for each in functions:
+        if not type(each).__module__.startswith("transformers.") or isinstance(each, _STATEFUL):
             raise GenerateError(
                 f"{what}: {type(each).__name__} may depend on how a batch is decoded: "
                 "one text at a time"

@@ -1,4 +1,4 @@
-"""What Python callers may say about an answer, and what counts as a prompt."""
+"""Options and prompts of the Python API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypedDict
 
-from conflayers_cli.api.proposers import DraftBy, current_name
+from conflayers_cli.api.proposers import DraftMethodName, resolve_lookahead
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.generation.prompts import Message, Prompt
@@ -34,16 +34,13 @@ class LoadKeywords(TypedDict, total=False):
 
 class Options(TypedDict, total=False):
     """Keywords of `generate` and `stream`: fields of `SamplingParams`, `PromptOptions` and
-    `DraftOptions`, which say their defaults, and a few more.
+    `DraftOptions`, with their defaults, and these:
 
     Attributes:
-        max_new_tokens, system, raw: as in `PromptOptions`.
-        temperature, top_p, top_k, min_p, repetition_penalty: as in `SamplingParams`.
         seed: of the first prompt; the next one's is one more, and so on.
-        stop: texts that end an answer and are not part of it.
+        stop: texts that end an output and are not part of it.
         draft: who drafts; None: as the profile says, without one nobody.
-        adaptive_draft_length, tree, batch_size: as in `DraftOptions`.
-        lookahead: the old name of ``adaptive_draft_length``, taken for one more version.
+        lookahead: the old name of ``adaptive_draft_length``, for one more version.
         force: take a profile of another model of the same depth.
     """
 
@@ -57,7 +54,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     system: str | None
     raw: bool
-    draft: DraftBy | None
+    draft: DraftMethodName | None
     adaptive_draft_length: bool | None
     lookahead: bool | None
     tree: bool | None
@@ -66,8 +63,8 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `Options` come to: checked values, with defaults for what was not said."""
+class ParsedOptions:
+    """`Options`, checked, with defaults."""
 
     sampling: SamplingParams
     prompts: PromptOptions
@@ -76,38 +73,27 @@ class Settings:
     force: bool
 
 
-def settings_of(options: Options) -> Settings:
-    """Options with their defaults, checked.
-
-    Raises:
-        TypeError: there is no such option.
-        InputError: a value is out of its range.
-    """
+def parse_options(options: Options) -> ParsedOptions:
+    """Check options; TypeError: an unknown one, InputError: a value out of its range."""
     if unknown := sorted(options.keys() - Options.__optional_keys__):
         raise TypeError(f"unknown options: {', '.join(unknown)}")
     sampling = SamplingParams(**_fields(SamplingParams, options))
     prompts = PromptOptions(**_fields(PromptOptions, options))
     draft = options.get("draft")
     drafting = DraftOptions(
-        method=None if draft is None else DraftMethod.of(draft),
-        adaptive_draft_length=current_name(
+        method=None if draft is None else DraftMethod.parse(draft),
+        adaptive_draft_length=resolve_lookahead(
             options.get("adaptive_draft_length"), options.get("lookahead")
         ),
         tree=options.get("tree"),
         greedy=sampling.greedy,
         batch_size=options.get("batch_size", 1),
     )
-    for name, value in (
-        ("max_new_tokens", prompts.max_new_tokens),
-        ("batch_size", drafting.batch_size),
-    ):
-        if value < 1:
-            raise InputError(f"{name} {value}: at least 1 is needed")
+    if drafting.batch_size < 1:
+        raise InputError(f"batch_size {drafting.batch_size}: at least 1 is needed")
     stop = options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("stop: an empty text would end every answer at once")
-    return Settings(sampling, prompts, drafting, stops, options.get("force", False))
+    return ParsedOptions(sampling, prompts, drafting, stops, options.get("force", False))
 
 
 def _fields(kind: type, options: Options) -> dict[str, Any]:
@@ -116,20 +102,16 @@ def _fields(kind: type, options: Options) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def is_one(prompt: OnePrompt | ManyPrompts) -> bool:
-    """Whether it is one prompt: a text, or a chat, which is a list of messages."""
+def is_single_prompt(prompt: OnePrompt | ManyPrompts) -> bool:
+    """Whether it is one prompt: a text, or a chat (a list of messages)."""
     return isinstance(prompt, str | Prompt) or (
         len(prompt) > 0 and all(isinstance(each, Mapping) for each in prompt)
     )
 
 
 def as_prompts(given: OnePrompt | ManyPrompts) -> list[Prompt]:
-    """The prompts, numbered from 1.
-
-    Raises:
-        InputError: something is no prompt.
-    """
-    several: Iterable[object] = [given] if isinstance(given, Prompt) or is_one(given) else given
+    """The prompts, numbered from 1; InputError: something is no prompt."""
+    several: Iterable[object] = [given] if is_single_prompt(given) else given  # type: ignore[assignment]
     return [_prompt(str(number), each) for number, each in enumerate(several, 1)]
 
 

@@ -1,13 +1,15 @@
-"""Proposers for Python callers: who drafts, by what they say and without a word on the terminal."""
+"""Proposers for the Python API, with notes as warnings."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
+from conflayers_cli.api.attached_model import AttachedEngine
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersWarning, InputError
 from conflayers_cli.models.loaded_model import LoadedModel
@@ -15,51 +17,41 @@ from conflayers_cli.profile.build_proposer import build_proposer
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.spec_decode.options import DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
-from conflayers_cli.utils.notices import collected
+from conflayers_cli.utils.notices import collect_notices
 
-DraftBy: TypeAlias = Literal["skip", "ngram", "mixed", "none"]
+DraftMethodName: TypeAlias = Literal["skip", "ngram", "mixed", "none"]
 ProfileLike: TypeAlias = "str | Path | Profile"
 
 
-class Opened(Protocol):
-    """A model with the engine on it."""
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A model that was loaded for the engine; the interface is that of `AttachedEngine`."""
 
-    @property
-    def loaded(self) -> LoadedModel: ...
+    loaded: LoadedModel
+    decoder: Decoder
+    proposers: dict[Hashable, Proposer | None] = field(default_factory=dict)
 
-    @property
-    def decoder(self) -> Decoder: ...
+    def active(self) -> AbstractContextManager[Decoder]:
+        return nullcontext(self.decoder)
 
-    @property
-    def drafters(self) -> dict[Hashable, Proposer | None]:
-        """Those made before, which know what was accepted of their drafts."""
 
-    def at_work(self) -> AbstractContextManager[object]:
-        """Within: the engine may decode."""
+Engine: TypeAlias = AttachedEngine | LoadedEngine
 
 
 @contextmanager
-def in_python(stacklevel: int = 4) -> Iterator[None]:
-    """Within: what the command line would note is warned of.
-
-    Args:
-        stacklevel: of the warnings; as it is, they are the caller's of the function with the block.
-    """
+def notes_as_warnings(stacklevel: int = 4) -> Iterator[None]:
+    """Within: notes become warnings; by default of the caller of the function with the block."""
     notes: list[str] = []
     try:
-        with collected(notes):
+        with collect_notices(notes):
             yield
     finally:
         for note in notes:
             warnings.warn(note, ConfLayersWarning, stacklevel=stacklevel)
 
 
-def current_name(adaptive_draft_length: bool | None, lookahead: bool | None) -> bool | None:
-    """``adaptive_draft_length``, where it may be given by its old name, ``lookahead``.
-
-    Raises:
-        InputError: both are given.
-    """
+def resolve_lookahead(adaptive_draft_length: bool | None, lookahead: bool | None) -> bool | None:
+    """``adaptive_draft_length``, or its old name's value; InputError: both are given."""
     if lookahead is None:
         return adaptive_draft_length
     if adaptive_draft_length is not None:
@@ -68,44 +60,36 @@ def current_name(adaptive_draft_length: bool | None, lookahead: bool | None) -> 
     return lookahead
 
 
-def drafter_of(
-    model: Opened,
-    profile: ProfileLike | None,
-    options: DraftOptions,
-    force: bool,
+def get_proposer(
+    engine: Engine, profile: ProfileLike | None, options: DraftOptions, force: bool
 ) -> Proposer | None:
-    """Who drafts, None where nobody does; the same one for the same wishes.
+    """The proposer of a profile or its file, the same one at the next call; None: nobody drafts.
 
-    Args:
-        model: to be at work.
-        profile: a profile or its file.
-        options: who drafts, and how far.
-        force: take a profile of another model of the same depth.
+    The engine must be active; ``force`` takes a profile of another model of the same depth.
 
     Raises:
-        InputError: there is no such profile, the options contradict themselves, or the profile does
-            not fit.
+        InputError: no such profile, contradictory options, or a profile of another model.
     """
-    known = model.drafters
+    known = engine.proposers
     if profile is None or isinstance(profile, Profile):
-        path, chosen = None if profile is None else Path("the profile"), profile
+        path, chosen, file = Path("the profile") if profile else None, profile, None
         options.check(path)
     else:
         path = Path(profile)
         options.check(path)
-        if (file := (_version(path), options)) in known:  # it needs not be read again
+        if (file := (_file_version(path), options)) in known:
             return known[file]
         chosen = Profile.load(path)
     key = (chosen and chosen.model_dump_json(), options)
     if key not in known:
-        known[key] = build_proposer(model.loaded, model.decoder, chosen, path, force, options)
-    if chosen is not profile:
+        known[key] = build_proposer(engine.loaded, engine.decoder, chosen, path, force, options)
+    if file is not None:
         known[file] = known[key]
     return known[key]
 
 
-def _version(path: Path) -> tuple[Hashable, ...]:
-    """What tells a file from what it was before; its name alone where there is none."""
+def _file_version(path: Path) -> tuple[Hashable, ...]:
+    """Changes when the file does; the path alone where there is none."""
     try:
         state = path.stat()
     except OSError:

@@ -9,12 +9,9 @@ from itertools import pairwise
 
 from conflayers_cli.bench.schema import Agreement
 
-Output = Sequence[int]
-"""Token ids."""
 
-
-def measure_agreement(pairs: Sequence[tuple[Output, Output]]) -> Agreement:
-    """Of pairs (the model's own output, the other).
+def measure_agreement(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Agreement:
+    """Of pairs of token ids (the model's own output, the other).
 
     Raises:
         ValueError: there are no pairs.
@@ -32,14 +29,14 @@ def measure_agreement(pairs: Sequence[tuple[Output, Output]]) -> Agreement:
     )
 
 
-def share_equal(own: Output, other: Output) -> float:
+def share_equal(own: Sequence[int], other: Sequence[int]) -> float:
     """Share of positions with the same token, of the longer output's length."""
     longer = max(len(own), len(other))
     same = sum(a == b for a, b in zip(own, other, strict=False))
     return same / longer if longer else 1.0
 
 
-def rouge_2(own: Output, other: Output) -> float:
+def rouge_2(own: Sequence[int], other: Sequence[int]) -> float:
     """F1 of the pairs of neighbouring tokens; outputs without a pair agree if they are equal."""
     pairs, others = Counter(pairwise(own)), Counter(pairwise(other))
     total = pairs.total() + others.total()
@@ -48,7 +45,7 @@ def rouge_2(own: Output, other: Output) -> float:
     return 2 * (pairs & others).total() / total
 
 
-def first_difference(own: Output, other: Output) -> int | None:
+def first_difference(own: Sequence[int], other: Sequence[int]) -> int | None:
     """Index of the first token that differs or that only one output has; None: they are equal."""
     for i, (a, b) in enumerate(zip(own, other, strict=False)):
         if a != b:

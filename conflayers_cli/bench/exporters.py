@@ -22,7 +22,7 @@ from conflayers_cli.bench.tables import (
     system_rows,
 )
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.utils.distributed import is_first
+from conflayers_cli.utils.distributed import is_rank0
 from conflayers_cli.utils.files import check_target, write_json
 
 BIGGER, SMALLER = "customBiggerIsBetter.json", "customSmallerIsBetter.json"
@@ -51,8 +51,11 @@ def markdown(bench: BenchDocument, comparison: Comparison | None = None) -> str:
         parts += [f"#### {_escaped(comparison.headline)}", _table(comparison_rows(comparison))]
         parts.append("\n".join(f"- {_escaped(line)}" for line in comparison.remarks))
     ran = {**bench.environment, "device": bench.device, "dtype": bench.dtype}
-    ran = {key: value for key, value in ran.items() if value is not None}
-    listed = "\n".join(f"- {_escaped(key)}: {_escaped(str(ran[key]))}" for key in ran)
+    listed = "\n".join(
+        f"- {_escaped(key)}: {_escaped(str(value))}"
+        for key, value in ran.items()
+        if value is not None
+    )
     parts.append(f"<details><summary>Measured with</summary>\n\n{listed}\n\n</details>")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -100,53 +103,45 @@ def github(bench: BenchDocument) -> tuple[list[dict[str, Any]], list[dict[str, A
     Source: its README, "Run this action with a custom benchmark": an array of objects with name,
     unit, value and, where known, range and extra.
     """
-    extra = headline(bench)
-    speedup, speculative = bench.speedup, bench.speculative
-    speeds = {name: system.tokens_per_second for name, system in bench.arms.items()}
-    bigger = [
-        _entry("speed-up over vanilla", "×", speedup.median, extra, speedup.low, speedup.high),
-        *(
-            _entry(
-                f"decoding, {label(name)}", "tokens/s", speed.median, extra, speed.min, speed.max
-            )
-            for name, speed in speeds.items()
-        ),
-        _entry("accepted drafts", "%", _scaled(speculative.acceptance_rate, 100), extra),
-        _entry("tokens per step", "tokens", speculative.tokens_per_step, extra),
+    up, speculative = bench.speedup, bench.speculative
+    bigger = [_entry("speed-up over vanilla", "×", up.median, 1, up.low, up.high)]
+    for name, system in bench.arms.items():
+        speed = system.tokens_per_second
+        title = f"decoding, {label(name)}"
+        bigger.append(_entry(title, "tokens/s", speed.median, 1, speed.min, speed.max))
+    bigger += [
+        _entry("accepted drafts", "%", speculative.acceptance_rate, 100),
+        _entry("tokens per step", "tokens", speculative.tokens_per_step),
     ]
-    waits = {name: bench.arms[name].time_to_first_token_s for name in (VANILLA, SPECULATIVE)}
-    peaks = {
-        name: system.peak_memory_bytes for name, system in bench.arms.items() if name in OWN_SYSTEMS
-    }
     smaller = [
-        *(_entry(f"first token, {name}", "ms", 1000 * wait, extra) for name, wait in waits.items()),
-        *(
-            _entry(f"peak memory over the weights, {name}", "MiB", _scaled(peak, 2**-20), extra)
-            for name, peak in peaks.items()
-        ),
+        _entry(f"first token, {name}", "ms", bench.arms[name].time_to_first_token_s, 1000)
+        for name in (VANILLA, SPECULATIVE)
     ]
-    return [entry for entry in bigger if entry], [entry for entry in smaller if entry]
-
-
-def _scaled(value: float | None, scale: float) -> float | None:
-    return None if value is None else value * scale
+    smaller += [
+        _entry(f"peak memory over the weights, {name}", "MiB", system.peak_memory_bytes, 2**-20)
+        for name, system in bench.arms.items()
+        if name in OWN_SYSTEMS
+    ]
+    extra = {"extra": headline(bench)}
+    # an entry without a value is left out: the action takes only numbers
+    return [each | extra for each in bigger if each], [each | extra for each in smaller if each]
 
 
 def _entry(
     name: str,
     unit: str,
     value: float | None,
-    extra: str,
+    scale: float = 1,
     low: float | None = None,
     high: float | None = None,
 ) -> dict[str, Any]:
-    """One figure; nothing where it is not known, since the action takes only numbers."""
+    """One figure; empty where it is not known."""
     if value is None:
         return {}
-    entry: dict[str, Any] = {"name": name, "unit": unit, "value": round(value, 4)}
+    entry: dict[str, Any] = {"name": name, "unit": unit, "value": round(value * scale, 4)}
     if low is not None and high is not None:
         entry["range"] = f"{low:.4g}–{high:.4g}"
-    return {**entry, "extra": extra}
+    return entry
 
 
 def check_folder(path: Path) -> None:
@@ -170,7 +165,7 @@ def write_github(folder: Path, bench: BenchDocument) -> None:
         InputError, ConfLayersError: as `check_folder` and `write_json`.
     """
     check_folder(folder)
-    if not is_first():
+    if not is_rank0():
         return
     try:
         folder.mkdir(exist_ok=True)
@@ -187,7 +182,7 @@ def append_step_summary(text: str) -> None:
         ConfLayersError: it can't be written.
     """
     path = os.environ.get("GITHUB_STEP_SUMMARY")
-    if not path or not is_first():
+    if not path or not is_rank0():
         return
     try:
         with Path(path).open("ab", buffering=0) as file:  # an append is then one write

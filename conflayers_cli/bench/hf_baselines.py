@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from conflayers_cli.bench.systems import BenchPrompt, Run
-from conflayers_cli.engine.cost_measurement import clock
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.models.builtin import quiet_transformers
@@ -67,19 +67,22 @@ class TransformersSystem:
         """One of :data:`HF_BASELINES`."""
         return cls(decoder, sampling, end_tokens, name, HF_BASELINES[name](decoder.depth))
 
-    def run(self, prompt: BenchPrompt) -> Run:
-        """Decode the prompt once.
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+        """Decode prompts once, one after the other.
 
         The model has its plain weights meanwhile; getting them back is not part of the times.
 
         Raises:
             InputError: transformers can't decode this model in this way.
         """
+        return [self._generate(prompt) for prompt in prompts]
+
+    def _generate(self, prompt: BenchPrompt) -> Run:
         device = self.decoder.device
         input_ids = torch.tensor([prompt.tokens], device=device)
-        packed = _weight_bytes(self.decoder.model)
+        packed = sum(weight.nbytes for weight in self.decoder.model.parameters())
         with self.decoder.plain() as model, _own_settings(model), _seeded(prompt.seed, device):
-            twice = _weight_bytes(model) - packed
+            twice = sum(weight.nbytes for weight in model.parameters()) - packed
             stopwatch = _Stopwatch(device, len(prompt.tokens))
             try:
                 output = model.generate(
@@ -117,9 +120,9 @@ class TransformersSystem:
 
 
 class _Stopwatch(StoppingCriteria):
-    """Notes time and length after every step, which may give several tokens; stops nothing.
+    """Records time and length after every step, which may give several tokens; stops nothing.
 
-    Drafts are made by calls of `generate` within `generate`, which don't get it.
+    Drafts come from calls of `generate` within `generate`, which don't get it.
     """
 
     def __init__(self, device: torch.device, prompt_length: int) -> None:
@@ -141,10 +144,6 @@ class _Stopwatch(StoppingCriteria):
             decode_tokens=self._lengths[-1] - self._lengths[1],
             steps=len(self._times) - 2,
         )
-
-
-def _weight_bytes(model: Any) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading a bench's document from a file: what is wrong with it is said in one line."""
+"""Reading a bench's results document from a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from conflayers_cli.bench.schema import SCHEMA_VERSION, BenchDocument
 from conflayers_cli.errors import InputError
 from conflayers_cli.utils.text_files import read_text
-from conflayers_cli.utils.yaml import first_problem, shown
+from conflayers_cli.utils.yaml import first_problem, format_value
 
 MAX_BYTES = 64 * 2**20
 """A document of 10,000 prompts and 5 runs has a tenth of it."""
@@ -42,10 +42,8 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         text.encode()
         json.dumps(document, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        problem = f"{error.msg[:1].lower()}{error.msg[1:]}"
-        raise InputError(
-            f"{path}:{error.lineno}: is not valid JSON: {problem} (column {error.colno})"
-        ) from None
+        problem = f"{error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
+        raise InputError(f"{path}:{error.lineno}: is not valid JSON: {problem}") from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
     except UnicodeEncodeError:
@@ -53,7 +51,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     except ValueError:
         raise InputError(f"{path}: has a number that is none or has too many digits") from None
     if not isinstance(document, dict):
-        raise InputError(f"{path}: is no result of 'conflayers bench': {shown(document)}")
+        raise InputError(f"{path}: is no result of 'conflayers bench': {format_value(document)}")
     return document
 
 
@@ -75,11 +73,11 @@ def _check_version(document: dict[str, Any], path: Path) -> None:
         )
     if version < SCHEMA_VERSION:
         raise InputError(
-            f"{path}: schema_version {shown(version)} has no figures of single prompts; measure it "
-            "again with this version"
+            f"{path}: schema_version {format_value(version)} has no figures of single prompts; "
+            "measure it again with this version"
         )
     if version > SCHEMA_VERSION:
         raise InputError(
-            f"{path}: schema_version {shown(version)} is newer than what is read here "
+            f"{path}: schema_version {format_value(version)} is newer than what is read here "
             f"({SCHEMA_VERSION}); use a newer conflayers"
         )

@@ -1,4 +1,4 @@
-"""Whether outputs are the same as vanilla's and, where they part, how close the choice was."""
+"""Whether outputs equal vanilla's and, where they diverge, how close the choice was."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def _gap(decoder: Decoder, context: Sequence[int], sampling: SamplingParams) -> 
     tokens = torch.tensor([list(context)], device=decoder.device)
     logits = decoder.prefill(tokens, decoder.new_cache(len(context)))[0]
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.saw(context)
+    sampler.mark_seen(context)
     best = sampler.scores(logits)[0].float().topk(2).values
     return float(best[0] - best[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import scipy.stats
 
@@ -46,7 +46,7 @@ def bench_figure(bench: BenchDocument, theme: Theme) -> Figure:
     ]
     if any(any(part.drafted) for part in bench.speculative.by_position.values()):
         panels.append((_LINES, lambda axes: _draw_positions(axes, bench, theme)))
-    if _times(bench):
+    if bench.token_times:
         panels.append((_BARS, lambda axes: _draw_times(axes, bench, theme)))
     heights = [height + _AROUND for height, _ in panels]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -72,20 +72,18 @@ def _speeds(bench: BenchDocument) -> dict[str, dict[str, Interval]]:
 def speed_interval(timed: Sequence[PromptFigures | QueueFigures], system: str) -> Interval:
     """The median tokens per second of some prompts, as tables have it, with its 95 % interval.
 
-    It is over the prompts' own medians; where there are fewer than `MIN_RATIOS` prompts, the
-    interval is over all runs. Where queues of prompts were timed, both are.
+    Both are over the prompts' own medians; with fewer than `MIN_RATIOS` prompts the interval is
+    over all runs. Where queues of prompts were timed, both are over all runs.
     """
     runs = [[speed for speed in each.tokens_per_second.get(system, ()) if speed] for each in timed]
     medians = [middle for of_one in runs if (middle := Interval.of(of_one).median)]
-    together = any(isinstance(each, QueueFigures) for each in timed)
     pooled = Interval.of([speed for of_one in runs for speed in of_one])
-    if together:
+    if any(isinstance(each, QueueFigures) for each in timed):
         return pooled
     whole = Interval.of(medians)
-    if len(medians) >= MIN_RATIOS or whole.median is None or pooled.low is None:
+    if len(medians) >= MIN_RATIOS or not whole.median or not pooled.low or not pooled.high:
         return whole
-    high = pooled.low if pooled.high is None else pooled.high
-    low, high = min(pooled.low, whole.median), max(high, whole.median)
+    low, high = min(pooled.low, whole.median), max(pooled.high, whole.median)
     return Interval(median=whole.median, low=low, high=high)
 
 
@@ -166,34 +164,14 @@ def _draw_positions(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
     _head(axes, "Accepted drafts", columns=len(drafters))
 
 
-def _times(bench: BenchDocument) -> dict[str, tuple[float, float]]:
-    """Milliseconds per token, drafting and verifying, by system; empty where none is known."""
-    parts = {name: bench.arms[name].decoding for name in (SPECULATIVE, VANILLA)}
-    return {
-        name: (1000 * part.draft_seconds / part.tokens, 1000 * part.verify_seconds / part.tokens)
-        for name, part in parts.items()
-        if part is not None and part.tokens
-    }
-
-
 def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
-    times = _times(bench)
-    names = list(times)
-    drafting = [times[name][0] for name in names]
-    verifying = [times[name][1] for name in names]
-    axes.barh(
-        names,
-        drafting,
-        0.6,
-        color=ORANGE,
-        edgecolor=theme.paper,
-        hatch="////",
-        label="drafting",
-    )
+    names, times = zip(*reversed(bench.token_times.items()), strict=True)
+    drafting, verifying = zip(*times, strict=True)
+    look: dict[str, Any] = {"color": ORANGE, "edgecolor": theme.paper, "hatch": "////"}
+    axes.barh(names, drafting, 0.6, label="drafting", **look)
     axes.barh(names, verifying, 0.6, left=drafting, color=theme.blue, label="full passes")
-    for row, name in enumerate(names):
-        total = sum(times[name])
-        behind = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}
+    behind = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}
+    for row, total in enumerate(map(sum, times)):
         axes.annotate(
             f"{total:.1f}",
             (total, row),
@@ -203,7 +181,7 @@ def _draw_times(axes: Axes, bench: BenchDocument, theme: Theme) -> None:
             fontsize=7,
             bbox=behind,
         )
-    axes.set_xlim(0, max(sum(time) for time in times.values()) * 1.16 or 1.0)
+    axes.set_xlim(0, max(map(sum, times)) * 1.16 or 1.0)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_xlabel("milliseconds per token")

@@ -34,7 +34,7 @@ from conflayers_cli.bench.schema import (
 )
 from conflayers_cli.errors import GateError, InputError
 from conflayers_cli.utils.statistics import CONFIDENCE, MIN_RATIOS, Change
-from conflayers_cli.utils.yaml import shown
+from conflayers_cli.utils.yaml import format_value
 
 _SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize")
 """Settings that decide what is decoded; others decide how, which one may want to compare."""
@@ -43,6 +43,10 @@ _MACHINE = ("processor", "gpu", "threads", "platform")
 _SOFTWARE = ("conflayers", "torch", "transformers", "python")
 _HOW = ("exact", "compile", "device_map", "merge_adapter")
 _DRAFTING = ("skip", "draft", "ranges", "draft_by", "lookahead", "tree", "target_speedup")
+
+Pair = tuple[PromptFigures, PromptFigures]
+"""The same prompt in the new and in the old bench."""
+Timed = Sequence[PromptFigures | QueueFigures]
 
 
 def compare(
@@ -79,12 +83,12 @@ def compare(
         )
     pairs = _paired(new, old)
     if new.queues or old.queues or len(pairs) == 1:
-        timed = (_timed(new, [one for one, _ in pairs]), _timed(old, [other for _, other in pairs]))
-        speedup = Change.unpaired(new=_run_ratios(timed[0]), old=_run_ratios(timed[1]))
-        speed = Change.unpaired(new=_run_speeds(timed[0]), old=_run_speeds(timed[1]))
+        ours: Timed = new.queues or [one for one, _ in pairs]
+        theirs: Timed = old.queues or [other for _, other in pairs]
+        speedup = Change.unpaired(new=_run_ratios(ours), old=_run_ratios(theirs))
+        speed = Change.unpaired(new=_run_speeds(ours), old=_run_speeds(theirs))
     else:
-        speedup = _paired_change(pairs, _speedup)
-        speed = _paired_change(pairs, _speed)
+        speedup, speed = _paired_change(pairs, _speedup), _paired_change(pairs, _median_speed)
     changes = {
         RegressionMetric.SPEEDUP: speedup,
         RegressionMetric.ACCEPTANCE: _acceptance(pairs, certain=repeatable),
@@ -103,11 +107,6 @@ def compare(
     )
     remarks = tuple(_remarks(new, old, len(pairs), metrics, repeatable))
     return Comparison(name, len(pairs), tolerance, metrics, remarks)
-
-
-Pair = tuple[PromptFigures, PromptFigures]
-"""The same prompt in the new and in the old bench."""
-Timed = Sequence[PromptFigures | QueueFigures]
 
 
 def check_comparable(
@@ -130,7 +129,9 @@ def check_comparable(
         )
     ours, theirs = _work(new.settings), _work(old.settings)
     if different := _differing(ours, theirs):
-        changed = ", ".join(f"{k} {shown(theirs[k])} (this: {shown(ours[k])})" for k in different)
+        changed = ", ".join(
+            f"{k} {format_value(theirs[k])} (this: {format_value(ours[k])})" for k in different
+        )
         raise InputError(f"{name}: was measured with other settings: {changed}")
     there = [prompt.sha256 for prompt in old.prompts]
     if not set(prompt_hashes) & set(there):
@@ -141,11 +142,8 @@ def check_comparable(
 
 def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
     sampling = settings.get("sampling")
-    sampling = sampling if isinstance(sampling, dict) else {}
-    return {
-        **{key: settings.get(key) for key in _SAME_WORK},
-        **{key: sampling.get(key) for key in _SAME_SAMPLING},
-    }
+    known = {**settings, **(sampling if isinstance(sampling, dict) else {})}
+    return {key: known.get(key) for key in (*_SAME_WORK, *_SAME_SAMPLING)}
 
 
 def _machine(bench: BenchDocument) -> dict[str, Any]:
@@ -172,18 +170,14 @@ def _keyed(prompts: Sequence[PromptFigures]) -> dict[tuple[str, int], PromptFigu
     return found
 
 
-def _middle(prompt: PromptFigures, system: str) -> float | None:
-    """Median tokens per second of the runs."""
+def _median_speed(prompt: PromptFigures, system: str = SPECULATIVE) -> float | None:
+    """Tokens per second of the runs."""
     speeds = [speed for speed in prompt.tokens_per_second.get(system, ()) if speed]
     return statistics.median(speeds) if speeds else None
 
 
-def _speed(prompt: PromptFigures) -> float | None:
-    return _middle(prompt, SPECULATIVE)
-
-
 def _speedup(prompt: PromptFigures) -> float | None:
-    ours, theirs = _middle(prompt, SPECULATIVE), _middle(prompt, VANILLA)
+    ours, theirs = _median_speed(prompt), _median_speed(prompt, VANILLA)
     return ours / theirs if ours and theirs else None
 
 
@@ -195,30 +189,20 @@ def _paired_change(
     return Change.paired([one for one, _ in both], [other for _, other in both])
 
 
-def _timed(bench: BenchDocument, prompts: Sequence[PromptFigures]) -> Timed:
-    """What speeds were measured of: the queues, or these prompts."""
-    return bench.queues or prompts
-
-
 def _run_speeds(timed: Timed) -> list[float]:
     """Tokens per second of single runs."""
-    return [
-        speed for each in timed for speed in each.tokens_per_second.get(SPECULATIVE, ()) if speed
-    ]
+    speeds = (each.tokens_per_second.get(SPECULATIVE, ()) for each in timed)
+    return [speed for of_one in speeds for speed in of_one if speed]
 
 
 def _run_ratios(timed: Timed) -> list[float]:
     """Speed-ups of single runs over vanilla's that took place beside them."""
-    return [
-        ours / theirs
+    speeds = (
+        [each.tokens_per_second.get(system, ()) for system in (SPECULATIVE, VANILLA)]
         for each in timed
-        for ours, theirs in zip(
-            each.tokens_per_second.get(SPECULATIVE, ()),
-            each.tokens_per_second.get(VANILLA, ()),
-            strict=False,
-        )
-        if ours and theirs
-    ]
+    )
+    runs = (run for of_one in speeds for run in zip(*of_one, strict=False))
+    return [ours / theirs for ours, theirs in runs if ours and theirs]
 
 
 def _acceptance(pairs: Sequence[Pair], *, certain: bool) -> Change:
@@ -242,9 +226,9 @@ def _acceptance(pairs: Sequence[Pair], *, certain: bool) -> Change:
         confidence_level=CONFIDENCE,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    known = bool(np.isfinite([found.low, found.high]).all())  # not where a draw drafted nothing
-    ends = (float(found.low), float(found.high)) if known else (None, None)
-    return Change(old, new, new / old, *ends)
+    if not np.isfinite([found.low, found.high]).all():  # a draw drafted nothing
+        return Change(old, new, new / old)
+    return Change(old, new, new / old, float(found.low), float(found.high))
 
 
 def _ratio_of_rates(new: Any, drafted: Any, old: Any, drafted_before: Any, axis: int) -> Any:
@@ -285,7 +269,9 @@ def _remarks(
         )
     ours, theirs = _machine(new), _machine(old)
     if different := _differing(ours, theirs):
-        changed = ", ".join(f"{k} {shown(theirs[k])} → {shown(ours[k])}" for k in different)
+        changed = ", ".join(
+            f"{k} {format_value(theirs[k])} → {format_value(ours[k])}" for k in different
+        )
         yield f"measured elsewhere: {changed}; tokens/s can't be compared, speed-ups with caution"
     for keys, where in ((_SOFTWARE, "environment"), (_HOW, "settings"), (_DRAFTING, "settings")):
         parts = [{key: getattr(b, where).get(key) for key in keys} for b in (new, old)]
@@ -315,21 +301,17 @@ def broken_gates(
         comparison: with an earlier bench, if there is one.
     """
     broken = []
-    speedup = bench.speedup.median
-    if fail_under is not None and speedup is None:
-        broken.append(
-            GateError(
-                "fail_under: the speed-up could not be measured: no output is longer than one "
-                "token",
-                names=("fail_under",),
-            )
-        )
-    elif fail_under is not None and speedup is not None and not speedup >= fail_under:
-        low = f"fail_under: the speed-up is {speedup:.3f}, under {fail_under:g}"
-        broken.append(GateError(low, names=("fail_under",)))
-    if comparison:
-        found = (f"compare: {message}" for message in comparison.regressions)
-        broken += [GateError(each, names=("compare:",)) for each in found]
+    if fail_under is not None:
+        speedup, problem = bench.speedup.median, None
+        if speedup is None:
+            problem = "could not be measured: no output is longer than one token"
+        elif not speedup >= fail_under:
+            problem = f"is {speedup:.3f}, under {fail_under:g}"
+        if problem:
+            message = f"fail_under: the speed-up {problem}"
+            broken.append(GateError(message, names=("fail_under",)))
+    for message in comparison.regressions if comparison else ():
+        broken.append(GateError(f"compare: {message}", names=("compare:",)))
     # In half precision a GPU's rounding may part outputs at a near-tie; that is reported only.
     match = bench.identical_outputs
     exact = bench.dtype == "float32" and bench.engine.get("exact_to_the_bit") is True

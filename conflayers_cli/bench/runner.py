@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from conflayers_cli.bench.agreement import measure_agreement
 from conflayers_cli.bench.output_match import match_outputs
@@ -18,20 +16,15 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.memory import PeakMemory
-from conflayers_cli.utils.progress import ProgressCallback
+from conflayers_cli.utils.progress import ProgressCallback, no_progress
 from conflayers_cli.utils.statistics import Interval, Spread
 
+MIN_BATCHES = 3
+"""Prompts of a queue, in batches, where there are so many: then sequences that end are replaced two
+times out of three, as in a long run, and the thin end is a small part of the queue."""
 
-class Named(Protocol):
-    """What has a system's name."""
-
-    @property
-    def name(self) -> str: ...
-
-
-AnySystem = TypeVar("AnySystem", bound=Named)
-Work = TypeVar("Work")
-Result = TypeVar("Result")
+Item = TypeVar("Item")
+Queue = tuple[BenchPrompt, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +32,8 @@ class SystemResult:
     """One system's figures.
 
     Attributes:
-        tokens_per_second: of decoding, without the prefill: per prompt the median of its runs;
-            here the spread over the prompts.
+        tokens_per_second: of decoding, without the prefill: the spread over the prompts' medians,
+            or over all runs of queues of prompts decoded together.
         time_to_first_token: seconds, the median over all runs.
         stats: of one run over all prompts.
     """
@@ -50,11 +43,17 @@ class SystemResult:
     stats: GenerationStats
 
     @classmethod
-    def of(cls, prompts: Sequence[PromptRuns], system: str) -> SystemResult:
-        """Of the runs of some prompts."""
+    def of(
+        cls, prompts: Sequence[PromptRuns], system: str, queues: Sequence[PromptRuns] = ()
+    ) -> SystemResult:
+        """Of the runs of some prompts, and of the queues that they were decoded in."""
+        if queues:
+            speeds = [run.stats.tokens_per_second for queue in queues for run in queue.runs[system]]
+        else:
+            speeds = [prompt.speed(system) for prompt in prompts]
         waits = [run.stats.prefill_seconds for prompt in prompts for run in prompt.runs[system]]
         return cls(
-            Spread.of([speed for prompt in prompts if (speed := prompt.speed(system))]),
+            Spread.of([speed for speed in speeds if speed]),
             statistics.median(waits),
             GenerationStats.total(prompt.first_stats(system) for prompt in prompts),
         )
@@ -108,9 +107,7 @@ class BenchResult:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The prompts' categories, in the order of their first appearance; none where prompts are
-        decoded together: a queue's speed is not one category's.
-        """
+        """The prompts' categories by first appearance; none of queues, which mix them."""
         if self.queues:
             return ()
         return tuple(dict.fromkeys(p.prompt.category for p in self.prompts if p.prompt.category))
@@ -126,107 +123,98 @@ def measure(
     decoder: Decoder,
     sampling: SamplingParams,
     *,
+    batch_size: int = 1,
     runs: int = 3,
     warmup: int = 1,
-    on_progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback = no_progress,
 ) -> BenchResult:
-    """Decode every prompt in every system, several times, and compare.
+    """Decode all prompts in every system, several times, and compare.
 
     The systems take turns at each prompt, and who begins changes from turn to turn, so that
-    whatever slows the machine for a while slows all alike.
+    whatever slows the machine for a while slows all alike. Prompts that are decoded together share
+    their passes: there the turns, and what is timed, are whole queues of prompts.
 
     Args:
         systems: one is named ``vanilla`` and one ``speculative``.
         prompts: at least one.
         decoder: the model, for the logits where outputs part.
         sampling: how the systems choose tokens.
-        runs, warmup: decodings of each prompt by each system; decodings by each system before them.
+        batch_size: prompts that every system decodes at once.
+        runs, warmup: decodings of each prompt by each system; of one batch, before them.
         on_progress: called before every decoding.
     """
-    memory = PeakBySystem(decoder.device)
+    queues = split_queues(prompts, batch_size)
+    memory, peaks = PeakMemory(decoder.device), dict[str, int]()
+    total, begun = (warmup + runs * len(queues)) * len(systems), itertools.count()
 
-    def decode(system: System, prompt: BenchPrompt) -> Run:
-        return memory.watch(system.name, lambda: [system.run(prompt)])[0]
-
-    taken = take_turns(
-        systems,
-        prompts,
-        decode,
-        decode,
-        runs=runs,
-        warmup=warmup,
-        label=lambda prompt: f"prompt {prompt.id}",
-        on_progress=on_progress,
-    )
-    results = tuple(
-        PromptRuns(prompt, {name: tuple(done) for name, done in by_system.items()})
-        for prompt, by_system in zip(prompts, taken, strict=True)
-    )
-    lossless = [system.name for system in systems if system.name not in (VANILLA, SKIP_ONLY)]
-    greedy = sampling.greedy
-    return BenchResult(
-        prompts=results,
-        systems={system.name: SystemResult.of(results, system.name) for system in systems},
-        matches=match_outputs(lossless, results, decoder, sampling) if greedy else None,
-        peak_memory=memory.peaks,
-        cache_bytes=largest_cache(results),
-        agreement=_skip_only_agreement(systems, results) if greedy else None,
-    )
-
-
-class PeakBySystem:
-    """The most memory over the model's weights, in bytes, that each system has taken."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._memory = PeakMemory(device)
-        self.peaks: dict[str, int] = {}
-
-    def watch(self, system: str, decode: Callable[[], list[Run]]) -> list[Run]:
-        """The runs that ``decode`` gives, their peak counted as the system's."""
-        self._memory.begin()
-        done = decode()
-        if (peak := self._memory.peak()) is not None:
+    def decode(system: System, queue: Queue, doing: str) -> list[Run]:
+        on_progress(f"{doing}: {system.name}", next(begun) / total)
+        memory.begin()
+        done = system.run(queue)
+        if (peak := memory.peak()) is not None:
             peak -= max(run.weights_twice_bytes for run in done)
-            self.peaks[system] = max(peak, self.peaks.get(system, 0))
+            peaks[system.name] = max(peak, peaks.get(system.name, 0))
         return done
-
-
-def take_turns(
-    systems: Sequence[AnySystem],
-    items: Sequence[Work],
-    warm_up: Callable[[AnySystem, Work], object],
-    decode: Callable[[AnySystem, Work], Result],
-    *,
-    runs: int,
-    warmup: int,
-    label: Callable[[Work], str],
-    on_progress: ProgressCallback | None,
-) -> list[dict[str, list[Result]]]:
-    """Warm up, then decode every item in every system ``runs`` times, the systems by turns.
-
-    Returns:
-        For each item, its results by system, in the order of the runs.
-    """
-    total, begun = (warmup + runs * len(items)) * len(systems), itertools.count()
-
-    def begin(message: str) -> None:
-        if on_progress:
-            on_progress(message, next(begun) / total)
 
     for turn in range(warmup):
         for system in systems:
-            begin(f"warming up: {system.name}")
-            warm_up(system, items[turn % len(items)])
-    taken: list[dict[str, list[Result]]] = [{each.name: [] for each in systems} for _ in items]
+            decode(system, queues[turn % len(queues)][:batch_size], "warming up")
+    taken: list[dict[str, list[list[Run]]]] = [{each.name: [] for each in systems} for _ in queues]
     for turn in range(runs):
-        for number, item in enumerate(items):
+        for number, queue in enumerate(queues):
             for system in rotated(systems, turn + number):
-                begin(f"run {turn + 1} of {runs}, {label(item)}: {system.name}")
-                taken[number][system.name].append(decode(system, item))
-    return taken
+                doing = f"run {turn + 1} of {runs}, {_queue_label(queue)}"
+                taken[number][system.name].append(decode(system, queue, doing))
+    alone = tuple(
+        PromptRuns(prompt, {name: tuple(run[i] for run in of) for name, of in by_system.items()})
+        for queue, by_system in zip(queues, taken, strict=True)
+        for i, prompt in enumerate(queue)
+    )
+    together = () if batch_size == 1 else tuple(map(_merge_prompts, queues, taken))
+    names = [system.name for system in systems]
+    lossless = [name for name in names if name not in (VANILLA, SKIP_ONLY)]
+    return BenchResult(
+        prompts=alone,
+        systems={name: SystemResult.of(alone, name, together) for name in names},
+        matches=match_outputs(lossless, alone, decoder, sampling) if sampling.greedy else None,
+        peak_memory=peaks,
+        cache_bytes=max(
+            run.cache_bytes or 0 for each in alone for of in each.runs.values() for run in of
+        ),
+        agreement=_agreement(alone) if sampling.greedy and SKIP_ONLY in names else None,
+        queues=together,
+        batch_size=batch_size,
+    )
 
 
-def rotated(items: Sequence[Work], turn: int) -> list[Work]:
+def split_queues(prompts: Sequence[BenchPrompt], batch_size: int) -> list[Queue]:
+    """The prompts, in order, in queues of equal length for batches of ``batch_size``."""
+    count = len(prompts)
+    if batch_size > 1:
+        count = max(1, count // (MIN_BATCHES * batch_size))
+    bounds = [number * len(prompts) // count for number in range(count + 1)]
+    return [tuple(prompts[begin:end]) for begin, end in itertools.pairwise(bounds)]
+
+
+def _queue_label(queue: Queue) -> str:
+    if len(queue) == 1:
+        return f"prompt {queue[0].id}"
+    return f"prompts {queue[0].id} to {queue[-1].id}"
+
+
+def _merge_prompts(queue: Queue, by_system: Mapping[str, Sequence[Sequence[Run]]]) -> PromptRuns:
+    """The runs of a queue as if it were one prompt."""
+    merged = {
+        name: tuple(
+            Run((), GenerationStats.total(each.stats for each in run), run[0].cache_bytes)
+            for run in of_system
+        )
+        for name, of_system in by_system.items()
+    }
+    return PromptRuns(replace(queue[0], id=_queue_label(queue), category=None), merged)
+
+
+def rotated(items: Sequence[Item], turn: int) -> list[Item]:
     """The items in their order, begun with another one every turn."""
     first = turn % len(items)
     return [*items[first:], *items[:first]]
@@ -242,18 +230,7 @@ def run_ratios(prompts: Sequence[PromptRuns], system: str, over: str = VANILLA) 
     ]
 
 
-def _skip_only_agreement(
-    systems: Sequence[System], prompts: Sequence[PromptRuns]
-) -> Agreement | None:
-    """Of the lossy system, if there is one, with vanilla: first runs, greedy ones are all alike."""
-    if SKIP_ONLY not in [system.name for system in systems]:
-        return None
-    return measure_agreement(
-        [(prompt.runs[VANILLA][0].tokens, prompt.runs[SKIP_ONLY][0].tokens) for prompt in prompts]
-    )
-
-
-def largest_cache(prompts: Sequence[PromptRuns]) -> int:
-    """Bytes of the largest KV cache; 0 where none is known."""
-    runs = (run for prompt in prompts for done in prompt.runs.values() for run in done)
-    return max((run.cache_bytes or 0 for run in runs), default=0)
+def _agreement(prompts: Sequence[PromptRuns]) -> Agreement:
+    """Of the lossy system with vanilla: of their first runs, since greedy ones are all alike."""
+    first = [{name: runs[0].tokens for name, runs in prompt.runs.items()} for prompt in prompts]
+    return measure_agreement([(tokens[VANILLA], tokens[SKIP_ONLY]) for tokens in first])

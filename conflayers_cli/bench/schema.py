@@ -1,10 +1,8 @@
 """The results document of a bench: what ``--json`` prints and ``--from`` and ``--compare`` read.
 
-These models are its one description. `serialize.build_document` makes a `BenchDocument` of what
-was measured, `load.load_document` reads a stored one, and tables, exporters, pictures and
-comparisons work from the document alone, without torch. docs/figures.md says what the keys mean.
-
-Writing leaves out the keys that were not given, and keeps keys that are not known here.
+`serialize.build_document` makes a `BenchDocument` of what was measured, `load.load_document` reads
+a stored one; tables, exporters, plots and comparisons work from the document alone, without torch.
+Keys that were not given are not written, unknown ones are kept. docs/figures.md explains the keys.
 """
 
 from __future__ import annotations
@@ -135,14 +133,12 @@ class OutputMatch(Section):
 
 
 class Agreement(Section):
-    """How far lossy outputs agree with the model's own; means over the prompts, but where said.
+    """How far lossy outputs agree with the model's own: means over the prompts, unless noted.
 
     Attributes:
-        equal: share of positions with the same token; positions that only one has count as
-            different.
+        equal: share of positions with the same token, of the longer output's.
         rouge_2: F1 of the pairs of neighbouring tokens (ROUGE-2, Lin 2004, over token ids).
-        first_divergence: median index of the first token that differs, over the outputs that
-            differ; None where none does.
+        first_divergence: median index of the first token that differs; None where none does.
         identical, prompts: outputs that are the same, and all.
     """
 
@@ -262,6 +258,19 @@ class BenchDocument(BenchContext):
     def timed(self) -> Sequence[PromptFigures | QueueFigures]:
         """What speeds were measured of: prompts, or queues of prompts decoded together."""
         return self.queues or self.prompts
+
+    @property
+    def token_times(self) -> dict[str, tuple[float, float]]:
+        """Milliseconds per token of drafting and verifying, by system; empty: none is known."""
+        parts = {name: self.arms[name].decoding for name in (VANILLA, SPECULATIVE)}
+        return {
+            name: (
+                1000 * each.draft_seconds / each.tokens,
+                1000 * each.verify_seconds / each.tokens,
+            )
+            for name, each in parts.items()
+            if each is not None and each.tokens
+        }
 
     def speedup_of(self, system: str) -> Interval | None:
         """A system of the engine over vanilla, where that was measured."""

@@ -40,6 +40,7 @@ def build_document(
     Raises:
         ValidationError: a figure that can't be, such as a speed of 0.
     """
+    own_peaks = [peak for name, peak in result.peak_memory.items() if name in OWN_SYSTEMS]
     return BenchDocument(
         **dict(context),
         arms={name: _system_figures(result, name) for name in result.systems},
@@ -49,15 +50,14 @@ def build_document(
             _prompt_figures(prompt, sha256, alone=not result.queues)
             for prompt, sha256 in zip(result.prompts, prompt_hashes, strict=True)
         ],
-        peak_memory_bytes=_own_peak(result),
+        peak_memory_bytes=max(own_peaks, default=None),
         kv_cache_bytes=result.cache_bytes,
-        **_compared_systems(result),
-        **_queues(result),
+        **_optional_fields(result),
     )
 
 
-def _compared_systems(result: BenchResult) -> dict[str, Any]:
-    """Fields about the systems beside vanilla, most of them only where there are such systems."""
+def _optional_fields(result: BenchResult) -> dict[str, Any]:
+    """Fields about the systems beside vanilla, and about batches; most only where there are any."""
     matches = result.matches or {}
     baselines = [name for name in result.systems if name not in OWN_SYSTEMS]
     fields: dict[str, Any] = {
@@ -74,24 +74,13 @@ def _compared_systems(result: BenchResult) -> dict[str, Any]:
             speedup=result.speedup(system=SKIP_ONLY),
             agreement=result.agreement,
         )
+    if result.queues:
+        fields["batch_size"] = result.batch_size
+        fields["queues"] = [
+            QueueFigures(prompts=queue.prompt.id, tokens_per_second=_speeds(queue))
+            for queue in result.queues
+        ]
     return fields
-
-
-def _queues(result: BenchResult) -> dict[str, Any]:
-    """Fields about batches, where prompts were decoded together."""
-    if not result.queues:
-        return {}
-    queues = [
-        QueueFigures(prompts=queue.prompt.id, tokens_per_second=_speeds(queue))
-        for queue in result.queues
-    ]
-    return {"batch_size": result.batch_size, "queues": queues}
-
-
-def _own_peak(result: BenchResult) -> int | None:
-    """The most memory over the model's weights that a system of this package's engine took."""
-    peaks = result.peak_memory
-    return max((peak for name, peak in peaks.items() if name in OWN_SYSTEMS), default=None)
 
 
 def _system_figures(result: BenchResult, name: str) -> SystemFigures:
@@ -107,12 +96,12 @@ def _system_figures(result: BenchResult, name: str) -> SystemFigures:
             "drafted": stats.drafted,
             "accepted": stats.accepted,
             "by_drafter": {
-                drafter: DrafterCounts(**asdict(count))
-                for drafter, count in stats.by_drafter.items()
+                proposer: DrafterCounts(**asdict(count))
+                for proposer, count in stats.by_drafter.items()
             },
             "by_position": {
-                drafter: PositionCounts(drafted=list(at.drafted), accepted=list(at.accepted))
-                for drafter, at in stats.by_position.items()
+                proposer: PositionCounts(drafted=list(at.drafted), accepted=list(at.accepted))
+                for proposer, at in stats.by_position.items()
             },
         }
     return SystemFigures(

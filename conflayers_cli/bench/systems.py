@@ -1,7 +1,4 @@
-"""The systems that a bench compares. Each decodes prompts and says what that took.
-
-Those of transformers are in :mod:`.hf_baselines`.
-"""
+"""The systems that a bench compares. Those of transformers are in :mod:`.hf_baselines`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from conflayers_cli.bench.schema import SKIP_ONLY
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
@@ -47,8 +43,8 @@ class Run:
         tokens: the output's token ids.
         stats: counts and seconds.
         cache_bytes: memory of the KV cache; None where it is not known.
-        weights_twice_bytes: memory of weights that were held twice meanwhile, only so that systems
-            can be compared in one process: not what the system takes by itself.
+        weights_twice_bytes: memory of weights held twice only because systems are compared in one
+            process; it does not count as the system's.
     """
 
     tokens: tuple[int, ...]
@@ -75,98 +71,53 @@ class PromptRuns:
 
 
 class System(Protocol):
-    """Decodes one prompt at a time."""
+    """Decodes prompts."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, prompt: BenchPrompt) -> Run: ...
-
-
-class BatchedSystem(Protocol):
-    """Decodes several prompts together, ``size`` at once."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]: ...
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]: ...
 
 
 @dataclass(frozen=True)
 class EngineSystem:
-    """This package's engine: vanilla where ``drafter`` is None."""
-
-    name: str
-    decoder: Decoder
-    drafter: Proposer | None
-    sampling: SamplingParams
-    end_tokens: frozenset[int]
-
-    def run(self, prompt: BenchPrompt) -> Run:
-        """Decode the prompt once."""
-        generator = TextGenerator(self.decoder, end_tokens=self.end_tokens, drafter=self.drafter)
-        (run,) = _runs(generator, [prompt], self.sampling)
-        return run
-
-
-@dataclass(frozen=True)
-class SkipOnlySystem:
-    """The model with layers left out for good behind the prompt: lossy (see `generation.batch`)."""
-
-    decoder: Decoder
-    plan: SkipPlan
-    sampling: SamplingParams
-    end_tokens: frozenset[int]
-    name: str = SKIP_ONLY
-
-    def run(self, prompt: BenchPrompt) -> Run:
-        """Decode the prompt once."""
-        generator = TextGenerator(self.decoder, end_tokens=self.end_tokens, skip_plan=self.plan)
-        (run,) = _runs(generator, [prompt], self.sampling)
-        return run
-
-
-@dataclass(frozen=True)
-class BatchedEngineSystem:
-    """This package's engine on several prompts at once: vanilla where ``drafter`` is None.
+    """This package's engine.
 
     Attributes:
-        size: prompts decoded at once; one that ends makes room for the next.
+        name: the system's.
+        decoder: the model.
+        proposer: drafts; None decodes vanilla.
+        sampling, end_tokens: how tokens are chosen, and ids that end an output.
+        batch_size: prompts decoded at once.
+        skip_plan: left out for good behind the prompts, which is lossy; None: nothing.
     """
 
     name: str
     decoder: Decoder
-    drafter: BatchProposer | None
-    size: int
+    proposer: Proposer | BatchProposer | None
     sampling: SamplingParams
     end_tokens: frozenset[int]
+    batch_size: int = 1
+    skip_plan: SkipPlan | None = None
 
-    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
-        """Decode prompts once, as one queue.
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+        """Decode prompts once.
 
         Returns:
-            A run for each prompt, in order. Its seconds are its share of what all took together, so
-            that those of all add up; its cache is the one that all sequences share.
+            A run for each prompt, in order. Of prompts decoded together, its seconds are its share
+            of what all took; its cache is the one that all sequences share.
         """
         generator = TextGenerator(
             self.decoder,
             end_tokens=self.end_tokens,
-            drafter=self.drafter,
-            batch_size=self.size,
+            proposer=self.proposer,
+            batch_size=self.batch_size,
+            skip_plan=self.skip_plan,
         )
-        return _runs(generator, prompts, self.sampling)
-
-
-def _runs(
-    generator: TextGenerator, prompts: Sequence[BenchPrompt], sampling: SamplingParams
-) -> list[Run]:
-    """Decode prompts once; only tokens, no texts."""
-    requests = [
-        GenerationRequest(each.tokens, each.max_new_tokens, replace(sampling, seed=each.seed))
-        for each in prompts
-    ]
-    results = generator.generate(requests)
-    return [Run(each.token_ids, each.stats, each.cache_bytes) for each in results]
+        results = generator.generate(
+            GenerationRequest(
+                each.tokens, each.max_new_tokens, replace(self.sampling, seed=each.seed)
+            )
+            for each in prompts
+        )
+        return [Run(each.token_ids, each.stats, each.cache_bytes) for each in results]

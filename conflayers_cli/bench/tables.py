@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from conflayers_cli.bench.comparison import ComparedMetric, Comparison
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from conflayers_cli.bench.comparison import Comparison
 from conflayers_cli.bench.metrics import RegressionMetric
 from conflayers_cli.bench.schema import (
     SKIP_ONLY,
     SPECULATIVE,
-    VANILLA,
     Agreement,
     BenchDocument,
-    DecodingTotals,
 )
-from conflayers_cli.utils.bars import bar, marks
+from conflayers_cli.utils.bars import horizontal_bar, vertical_bars
 from conflayers_cli.utils.statistics import Interval
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 BASELINE_LABELS = {
     "transformers": "transformers' generate",
@@ -36,13 +34,13 @@ def bench_tables(
     bench: BenchDocument, comparison: Comparison | None = None
 ) -> list[RenderableType]:
     """Speeds by system and category, output matches, bars, and the comparison."""
-    parts: list[RenderableType] = [plain(headline(bench)), _table(system_rows(bench))]
+    parts: list[RenderableType] = [Text(headline(bench)), _table(system_rows(bench))]
     if len(bench.categories) > 1:
         parts.append(_category_table(bench))
-    parts += [plain(line) for line in (*closing(bench), *charts(bench))]
+    parts += [Text(line) for line in (*closing(bench), *charts(bench))]
     if comparison:
-        parts += ["", plain(label(comparison.headline)), _table(comparison_rows(comparison))]
-        parts += [plain(label(line)) for line in comparison.remarks]
+        parts += ["", Text(label(comparison.headline)), _table(comparison_rows(comparison))]
+        parts += [Text(label(line)) for line in comparison.remarks]
     return parts
 
 
@@ -114,7 +112,7 @@ def comparison_rows(comparison: Comparison) -> Iterable[tuple[str, ...]]:
             number(row.change.new, form, unit),
             number(row.change.ratio, ".3f"),
             between(row.change.low, row.change.high, ".3f"),
-            _verdict(row),
+            row.verdict if row.judged else f"({row.verdict}, not judged)",
         )
 
 
@@ -123,10 +121,6 @@ _FORMS = {
     RegressionMetric.ACCEPTANCE: (".1%", ""),
     RegressionMetric.SPEED: (".1f", ""),
 }
-
-
-def _verdict(row: ComparedMetric) -> str:
-    return row.verdict if row.judged else f"({row.verdict}, not judged)"
 
 
 def closing(bench: BenchDocument) -> Iterable[str]:
@@ -141,10 +135,8 @@ def closing(bench: BenchDocument) -> Iterable[str]:
     for name, speedup in bench.speedup_over.items():
         yield f"speed-up over {BASELINE_LABELS.get(name, label(name))}: {_interval(speedup)}"
     identical = {SPECULATIVE: bench.identical_outputs, **bench.identical_to}
-    for name, match in identical.items():
-        if match is None:
-            continue
-        yield (f"{label(name)}: {match.matching} of {match.total} outputs identical to vanilla's")
+    for name, match in ((name, match) for name, match in identical.items() if match):
+        yield f"{label(name)}: {match.matching} of {match.total} outputs identical to vanilla's"
         for parted in match.divergences:
             yield (
                 f"  {label(parted.id)}: from token {parted.position} on ({parted.vanilla} and "
@@ -166,37 +158,26 @@ def closing(bench: BenchDocument) -> Iterable[str]:
 
 def charts(bench: BenchDocument) -> Iterable[str]:
     """Time per token, and acceptance rates by position in the draft, as bars."""
-    times = {
-        name: part
-        for name in (VANILLA, SPECULATIVE)
-        if (part := bench.arms[name].decoding) is not None and part.tokens
-    }
-    longest = max((sum(_per_token(part)) for part in times.values()), default=0.0)
+    times = bench.token_times
+    longest = max(map(sum, times.values()), default=0.0)
     if longest > 0:
         yield "time of a token:"
-    for name, part in times.items() if longest > 0 else ():
-        drafting, verifying = _per_token(part)
-        split = f" (drafting {drafting:.1f}, verifying {verifying:.1f})" if drafting else ""
-        drawn = bar((drafting + verifying) / longest, BAR)
-        yield f"  {name:<11} {drawn:<{BAR}} {drafting + verifying:.1f} ms{split}"
-    rates = {name: part.rates for name, part in bench.speculative.by_position.items()}
-    rates = {name: found for name, found in rates.items() if any(r is not None for r in found)}
-    if rates:
+        for name, (drafting, verifying) in times.items():
+            split = f" (drafting {drafting:.1f}, verifying {verifying:.1f})" if drafting else ""
+            drawn = horizontal_bar((drafting + verifying) / longest, BAR)
+            yield f"  {name:<11} {drawn:<{BAR}} {drafting + verifying:.1f} ms{split}"
+    parts = {
+        name: each for name, each in bench.speculative.by_position.items() if any(each.drafted)
+    }
+    if parts:
         yield "accepted by place in the draft, from the first on:"
-    for name, found in rates.items():
-        drafted = bench.speculative.by_position[name].drafted
-        known = [(k, rate) for k, rate in enumerate(found) if rate is not None]
+    for name, part in parts.items():
+        known = [(k, rate) for k, rate in enumerate(part.rates) if rate is not None]
         (first, begin), (last, end) = known[0], known[-1]
         yield (
-            f"  {label(name):<11} {marks(found)} {begin:.0%} of {drafted[first]} … "
-            f"{end:.0%} of {drafted[last]}"
+            f"  {label(name):<11} {vertical_bars(part.rates)} {begin:.0%} of {part.drafted[first]} "
+            f"… {end:.0%} of {part.drafted[last]}"
         )
-
-
-def _per_token(part: DecodingTotals) -> tuple[float, float]:
-    """Milliseconds of drafting and of verifying for each token."""
-    scale = 1000 / part.tokens
-    return part.draft_seconds * scale, part.verify_seconds * scale
 
 
 def _lossy(agreement: Agreement | None) -> Iterable[str]:
@@ -215,29 +196,19 @@ def _category_table(bench: BenchDocument) -> Table:
     heading, *rows = category_rows(bench)
     speedups = [category.speedup or 0.0 for category in bench.categories.values()]
     longest = max(speedups) or 1.0
-    drawn = [bar(speedup / longest, BAR) for speedup in speedups]
+    drawn = [horizontal_bar(speedup / longest, BAR) for speedup in speedups]
     return _table([(*heading, ""), *((*row, b) for row, b in zip(rows, drawn, strict=True))])
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Table:
-    from rich import box
-    from rich.table import Table
-
     (first, *others), *body = rows
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right" if name else "left")
     for row in body:
-        table.add_row(*map(plain, row))
+        table.add_row(*map(Text, row))
     return table
-
-
-def plain(text: str) -> RenderableType:
-    """Text that holds no markup."""
-    from rich.text import Text
-
-    return Text(text)
 
 
 def label(text: str) -> str:

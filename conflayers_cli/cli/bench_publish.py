@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from conflayers_cli.bench.metrics import TOLERANCE, RegressionMetric
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.terminal import emit_json, emit_rich
 from conflayers_cli.errors import ConfLayersError, GateError, InputError
-from conflayers_cli.utils.distributed import is_first
+from conflayers_cli.utils.distributed import is_rank0
 from conflayers_cli.utils.files import check_target, write_atomically, write_json
 from conflayers_cli.utils.plotting import Theme, check_plot, save_plot
 
@@ -29,17 +29,17 @@ class Exports:
     """Where the results go beside stdout; None: not there.
 
     Attributes:
-        json, markdown, csv, plot: files.
-        github: a folder, for the two files of github-action-benchmark.
-        theme: the ground that the picture is for.
+        export_json, export_markdown, export_csv, plot: files.
+        export_github: a folder, for the two files of github-action-benchmark.
+        plot_theme: the ground that the picture is for.
     """
 
-    json: Path | None = None
-    markdown: Path | None = None
-    csv: Path | None = None
-    github: Path | None = None
+    export_json: Path | None = None
+    export_markdown: Path | None = None
+    export_csv: Path | None = None
+    export_github: Path | None = None
     plot: Path | None = None
-    theme: Theme = Theme.LIGHT
+    plot_theme: Theme = Theme.LIGHT
 
     def check(self) -> None:
         """Refuse what can't be written, before any work is done.
@@ -47,35 +47,40 @@ class Exports:
         Raises:
             InputError: two results for one file, no such folder, or no matplotlib to draw with.
         """
-        files = [path for path in (self.json, self.markdown, self.csv, self.plot) if path]
+        named = (self.export_json, self.export_markdown, self.export_csv, self.plot)
+        files = [path for path in named if path]
         for path in files:
             check_target(path)
-        places = [path.resolve() for path in files]
-        for number, place in enumerate(places):
-            if place in places[:number]:
-                raise InputError(f"{files[number]}: is to hold two kinds of results; name another")
-        if self.github:
+        seen: set[Path] = set()
+        for path in files:
+            if path.resolve() in seen:
+                raise InputError(f"{path}: is to hold two kinds of results; name another")
+            seen.add(path.resolve())
+        if self.export_github:
             from conflayers_cli.bench.exporters import check_folder
 
-            check_folder(self.github)
+            check_folder(self.export_github)
         if self.plot:
             check_plot(self.plot)
 
     def write(self, results: BenchDocument, comparison: Comparison | None) -> list[ConfLayersError]:
-        """Write all that can be written; what went wrong with the others."""
+        """Write everything that can be written; returns the failures."""
         from conflayers_cli.bench.exporters import csv_text, markdown, write_github
+        from conflayers_cli.bench.plots import bench_figure
 
         jobs: list[Callable[[], None]] = []
-        if self.json:
-            jobs.append(partial(write_json, self.json, results.as_json()))
-        if self.markdown:
-            jobs.append(partial(write_atomically, self.markdown, markdown(results, comparison)))
-        if self.csv:
-            jobs.append(partial(write_atomically, self.csv, csv_text(results)))
-        if self.github:
-            jobs.append(partial(write_github, self.github, results))
+        if self.export_json:
+            jobs.append(partial(write_json, self.export_json, results.as_json()))
+        if self.export_markdown:
+            text = markdown(results, comparison)
+            jobs.append(partial(write_atomically, self.export_markdown, text))
+        if self.export_csv:
+            jobs.append(partial(write_atomically, self.export_csv, csv_text(results)))
+        if self.export_github:
+            jobs.append(partial(write_github, self.export_github, results))
         if self.plot:
-            jobs.append(partial(_draw, self.plot, self.theme, results))
+            draw = partial(bench_figure, results)
+            jobs.append(partial(save_plot, self.plot, self.plot_theme, draw))
         failures = []
         for job in jobs:
             try:
@@ -91,61 +96,54 @@ class Gates:
 
     Attributes:
         fail_under: the least speed-up over vanilla; None: any.
-        old: an earlier bench to compare with; None: none.
-        old_name: its file.
+        compare: an earlier bench to compare with; None: none.
         tolerance: the share by which a metric may be lower than there.
-        judged: the metrics that count; None: the usual ones.
+        judge: the metrics that count; None: the usual ones.
     """
 
     fail_under: float | None = None
-    old: BenchDocument | None = None
-    old_name: str = ""
-    tolerance: float = TOLERANCE
-    judged: Sequence[RegressionMetric] | None = None
+    compare: Path | None = None
+    tolerance: float | None = None
+    judge: list[RegressionMetric] | None = None
 
-    @classmethod
-    def read(
-        cls,
-        fail_under: float | None,
-        old: Path | None,
-        tolerance: float | None,
-        judged: Sequence[RegressionMetric] | None,
-    ) -> Gates:
-        """As the command line says; reads the earlier bench, before any work is done.
+    @cached_property
+    def earlier(self) -> BenchDocument | None:
+        """The bench to compare with. InputError: it can't be read."""
+        from conflayers_cli.bench.load import load_document
+
+        return load_document(self.compare) if self.compare else None
+
+    def check(self) -> None:
+        """Read the earlier bench, before any work is done.
 
         Raises:
             InputError: it can't be read, or there is none although something is said about it.
         """
-        if old is None:
-            for flag, given in (("--tolerance", tolerance is not None), ("--judge", judged)):
-                if given:
-                    raise InputError(f"{flag} is about --compare FILE, which is not given")
-            return cls(fail_under)
-        from conflayers_cli.bench.load import load_document
+        about_comparing = {"--tolerance": self.tolerance is not None, "--judge": self.judge}
+        for flag, given in about_comparing.items():
+            if given and self.earlier is None:
+                raise InputError(f"{flag} is about --compare FILE, which is not given")
+        _ = self.earlier
 
-        tolerance = TOLERANCE if tolerance is None else tolerance
-        return cls(fail_under, load_document(old), str(old), tolerance, judged or None)
+    def check_comparable(self, context: BenchContext, prompt_hashes: Sequence[str]) -> None:
+        """Raise InputError where what is to be measured can't be compared then."""
+        if self.earlier is not None:
+            from conflayers_cli.bench.regression import check_comparable
 
-    def check(self, context: BenchContext, prompt_hashes: Sequence[str]) -> None:
-        """Refuse to measure what can't be compared then; raises InputError."""
-        if self.old is None:
-            return
-        from conflayers_cli.bench.regression import check_comparable
+            check_comparable(self.earlier, str(self.compare), context, prompt_hashes)
 
-        check_comparable(self.old, self.old_name, context, prompt_hashes)
-
-    def compare(self, results: BenchDocument) -> Comparison | None:
+    def comparison(self, results: BenchDocument) -> Comparison | None:
         """With the earlier bench, if there is one; raises InputError as `compare`."""
-        if self.old is None:
+        if self.earlier is None:
             return None
         from conflayers_cli.bench.regression import compare
 
         return compare(
             results,
-            self.old,
-            self.old_name,
-            tolerance=self.tolerance,
-            judged=self.judged,
+            self.earlier,
+            str(self.compare),
+            tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
+            judged=self.judge or None,
         )
 
 
@@ -173,7 +171,7 @@ def publish(results: BenchDocument, exports: Exports, gates: Gates, *, as_json: 
     failures: list[ConfLayersError] = []
     comparison = None
     try:
-        comparison = gates.compare(results)
+        comparison = gates.comparison(results)
     except InputError as error:
         failures.append(error)
     if comparison:
@@ -195,11 +193,5 @@ def publish(results: BenchDocument, exports: Exports, gates: Gates, *, as_json: 
         for message in map(in_flags, (*failures[1:], *broken)):
             logger.error(f"error: {message}")
         raise failures[0]
-    if broken and is_first():  # the others' clocks say something else
+    if broken and is_rank0():  # the others' clocks say something else
         raise GateError("; ".join(map(in_flags, broken)))
-
-
-def _draw(path: Path, theme: Theme, results: BenchDocument) -> None:
-    from conflayers_cli.bench.plots import bench_figure
-
-    save_plot(path, theme, partial(bench_figure, results))

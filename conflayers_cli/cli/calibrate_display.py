@@ -1,8 +1,9 @@
-"""What ``calibrate`` shows while it works (stderr) and says in the end."""
+"""What ``calibrate`` shows while it works (stderr) and prints in the end."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,14 @@ class Display:
             self._live.__exit__(*of_error)
 
     def stage(self, name: str) -> None:
-        """What begins."""
+        """A stage begins."""
         self._stage = name
         if self._live is None:
             logger.info(f"{name} …")
         self._redraw()
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
-        """A set of layers was looked at during the search."""
+        """A trial of the search is done."""
         row = (
             str(trial.iteration + 1),
             _figures(trial),
@@ -76,7 +77,7 @@ class Display:
         self._redraw()
 
     def better(self, score: Score, judged: int) -> None:
-        """Refinement found a better plan."""
+        """Refinement found a better plan after scoring ``judged`` plans."""
         self._best = (
             f"refined after {judged} sets judged: {skipped(score.plan, self._depth)} skipped, "
             f"{f'{score.plan.weights} weights, ' if score.plan.weights else ''}"
@@ -97,32 +98,32 @@ class Display:
         self._live.update(table, refresh=True)
 
 
-def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> list[str]:
-    """The answer for people."""
-    plan, depth, candidate = done.plan, profile.model.depth, done.candidate
+def summary_lines(profile: Profile, found: Calibration, target: Path | None) -> list[str]:
+    """The result in words."""
+    plan, depth, candidate = found.plan, profile.model.depth, found.candidate
     expected = candidate.expected
-    lines = [f"{profile.model.name}: {done.conclusion}"]
-    if done.others and plan:
+    lines = [f"{profile.model.name}: {found.conclusion}"]
+    if found.candidates and plan:
         lines[0] += f" (found by {_label(candidate)})"
-    if plan and done.conclusion.startswith("no plan"):
+    if plan and found.conclusion.startswith("no plan"):
         lines.append("kept all the same: unrefined, the strategy's own set is what was asked for")
     lines.append(
-        f"searched {len(done.result.trials)} sets ({done.result.stopped_because}), "
-        f"judged {candidate.judged} more in refining; {done.seconds:.0f} s in all"
+        f"searched {len(found.result.trials)} sets ({found.result.stopped_because}), "
+        f"judged {candidate.judged} more in refining; {found.seconds:.0f} s in all"
     )
     if plan:
         lines.append(f"skips {skips(plan, depth)}")
         lines.append(how_it_drafts(profile.draft))
     else:
         lines.append("the profile skips nothing: n-grams found in the text draft, where they pay")
-    for each in done.ranges:
+    for each in found.ranges:
         lines.append(
             f"from {each.from_context} tokens of context on skips {skips(each.plan, depth)}"
         )
-    if done.check is not None and plan:
+    if found.check is not None and plan:
         lines.append(
-            f"measured without n-grams: {done.check.speedup:.2f}× vanilla, acceptance "
-            f"{_share(done.check.acceptance_rate)}, {_number(done.check.tokens_per_step)} tokens "
+            f"measured without n-grams: {found.check.speedup:.2f}× vanilla, acceptance "
+            f"{_share(found.check.acceptance_rate)}, {_number(found.check.tokens_per_step)} tokens "
             f"per step; expected {_times(expected.speedup if expected else None)}"
         )
     if target:
@@ -130,17 +131,17 @@ def summary_lines(profile: Profile, done: Calibration, target: Path | None) -> l
     return lines
 
 
-def strategy_table(done: Calibration, depth: int) -> Table:
-    """What each of several strategies came to, the chosen one marked."""
+def strategy_table(found: Calibration, depth: int) -> Table:
+    """The result of each of several strategies, the chosen one marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     heads = ("expected", "measured", "accepted", "tokens/step", "seconds", "full passes")
     for head in ("", "strategy", "skips"):
         table.add_column(head)
     for head in (*heads, "draft passes"):
         table.add_column(head, justify="right")
-    for candidate, check in done.others:
+    for candidate, check in found.candidates:
         table.add_row(
-            "→" if candidate is done.candidate else "",
+            "→" if candidate is found.candidate else "",
             _label(candidate),
             in_short(candidate.plan, depth),
             _times(candidate.expected.speedup if candidate.expected else None),
@@ -155,24 +156,24 @@ def strategy_table(done: Calibration, depth: int) -> Table:
 
 
 def _label(candidate: Candidate) -> str:
-    """A strategy's name, with the target of one that may run with several."""
+    """A strategy's name, with its target speed-up if it has one."""
     target = getattr(candidate.method, "target_speedup", None)
     return candidate.strategy if target is None else f"{candidate.strategy} {target:g}"
 
 
-def as_document(profile: Profile, done: Calibration, target: Path | None) -> dict[str, Any]:
-    """The answer as one JSON document."""
+def to_json(profile: Profile, found: Calibration, target: Path | None) -> dict[str, Any]:
+    """The result as one JSON document."""
     return {
         "schema_version": 1,
         "path": str(target) if target else None,
-        "interrupted": done.interrupted,
-        "stopped_because": done.result.stopped_because,
-        "conclusion": done.conclusion,
+        "interrupted": found.interrupted,
+        "stopped_because": found.result.stopped_because,
+        "conclusion": found.conclusion,
         "profile": profile.model_dump(mode="json", exclude_none=False),
-        "candidate": _candidate_json(done.candidate, done.check),
-        "refine_judged": done.candidate.judged,
-        "strategies": [_candidate_json(each, check) for each, check in done.others],
-        "trials": [_trial_json(trial) for trial in done.result.trials],
+        "candidate": _candidate_json(found.candidate, found.check),
+        "refine_judged": found.candidate.judged,
+        "strategies": [_candidate_json(each, check) for each, check in found.candidates],
+        "trials": [_trial_json(trial) for trial in found.result.trials],
     }
 
 
@@ -219,13 +220,10 @@ def _figures(trial: Trial) -> str:
     return ", ".join(f"{_SYMBOLS.get(key, key)} {v:.3g}" for key, v in trial.figures.items())
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+def _format(form: str) -> Callable[[float | None], str]:
+    return lambda value: "–" if value is None else form.format(value)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"
+_share = _format("{:.1%}")
+_number = _format("{:.2f}")
+_times = _format("{:.2f}×")

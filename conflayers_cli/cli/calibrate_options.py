@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,20 +11,12 @@ import typer
 from conflayers_cli.cli import completion
 from conflayers_cli.cli.option_groups import OptionGroup
 from conflayers_cli.cli.options import LOAD, MAX_SEED, PROMPTS
-from conflayers_cli.cli.strategies import STRATEGIES, SearchOptions
 from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.search.options import SearchOptions
+from conflayers_cli.search.strategies.registry import STRATEGIES
 
-_SEARCH = "Search"
-
-
-class DraftWeights(Enum):
-    """What drafts compute with."""
-
-    AUTO = "auto"
-    OWN = "own"
-    INT4 = "int4"
-
+_search_option = partial(typer.Option, rich_help_panel="Search")
 
 Output = Annotated[
     Path | None,
@@ -36,117 +28,85 @@ Resume = Annotated[
         "--resume/--no-resume",
         help="Go on with a calibration that was cut short, given the same options again; or begin "
         "anew in its place.",
-        show_default=False,
     ),
 ]
-StrategyName = Annotated[
-    str,
-    typer.Option(
+SEARCH = OptionGroup(
+    strategy=_search_option(
         "--strategy",
         metavar="NAME",
         help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all; "
         "or FILE.py:CLASS, one of your own (the file is run).",
         autocompletion=completion.one_of(*STRATEGIES),
-        rich_help_panel=_SEARCH,
     ),
-]
-SEARCH = OptionGroup(
-    target_speedup=typer.Option(
+    target_speedup=_search_option(
         "--target-speedup",
         metavar="S",
         help="unified: keep the model's depth over S layers, evenly spaced; without --data nothing "
         "is measured.",
-        rich_help_panel=_SEARCH,
-        show_default=False,
     ),
-    budget=typer.Option(
+    budget=_search_option(
         "--budget",
         min=1.0,
         metavar="SECONDS",
         help="auto: about the time for all strategies and the check of their plans (600).",
-        rich_help_panel=_SEARCH,
-        show_default=False,
     ),
-    skip_ratio=typer.Option(
+    skip_ratio=_search_option(
         "--skip-ratio",
         min=0.0,
         max=0.9,
         metavar="R",
         help="Share of layers skipped: conflayers' least (0.4), swift's exact (0.45).",
-        show_default=False,
-        rich_help_panel=_SEARCH,
     ),
-    search_interval=typer.Option(
+    search_interval=_search_option(
         "--search-interval",
         min=1,
         metavar="N",
         help="Verify steps that conflayers decodes with each set (30).",
-        show_default=False,
-        rich_help_panel=_SEARCH,
     ),
-    max_iterations=typer.Option(
+    max_iterations=_search_option(
         "--max-iterations",
         min=1,
         metavar="N",
         help="Sets proposed at the most: conflayers 100, swift 1000.",
-        show_default=False,
-        rich_help_panel=_SEARCH,
     ),
-    patience=typer.Option(
+    patience=_search_option(
         "--patience",
         min=1,
         metavar="N",
         help="Sets in a row without improvement that end it: conflayers 15, swift 300, greedy 12.",
-        show_default=False,
-        rich_help_panel=_SEARCH,
     ),
-    context_window=typer.Option(
+    context_window=_search_option(
         "--context-window",
         min=1,
         metavar="W",
-        help="Generated tokens that sets are judged by: conflayers 100, swift 50.",
-        show_default=False,
-        rich_help_panel=_SEARCH,
+        help="Generated tokens that sets are scored by: conflayers 100, swift 50.",
     ),
-)
-SearchFlags = Annotated[SearchOptions, SEARCH]
-Refine = Annotated[
-    bool | None,
-    typer.Option(
+    refine=_search_option(
         "--refine/--no-refine",
-        help="Improve the found set layer by layer (all but unified do, if not told otherwise); "
+        help="Improve the found set layer by layer (all but unified do by default); "
         "without, the paper's own result.",
-        rich_help_panel=_SEARCH,
-        show_default=False,
     ),
-]
-Tree = Annotated[
-    bool,
-    typer.Option(
+    refine_limit=_search_option(
+        "--refine-limit", min=1, metavar="N", help="The most sets scored in refinement."
+    ),
+    tree=_search_option(
         "--tree/--no-tree",
         help="Look whether side candidates beside the draft pay, when the set is refined.",
-        rich_help_panel=_SEARCH,
     ),
-]
-RefineLimit = Annotated[
-    int,
-    typer.Option(
-        "--refine-limit",
-        min=1,
-        metavar="N",
-        help="Sets judged in refinement at the most.",
-        rich_help_panel=_SEARCH,
-    ),
-]
-DraftWeightsOption = Annotated[
-    DraftWeights,
-    typer.Option(
+    draft_weights=_search_option(
         "--draft-weights",
         help="What drafts compute with: the model's own weights, a copy of the layers' rounded to "
         "four bits (a quarter to a third more memory), or (auto) what is predicted to be faster.",
-        rich_help_panel=_SEARCH,
     ),
-]
+    seed=_search_option(
+        "--seed",
+        min=0,
+        max=MAX_SEED,
+        metavar="N",
+        help="Seed of the prompts' order, of which are held out for the check, and of random sets.",
+    ),
+)
+SearchFlags = Annotated[SearchOptions, SEARCH]
 PromptFlags = Annotated[
     PromptOptions,
     PROMPTS.but(
@@ -156,14 +116,3 @@ PromptFlags = Annotated[
     ),
 ]
 LoadFlags = Annotated[LoadOptions, LOAD.without("exact")]
-Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        min=0,
-        max=MAX_SEED,
-        metavar="N",
-        help="Of the prompts' order, which of them are held out for the check, and random sets.",
-        rich_help_panel=_SEARCH,
-    ),
-]

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.chat_input import from_person, from_pipe, read_message
+from conflayers_cli.cli.chat_input import Line, from_stdin, from_terminal, read_message
 from conflayers_cli.cli.chat_session import Session
 from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
-from conflayers_cli.cli.generate import Stats, Stop, check_stops
+from conflayers_cli.cli.generate_options import Stats, Stop, check_stops
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
@@ -23,21 +23,10 @@ from conflayers_cli.profile.build_proposer import (
 )
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.utils.distributed import world
-from conflayers_cli.utils.notices import say
+from conflayers_cli.utils.notices import print_notice
 from conflayers_cli.utils.progress import is_terminal
 
 logger = logging.getLogger(__name__)
-
-HELP = """Talk with a model; each answer is the very one that the whole model would give.
-
-What was read and said before stays in the cache, so a turn begins at once.
-/help lists the commands in it. Lines that are piped in are messages, too.
-
-\b
-  conflayers chat --profile deep.yaml
-  conflayers chat -m smollm2 --draft ngram --temperature 0.7 --stats
-  printf 'Hi!\\nAnd you?\\n' | conflayers chat -m smollm2 -n 64
-"""
 
 MaxNewTokens = Annotated[
     int,
@@ -51,7 +40,7 @@ SamplingFlags = Annotated[
             min=0,
             max=options.MAX_SEED,
             metavar="N",
-            help="Of the random numbers; answer i uses N + i.",
+            help="Seed of the random numbers; answer i uses N + i.",
             rich_help_panel="Sampling",
         )
     ),
@@ -76,20 +65,30 @@ def chat(
     force: options.Force = False,
     load: options.LoadFlags,
 ) -> None:
+    """Talk with a model; each answer is the very one that the whole model would give.
+
+    What was read and said before stays in the cache, so a turn begins at once.
+    /help lists the commands in it. Lines that are piped in are messages, too.
+
+    \b
+      conflayers chat --profile deep.yaml
+      conflayers chat -m smollm2 --draft ngram --temperature 0.7 --stats
+      printf 'Hi!\\nAnd you?\\n' | conflayers chat -m smollm2 -n 64
+    """
     if world().size > 1:
         raise InputError("chat runs in one process, not under torchrun: generate takes --data")
     check_stops(stop)
-    chosen = load_profile(profile) if profile else None
-    source = model_source(model, chosen)
+    found = load_profile(profile)
+    source = model_source(model, found)
     sampling.note_unused()
     drafting = replace(drafting, greedy=sampling.greedy)
     drafting.check(profile)
     interactive = is_terminal(sys.stdin)
-    line = from_person() if interactive else from_pipe()
+    line = from_terminal() if interactive else from_stdin()
     loaded, decoder = open_model(source, load)
     if not loaded.has_chat_template:
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
-    drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
+    proposer = build_proposer(loaded, decoder, found, profile, force, drafting)
 
     from conflayers_cli.generation.generator import TextGenerator
     from conflayers_cli.generation.prefix_cache import PrefixCache
@@ -98,7 +97,7 @@ def chat(
         decoder,
         loaded.tokenizer,
         end_tokens=loaded.end_tokens,
-        drafter=drafter,
+        proposer=proposer,
         begin=PrefixCache(decoder, loaded.context_length).begin,
     )
     session = Session(
@@ -111,15 +110,22 @@ def chat(
         interactive=interactive,
     )
     if interactive:
-        logger.info(f"{loaded.name} on {loaded.place}; /help lists what there is beside messages")
+        logger.info(
+            f"{loaded.name} on {loaded.device_label}; /help lists what there is beside messages"
+        )
+    _converse(session, line, stats=stats)
+
+
+def _converse(session: Session, line: Line, *, stats: bool) -> None:
+    """Handle messages and commands until they end."""
     while (text := read_message(line)) is not None:
         try:
             before = session.latest
-            if not session.heard(text):
+            if not session.handle(text):
                 break
             if stats and session.latest not in (before, None):
-                session.tell()
+                session.print_stats()
         except InputError as error:
-            if not interactive:
+            if not session.interactive:
                 raise
-            say(f"error: {in_flags(error)}")
+            print_notice(f"error: {in_flags(error)}")

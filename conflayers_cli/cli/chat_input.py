@@ -35,7 +35,7 @@ def read_message(line: Line) -> str | None:
         parts.append(part.removesuffix("\\"))
 
 
-def from_person() -> Line:
+def from_terminal() -> Line:
     """Lines typed at a terminal, with editing and this chat's history where Python has readline.
 
     Ctrl-D and Ctrl-C end the chat.
@@ -63,7 +63,7 @@ def from_person() -> Line:
     return line
 
 
-def from_pipe() -> Line:
+def from_stdin() -> Line:
     """The lines of standard input.
 
     Raises:

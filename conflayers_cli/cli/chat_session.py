@@ -1,4 +1,4 @@
-"""A chat at work: what was said, what the model is given of it, and the commands about it."""
+"""A chat: its messages, the part of them that the model gets, and its commands."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conflayers_cli.cli.answering import tell_stats
+from conflayers_cli.cli.generate_output import print_stats
 from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.run import run_stats
-from conflayers_cli.utils.notices import say
-from conflayers_cli.utils.suggest import did_you_mean
+from conflayers_cli.utils.error_text import did_you_mean
+from conflayers_cli.utils.notices import print_notice
 
 if TYPE_CHECKING:
     from conflayers_cli.generation.generator import TextGenerator
@@ -46,16 +46,15 @@ class Session:
     """One chat.
 
     Attributes:
-        loaded: the model.
-        generator: decodes with it, on a cache that keeps what was said.
-        sampling: how the first answer's tokens are chosen.
+        loaded, generator: the model, decoding with a prefix cache.
+        sampling: of the first answer; the seed rises with each.
         stop: strings that end an answer.
         max_new_tokens: the most tokens of an answer.
-        system: what stands first; None: nothing.
-        interactive: a person can end an answer by Ctrl-C.
-        messages: what was said, by user and assistant in turn.
-        forgotten: how many of these the model is not given any more.
-        answers: how many were given; each has a seed of its own.
+        system: the system message; None: there is none.
+        interactive: Ctrl-C ends an answer, not the chat.
+        messages: by user and assistant in turn.
+        dropped: how many of the first messages no longer fit into the context.
+        answers: how many were begun.
         latest: the last answer; None: there is none.
     """
 
@@ -67,12 +66,12 @@ class Session:
     system: str | None
     interactive: bool
     messages: list[Message] = field(default_factory=list)
-    forgotten: int = 0
+    dropped: int = 0
     answers: int = 0
     latest: GenerationResult | None = None
 
-    def heard(self, text: str) -> bool:
-        """Deal with a message or a command; False: the chat is to end.
+    def handle(self, text: str) -> bool:
+        """Answer a message or run a command; False ends the chat.
 
         Raises:
             InputError: there is no such command, or the message can't be given to the model.
@@ -83,19 +82,19 @@ class Session:
         if text.startswith("/") and not text.startswith("//"):
             name, _, rest = text.strip().partition(" ")
             return self._command(name, rest.strip())
-        self.said(text[1:] if text.startswith("//") else text)
+        self.answer(text[1:] if text.startswith("//") else text)
         return True
 
-    def said(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         """Answer a message on standard output.
 
-        Ctrl-C ends the answer, and what was said of it stays. Before it has begun, or where it is
-        pressed twice, the message is taken back.
+        Ctrl-C ends the answer and keeps its text so far; before the first token, or pressed twice,
+        it takes the message back.
         """
         mine: Message = {"role": "user", "content": text}
-        tokens, forgotten = self._prompt([*self.messages, mine])
+        tokens, dropped = self._prompt([*self.messages, mine])
         try:
-            answer = self._answer(tokens)
+            answer = self._generate(tokens)
         except KeyboardInterrupt:
             emit("\n")
             if not self.interactive:
@@ -105,31 +104,31 @@ class Session:
         finally:
             self.answers += 1
         emit("\n")
-        self.forgotten = forgotten
+        self.dropped = dropped
         self.messages += [mine, {"role": "assistant", "content": answer.text}]
         self.latest = answer
         if answer.finish_reason == "length":
             logger.info(f"cut off after {len(answer.token_ids):,} tokens (--max-new-tokens)")
 
-    def tell(self) -> None:
-        """Say what the last answer took."""
+    def print_stats(self) -> None:
+        """Print the last answer's statistics."""
         if self.latest is None:
             logger.info("nothing was answered yet")
             return
         total, kept = self.latest.prompt_tokens, self.latest.cached_prompt_tokens
-        tell_stats(run_stats(self.loaded, self.generator), self.latest.stats, 1, total - kept)
+        print_stats(run_stats(self.loaded, self.generator), self.latest.stats, 1, total - kept)
         logger.info(f"of {total:,} prompt tokens {kept:,} were there from before")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
-        """The tokens of a chat, and how many of its messages are left out of them.
+        """(token ids of a chat, how many of its first messages are left out of them).
 
-        Where the context is full, the oldest turns go until half of it is free: each time costs a
-        prompt that has to be read from its beginning.
+        When the context is full, the oldest turns are dropped until half of it is free, since each
+        time the whole prompt is prefilled again.
 
         Raises:
-            InputError: the last message alone is too long, or the template refuses the chat.
+            InputError: the last message alone is too long, or the chat template refuses the chat.
         """
-        begin = self.forgotten
+        begin = self.dropped
         tokens = self._encoded(messages[begin:])
         limit = self.loaded.context_length
         if limit is None or len(tokens) + min(self.max_new_tokens, limit // 4) <= limit:
@@ -143,7 +142,7 @@ class Session:
                 f"the message is too long: {len(tokens):,} tokens, and {name} takes {limit:,}, "
                 "the answer included"
             )
-        if begin > self.forgotten:
+        if begin > self.dropped:
             logger.warning(
                 f"note: the context of {name} ({limit:,} tokens) is full: the first {begin // 2} "
                 f"turns are left out from now on (/reset forgets all)"
@@ -156,14 +155,14 @@ class Session:
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
         return encode(self.loaded, [*first, *messages], None)
 
-    def _answer(self, tokens: list[int]) -> GenerationResult:
+    def _generate(self, tokens: list[int]) -> GenerationResult:
         from conflayers_cli.generation.request import GenerationRequest
 
-        room = self.max_new_tokens
+        budget = self.max_new_tokens
         if self.loaded.context_length is not None:
-            room = min(room, self.loaded.context_length - len(tokens))
+            budget = min(budget, self.loaded.context_length - len(tokens))
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
-        request = GenerationRequest(tokens, room, sampling, self.stop)
+        request = GenerationRequest(tokens, budget, sampling, self.stop)
         result = None
         with _stoppable(self.interactive) as stopped:
             for response in self.generator.stream([request]):
@@ -187,7 +186,7 @@ class Session:
             "/reset": self._reset,
             "/system": self._system,
             "/retry": self._retry,
-            "/stats": lambda rest: self.tell(),
+            "/stats": lambda rest: self.print_stats(),
             "/save": self._save,
         }
         if name not in commands:
@@ -198,10 +197,10 @@ class Session:
 
     def _help(self, rest: str) -> None:
         for line in HELP:
-            say(line)
+            print_notice(line)
 
     def _reset(self, rest: str) -> None:
-        self.messages, self.forgotten, self.latest = [], 0, None
+        self.messages, self.dropped, self.latest = [], 0, None
         logger.info("forgotten")
 
     def _system(self, rest: str) -> None:
@@ -217,7 +216,7 @@ class Session:
         *before, mine, theirs = self.messages
         self.messages = list(before)
         try:
-            self.said(mine["content"])
+            self.answer(mine["content"])
         finally:
             if len(self.messages) == len(before):  # interrupted, or refused
                 self.messages = [*before, mine, theirs]
@@ -236,13 +235,12 @@ class Session:
 
 @contextmanager
 def _stoppable(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Within, if wanted: Ctrl-C is heard between two steps.
+    """Within, if wanted: Ctrl-C takes effect between two steps.
 
-    So no step is cut off in its midst. The first step reads the prompt, which may take long: there
-    Ctrl-C is heard at once, and so is a second one anywhere.
+    During the first step, the prefill, it raises KeyboardInterrupt at once; so does a second one.
 
     Yields:
-        Whether to stop; to be asked after every step. Never where it is not wanted.
+        Whether to stop; to be called after every step.
     """
     if not wanted:
         yield lambda: False
@@ -250,18 +248,18 @@ def _stoppable(wanted: bool) -> Iterator[Callable[[], bool]]:
     import signal
     from types import FrameType
 
-    begun = asked = False
+    begun = pressed = False
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked or not begun:
+        nonlocal pressed
+        if pressed or not begun:
             raise KeyboardInterrupt
-        asked = True
+        pressed = True
 
     def stopped() -> bool:
         nonlocal begun
         begun = True
-        return asked
+        return pressed
 
     before = signal.signal(signal.SIGINT, interrupted)
     try:

@@ -1,8 +1,4 @@
-"""What the commands share: where their model, profile and prompts come from.
-
-Options are in :mod:`.options`, output in :mod:`.terminal`. Heavy modules are imported
-inside the functions, so that ``--help`` stays quick.
-"""
+"""What commands share: the profile, the model's name and the prompts."""
 
 from __future__ import annotations
 
@@ -17,36 +13,27 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Profile
 
 
-def load_profile(path: Path) -> Profile:
-    """The profile in a file.
-
-    Raises:
-        InputError: the file can't be read or is no profile.
-    """
+def load_profile(path: Path | None) -> Profile | None:
+    """The profile in a file, if one is named; InputError: it can't be read or is no profile."""
     from conflayers_cli.profile.schema import Profile
 
-    return Profile.load(path)
+    return Profile.load(path) if path else None
 
 
 def model_source(model: str | None, profile: Profile | None) -> str:
-    """Where the model comes from: ``--model``, else the profile.
-
-    Raises:
-        InputError: neither is given.
-    """
+    """The name of the model: ``--model``, else the profile's. InputError: neither is given."""
     if model is not None:
         return model
     if profile is None:
         raise InputError(
-            "no model: give profile FILE (what calibrate wrote), "
-            "or model MODEL to decode without one",
-            names=("profile FILE", "model MODEL"),
+            "no model: give --profile FILE (what calibrate wrote), "
+            "or --model MODEL to decode without one"
         )
     return profile.model.name
 
 
 def read_prompt_file(path: Path | None, max_prompts: int | None) -> list[Prompt]:
-    """The prompts of a file, or those that come with the package; the first ``max_prompts``.
+    """The first ``max_prompts`` prompts of a file, or of those that come with the package.
 
     Raises:
         InputError: the file can't be read, or a line of it is no prompt.

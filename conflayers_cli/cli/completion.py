@@ -1,11 +1,11 @@
-"""What the shell offers where a value is being typed. Nothing heavy is loaded for it."""
+"""Shell completion of values; imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from conflayers_cli.models.registry import CATALOGUE, CONFIG_FILE
+from conflayers_cli.models.registry import CONFIG_FILE, REGISTRY
 
 Complete = Callable[[str], list[str]]
 
@@ -30,28 +30,23 @@ def files(*suffixes: str) -> Complete:
 
 def model(incomplete: str) -> list[str]:
     """Completes to a built-in model, a folder or a GGUF file."""
-    names = [name for name in CATALOGUE if name.startswith(incomplete)]
+    names = [name for name in REGISTRY if name.startswith(incomplete)]
     return [*names, *_paths(incomplete, lambda path: path.suffix.lower() == ".gguf")]
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Paths that begin so, as they were begun; a folder that is no model ends in a slash."""
-    head, slash, begun = incomplete.rpartition("/")
+    """Paths that begin so; a folder that is no model ends in a slash."""
+    folder, slash, begun = incomplete.rpartition("/")
+    head, offered = f"{folder}{slash}", []
     try:
-        found = sorted(Path(f"{head}{slash}" or ".").expanduser().iterdir())
-        return list(_offered(found, f"{head}{slash}", begun, wanted))
+        for path in sorted(Path(head or ".").expanduser().iterdir()):
+            hidden = path.name.startswith(".") and not begun.startswith(".")
+            if hidden or not path.name.startswith(begun):
+                continue
+            if path.is_dir():
+                offered.append(head + path.name + ("" if (path / CONFIG_FILE).is_file() else "/"))
+            elif wanted(path):
+                offered.append(head + path.name)
     except (OSError, RuntimeError):  # no such folder, or no such user's home
         return []
-
-
-def _offered(
-    found: Iterable[Path], head: str, begun: str, wanted: Callable[[Path], bool]
-) -> Iterable[str]:
-    for path in found:
-        hidden = path.name.startswith(".") and not begun.startswith(".")
-        if hidden or not path.name.startswith(begun):
-            continue
-        if path.is_dir():
-            yield f"{head}{path.name}" + ("" if (path / CONFIG_FILE).is_file() else "/")
-        elif wanted(path):
-            yield f"{head}{path.name}"
+    return offered

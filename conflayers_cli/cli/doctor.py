@@ -11,27 +11,26 @@ from conflayers_cli.utils.notices import one_line
 from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
-    from conflayers_cli.doctor.finding import Finding
+    from conflayers_cli.doctor.check_result import CheckResult
 
 SCHEMA_VERSION = 1
 
-HELP = """Look whether all works on this machine: versions, devices, files, decoding.
-
-A tiny random model is decoded plainly and with drafts, and on a GPU in every
-way there is. What is printed can be pasted into an issue: it names no home.
-The exit code is 1 when something that should work does not.
-
-\b
-  conflayers doctor
-  conflayers doctor --json
-"""
-
 
 def doctor(json: options.Json = False) -> None:
-    from conflayers_cli.doctor.checks import examine
+    """Look whether all works on this machine: versions, devices, files, decoding.
+
+    A tiny random model is decoded plainly and with drafts, and on a GPU in every
+    way there is. What is printed can be pasted into an issue: it names no home.
+    The exit code is 1 when something that should work does not.
+
+    \b
+      conflayers doctor
+      conflayers doctor --json
+    """
+    from conflayers_cli.doctor.checks import run_checks
 
     with progress_bar() as on_progress:
-        findings = examine(on_progress)
+        findings = run_checks(on_progress)
     problems = [finding.problem for finding in findings if finding.problem]
     if json:
         found = [finding.as_json() for finding in findings]
@@ -43,14 +42,14 @@ def doctor(json: options.Json = False) -> None:
         raise ConfLayersError(f"{count} found: {'; '.join(problems)}")
 
 
-def _report(findings: list[Finding]) -> str:
+def _report(findings: list[CheckResult]) -> str:
     """Markdown that is plain text, too."""
     lines = []
     for section in dict.fromkeys(finding.section for finding in findings):
         lines.append(f"**{section}**")
         for finding in findings:
             if finding.section == section:
-                lines.append(f"- {finding.name}: {one_line(finding.told)}")
+                lines.append(f"- {finding.name}: {one_line(finding.message)}")
                 if finding.problem:
                     lines.append(f"  - PROBLEM: {one_line(finding.problem)}")
                 if finding.advice:

@@ -1,4 +1,4 @@
-"""Arguments' names, as errors and notes from below have them, made into flags."""
+"""Names of arguments in errors and notes of the library, made into flags."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ def in_flags(error: ConfLayersError) -> str:
 
 
 def with_flags(message: str, names: Iterable[str]) -> str:
-    """A message with flags in place of arguments' names.
-
-    Args:
-        message: names arguments.
-        names: as those of `ConfLayersError`.
-    """
+    """A message with flags in place of arguments' names; ``names`` as of `ConfLayersError`."""
     for name in sorted(set(names), key=len, reverse=True):
         pattern = rf"(?<![\w./\\-]){re.escape(name)}(?![\w/\\]|[.-]\w)"
         message = re.sub(pattern, lambda found: _flagged(found[0]), message)

@@ -5,84 +5,48 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from conflayers_cli.cli import adapt as adapting
-from conflayers_cli.cli import options, skip_only
-from conflayers_cli.cli.answering import answer_file, answer_one, line_keys
-from conflayers_cli.cli.common import (
-    load_profile,
-    model_source,
-    read_prompt_file,
+from conflayers_cli.cli import options
+from conflayers_cli.cli.adapt import Adaptation
+from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
+from conflayers_cli.cli.generate_options import (
+    AdaptFlags,
+    FileFlags,
+    FileOptions,
+    Prompts,
+    SkipOnlyFlags,
+    SkipOnlyOptions,
+    Stats,
+    Stop,
+    Stream,
+    check_stops,
 )
+from conflayers_cli.cli.generate_output import generate_file, generate_one, request_keys
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import suppress_failures
-from conflayers_cli.cluster.ray_cluster import cluster_of
+from conflayers_cli.cluster.ray_cluster import Cluster, parse_cluster
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.prompt_encoding import encode_prompts
-from conflayers_cli.generation.run import Prepared
-from conflayers_cli.profile.build_proposer import (
-    build_proposer,
-    rows_drafter,
-)
+from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
+from conflayers_cli.generation.run import GenerationRun
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.profile.build_proposer import as_batch_proposer, build_proposer
 from conflayers_cli.profile.check import check_fit
-from conflayers_cli.utils.distributed import on_first
+from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.options import DraftOptions
+from conflayers_cli.utils.distributed import run_on_rank0
 from conflayers_cli.utils.progress import is_terminal
 
 if TYPE_CHECKING:
+    from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.generation.prompts import Prompt
+    from conflayers_cli.profile.schema import Profile
 
 logger = logging.getLogger(__name__)
-
-HELP = """Generate text with a profile: the very text that the whole model would give.
-
-The prompt is an argument, standard input, or a file of prompts (--data).
-Only the answer goes to standard output.
-
-\b
-  conflayers generate "Why is the sky blue?" --profile deep.yaml --stats
-  git diff | conflayers generate "Explain this change:" - -p deep.yaml
-  conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
-"""
-
-Prompts = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="PROMPT",
-        help="Joined by blank lines where there are several; - stands for standard input.",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="FILE", help="With --data: where the JSON lines go, one a prompt."
-    ),
-]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="With --output: go on where an interrupted run stopped."),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End before this text; may be given repeatedly.",
-        callback=options.utf8,
-    ),
-]
-Stream = Annotated[
-    bool, typer.Option("--stream/--no-stream", help="Print the text while it is decoded.")
-]
-Stats = Annotated[
-    bool, typer.Option("--stats", help="Say on stderr how fast it was and what was drafted.")
-]
 
 
 @with_groups
@@ -91,13 +55,7 @@ def generate(
     prompt: Prompts = None,
     profile: options.ProfileFile = None,
     model: options.Model = None,
-    data: options.Data = None,
-    output: Output = None,
-    resume: Resume = False,
-    max_prompts: options.MaxPrompts = None,
-    batch_size: options.BatchSize = None,
-    ray: options.Ray = None,
-    workers: options.Workers = None,
+    file: FileFlags,
     prompt_options: options.PromptFlags,
     sampling: options.SamplingFlags,
     stop: Stop = None,
@@ -105,153 +63,193 @@ def generate(
     json: options.Json = False,
     stats: Stats = False,
     drafting: options.DraftFlags,
-    adapt: adapting.Adapt = None,
-    adapt_budget: adapting.AdaptBudget = None,
-    save_profile: adapting.SaveProfile = None,
-    skip_only_: skip_only.SkipOnly = False,
-    target_speedup: skip_only.TargetSpeedup = None,
+    adapting: AdaptFlags,
+    lossy: SkipOnlyFlags,
     force: options.Force = False,
     load: options.LoadFlags,
 ) -> None:
-    _check_flags(prompt, data, output, resume, max_prompts, batch_size, json)
-    adapting.check_flags(adapt, adapt_budget, save_profile, drafting.tree)
-    skip_only.check_flags(
-        skip_only_,
-        target_speedup,
-        profile=profile,
-        drafting={
-            "--adapt": adapt,
-            "--draft": drafting.method,
-            "--adaptive-draft-length": drafting.adaptive_draft_length,
-            "--tree": drafting.tree,
-        },
-    )
-    together = batch_size is not None and batch_size > 1
-    if adapt and (together or drafting.method or drafting.adaptive_draft_length is not None):
-        flag = (
-            "--batch-size"
-            if together
-            else "--draft"
-            if drafting.method
-            else "--adaptive-draft-length"
-        )
-        raise InputError(f"--adapt drafts in its own way, a prompt at a time: leave {flag} out")
-    check_stops(stop)
-    cluster = cluster_of(ray, workers, device=load.device, device_map=load.device_map)
-    if cluster and not data:
-        raise InputError("--ray answers a file of prompts: give --data FILE")
-    if cluster and adapt:
-        raise InputError("--adapt learns from prompt to prompt, in one process: leave --ray out")
-    chosen = load_profile(profile) if profile else None
-    source = model_source(model, chosen)
-    sampling.note_unused()
-    drafting = replace(drafting, greedy=sampling.greedy, batch_size=batch_size or 1)
-    if not (skip_only_ or adapt):
-        drafting.check(profile)
-    if data:
-        prompts = read_prompt_file(data, max_prompts)
-    else:  # standard input is there once, however many processes there are
-        prompts = [on_first(lambda: _prompt(prompt or []))]
-    learned = adapting.Learned(adapt, adapt_budget, save_profile, sampling.seed) if adapt else None
+    """Generate text with a profile: the very text that the whole model would give.
 
-    def prepare(dtype: str | None = None) -> Prepared:
+    The prompt is an argument, standard input, or a file of prompts (--data).
+    Only the answer goes to standard output.
+
+    \b
+      conflayers generate "Why is the sky blue?" --profile deep.yaml --stats
+      git diff | conflayers generate "Explain this change:" - -p deep.yaml
+      conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
+    """
+    file.check(prompt, json)
+    adapting.check(drafting, file.size)
+    lossy.check(profile, adapting.adapt, drafting)
+    check_stops(stop)
+    cluster = _cluster(file, adapting.adapt, load)
+    found = load_profile(profile)
+    source = model_source(model, found)
+    sampling.note_unused()
+    drafting = replace(drafting, greedy=sampling.greedy, batch_size=file.size)
+    if not (lossy.skip_only or adapting.adapt):
+        drafting.check(profile)
+    if file.data:
+        prompts = read_prompt_file(file.data, file.max_prompts)
+    else:  # only one of torchrun's processes has the standard input
+        prompts = [run_on_rank0(lambda: _prompt(prompt or []))]
+    job = GenerateJob(
+        source=source,
+        load=load,
+        profile=found,
+        profile_path=profile,
+        force=force,
+        drafting=drafting,
+        adaptation=Adaptation(adapting, sampling.seed) if adapting.adapt else None,
+        lossy=lossy,
+        prompts=prompts,
+        prompt_options=prompt_options,
+        sampling=sampling,
+        stop=stop,
+        stats=stats,
+    )
+    try:
+        if file.data:
+            keys = request_keys(prompts, job.request_settings())
+            generate_file(prompts, keys, job.prepare, file, cluster, stats=stats)
+        else:
+            generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
+    except KeyboardInterrupt:  # it must not cost what was found until then
+        with suppress_failures():
+            job.end_adaptation()
+        raise
+    job.end_adaptation()
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """What one command does: what to generate from, with what.
+
+    Attributes:
+        source, load: the model, and how it is loaded.
+        profile, profile_path, force: the profile, its file, and whether it may be another model's.
+        drafting: how drafts are made.
+        adaptation: the search while generating; None: there is none.
+        lossy: what is left out for good.
+        prompts, prompt_options: texts, and how they are encoded.
+        sampling, stop: how tokens are found, and strings that end a text.
+        stats: measure what ``--stats`` prints.
+    """
+
+    source: str
+    load: LoadOptions
+    profile: Profile | None
+    profile_path: Path | None
+    force: bool
+    drafting: DraftOptions
+    adaptation: Adaptation | None
+    lossy: SkipOnlyOptions
+    prompts: list[Prompt]
+    prompt_options: PromptOptions
+    sampling: SamplingParams
+    stop: list[str] | None
+    stats: bool
+
+    def prepare(self, dtype: str | None = None) -> GenerationRun:
+        """Load the model, build what drafts, encode the prompts."""
         from conflayers_cli.generation.generator import TextGenerator
 
-        loaded, decoder = open_model(source, replace(load, dtype=dtype or load.dtype))
-        drafter = None
-        if skip_only_ or learned:
-            if chosen:
-                check_fit(loaded, decoder, chosen, profile, force)
+        loaded, decoder = open_model(
+            self.source, replace(self.load, dtype=dtype or self.load.dtype)
+        )
+        proposer, skipped = None, None
+        if self.lossy.skip_only or self.adaptation:
+            if self.profile:
+                check_fit(loaded, decoder, self.profile, self.profile_path, self.force)
         else:
-            drafter = build_proposer(loaded, decoder, chosen, profile, force, drafting)
-        skipped = None
-        if skip_only_:
-            skipped = skip_only.skip_plan(decoder, target_speedup, chosen)
-            logger.warning(skip_only.warning(skipped, decoder.depth))
-        if learned:
-            drafter = learned.begin(loaded, decoder, chosen)
+            proposer = build_proposer(
+                loaded, decoder, self.profile, self.profile_path, self.force, self.drafting
+            )
+        if self.lossy.skip_only:
+            skipped = self._skip_plan(decoder)
+        if self.adaptation:
+            proposer = self.adaptation.begin(loaded, decoder, self.profile)
         memory = None
-        if stats:
+        if self.stats:
             from conflayers_cli.utils.memory import PeakMemory
 
             memory = PeakMemory(loaded.device)
             memory.begin()
+        size = self.drafting.batch_size
         generator = TextGenerator(
             decoder,
             loaded.tokenizer,
             end_tokens=loaded.end_tokens,
-            drafter=rows_drafter(drafter) if together else drafter,
-            batch_size=batch_size or 1,
+            proposer=as_batch_proposer(proposer) if size > 1 else proposer,
+            batch_size=size,
             skip_plan=skipped,
         )
-        requests = encode_prompts(loaded, prompts, prompt_options, sampling, stop or ())
-        return Prepared(loaded, generator, requests, memory)
-
-    try:
-        if data:
-            settings = [
-                source,
-                load.device,
-                load.dtype,
-                load.exact,
-                prompt_options.max_new_tokens,
-                asdict(sampling),
-                prompt_options.system,
-                prompt_options.raw,
-                stop,
-            ]
-            if prompt_options.truncate:
-                settings += ["truncate"]
-            if load.quantize:
-                settings += ["quantize", load.quantize]
-            if skip_only_:
-                settings += ["skip-only", target_speedup, repr(chosen.plan if chosen else None)]
-            elif not sampling.greedy and (chosen is not None or drafting.method or adapt):
-                # Drafts don't change the law that an answer is drawn from, but which one is drawn.
-                settings += [repr(chosen), adapt, asdict(drafting)]
-            answer_file(
-                *(prompts, line_keys(prompts, settings), output, resume, stats, prepare),
-                *(cluster, batch_size or 1),
-            )
-        else:
-            answer_one(prepare(), stream=stream, as_json=json, stats=stats)
-    except KeyboardInterrupt:  # it must not cost what was found until then
-        if learned:
-            with suppress_failures():
-                learned.end(prompts, tell=stats)
-        raise
-    if learned:
-        learned.end(prompts, tell=stats)
-
-
-def check_stops(stops: Sequence[str] | None) -> None:
-    """Raise InputError where a text is none."""
-    if "" in (stops or ()):
-        raise InputError("--stop: an empty text would end every answer at once")
-
-
-def _check_flags(
-    prompt: Sequence[str] | None,
-    data: Path | None,
-    output: Path | None,
-    resume: bool,
-    max_prompts: int | None,
-    batch_size: int | None,
-    as_json: bool,
-) -> None:
-    """Refuse flags that contradict each other."""
-    if data and prompt:
-        raise InputError("a PROMPT and --data: give one of the two")
-    if data and as_json:
-        raise InputError(
-            "--json is one document, and --data gives JSON lines already: leave it out"
+        requests = encode_prompts(
+            loaded, self.prompts, self.prompt_options, self.sampling, self.stop or ()
         )
-    if resume and not output:
-        raise InputError("--resume needs the file to go on with: --output FILE")
-    needing = {"--output": output, "--max-prompts": max_prompts, "--batch-size": batch_size}
-    for flag, value in needing.items():
-        if value is not None and not data:
-            raise InputError(f"{flag} goes with --data, a file of prompts")
+        return GenerationRun(loaded, generator, requests, memory)
+
+    def _skip_plan(self, decoder: Decoder) -> SkipPlan:
+        """What is left out for good, by the target speed-up or the profile; a warning says so."""
+        from conflayers_cli.profile.describe import skipped
+
+        if self.lossy.target_speedup is not None:
+            plan = SkipPlan.unified(decoder.depth, self.lossy.target_speedup)
+        else:  # without rounded weights: those are for drafts
+            plan = replace(self.profile.plan, weights=None) if self.profile else SkipPlan()
+            if not plan:
+                raise InputError(
+                    "--skip-only: the profile leaves nothing out; give --target-speedup S"
+                )
+        logger.warning(
+            f"warning: --skip-only leaves out {skipped(plan, decoder.depth)} for good: "
+            "this text is not the model's own"
+            if plan
+            else f"note: the target is met by all {decoder.depth} layers, so --skip-only leaves "
+            "nothing out"
+        )
+        return plan
+
+    def request_settings(self) -> list[Any]:
+        """Everything beside the prompt that decides a text, as plain values for `request_keys`."""
+        settings = [
+            self.source,
+            self.load.device,
+            self.load.dtype,
+            self.load.exact,
+            self.prompt_options.max_new_tokens,
+            asdict(self.sampling),
+            self.prompt_options.system,
+            self.prompt_options.raw,
+            self.stop,
+        ]
+        if self.prompt_options.truncate:
+            settings += ["truncate"]
+        if self.load.quantize:
+            settings += ["quantize", self.load.quantize]
+        adapt = self.adaptation.method if self.adaptation else None
+        if self.lossy.skip_only:
+            plan = self.profile.plan if self.profile else None
+            settings += ["skip-only", self.lossy.target_speedup, repr(plan)]
+        elif not self.sampling.greedy and (self.profile or self.drafting.method or adapt):
+            # Drafts keep a sampled text's distribution, but not the text itself.
+            settings += [repr(self.profile), adapt, asdict(self.drafting)]
+        return settings
+
+    def end_adaptation(self) -> None:
+        """Report and save what ``--adapt`` has found."""
+        if self.adaptation:
+            self.adaptation.end(self.prompts, show=self.stats)
+
+
+def _cluster(file: FileOptions, adapt: str | None, load: LoadOptions) -> Cluster | None:
+    """The Ray cluster to use; None: this process."""
+    cluster = parse_cluster(file.ray, file.workers, device=load.device, device_map=load.device_map)
+    if cluster and not file.data:
+        raise InputError("--ray answers a file of prompts: give --data FILE")
+    if cluster and adapt:
+        raise InputError("--adapt learns from prompt to prompt, in one process: leave --ray out")
+    return cluster
 
 
 def _prompt(words: Sequence[str]) -> Prompt:

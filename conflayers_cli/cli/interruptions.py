@@ -1,4 +1,4 @@
-"""Ctrl-C and termination: work ends as it does on an exception, quietly, with a code of its own."""
+"""Ctrl-C and SIGTERM: raised as KeyboardInterrupt, with an exit code each."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ONCE_MORE_S = 0.02
 class Interruptions:
     """Within: Ctrl-C and SIGTERM raise KeyboardInterrupt, as often as they come.
 
-    Whoever ignores Ctrl-C (a shell's job in the background) goes on ignoring it, and a handler that
-    another program has set stays. Under torchrun SIGTERM ends a process at once, as ever: it
-    may be waiting for another that has failed, and would not hear of it.
+    A Ctrl-C that is ignored (in a shell's background job) stays ignored, and handlers of another
+    program stay. Under torchrun SIGTERM ends a process at once: one that waits for a failed rank
+    would not see the exception.
 
     Attributes:
         number: the first signal that came; None: none did.
@@ -59,7 +59,7 @@ class Interruptions:
             sys.unraisablehook = self._hook
 
     def over(self) -> None:
-        """The work is done, or given up: who is still impatient gets the end at once."""
+        """The work is over: a further signal ends the process at once."""
         self._over = True
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
@@ -69,10 +69,8 @@ class Interruptions:
         raise KeyboardInterrupt
 
     def _lost(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """What is raised where Python can't pass it on, in a finaliser, say, it tells and forgets:
-        an interruption comes once more."""
+        """Raise an interruption once more that came where Python can't raise it, in a finaliser."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            # Not from here: it would be lost again.
             number = signal.Signals(self.number or signal.SIGINT)
             later = threading.Timer(ONCE_MORE_S, _thread.interrupt_main, (number,))
             later.daemon = True
@@ -82,8 +80,7 @@ class Interruptions:
 
 
 def leave_at_once(code: int) -> None:
-    """From now on Ctrl-C ends the process then and there: it is ending already, and Python would
-    tell at length what was interrupted."""
+    """From now on Ctrl-C ends the process without a traceback: it is ending already."""
     if threading.current_thread() is not threading.main_thread():
         return
 
@@ -98,5 +95,5 @@ def leave_at_once(code: int) -> None:
 def _alone() -> bool:
     try:
         return world().size == 1
-    except InputError:  # told by whoever asks next
+    except InputError:  # raised again by the next caller
         return True

@@ -1,4 +1,4 @@
-"""The ``conflayers`` command: its sub-commands, and how failures are told and end."""
+"""The ``conflayers`` command: its sub-commands, and what failures print and exit with."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Annotated
 
 import typer
 
-from conflayers_cli.cli.bench import HELP as BENCH_HELP
 from conflayers_cli.cli.bench import bench
-from conflayers_cli.cli.calibrate import HELP as CALIBRATE_HELP
 from conflayers_cli.cli.calibrate import calibrate
-from conflayers_cli.cli.chat import HELP as CHAT_HELP
 from conflayers_cli.cli.chat import chat
-from conflayers_cli.cli.doctor import HELP as DOCTOR_HELP
 from conflayers_cli.cli.doctor import doctor
 from conflayers_cli.cli.flags import in_flags, with_flags
-from conflayers_cli.cli.generate import HELP as GENERATE_HELP
 from conflayers_cli.cli.generate import generate
 from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
 from conflayers_cli.cli.mistakes import with_hint
-from conflayers_cli.cli.models import HELP as MODELS_HELP
 from conflayers_cli.cli.models import models
 from conflayers_cli.cli.profile import app as profile_app
 from conflayers_cli.cli.terminal import discard, emit
 from conflayers_cli.errors import ConfLayersError
-from conflayers_cli.utils.distributed import Voice
-from conflayers_cli.utils.notices import PROGRAM, on_stderr, quiet, say, terminal_safe
+from conflayers_cli.utils.distributed import RankOutput
+from conflayers_cli.utils.notices import (
+    PROGRAM,
+    notices_to_stderr,
+    print_notice,
+    quiet,
+    terminal_safe,
+)
 from conflayers_cli.version import __version__
 
 FAILURE = 1
@@ -41,7 +41,7 @@ USAGE = 2
 RENAMED = {"lookahead": "adaptive-draft-length", "no-lookahead": "no-adaptive-draft-length"}
 """Old names of flags, without their dashes, which are taken for one more version."""
 ANYWHERE = frozenset({"--debug", "--quiet"})
-"""Flags of all commands, which may stand before or behind a command's name."""
+"""Flags of all commands, allowed before or after a command's name."""
 
 HELP = """Decode faster with the model's own layers, losslessly.
 
@@ -56,11 +56,6 @@ First find the layers that a model can do without, then use what was found:
 """
 
 
-def _current_name(name: str) -> str:
-    """Today's name of a flag given by an old one."""
-    return RENAMED.get(name, name)
-
-
 app = typer.Typer(
     name=PROGRAM,
     help=HELP,
@@ -69,15 +64,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["--help", "-h"],
-        "token_normalize_func": _current_name,
+        "token_normalize_func": lambda name: RENAMED.get(name, name),
     },
 )
-app.command(name="calibrate", help=CALIBRATE_HELP)(calibrate)
-app.command(name="generate", help=GENERATE_HELP)(generate)
-app.command(name="chat", help=CHAT_HELP)(chat)
-app.command(name="bench", help=BENCH_HELP)(bench)
-app.command(name="models", help=MODELS_HELP)(models)
-app.command(name="doctor", help=DOCTOR_HELP)(doctor)
+for _command in (calibrate, generate, chat, bench, models, doctor):
+    app.command(name=_command.__name__)(_command)
 app.add_typer(profile_app)
 
 
@@ -114,74 +105,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; those of the process by default.
     """
-    # transformers imports torchao where it is installed, and what that logs is no matter of ours:
-    # kernels for other machines that can't be loaded here, advice on its use of PyTorch.
+    # torchao, where transformers imports it, logs about kernels for other machines
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
-    voice = Voice()
-    with quiet("--quiet" in flags), on_stderr(with_flags), Interruptions() as interruptions:
-        code = _run(arguments, "--debug" in flags, voice, interruptions)
-        return voice.ended(_flushed(code))
+    rank_output = RankOutput()
+    with quiet("--quiet" in flags), notices_to_stderr(with_flags), Interruptions() as interruptions:
+        code = _run(arguments, "--debug" in flags, rank_output, interruptions)
+        return rank_output.common_exit_code(_flushed(code))
 
 
 def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
-    """The arguments without `ANYWHERE`'s flags, and those of them that were given before ``--``."""
+    """(arguments without `ANYWHERE`'s flags, the flags given); ``--`` ends both."""
     end = argv.index("--") if "--" in argv else len(argv)
     kept = [argument for argument in argv[:end] if argument not in ANYWHERE]
     return [*kept, *argv[end:]], set(argv[:end]) & ANYWHERE
 
 
-def _run(arguments: list[str], debug: bool, voice: Voice, interruptions: Interruptions) -> int:
+def _run(
+    arguments: list[str], debug: bool, rank_output: RankOutput, interruptions: Interruptions
+) -> int:
     try:
         result = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         interruptions.over()
-    except SystemExit as end:  # Typer's and Rich's own ways out
+    except SystemExit as end:  # raised by Typer and Rich
         interruptions.over()
         return end.code if isinstance(end.code, int) else FAILURE
     except KeyboardInterrupt:
         interruptions.over()
         result = INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line tells it
+    except Exception as error:  # noqa: BLE001 - every failure ends in one line
         interruptions.over()
-        # A library may have made something else of the interruption of its import.
+        # A library may turn the interruption of its import into another error.
         if interruptions.number is None and not _aborted(error):
-            with voice.failing():
+            with rank_output.failure_output():
                 return _report(error, arguments, debug)
         if debug and sys.stderr is not None:
             traceback.print_exception(error)
         result = INTERRUPTED
     if result == INTERRUPTED:
-        say("interrupted" if interruptions.code == INTERRUPTED else "terminated")
+        print_notice("interrupted" if interruptions.code == INTERRUPTED else "terminated")
         return interruptions.code
     return result if isinstance(result, int) else 0
 
 
 def _aborted(error: Exception) -> bool:
-    """Whether it is what Typer makes of an interruption."""
+    """Whether Typer made it of an interruption."""
     return isinstance(error, typer.Abort) and not isinstance(error.__cause__, EOFError)
 
 
 def _report(error: Exception, arguments: Sequence[str], debug: bool) -> int:
-    """Tell the user about a failure; returns the exit code."""
+    """Print a failure; returns the exit code."""
     if debug and sys.stderr is not None:
-        told = "".join(traceback.format_exception(error))
-        print(terminal_safe(told), file=sys.stderr, end="")  # noqa: T201
+        text = "".join(traceback.format_exception(error))
+        print(terminal_safe(text), file=sys.stderr, end="")  # noqa: T201
     if isinstance(error, ConfLayersError):
-        say(f"error: {in_flags(error)}")
+        print_notice(f"error: {in_flags(error)}")
         return error.exit_code
-    # Typer's usage errors come from click or from Typer's copy of it, by its version: they are
-    # told by what they offer.
+    # of click or of Typer's copy of it, depending on Typer's version
     if hasattr(error, "format_message"):
         return _report_usage(error, arguments)
     if _out_of_memory(error):
-        told = f"out of memory: {_first_line(error)}".removesuffix(": ")
-        say(f"error: {told}; {LESS_MEMORY}")
+        message = f"out of memory: {_first_line(error)}".removesuffix(": ")
+        print_notice(f"error: {message}; {LESS_MEMORY}")
         return FAILURE
     cause = error.__cause__ if isinstance(error, typer.Abort) and error.__cause__ else error
-    told = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
+    message = f"{type(cause).__name__}: {_first_line(cause)}".rstrip(": ")
     advice = "" if debug else " (run with --debug for the traceback)"
-    say(f"internal error: {told}{advice}")
+    print_notice(f"internal error: {message}{advice}")
     return FAILURE
 
 
@@ -190,14 +181,14 @@ def _report_usage(error: Exception, arguments: Sequence[str]) -> int:
         return USAGE  # the help is printed already
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     # not from the error's context, which some errors lack
-    command = " ".join([PROGRAM, *_command_of(arguments)])
+    command = " ".join([PROGRAM, *_find_command(arguments)])
     message = with_hint(message[:1].lower() + message[1:].rstrip("."))
-    say(f"error: {message}; see '{command} --help'")
+    print_notice(f"error: {message}; see '{command} --help'")
     return USAGE
 
 
-def _command_of(arguments: Sequence[str]) -> list[str]:
-    """The words that name the command, or as many of them as are known: ``profile show``."""
+def _find_command(arguments: Sequence[str]) -> list[str]:
+    """The words that name the command, as far as they are known: ``profile show``."""
     words: list[str] = []
     group: typer.Typer | None = app
     for word in arguments[:2]:
@@ -216,9 +207,9 @@ def _command_of(arguments: Sequence[str]) -> list[str]:
 def _out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:  # not imported for this
         return isinstance(error, MemoryError)
-    from conflayers_cli.utils.out_of_memory import is_shortage
+    from conflayers_cli.utils.out_of_memory import is_out_of_memory
 
-    return is_shortage(error)
+    return is_out_of_memory(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -226,14 +217,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _flushed(code: int) -> int:
-    """``code``, or a failure where the rest of the output can't be written."""
+    """Flush the output; returns ``code``, or FAILURE where that can't be done."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError) as error:
         discard(sys.stdout)
         if code == 0:
-            say(f"error: standard output can't be written: {getattr(error, 'strerror', error)}")
+            print_notice(
+                f"error: standard output can't be written: {getattr(error, 'strerror', error)}"
+            )
             code = FAILURE
     try:
         if sys.stderr is not None:

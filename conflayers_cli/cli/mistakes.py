@@ -1,10 +1,10 @@
-"""Typer's words for wrong usage, made into what a person needs to put it right."""
+"""Typer's usage errors with a hint at what was meant."""
 
 from __future__ import annotations
 
 import re
 
-from conflayers_cli.utils.suggest import did_you_mean
+from conflayers_cli.utils.error_text import did_you_mean
 
 _NEAR_FLAGS = re.compile(r": (?P<word>\S+) \(Possible options: (?P<flags>[^)]*)\)$")
 _NEAR_COMMAND = re.compile(r"\. Did you mean (?P<names>[^?]*)\?$")
@@ -12,14 +12,10 @@ _NO_CHOICE = re.compile(r"'(?P<word>[^']*)' is not one of (?P<known>'[^']*'(?:, 
 
 
 def with_hint(message: str) -> str:
-    """The message with what was probably meant, in the same words whatever was misspelt.
+    """A usage error's message, without a full stop, with what was probably meant.
 
-    Typer's own wording differs by its version; one that is not recognised stays as it is.
-
-    Args:
-        message: of a usage error, without a full stop at its end.
+    Typer's wording differs by version; an unknown one is returned as it is.
     """
-    # Where Typer has pydantic look at a value, it says so in front of what is wrong.
     message = message.replace(": Value error, ", ": ")
     if near := _NEAR_FLAGS.search(message):
         hint = did_you_mean(near["word"], near["flags"].split(", "))

@@ -10,7 +10,7 @@ import typer
 
 from conflayers_cli.cli import completion, options
 from conflayers_cli.cli.terminal import emit, emit_json, emit_rich
-from conflayers_cli.models.registry import CATALOGUE, COMPILED, WHEEL_COMMAND
+from conflayers_cli.models.registry import COMPILE_FOLDER, REGISTRY, WHEEL_COMMAND
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,17 +21,6 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
-HELP = """List the models that are here, and what was measured about them.
-
-Built-in ones are converted at their first use; models of the Hugging Face
-cache are told by their configuration alone. Nothing is downloaded or loaded.
-
-\b
-  conflayers models
-  conflayers models --json
-  conflayers models --clear smollm2-deep
-"""
-
 Clear = Annotated[
     str | None,
     typer.Option(
@@ -39,30 +28,40 @@ Clear = Annotated[
         metavar="NAME",
         help="Delete what was made of a built-in model; costs: what was measured; compiled: what "
         "the compiler made. It is made again when it is needed.",
-        autocompletion=completion.one_of(*CATALOGUE, "costs", COMPILED),
+        autocompletion=completion.one_of(*REGISTRY, "costs", COMPILE_FOLDER),
         show_default=False,
     ),
 ]
 
 
 def models(clear: Clear = None, json: options.Json = False) -> None:
+    """List the models that are here, and what was measured about them.
+
+    Built-in ones are converted at their first use; models of the Hugging Face
+    cache are shown by their configuration alone. Nothing is downloaded or loaded.
+
+    \b
+      conflayers models
+      conflayers models --json
+      conflayers models --clear smollm2-deep
+    """
     from conflayers_cli.models import inventory
 
     deleted: list[Path] = []
     if clear is not None:
-        deleted, freed = inventory.clear(clear)
+        deleted, freed = inventory.clear_cache(clear)
         logger.info(
             f"deleted {', '.join(map(str, deleted))} ({size(freed)})"
             if deleted
             else f"there is nothing of {clear}"
         )
     if json:
-        document = {"schema_version": SCHEMA_VERSION, **inventory.take().as_json()}
+        document = {"schema_version": SCHEMA_VERSION, **inventory.take_inventory().as_json()}
         if clear is not None:
             document["deleted"] = [str(path) for path in deleted]
         emit_json(document)
     elif clear is None:
-        _show(inventory.take())
+        _show(inventory.take_inventory())
 
 
 def size(count: int) -> str:

@@ -12,14 +12,10 @@ Result = TypeVar("Result")
 
 
 class OptionGroup:
-    """The options that a dataclass's fields are on the command line.
-
-    A command takes a group as ``load: Annotated[LoadOptions, LOAD]``, see `with_groups`. Types and
-    defaults are the dataclass's.
+    """Options for the fields of a dataclass: ``load: Annotated[LoadOptions, LOAD]``.
 
     Args:
-        options: `typer.Option` by field, in the order of the help. Fields that are not among them
-            have no option and keep their default.
+        options: `typer.Option` by field, in the order of the help; other fields keep their default.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -39,19 +35,16 @@ class OptionGroup:
 
 
 def with_groups(command: Callable[..., Result]) -> Callable[..., Result]:
-    """A command whose parameters may be groups, as Typer takes it: with a parameter an option.
+    """Expand the groups among a command's parameters, so that Typer sees a parameter per option.
 
-    The default of a group's parameter is an instance of its dataclass, and gives the options their
-    defaults; without one the dataclass's own hold.
-
-    Raises:
-        InputError: when the command runs, whatever the dataclass raises for the values given.
+    A group's default, an instance of its dataclass, gives the options their defaults. When the
+    command runs, it raises what the dataclass raises for the values given.
     """
     signature = inspect.signature(command, eval_str=True)
     expanded: dict[str, inspect.Parameter] = {}
     groups: dict[str, tuple[Any, OptionGroup]] = {}
     for name, parameter in signature.parameters.items():
-        group = _group_of(parameter.annotation)
+        group = _find_group(parameter.annotation)
         if group is None:
             expanded[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             continue
@@ -75,7 +68,7 @@ def with_groups(command: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def _group_of(annotation: Any) -> OptionGroup | None:
+def _find_group(annotation: Any) -> OptionGroup | None:
     extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     return next((extra for extra in extras if isinstance(extra, OptionGroup)), None)
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from conflayers_cli.cli import options
-from conflayers_cli.cli.profile_convert import HELP as CONVERT_HELP
 from conflayers_cli.cli.profile_convert import convert
-from conflayers_cli.cli.profile_diff import HELP as DIFF_HELP
 from conflayers_cli.cli.profile_diff import diff
-from conflayers_cli.cli.profile_plot import HELP as PLOT_HELP
 from conflayers_cli.cli.profile_plot import plot
-from conflayers_cli.cli.profile_validate import HELP as VALIDATE_HELP
 from conflayers_cli.cli.profile_validate import validate
 from conflayers_cli.cli.terminal import emit, emit_json, speaks_unicode
 from conflayers_cli.errors import InputError
@@ -35,31 +31,6 @@ A profile is a small YAML file that people keep under version control:
   conflayers profile convert old.yaml --output new.yaml
 """
 
-SHOW_HELP = """Say what a profile says, for people.
-
-The picture has one sign for each layer. Figures are told with the device that
-they were measured on: elsewhere they say little.
-
-\b
-  conflayers profile show deep.yaml
-  conflayers profile show deep.yaml --json
-"""
-
-SCHEMA_HELP = """Print the JSON Schema of a profile.
-
-An editor that knows it completes and checks profiles while they are written.
-For the YAML language server (VS Code, Neovim, …), keep it as a file and begin
-a profile with a line that names it:
-
-\b
-  conflayers profile schema > profile.schema.json
-  # yaml-language-server: $schema=profile.schema.json
-
-or map it to file names by the setting yaml.schemas. What one schema can't
-say, that layers lie within the model's depth for one, `profile validate` does.
-"""
-
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", show_default=False)]
 
 app = typer.Typer(
     name="profile",
@@ -70,8 +41,17 @@ app = typer.Typer(
 )
 
 
-@app.command(name="show", help=SHOW_HELP)
-def show(file: File, json: options.Json = False) -> None:
+@app.command(name="show")
+def show(file: options.ProfileArgument, json: options.Json = False) -> None:
+    """Say what a profile says, for people.
+
+    The picture has one sign for each layer. Figures are shown with the device that
+    they were measured on: elsewhere they mean little.
+
+    \b
+      conflayers profile show deep.yaml
+      conflayers profile show deep.yaml --json
+    """
     from conflayers_cli.profile.describe import ASCII, UNICODE, description
     from conflayers_cli.profile.schema import Profile
 
@@ -88,17 +68,28 @@ def show(file: File, json: options.Json = False) -> None:
     emit("".join(f"{line}\n" for line in lines))
 
 
-@app.command(name="schema", help=SCHEMA_HELP)
+@app.command(name="schema")
 def schema() -> None:
-    from conflayers_cli.profile.json_schema import committed
+    """Print the JSON Schema of a profile.
 
-    emit(committed())
+    An editor that knows it completes and checks profiles while they are written.
+    For the YAML language server (VS Code, Neovim, …), keep it as a file and begin
+    a profile with a line that names it:
+
+    \b
+      conflayers profile schema > profile.schema.json
+      # yaml-language-server: $schema=profile.schema.json
+
+    or map it to file names by the setting yaml.schemas. What one schema can't
+    say, that layers lie within the model's depth for one, `profile validate` does.
+    """
+    from conflayers_cli.profile.json_schema import packaged_schema
+
+    emit(packaged_schema())
 
 
-app.command(name="validate", help=VALIDATE_HELP)(validate)
-app.command(name="diff", help=DIFF_HELP)(diff)
-app.command(name="plot", help=PLOT_HELP)(plot)
-app.command(name="convert", help=CONVERT_HELP)(convert)
+for _command in (validate, diff, plot, convert):
+    app.command(name=_command.__name__)(_command)
 
 
 def _document(file: Path, profile: Profile, version: int) -> dict[str, Any]:

@@ -15,23 +15,10 @@ from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from conflayers_cli.models.load_options import LoadOptions
     from conflayers_cli.profile.schema import Profile
 
 logger = logging.getLogger(__name__)
 
-HELP = """Rewrite a profile as the newest schema, in the form calibrate writes.
-
-It goes to --output, to its own place with --in-place, else to stdout. Comments
-are not kept. What a profile does not know of its model, --model tells: sizes, a
-hash of the configuration, a sketch of the weights.
-
-\b
-  conflayers profile convert old.yaml --output new.yaml
-  conflayers profile convert old.yaml --model ./my-model --in-place
-"""
-
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", show_default=False)]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where it goes; never over the input."),
@@ -48,13 +35,23 @@ To = Annotated[
 @with_groups
 def convert(
     *,
-    file: File,
+    file: options.ProfileArgument,
     output: Output = None,
     in_place: InPlace = False,
     to: To = "yaml",
     model: options.Model = None,
     load: options.BriefLoadFlags,
 ) -> None:
+    """Rewrite a profile as the newest schema, in the form calibrate writes.
+
+    It goes to --output, to its own place with --in-place, else to stdout. Comments
+    are not kept. What the profile lacks about its model, --model adds: sizes, a
+    hash of the configuration, a sketch of the weights.
+
+    \b
+      conflayers profile convert old.yaml --output new.yaml
+      conflayers profile convert old.yaml --model ./my-model --in-place
+    """
     from conflayers_cli.profile.schema import Profile, check_replaceable
     from conflayers_cli.utils.files import write_atomically
 
@@ -63,7 +60,10 @@ def convert(
         check_replaceable(target)
     profile, version = Profile.load_versioned(file)
     if model is not None:
-        profile = _completed(profile, file, model, load)
+        from conflayers_cli.engine.open_model import open_model
+        from conflayers_cli.profile.check import complete_profile
+
+        profile = complete_profile(*open_model(model, load), profile, file)
     elif profile.model.lacks_sizes:
         logger.warning(
             f"note: {file}: says nothing of its model but the depth; --model MODEL adds the rest"
@@ -99,24 +99,3 @@ def _as_json(profile: Profile) -> str:
 
     data = parse_mapping(profile.to_yaml(), Path("profile"), "profile")  # as it would be read
     return f"{json.dumps(data, ensure_ascii=False, indent=2)}\n"
-
-
-def _completed(profile: Profile, file: Path, model: str, load: LoadOptions) -> Profile:
-    """The profile with what it does not know of its model, and the model tells.
-
-    Raises:
-        InputError: the model can't be loaded, or the profile is not its.
-    """
-    from conflayers_cli.engine.open_model import open_model
-    from conflayers_cli.profile.check import check_fit, fingerprint_of
-    from conflayers_cli.profile.schema import Profile
-
-    loaded, decoder = open_model(model, load)
-    here, known = fingerprint_of(loaded), profile.model
-    missing = [name for name, value in known if value is None]
-    if not known.lacks_sizes and "intermediate_size" in missing:
-        missing.remove("intermediate_size")  # beside known sizes it says that there is none
-    filled = known.model_copy(update={name: getattr(here, name) for name in missing})
-    completed = Profile.model_validate({**dict(profile), "model": filled})
-    check_fit(loaded, decoder, completed, file, force=False)
-    return completed

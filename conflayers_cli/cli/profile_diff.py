@@ -15,22 +15,21 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.diff import Difference
     from conflayers_cli.profile.schema import Profile
 
-HELP = """Tell what differs between two profiles, key by key.
-
-What changes drafting comes first; how, when and where the profiles were found
-comes apart. Exit code: 0 they say the same, 1 they differ, 2 an error.
-
-\b
-  conflayers profile diff old.yaml new.yaml
-  git show HEAD:deep.yaml > was.yaml; conflayers profile diff was.yaml deep.yaml
-"""
-
 DIFFERENT = 1
 First = Annotated[Path, typer.Argument(metavar="A", help="A profile.", show_default=False)]
 Second = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)]
 
 
 def diff(one: First, other: Second, json: options.Json = False) -> None:
+    """Show what differs between two profiles, key by key.
+
+    What changes drafting comes first; how, when and where the profiles were found
+    comes apart. Exit code: 0 they say the same, 1 they differ, 2 an error.
+
+    \b
+      conflayers profile diff old.yaml new.yaml
+      git show HEAD:deep.yaml > was.yaml; conflayers profile diff was.yaml deep.yaml
+    """
     from conflayers_cli.profile.diff import differences
     from conflayers_cli.profile.schema import Profile
 
@@ -73,11 +72,11 @@ def _change(each: Difference) -> str:
 
 
 def _shown(value: Any) -> str:
-    from conflayers_cli.utils.yaml import shown
+    from conflayers_cli.utils.yaml import format_value
 
     if value is None:
         return "–"
-    return str(value) if isinstance(value, str | list) else shown(value)
+    return str(value) if isinstance(value, str | list) else format_value(value)
 
 
 def _weights(profiles: tuple[Profile, Profile]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from conflayers_cli.cli import options
 from conflayers_cli.cli.terminal import emit, speaks_unicode
 from conflayers_cli.errors import InputError
 
@@ -18,20 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HELP = """Draw a profile: what it leaves out, and how that was found.
-
-Of the tensors beside the profile: each layer's confidence under the adaptive
-threshold, proposal by proposal, and the search set by set (skipped share,
-acceptance, expected speed-up). As text, or with --output as a figure as wide
-as a paper's column (needs matplotlib: pip install 'conflayers\\[plot]').
-
-\b
-  conflayers profile plot deep.yaml
-  conflayers profile plot deep.yaml --output deep.pdf
-  conflayers profile plot deep.yaml --output deep.svg --dark
-"""
-
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", show_default=False)]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Draw into a .png, .svg or .pdf file."),
@@ -39,8 +26,20 @@ Output = Annotated[
 Dark = Annotated[bool, typer.Option("--dark", help="With --output: for a dark page.")]
 
 
-def plot(file: File, output: Output = None, dark: Dark = False) -> None:
-    from conflayers_cli.profile.plot_data import drawing_of
+def plot(file: options.ProfileArgument, output: Output = None, dark: Dark = False) -> None:
+    """Draw a profile: what it leaves out, and how that was found.
+
+    Of the tensors beside the profile: each layer's confidence under the adaptive
+    threshold, proposal by proposal, and the search set by set (skipped share,
+    acceptance, expected speed-up). As text, or with --output as a figure as wide
+    as a paper's column (needs matplotlib: pip install 'conflayers\\[plot]').
+
+    \b
+      conflayers profile plot deep.yaml
+      conflayers profile plot deep.yaml --output deep.pdf
+      conflayers profile plot deep.yaml --output deep.svg --dark
+    """
+    from conflayers_cli.profile.plot_data import make_drawing
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.profile.tensors import read_tensors
 
@@ -48,7 +47,7 @@ def plot(file: File, output: Output = None, dark: Dark = False) -> None:
         raise InputError("--dark goes with --output: a terminal has its own colours")
     form = None if output is None else _format(output)
     profile = Profile.load(file)
-    drawing = drawing_of(profile, read_tensors(file, profile))
+    drawing = make_drawing(profile, read_tensors(file, profile))
     if profile.tensors is None:
         logger.warning(
             f"note: {file} names no tensors: not how it was found, only what it skips is drawn"
@@ -58,9 +57,9 @@ def plot(file: File, output: Output = None, dark: Dark = False) -> None:
             f"note: {profile.tensors} has nothing to draw: what the profile skips is drawn"
         )
     if output is None or form is None:
-        from conflayers_cli.profile.plot_text import lines_of
+        from conflayers_cli.profile.plot_text import render_text
 
-        lines = lines_of(drawing, unicode=speaks_unicode(sys.stdout))
+        lines = render_text(drawing, unicode=speaks_unicode(sys.stdout))
         emit("".join(f"{line}\n" for line in [_title(profile), *lines]))
         return
     _draw(output, form, drawing, profile, dark)
@@ -84,8 +83,8 @@ def _format(output: Path) -> str:
 
 
 def _draw(output: Path, form: str, drawing: Drawing, profile: Profile, dark: bool) -> None:
-    from conflayers_cli.profile.plot_figure import figure_bytes
+    from conflayers_cli.profile.plot_figure import render_figure
     from conflayers_cli.utils.files import write_atomically
 
-    write_atomically(output, figure_bytes(drawing, _title(profile), form, dark=dark))
+    write_atomically(output, render_figure(drawing, _title(profile), form, dark=dark))
     logger.info(f"wrote {output}")

@@ -9,16 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 _UNBOUNDED = 10_000
-"""Columns at which a table says what it needs, instead of what it gets."""
+"""Columns enough for any table."""
 
 
 def fitting(part: RenderableType, console: Console) -> RenderableType:
-    """A table that would have to cut words, as a list of its rows; all else as it is.
-
-    Args:
-        part: what is to be printed.
-        console: where.
-    """
+    """A table that would have to cut words, as a list of its rows; all else as it is."""
     if not isinstance(part, Table):
         return part
     unbounded = console.options.update(width=_UNBOUNDED)

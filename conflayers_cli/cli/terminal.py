@@ -1,7 +1,4 @@
-"""What commands write to stdout: the answer alone.
-
-All else goes to stderr: see `conflayers_cli.utils.notices` and `conflayers_cli.utils.progress`.
-"""
+"""Commands' stdout: the answer alone. All else goes to stderr, see `utils.notices`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.errors import ConfLayersError
-from conflayers_cli.utils.notices import VISIBLE, say, terminal_safe
+from conflayers_cli.utils.notices import VISIBLE, print_notice, terminal_safe
 from conflayers_cli.utils.progress import is_terminal
 
 if TYPE_CHECKING:
@@ -28,10 +25,7 @@ _SPELT = {code: f"\\u{code:04x}" for code in VISIBLE if code >= 0x20}
 
 
 def emit(text: str) -> None:
-    """Write a part of the answer to stdout, at once.
-
-    Control characters are made visible where stdout is a terminal; files and pipes get the text
-    as it is.
+    """Write a part of the answer to stdout and flush; on a terminal control characters are visible.
 
     Raises:
         ConfLayersError: stdout is closed or can't be written.
@@ -54,10 +48,7 @@ def _write(text: str) -> None:
 
 
 def emit_json(document: Any, *, indent: int | None = 2) -> None:
-    """Write one JSON document and a line end to stdout; with ``indent`` None on one line.
-
-    On a terminal control characters are spelt as JSON spells them: it is the same document.
-    """
+    """Write one JSON document to stdout; with ``indent`` None on one line."""
     text = json.dumps(
         document, ensure_ascii=not speaks_unicode(sys.stdout), allow_nan=False, indent=indent
     )
@@ -65,11 +56,7 @@ def emit_json(document: Any, *, indent: int | None = 2) -> None:
 
 
 def emit_rich(*parts: RenderableType) -> None:
-    """Write tables and text for people to stdout; plain where it is no terminal.
-
-    Raises:
-        ConfLayersError: as `emit`.
-    """
+    """Write tables and text to stdout; plain where it is no terminal. Raises as `emit`."""
     from rich.console import Console
 
     from conflayers_cli.cli.tables import fitting
@@ -91,18 +78,15 @@ def speaks_unicode(stream: TextIO | None) -> bool:
 
 @contextmanager
 def suppress_failures() -> Iterator[None]:
-    """Within: a failure is told and no more; something else is on its way to the user already."""
+    """Within: a failure is printed, not raised; another error is being raised already."""
     try:
         yield
     except ConfLayersError as error:
-        say(f"error: {in_flags(error)}")
+        print_notice(f"error: {in_flags(error)}")
 
 
 def discard(stream: TextIO | None) -> None:
-    """Send what is left in a stream that failed to nowhere.
-
-    Python flushes the standard streams once more as it ends, and would say then.
-    """
+    """Drop what is left in a stream that failed, or Python would complain when it exits."""
     with suppress(OSError, ValueError):
         if stream is not None:
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""A Ray cluster: which one is meant, how this process joins it, and what room there is in it.
+"""The Ray cluster that the command line names: joining it, and what each worker gets of it.
 
 Ray is an extra: it is imported once it is needed.
 """
@@ -24,18 +24,19 @@ from conflayers_cli.utils.distributed import world
 logger = logging.getLogger(__name__)
 
 AUTO, LOCAL = "auto", "local"
-CONNECTED_S, ANSWERED_S = 5.0, 60.0
-"""An address must take a connection within the former, and turn out to be Ray's in the latter."""
-FREED_S = 5.0
-"""What others used on the cluster is free again in so long a time after they have ended."""
+CONNECT_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 60.0
+"""Time for a process to join the cluster at an address."""
+RELEASE_TIMEOUT_S = 5.0
+"""Time after which the resources of drivers that have ended are free again."""
 STORE_BYTES = 2**27
-"""Of Ray's object store, where a cluster is started here: prompts go through it, and answers."""
+"""Ray's object store in a cluster that is started here: prompts and results go through it."""
 _PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the work is to be done.
+    """A cluster and the workers wanted on it.
 
     Attributes:
         address: a node's ``HOST:PORT``; auto: the cluster this machine belongs to, or else one that
@@ -49,13 +50,12 @@ class Cluster:
     gpus: bool = True
 
 
-def cluster_of(
+def parse_cluster(
     address: str | None, workers: int | None, *, device: str, device_map: str | None
 ) -> Cluster | None:
-    """The cluster that the command line names; None: it names none.
+    """The cluster that the arguments name, None without ``address``.
 
-    Raises:
-        InputError: flags that contradict each other, or Ray is not installed.
+    Raises InputError where they contradict each other, or Ray is not installed.
     """
     if address is None:
         if workers is not None:
@@ -89,72 +89,67 @@ def cluster_of(
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the workers of a cluster get: so many of them, with so many CPUs and GPUs each."""
+class WorkerResources:
+    """The number of workers, and the CPUs and GPUs of each."""
 
     workers: int
     cpus: int
     gpus: int
 
 
-def room_for(nodes: Sequence[tuple[int, int]], workers: int | None, gpus: bool) -> Room:
-    """The room for workers on the nodes of a cluster.
+def allocate_workers(
+    nodes: Sequence[tuple[int, int]], workers: int | None, gpus: bool
+) -> WorkerResources:
+    """The most CPUs per worker with which all workers fit, each on one of ``nodes`` (CPUs, GPUs).
 
-    As many CPUs go to each worker as leave room for all: threads of one worker are on one node.
-
-    Args:
-        nodes: (CPUs, GPUs) of each.
-        workers: how many; None: one per GPU, without GPUs one per node.
-        gpus: whether workers take a GPU each where there are any.
-
-    Raises:
-        InputError: there is no room for so many.
+    ``workers`` and ``gpus`` are as in `Cluster`. Raises InputError where the cluster is too small.
     """
     with_gpu = gpus and any(node_gpus for _, node_gpus in nodes)
 
-    def slots(cpus: int) -> int:
-        held = ((node // cpus, node_gpus) for node, node_gpus in nodes)
-        return sum(min(by_cpu, by_gpu) if with_gpu else by_cpu for by_cpu, by_gpu in held)
+    def capacity(cpus: int) -> int:
+        """How many workers fit with so many CPUs each."""
+        return sum(min(n // cpus, node_gpus) if with_gpu else n // cpus for n, node_gpus in nodes)
 
-    most = slots(1)
-    usual = most if with_gpu else sum(1 for cpus, _ in nodes if cpus)
-    wanted = usual if workers is None else workers
-    if not 0 < wanted <= most:
+    available = capacity(1)
+    default = available if with_gpu else sum(1 for cpus, _ in nodes if cpus)
+    wanted = default if workers is None else workers
+    if not 0 < wanted <= available:
         each = "a CPU and a GPU" if with_gpu else "a CPU"
         raise InputError(
-            f"workers {wanted or 1}: the cluster has room for {most}, with {each} for every one",
+            f"workers {wanted or 1}: the cluster has room for {available}, with {each} for every "
+            "one",
             names=("workers",),
         )
     largest = max(cpus for cpus, _ in nodes)
-    cpus = next(count for count in range(largest, 0, -1) if slots(count) >= wanted)
-    return Room(wanted, cpus, int(with_gpu))
+    cpus = next(count for count in range(largest, 0, -1) if capacity(count) >= wanted)
+    return WorkerResources(wanted, cpus, int(with_gpu))
 
 
-def warn_if_busy(room: Room) -> None:
-    """Say so where others use the cluster; those that have just ended have a moment to go."""
+def warn_if_busy(resources: WorkerResources) -> None:
+    """Log a warning where others use the cluster, also after `RELEASE_TIMEOUT_S`."""
     import ray
 
-    deadline = time.monotonic() + FREED_S
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
     while True:
         free = ray.available_resources()
-        idle = int(free.get("CPU", 0)) // room.cpus
-        if room.gpus:
+        idle = int(free.get("CPU", 0)) // resources.cpus
+        if resources.gpus:
             idle = min(idle, int(free.get("GPU", 0)))
-        if idle >= room.workers:
+        if idle >= resources.workers:
             return
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
     logger.warning(
-        f"note: the cluster is at other work: {idle} of {room.workers} workers can begin, the "
+        f"note: the cluster is at other work: {idle} of {resources.workers} workers can begin, the "
         "others when there is room"
     )
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Within: this process is a driver of the cluster; one that it was before it stays."""
-    # What Ray's daemons say of a worker that died would go to stdout, which is the answer's.
+    """Within: this process is a driver of the cluster; a driver before stays one."""
+    # Ray's daemons would print on stdout, which is for answers, that a worker died
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     import ray
 
@@ -168,9 +163,9 @@ def connected(address: str) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _connect(address)
-        # Ray has its own way of dying by a signal.
+        # Ray handles signals in its own way
         for number, handler in handlers.items():
-            with suppress(ValueError):  # not in the main thread, where Ray leaves them alone, too
+            with suppress(ValueError):  # not the main thread: Ray has left them alone, too
                 signal.signal(number, handler)
         yield
     finally:
@@ -178,7 +173,6 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
-
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
@@ -189,74 +183,74 @@ def _connect(address: str) -> None:
                 ray.init(address=AUTO, **quiet)
                 return
         if address in (AUTO, LOCAL):
-            # Ray's way is to let workers stand back behind everything else that a machine does.
+            # Ray gives its workers the lowest priority otherwise
             os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(address=LOCAL, **started, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"ray {address}: {last_line(error)}", names=(f"ray {address}:",)
-        ) from error
-    except Exception as error:  # Ray raises bare ones where its daemons don't come up in time
+        raise _address_error(address, last_line(error)) from error
+    except Exception as error:  # a bare one where Ray's daemons don't start in time
         raise ConfLayersError(f"Ray could not be started: {last_line(error)}") from error
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(
-            f"ray {address}: allowed is auto, local, or HOST:PORT of a cluster that this machine "
-            "belongs to",
-            names=(f"ray {address}:",),
+        raise _address_error(
+            address,
+            "allowed is auto, local, or HOST:PORT of a cluster that this machine belongs to",
         )
     return host.strip("[]"), int(port)
 
 
 def _probe(address: str) -> None:
-    """Raise InputError where no Ray cluster is at the address, which Ray takes minutes to say.
+    """Raise InputError where no Ray cluster is at the address.
 
-    What listens there may be something else, Ray's dashboard for one: a process of its own looks,
-    which can be given up.
+    A process that can be killed tries it: Ray takes minutes where something else listens there,
+    such as its dashboard.
     """
     try:
-        socket.create_connection(_host_and_port(address), CONNECTED_S).close()
+        socket.create_connection(_host_and_port(address), CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise InputError(
-            f"ray {address}: can't be reached ({error.strerror or error}): is Ray started there "
-            "(ray start --head)?",
-            names=(f"ray {address}:",),
+        reason = error.strerror or error
+        raise _address_error(
+            address, f"can't be reached ({reason}): is Ray started there (ray start --head)?"
         ) from error
     try:
-        looked = subprocess.run(
+        probe = subprocess.run(
             [sys.executable, "-c", _PROBE, address],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            timeout=ANSWERED_S,
+            timeout=PROBE_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"ray {address}: no Ray cluster answers there (its port is 6379 by default; 8265 is "
-            "its dashboard, 10001 Ray Client, which is not supported)",
-            names=(f"ray {address}:",),
+        raise _address_error(
+            address,
+            "no Ray cluster answers there (its port is 6379 by default; 8265 is its dashboard, "
+            "10001 Ray Client, which is not supported)",
         ) from None
-    if looked.returncode:
-        told = looked.stderr.decode(errors="replace").strip()
-        raise InputError(
-            f"ray {address}: {last_line(told)}: the cluster has to be of this version of Ray and "
-            "this machine a part of it; where it asks for a token, RAY_AUTH_MODE=token is needed",
-            names=(f"ray {address}:",),
+    if probe.returncode:
+        raise _address_error(
+            address,
+            f"{last_line(probe.stderr.decode(errors='replace'))}: the cluster has to be of this "
+            "version of Ray and this machine a part of it; where it asks for a token, "
+            "RAY_AUTH_MODE=token is needed",
         )
 
 
-def sizes_of(nodes: Iterable[Any]) -> list[tuple[int, int]]:
-    """(CPUs, GPUs) of the nodes that are there, as Ray names them."""
+def _address_error(address: str, problem: str) -> InputError:
+    return InputError(f"ray {address}: {problem}", names=(f"ray {address}:",))
+
+
+def node_sizes(nodes: Iterable[Any]) -> list[tuple[int, int]]:
+    """(CPUs, GPUs) of the nodes that are alive, of those that Ray lists."""
     alive = (node["Resources"] for node in nodes if node["Alive"])
     return [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in alive]
 
 
 def last_line(error: object) -> str:
-    """Where Ray, and a traceback in its errors, say what it was."""
+    """The last line of an error's message, where tracebacks in Ray's errors name the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

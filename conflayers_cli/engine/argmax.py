@@ -1,10 +1,8 @@
-"""The best token of each row of logits, and how it shows that a row has none.
+"""The most likely token, and how logits that are NaN or infinite are noticed.
 
-A row whose logits are not numbers names no token: NaN, which an overflow in half precision or a
-damaged weight leads to, infinity, or nothing but minus infinity. (Minus infinity for some tokens is
-how models rule these out.) Its largest logit tells, which is looked for in any case: PyTorch's
-maximum is NaN wherever one is. So nothing is read twice, and on a GPU the sign travels with the
-token.
+Logits that are NaN (an overflow in half precision, a damaged weight), infinite, or all minus
+infinity (which rules single tokens out) have no next token. Their maximum shows it: PyTorch's is
+NaN wherever one is. So nothing is read twice.
 """
 
 from __future__ import annotations
@@ -14,18 +12,16 @@ import torch
 from conflayers_cli.errors import ConfLayersError
 
 INVALID_TOKEN = -1
-"""What stands for the token of a row that names none."""
+"""In place of a token where the logits are not finite."""
 
 
 class LogitsError(ConfLayersError):
-    """The whole model's logits are no numbers where a text was to go on.
+    """The whole model's logits are NaN or infinite where a next token was to be chosen.
 
     Attributes:
-        bare: the message without the text's name.
-        number: of the text among those decoded together; None: it is the only one.
+        number: the prompt's, among those decoded together; None: it is the only one.
     """
 
-    bare = ""
     number: int | None = None
 
     @classmethod
@@ -38,43 +34,37 @@ class LogitsError(ConfLayersError):
             else f"dtype float32 reaches further than {name}; "
             "if that does not help, the model's weights are damaged"
         )
-        error = cls(
+        return cls(
             f"the logits of step {step} (position {position}) are NaN or infinite, "
             f"so there is no next token: {advice}",
             names=("dtype float32",),
         )
-        error.bare = str(error)
+
+    def for_prompt(self, name: str) -> LogitsError:
+        """The same, naming the prompt."""
+        error = type(self)(f"{name}: {self}", names=self.names)
+        error.number = self.number
         return error
 
-    def of(self, text: str) -> LogitsError:
-        """The same, naming the text."""
-        error = type(self)(f"{text}: {self.bare}", names=self.names)
-        error.bare, error.number = self.bare, self.number
-        return error
 
-
-def greedy_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """The first token of the highest score, ``[..., V] → [...]`` int64; `INVALID_TOKEN` where the
-    scores are not numbers.
+def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """The first token of the highest logit, ``[..., V] → [...]`` int64; `INVALID_TOKEN` where the
+    logits are not finite.
 
     Otherwise the same as ``argmax``, which takes five times as long on half-precision CPU tensors.
     """
-    best, tokens = scores.max(dim=-1)
-    # Only a number less itself is 0.
+    best, tokens = logits.max(dim=-1)
+    # Only a finite number less itself is 0.
     return tokens.masked_fill_(best - best != 0, INVALID_TOKEN)
 
 
-def best_with_probability(scores: torch.Tensor) -> torch.Tensor:
-    """The best tokens and their probabilities, one tensor to be read at once.
+def greedy_with_prob(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely tokens of ``[..., V]`` and their probabilities, to be read at once.
 
-    Args:
-        scores: ``[..., V]``.
-
-    Returns:
-        float64 ``[2, ...]``, in which token ids are exact. Where the scores are not numbers the
-        probability is NaN, and the token one that there is: a pass on it may be under way already.
+    float64 ``[2, ...]``, in which token ids are exact. Where the logits are not finite the
+    probability is NaN and the token still a valid id: a pass on it may be running already.
     """
-    scores = scores.float()
-    best, tokens = scores.max(dim=-1)
-    confidence = torch.exp(best - torch.logsumexp(scores, dim=-1))
+    logits = logits.float()
+    best, tokens = logits.max(dim=-1)
+    confidence = torch.exp(best - torch.logsumexp(logits, dim=-1))
     return torch.stack([tokens.double(), confidence.double()])

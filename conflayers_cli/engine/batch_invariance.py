@@ -1,12 +1,12 @@
-"""Batch invariance: that a token's logits have the same bits whatever tokens run beside it.
+"""Batch invariance: a token's logits have the same bits whatever tokens run beside it.
 
-Kernels are chosen by the number of rows, and may round otherwise. How many rows a pass has to run
-for that not to show is known on a CPU, and found by trying elsewhere, and for quantised weights.
+Kernels are chosen by the number of rows (tokens of all sequences together), and may round
+differently. On a CPU it is known how many rows a pass has to run for that not to show; on a GPU,
+and for quantised weights, it is found by trying.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,36 +16,35 @@ import torch
 from torch import nn
 
 from conflayers_cli.engine.attach import Attachment, forward
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE
+from conflayers_cli.engine.graph_runner import clock as device_clock
+from conflayers_cli.kernels.kv_cache import KV_BLOCK
 from conflayers_cli.models.peft_modules import mixes_dtypes
-from conflayers_cli.models.quantization import method_of, rounds_inputs
+from conflayers_cli.models.quantization import quantization_method, rounds_inputs
 from conflayers_cli.models.support import exact_positions
-from conflayers_cli.utils.distributed import agreed, world
+from conflayers_cli.utils.distributed import broadcast_rank0, world
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
-"""Least numbers of rows tried, the cheapest first."""
+"""Minimum numbers of rows tried, the cheapest first."""
 PROBED_WIDTHS = (2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 26, 32, 48, 64)
 """Widths of the passes that are compared with passes of one token, those of recorded passes (see
-`.runner.WIDTHS`) among them."""
+`.graph_runner.WIDTHS`) among them."""
 PROBED_TOKENS = 20
 """Tokens that are run one by one to compare with."""
-DEAREST = 1.25
+MAX_SLOWDOWN = 1.25
 """A pass of one token may take this many times its time for its bits to be those of wider ones."""
 _ROUNDS = 7
 
 Logits = Callable[[int, int, int], torch.Tensor]
-"""Logits ``[width, V]`` of the tokens from a place on: (least rows, place, width)."""
+"""(minimum number of rows, first token, width) → logits ``[width, V]`` of one text's tokens."""
 
 
 @dataclass(frozen=True)
 class BatchInvariance:
-    """How many rows, tokens of all sequences together, a pass runs at the least.
+    """How many rows a pass runs at least.
 
-    Kernels are chosen by the number of rows, and may round otherwise. On a CPU only a single
-    half-precision row gets other bits than the same row among several; a pass of one token
-    therefore runs it twice, which costs the same. On a GPU there is no such rule to rely on: it is
-    found by trying (:func:`probe_min_rows`). Passes up to ``min_rows`` tokens then all have one
-    shape.
+    On a CPU only a single half-precision row gets other bits than the same row among several; so a
+    pass of one token runs it twice, which costs the same. On a GPU the number is found by trying
+    (:func:`probe_min_rows`). Passes up to ``min_rows`` tokens then all have one shape.
 
     Attributes:
         min_rows: how many.
@@ -56,7 +55,7 @@ class BatchInvariance:
     bitwise: bool
 
     def min_width(self, batch: int) -> int:
-        """Tokens of each of ``batch`` rows that a pass runs at the least."""
+        """Tokens per sequence that a pass over a batch runs at least."""
         return -(-self.min_rows // batch)
 
     @classmethod
@@ -70,10 +69,10 @@ NOT_INVARIANT = BatchInvariance(1, bitwise=False)
 
 @dataclass(frozen=True)
 class Exactness:
-    """What holds of a quantised model's greedy text.
+    """Whether drafts leave a model's greedy text as it is.
 
     Attributes:
-        invariance: how many rows its passes run at the least.
+        invariance: how many rows its passes run at least.
         note: why drafts may change the text where two tokens are nearly as good; None: they don't.
     """
 
@@ -82,67 +81,59 @@ class Exactness:
 
 
 def find_exactness(attached: Attachment) -> Exactness:
-    """What a model's passes have to run for its greedy text to be exact, and whether it can be."""
+    """How many rows a model's passes have to run for its greedy text to be exact, if it can be."""
     model, invariance = attached.model, BatchInvariance.for_cpu(attached.model.dtype)
-    quantised = method_of(model.config) is not None
+    quantised = quantization_method(model.config) is not None
     if quantised or (invariance.bitwise and mixes_dtypes(model)):
         kernels = "quantised kernels" if quantised else "adapter's float32 kernels"
-        return agreed(probe_exactness(model, text_logits(attached), kernels=kernels))
+        return broadcast_rank0(probe_exactness(model, text_logits(attached), kernels=kernels))
     if invariance.bitwise and attached.passes.device.type == "cuda":
         return Exactness(probe_min_rows(text_logits(attached)))
     return Exactness(invariance)
 
 
 def is_inexact(exactness: Exactness, dtype: torch.dtype) -> bool:
-    """Whether drafts may part a model's greedy text from vanilla's, although it was to be exact."""
+    """Whether drafts may change a model's greedy text, although it was to be exact."""
     wanted = BatchInvariance.for_cpu(dtype).bitwise
-    # Of three parts or more it depends on a sum's size which two are added first.
+    # A sum over three ranks or more depends on which two are added first.
     reordered = wanted and world().size > 2
     broken = wanted and not exactness.invariance.bitwise
     return broken or exactness.note is not None or reordered
 
 
 def text_logits(attached: Attachment) -> Logits:
-    """Runs the tokens of one random text.
-
-    On a GPU across the end of the first extent: how far keys are read may count, too.
-    """
+    """Runs the tokens of one random text; on a GPU across the end of the first `KV_BLOCK`, because
+    the number of slots read may count, too."""
     config, on_gpu = attached.config, attached.passes.device.type == "cuda"
     length = max(PROBED_WIDTHS) + PROBED_TOKENS
     bound = exact_positions(config) or getattr(config, "max_position_embeddings", None) or 0
-    start = EXTENT_MULTIPLE - PROBED_TOKENS // 2 if on_gpu else 0
-    start = start if start + length <= bound else 0
+    begin = KV_BLOCK - PROBED_TOKENS // 2 if on_gpu else 0
+    begin = begin if begin + length <= bound else 0
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(int(config.vocab_size), (1, start + length), generator=generator)
-    positions = torch.arange(start + length)[None]
-    cache = attached.new_cache(start + length)
-    if start:
-        forward(attached.runner, text[:, :start], positions[:, :start], cache, last_only=True)
+    text = torch.randint(int(config.vocab_size), (1, begin + length), generator=generator)
+    positions = torch.arange(begin + length)[None]
+    cache, runner = attached.new_cache(begin + length), attached.runner
+    if begin:
+        forward(runner, text[:, :begin], positions[:, :begin], cache, last_only=True)
 
-    def logits(min_rows: int, place: int, width: int) -> torch.Tensor:
-        here = slice(start + place, start + place + width)
-        return forward(
-            attached.runner, text[:, here], positions[:, here], cache, min_width=min_rows
-        )[0]
+    def logits(min_rows: int, start: int, width: int) -> torch.Tensor:
+        here = slice(begin + start, begin + start + width)
+        return forward(runner, text[:, here], positions[:, here], cache, min_width=min_rows)[0]
 
     return logits
 
 
 def probe_min_rows(logits: Logits) -> BatchInvariance:
-    """The least number of rows with which the same tokens get the same bits in passes of any width.
+    """The smallest number of rows with which the same tokens get the same bits in any pass.
 
-    Passes over one token each, and passes over many, from the first token on and from a later one
-    (so that a row's place among the others changes), are compared bit for bit.
+    Passes over one token each, and passes over many, from the first token on and from the second
+    (so that a row's index changes), are compared bit for bit.
 
-    Args:
-        logits: runs the tokens of one text from a place on, on top of those before it.
-
-    Returns:
-        `NOT_INVARIANT` where no number of rows does it.
+    `NOT_INVARIANT` where no number of rows does it.
     """
-    for least in CANDIDATES:
-        if _agrees(logits, least):
-            return BatchInvariance(least, bitwise=True)
+    for min_rows in CANDIDATES:
+        if _is_invariant(logits, min_rows):
+            return BatchInvariance(min_rows, bitwise=True)
     return NOT_INVARIANT
 
 
@@ -152,74 +143,65 @@ def probe_exactness(
     clock: Callable[[], float] | None = None,
     kernels: str = "quantised kernels",
 ) -> Exactness:
-    """Find out whether a quantised model's rows keep their bits from pass to pass, at what price.
+    """Find out whether a quantised model's rows (or those of a half-precision model whose adapter
+    computes in float32) keep their bits from pass to pass, and at what price.
 
-    Or those of a model in half precision whose adapter computes in float32, where products take
-    other kernels.
-
-    Args:
-        model: the model.
-        logits: runs tokens, see `rows.probe_min_rows`.
-        clock: seconds now, with the device's work done; None: the real one.
-        kernels: what rounds otherwise, where it does.
+    ``clock`` gives seconds, after the device's work (None: the real one); ``kernels`` is the
+    messages' name of what may round differently.
     """
     if model.dtype == torch.float32 and not rounds_inputs(model):
         return Exactness(NOT_INVARIANT)  # as with every model in float32: see `BatchInvariance`
     if rows_mix(model):
-        return _broken(
+        return _not_exact(
             "this model's int8 products of a token depend on the tokens beside it "
             "(llm_int8_threshold), so drafts may change the text"
         )
-    rule = probe_min_rows(logits)
-    if not rule.bitwise:
-        return _broken(
+    invariance = probe_min_rows(logits)
+    if not invariance.bitwise:
+        return _not_exact(
             f"this model's {kernels} round otherwise for other numbers of tokens, so drafts may "
             "change the text where two tokens are as good as equal"
         )
-    dearer = _ratio(logits, rule.min_rows, clock or partial(_now, model.device))
-    if dearer > DEAREST:
-        return _broken(
-            f"that would take {rule.min_rows} rows a pass, {dearer:.1f} times as long as one with "
-            "this model's kernels, so drafts may change the text where two tokens are as good as "
-            "equal"
+    slowdown = _slowdown(logits, invariance.min_rows, clock or partial(device_clock, model.device))
+    if slowdown > MAX_SLOWDOWN:
+        return _not_exact(
+            f"that would take {invariance.min_rows} rows a pass, {slowdown:.1f} times as long as "
+            "one with this model's kernels, so drafts may change the text where two tokens are as "
+            "good as equal"
         )
-    return Exactness(rule)
+    return Exactness(invariance)
 
 
-def _broken(reason: str) -> Exactness:
+def _not_exact(reason: str) -> Exactness:
     return Exactness(NOT_INVARIANT, f"not exact to the bit: {reason}")
 
 
 def rows_mix(model: nn.Module) -> bool:
-    """Whether a row's products depend on what is in the other rows, not only on how many there are.
+    """Whether a row's products depend on the values of other rows, not only on their number.
 
-    LLM.int8() computes every column in which any row has an outlier in half precision, for all
-    rows. Whether there is one hangs on the text, so trying does not find it.
+    LLM.int8() computes every column in which any row has an outlier (above bitsandbytes'
+    ``threshold``; 0: none) in half precision, for all rows. Whether there is one depends on the
+    text, so trying does not find it.
     """
-    return any(_threshold(module) > 0 for module in model.modules())
-
-
-def _threshold(module: Any) -> float:
-    """From where on bitsandbytes' int8 takes an input for an outlier; 0: it has none."""
     # PEFT has adapted layers of the same name, without a state of their own.
-    state = getattr(module, "state", None) if type(module).__name__ == "Linear8bitLt" else None
-    return float(getattr(state, "threshold", 0.0))
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
+    return any(getattr(getattr(each, "state", None), "threshold", 0.0) > 0 for each in layers)
 
 
-def _agrees(logits: Logits, least: int) -> bool:
-    alone = torch.stack([logits(least, place, 1)[0] for place in range(PROBED_TOKENS)])
+def _is_invariant(logits: Logits, min_rows: int) -> bool:
+    alone = torch.stack([logits(min_rows, start, 1)[0] for start in range(PROBED_TOKENS)])
     for width in PROBED_WIDTHS:
-        for place in (0, 1):
-            count = min(width, PROBED_TOKENS - place)
-            among = logits(least, place, width)[:count]
-            if not torch.equal(among, alone[place : place + count]):
+        for start in (0, 1):
+            count = min(width, PROBED_TOKENS - start)
+            among = logits(min_rows, start, width)[:count]
+            if not torch.equal(among, alone[start : start + count]):
                 return False
     return True
 
 
-def _ratio(logits: Logits, least: int, clock: Callable[[], float]) -> float:
-    """The time of a token's pass of ``least`` rows in that of one row: medians, taken by turns."""
-    times: dict[int, list[float]] = {1: [], least: []}
+def _slowdown(logits: Logits, min_rows: int, clock: Callable[[], float]) -> float:
+    """Time of a token's pass of ``min_rows`` rows over that of one row: medians, interleaved."""
+    times: dict[int, list[float]] = {1: [], min_rows: []}
     for round_ in range(_ROUNDS + 1):
         for rows, taken in times.items():
             begin = clock()
@@ -227,11 +209,5 @@ def _ratio(logits: Logits, least: int, clock: Callable[[], float]) -> float:
             seconds = clock() - begin
             if round_:  # the first round warms up
                 taken.append(seconds)
-    one, many = (sorted(taken)[_ROUNDS // 2] for taken in (times[1], times[least]))
+    one, many = (sorted(taken)[_ROUNDS // 2] for taken in (times[1], times[min_rows]))
     return many / one if one else 1.0
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

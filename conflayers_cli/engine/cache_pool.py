@@ -1,122 +1,84 @@
-"""Caches' memory, used again: recorded passes go on reading and writing where they did."""
+"""A pool of cache memory: recorded passes keep reading and writing the same buffers."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
-from conflayers_cli.engine.graph_runner import bucket_for
+from conflayers_cli.engine.graph_runner import bucket_kv_len
 from conflayers_cli.engine.model_lock import ModelLock
-from conflayers_cli.kernels.kv_cache import KVCache, LayerSizes, SlotLayer
+from conflayers_cli.kernels.kv_cache import BufferView, KVCache, KVLayout
 
-WASTE = 64
-"""Memory up to this many times as long as a text needs is taken for it."""
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Keys and values ``[B, H, capacity, D]`` of all layers, and their number."""
-
-    number: int
-    batch: int
-    capacity: int
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+MAX_WASTE = 64
+"""Memory up to this many times as long as needed is reused."""
 
 
 class CachePool:
-    """Gives out caches; the memory of one that nobody holds any more serves the next.
-
-    Of what lies idle only the longest per number of rows is kept.
+    """Gives out caches, each a view of one in the pool, whose memory serves the next when the view
+    is garbage-collected. Of idle ones only the longest per batch size is kept.
 
     Args:
-        depth: number of decoder layers.
-        sizes: of their keys and values.
-        like: gives dtype and device.
-        forget: told the numbers of memory that is given up.
-        lock: held while memory is taken, and while it is forgotten.
+        layout: the caches' layers.
+        forget: called with the number of memory that is released.
+        lock: held while memory is taken, and while it is released.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        sizes: Sequence[LayerSizes],
-        like: torch.Tensor,
-        forget: Callable[[int], None],
-        lock: ModelLock,
-    ) -> None:
+    def __init__(self, layout: KVLayout, forget: Callable[[int], None], lock: ModelLock) -> None:
         self._lock = lock
-        self._returned: deque[_Memory] = deque()
+        self._returned: deque[KVCache] = deque()
         self._sorting = False
-        self._depth = depth
-        self._sizes = sizes
-        self._like = like
+        self._layout = layout
         self._forget = forget
         self._numbers = itertools.count(1)
-        self._idle: dict[int, _Memory] = {}  # by rows
+        self._idle: dict[int, KVCache] = {}  # by batch size
 
     def take(self, capacity: int, batch: int) -> KVCache:
-        """A cache for ``batch`` rows of ``capacity`` positions at the least, all zeros.
+        """A cache for ``batch`` sequences of at least ``capacity`` positions, all zeros.
 
         The lock must be held.
         """
         self._sort()
-        wanted = bucket_for(capacity)
+        wanted = bucket_kv_len(capacity)
         memory = self._idle.pop(batch, None)
-        if memory is not None and wanted <= memory.capacity <= WASTE * wanted:
-            for keys, values in memory.layers:
-                keys.zero_()
-                values.zero_()
+        if memory is not None and wanted <= memory.capacity <= MAX_WASTE * wanted:
+            memory.clear(0, memory.capacity)
         else:
             if memory is not None:
-                self._forget(memory.number)
+                self._forget(memory.buffer.number)
                 del memory  # before as much again is allocated
-            memory = self._allocated(wanted, batch)
-        cache = KVCache(self._depth, batch, memory.capacity)
-        cache.adopt(memory.number, memory.layers)
+            memory = KVCache(len(self._layout.sizes), batch, wanted)
+            memory.buffer = BufferView(next(self._numbers), 0, batch)
+            with torch.inference_mode(False):  # or it could not be written outside of that mode
+                memory.allocate(self._layout)
+        cache = memory.view(0, batch)
         weakref.finalize(cache, self._give_back, memory).atexit = False
         return cache
 
-    def _allocated(self, capacity: int, batch: int) -> _Memory:
-        cache = KVCache(self._depth, batch, capacity)
-        with torch.inference_mode(False):  # or nobody could write to it outside of that mode
-            cache.allocate(self._sizes, self._like)
-        layers = [
-            (layer.keys, layer.values) for layer in cache.layers if isinstance(layer, SlotLayer)
-        ]
-        return _Memory(next(self._numbers), batch, capacity, layers)
-
-    def _give_back(self, memory: _Memory) -> None:
-        """Called whenever a cache is collected, in whatever thread, and in the middle of anything:
-        so it must neither wait nor come between.
-        """
+    def _give_back(self, memory: KVCache) -> None:
+        """Called when a view is collected, in any thread and at any moment, so it must not wait."""
         self._returned.append(memory)
-        if self._lock.acquire():
+        if self._lock.acquire(blocking=False):
             try:
                 self._sort()
             finally:
                 self._lock.release()
 
     def _sort(self) -> None:
-        """Keep what was given back, or give it up."""
-        if self._sorting:
+        """Keep what was given back, or release it."""
+        if self._sorting:  # a collection within this very loop
             return
         self._sorting = True
         try:
             while self._returned:
-                self._keep(self._returned.popleft())
+                memory = self._returned.popleft()
+                idle = self._idle.setdefault(memory.batch, memory)
+                if idle is not memory:
+                    longer, shorter = sorted((idle, memory), key=lambda each: -each.capacity)
+                    self._idle[memory.batch] = longer
+                    self._forget(shorter.buffer.number)
         finally:
             self._sorting = False
-
-    def _keep(self, memory: _Memory) -> None:
-        other = self._idle.get(memory.batch)
-        if other is not None and other.capacity >= memory.capacity:
-            self._forget(memory.number)
-            return
-        if other is not None:
-            self._forget(other.number)
-        self._idle[memory.batch] = memory

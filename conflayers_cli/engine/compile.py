@@ -1,4 +1,4 @@
-"""Having a model's forward compiled, where that is right and measures faster."""
+"""Compiling a model's forward, where that is right and measures faster."""
 
 from __future__ import annotations
 
@@ -8,66 +8,60 @@ import torch
 
 from conflayers_cli.engine.batch_invariance import NOT_INVARIANT
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.kernels.compiled_forward import Compilation, CompiledForward
+from conflayers_cli.kernels.compiled_forward import CompiledForward, CompileResult
 from conflayers_cli.kernels.fused_forward import FusedForward
 from conflayers_cli.utils.error_text import first_line
 
-STEPS = 12
-CONTEXT = 64
+STEPS, CONTEXT = 12, 64
 
 
-def compile_forward(decoder: Decoder, backend: str = "inductor") -> Compilation:
-    """Compile a decoder's forward, and use it from now on if it gives the model's logits and a step
-    of one token takes less time. The decoder remembers what came of it.
-
-    Args:
-        decoder: its fused forward is replaced.
-        backend: of ``torch.compile``.
+def compile_forward(decoder: Decoder, backend: str = "inductor") -> CompileResult:
+    """Compile a decoder's fused forward, and use that from now on if it gives the model's logits
+    and a step of one token takes less time. The result is also kept by the decoder.
     """
     decoder.compilation = _compiled(decoder, backend)
     return decoder.compilation
 
 
-def _compiled(decoder: Decoder, backend: str) -> Compilation:
+def _compiled(decoder: Decoder, backend: str) -> CompileResult:
     plain = decoder.passes.fused
     if plain is None:
-        return Compilation(False, "not compiled: this model's layers are not known here")
+        return CompileResult(False, "not compiled: this model's layers are not known here")
     if decoder.packed:
-        return Compilation(False, "not compiled: on the CPU packed weights are used instead")
+        return CompileResult(False, "not compiled: on the CPU packed weights are used instead")
     before = _step_seconds(decoder)
     begin = time.perf_counter()
     try:
         forward = CompiledForward(decoder.model, decoder.stack.layers, decoder.config, backend)
         if not decoder.agrees(forward):
-            return Compilation(False, "not compiled: the compiled forward gave other logits")
+            return CompileResult(False, "not compiled: the compiled forward gave other logits")
         use_forward(decoder, forward)
         after = _step_seconds(decoder)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         use_forward(decoder, plain)
-        return Compilation(False, f"not compiled: {first_line(error)}")
+        return CompileResult(False, f"not compiled: {first_line(error)}")
     took = time.perf_counter() - begin
-    told = f"a compiled step takes {after / before:.2f} of the other's time (measured)"
+    measured = f"a compiled step takes {after / before:.2f} of the other's time (measured)"
     if after >= before:
         use_forward(decoder, plain)
-        return Compilation(False, f"not compiled: {told}", took)
+        return CompileResult(False, f"not compiled: {measured}", took)
     if decoder.invariance.bitwise:
         # The compiler makes a kernel for every shape, each with an order of additions of its own.
         decoder.invariance, decoder.inexact = NOT_INVARIANT, True
         decoder.runner.forget()
-    return Compilation(True, f"compiled in {forward.seconds:.1f} s: {told}", took)
+    return CompileResult(True, f"compiled in {forward.seconds:.1f} s: {measured}", took)
 
 
 def use_forward(decoder: Decoder, forward: FusedForward) -> None:
-    """Run passes by another forward from now on; what was recorded of the last one is forgotten."""
+    """Run passes by another forward from now on; recorded passes are dropped."""
     decoder.passes.fused = forward
     decoder.runner.forget()
 
 
 def _step_seconds(decoder: Decoder) -> float:
-    """Of a pass of one token: the lower quartile, what else the machine does only adds time."""
+    """Of a pass of one token: the lower quartile, since other work only adds time."""
     cache = decoder.new_cache(CONTEXT + 1)
-    text = torch.arange(CONTEXT)[None] % decoder.vocabulary
-    decoder.prefill(text, cache)
+    decoder.prefill(torch.arange(CONTEXT)[None] % decoder.vocabulary, cache)
     times = []
     for number in range(decoder.runner.warm_ups + 1 + STEPS):
         begin = time.perf_counter()

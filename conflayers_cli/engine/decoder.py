@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from conflayers_cli.engine.async_decode import AsyncDecode
 from conflayers_cli.engine.attach import attach, plain_model
 from conflayers_cli.engine.batch_invariance import (
     NOT_INVARIANT,
@@ -18,57 +17,45 @@ from conflayers_cli.engine.batch_invariance import (
     find_exactness,
     is_inexact,
 )
+from conflayers_cli.engine.cuda_graphs import Recorder
 from conflayers_cli.engine.forward import ModelInput
-from conflayers_cli.engine.graph_runner import LOOSE_EXTENT, ForwardSpec, GraphRunner, Recorder
+from conflayers_cli.engine.graph_runner import DRAFT_KV_BLOCK, AsyncDecode, GraphRunner
 from conflayers_cli.engine.kernel_choice import choose_kernels, gives_modules_logits
 from conflayers_cli.engine.layer_skipping import SubLayer
 from conflayers_cli.engine.recording import record
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels.fused_forward import FusedForward
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, extent_for
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache, round_up_kv_len
 from conflayers_cli.models.support import exact_positions
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.utils.distributed import agreed, world
-from conflayers_cli.utils.out_of_memory import check_room, explained, is_shortage
+from conflayers_cli.utils.distributed import broadcast_rank0, world
+from conflayers_cli.utils.out_of_memory import check_free_memory, explain_oom, is_out_of_memory
 
 FULL = SkipPlan()
 PREFILL_CHUNK = 256
-"""Prompt tokens per forward at the most: bounds the activations of a long prompt."""
+"""Prompt tokens per forward at most: bounds the activations of a long prompt."""
 DEVICE_PREFILL_CHUNK = 1024
 """The same on a GPU, which is not busy with fewer."""
-LEAST_CHUNK = 64
+MIN_CHUNK = 64
 LARGE_CACHE = 64 * 2**20
-"""Bytes from which on it is worth asking first whether there is as much memory."""
+"""Bytes from which on free memory is checked before allocating."""
 MASK_ENTRIES = 1 << 22
 """Tokens times heads per key head times positions of one forward: bounds its mask, as far as chunks
-of `LEAST_CHUNK` tokens allow."""
-
+of `MIN_CHUNK` tokens allow."""
 DEVICE_MASK_ENTRIES = 1 << 26
 """The same on a GPU: 128 MiB."""
 
 if TYPE_CHECKING:
-    from conflayers_cli.kernels.compiled_forward import Compilation
+    from conflayers_cli.kernels.compiled_forward import CompileResult
 
 Observer = Callable[[SubLayer, int, torch.Tensor], None]
 
 
 class Decoder:
-    """A causal language model, ready to be decoded with.
+    """A causal language model, ready for decoding.
 
-    The model stays the transformers class it is; its attention goes through
-    :mod:`conflayers_cli.kernels.attention` as long as this object uses it (see :meth:`plain` for the way back). Several
-    threads may decode with one decoder, each with drafters of its own (see :mod:`conflayers_cli.engine.model_lock`).
-
-    Attributes:
-        exact_positions: longest text that can be decoded exactly, None where there is no bound.
-        sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
-        full_passes, draft_passes: forwards so far, of the whole model and under a plan.
-        invariance: how many rows passes run, and whether that keeps bits.
-        inexact: passes could not be arranged as ``exact`` asks.
-        exactness_note: why, where it lies with quantised weights or an adapter.
-        passes, runner: what runs them, and how they reach the device.
-        disabled_paths: ways of running passes that failed here, and why.
-        compilation: what came of having the forward compiled; None: nobody has asked.
+    Its attention goes through :mod:`conflayers_cli.kernels.attention` (see :meth:`plain` for the
+    way back). Several threads may use one decoder, each with proposers of its own.
 
     Args:
         model: a transformers causal language model in eval mode, on its device and in its dtype, or
@@ -78,9 +65,20 @@ class Decoder:
         recorder: records passes, to be replayed; None: CUDA graphs where the model is on a GPU.
         eager: why passes are not to be recorded; None: they may be.
 
+    Attributes:
+        exact_positions: longest text that can be decoded exactly, None where there is no bound.
+        sub_layers: the kinds that may be left out one by one; empty: only whole layers may.
+        full_passes, draft_passes: forwards so far, of the whole model and under a plan.
+        invariance: how many tokens passes run at least, and whether that keeps bits.
+        inexact: passes could not be arranged as ``exact`` asks.
+        exactness_note: why, where it lies with quantised weights or an adapter.
+        passes, runner: what runs them, and how they are launched.
+        disabled_paths: ways of running passes that failed here, and why.
+        compilation: the result of compiling the forward; None: not asked for.
+
     Raises:
         InputError: the model can't be decoded exactly this way; the message names the reason.
-        ConfLayersError: what it gives is no numbers.
+        ConfLayersError: its logits are NaN or infinite.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class Decoder:
         recorder: Recorder | None = None,
         eager: str | None = None,
     ) -> None:
-        attached = attach(model, EXTENT_MULTIPLE if exact else LOOSE_EXTENT)
+        attached = attach(model, KV_BLOCK if exact else DRAFT_KV_BLOCK)
         kernels = choose_kernels(attached)
         attached.passes.fused, attached.passes.flash = kernels.fused, kernels.flash
         exactness = find_exactness(attached) if exact else Exactness(NOT_INVARIANT)
@@ -108,43 +106,39 @@ class Decoder:
         self.disabled_paths = kernels.disabled_paths
         self.invariance, self.exactness_note = exactness.invariance, exactness.note
         self.inexact = exact and is_inexact(exactness, self.dtype)
-        self.compilation: Compilation | None = None
+        self.compilation: CompileResult | None = None
         self.full_passes = self.draft_passes = 0
         self._attached, self._packing, self._pool = attached, kernels.packing, pool
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """A cache for ``batch`` rows of up to ``capacity`` positions.
+        """A cache for ``batch`` sequences of up to ``capacity`` positions.
 
         Raises:
             ShortageError: there is not enough memory.
         """
-        needed = self._cache_bytes(capacity, batch)
+        layout, needed = self._attached.kv_layout, None
+        if layout is not None:
+            slots = round_up_kv_len(capacity) * batch
+            needed = layout.elements_per_slot * slots * self.dtype.itemsize
         texts = f"{batch} texts" if batch > 1 else "a text"
         what = f"keys and values of {texts} of up to {capacity:,} tokens"
         rows = ", batch_size" if batch > 1 else ""
         advice = f"lower max_new_tokens{rows}, or give shorter prompts"
         names = ("max_new_tokens", "batch_size")
         if needed is not None and needed >= LARGE_CACHE and self._pool is None:
-            check_room(needed, self.device, what, advice, names)
-        with explained(what, advice, needed, names):
+            check_free_memory(needed, self.device, what, advice, names)
+        with explain_oom(what, advice, needed, names):
             if self._pool is not None:
                 with self.stack.lock:
                     return self._pool.take(capacity, batch)
             return self._attached.new_cache(capacity, batch)
 
-    def _cache_bytes(self, capacity: int, batch: int) -> int | None:
-        """What a cache takes at the least; None before that is known."""
-        if self._attached.cache_sizes is None:
-            return None
-        slot = sum(heads * size for layer in self._attached.cache_sizes for heads, size in layer)
-        return slot * extent_for(capacity) * batch * self.dtype.itemsize
-
     def chunk_for(self, length: int) -> int:
         """Tokens per forward of a prompt of ``length`` tokens."""
         on_cpu = self.device.type == "cpu"
         entries = MASK_ENTRIES if on_cpu else DEVICE_MASK_ENTRIES
-        fitting = entries // (self.passes.most_groups * extent_for(length))
-        return max(LEAST_CHUNK, min(PREFILL_CHUNK if on_cpu else DEVICE_PREFILL_CHUNK, fitting))
+        fitting = entries // (self.passes.max_groups * round_up_kv_len(length))
+        return max(MIN_CHUNK, min(PREFILL_CHUNK if on_cpu else DEVICE_PREFILL_CHUNK, fitting))
 
     def check_plan(self, plan: SkipPlan) -> None:
         """Raise InputError unless this model can run under the plan."""
@@ -172,13 +166,12 @@ class Decoder:
         """One pass. Keys and values are written at the tokens' slots, by default their positions.
 
         A token sees the slots below its position (those within the window, where a layer has one)
-        and its own slot. So tokens that are alternatives to each other can run in one pass: one of
-        them in the slot of their position, the others in slots behind all that anyone sees.
+        and its own slot. So alternatives at one position (a tree) can run in one pass: one of them
+        in the slot of that position, the others in slots behind all that any token sees.
 
         Args:
-            tokens: int64 ``[B, T]``; these and the others are best still in the host's memory.
-            positions: int64 ``[B, T]``.
-            cache: filled below the first position of every row.
+            tokens, positions: int64 ``[B, T]``; best on the CPU, as the slots.
+            cache: filled below the first position of every sequence.
             plan: the sub-layers left out.
             slots: int64 ``[B, T]``, each its token's position or beyond it; None: the positions.
             last_only: compute logits for the last token only.
@@ -192,36 +185,25 @@ class Decoder:
             return self.runner.forward(inputs, cache, plan, min_width=width, last_only=last_only)
 
     def _min_width(self, batch: int, plan: SkipPlan) -> int:
-        """Tokens of each row that a pass runs at the least. Drafts are guesses: only what decides
-        has to have the same bits in every pass.
-        """
+        """Tokens per sequence that a pass runs at least; a draft's bits don't matter."""
         return 1 if plan else self.invariance.min_width(batch)
 
     def decode_ahead(
         self, token: int, position: int, cache: KVCache, plan: SkipPlan = FULL
     ) -> AsyncDecode | None:
-        """Greedy passes over one row that the host need not wait for one by one.
-
-        Args:
-            token, position: what the first of them runs, and where.
-            cache: of this row alone, filled below the position.
-            plan: the sub-layers left out.
-
-        Returns:
-            None where passes are not recorded: then there is nothing to gain.
-        """
+        """Greedy passes over one sequence, the first over ``token``, launched before earlier ones
+        are read; None where passes are not recorded: then there is nothing to gain."""
         runner = self.runner
-        if not (isinstance(runner, GraphRunner) and runner.records and cache.place.number):
+        if not (isinstance(runner, GraphRunner) and runner.records and cache.buffer.number):
             return None
         return AsyncDecode(
             runner,
             cache,
-            ForwardSpec(plan),
-            rows=self._min_width(1, plan),
-            places=self.passes.by_modules,
+            plan,
+            width=self._min_width(1, plan),
             token=token,
             position=position,
-            count=partial(self._count, plan),
+            on_launch=partial(self._count, plan),
         )
 
     def _count(self, plan: SkipPlan) -> None:
@@ -233,15 +215,12 @@ class Decoder:
     def prefill(
         self, tokens: torch.Tensor, cache: KVCache, *, start: int = 0, plan: SkipPlan = FULL
     ) -> torch.Tensor:
-        """Run a prompt, in chunks, on top of ``start`` filled positions.
+        """Run a prompt, in chunks, after ``start`` filled positions.
 
-        Where the memory does not suffice for a chunk, smaller ones are tried.
-
-        Args:
-            tokens: int64 ``[B, T]``, T ≥ 1, all rows of one length.
+        Where a chunk runs out of memory, smaller ones are tried.
 
         Returns:
-            Logits of the last token, ``[B, 1, V]``.
+            Logits ``[B, 1, V]`` of the last of the tokens ``[B, T]``.
         """
         logits, begin = torch.empty(0), 0
         size = self.chunk_for(start + tokens.shape[1])
@@ -252,8 +231,8 @@ class Decoder:
             try:
                 logits = self.forward(chunk, positions, cache, plan, last_only=True)
             except (RuntimeError, MemoryError) as error:
-                # Several processes would have to do so together.
-                if size <= LEAST_CHUNK or world().size > 1 or not is_shortage(error):
+                # Several ranks would have to do so together.
+                if size <= MIN_CHUNK or world().size > 1 or not is_out_of_memory(error):
                     raise
                 size //= 2
             else:
@@ -262,15 +241,13 @@ class Decoder:
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
-        """Within: every sub-layer's output ``[B, T, d]``, before the residual add, is shown.
-
-        Sub-layers that a plan leaves out are not shown.
-        """
+        """Within: the observer gets the output ``[B, T, d]``, before the residual add, of every
+        sub-layer that runs."""
 
         def hook(kind: SubLayer, layer: int) -> Callable[..., None]:
             def show(module: nn.Module, args: Any, output: Any) -> None:
                 states = output[0] if isinstance(output, tuple) else output
-                observer(kind, layer, agreed(states.to(self.device)))
+                observer(kind, layer, broadcast_rank0(states.to(self.device)))
 
             return show
 
@@ -280,7 +257,7 @@ class Decoder:
                 module.register_forward_hook(hook(kind, i))
                 for i in range(self.depth)
                 for kind in kinds
-                if (module := self.stack.output_of(kind, i)) is not None
+                if (module := self.stack.output_module(kind, i)) is not None
             ]
             try:
                 yield
@@ -290,7 +267,7 @@ class Decoder:
 
     @property
     def packed(self) -> bool:
-        """Whether packed weights run in place of the model's own (see :mod:`conflayers_cli.kernels.packed_linear`)."""
+        """Whether the weights are packed (see :mod:`conflayers_cli.kernels.packed_linear`)."""
         return self._packing is not None
 
     def plain(self) -> AbstractContextManager[Any]:
@@ -299,9 +276,5 @@ class Decoder:
         return plain_model(self.model, self.stack, plain_attention, self._packing)
 
     def agrees(self, fused: FusedForward) -> bool:
-        """Whether a fused forward gives the logits that the modules give, but for rounding.
-
-        Raises:
-            whatever the forward raises.
-        """
+        """Whether a fused forward gives the modules' logits (see `gives_modules_logits`)."""
         return gives_modules_logits(self._attached, fused, flash=self.passes.flash)

@@ -1,163 +1,67 @@
-"""How passes reach the device: one by one, or recorded once as CUDA graphs and replayed.
+"""How passes are launched: one by one, or recorded once as CUDA graphs and replayed.
 
 A pass over a few tokens of a large model is some hundreds of kernels, each of which takes a modern
-GPU less time than it takes the host to launch it. A graph is launched as a whole. It replays the
-same kernels on the same memory: so what a pass is given lies in static buffers, the cache's memory
-is used again from text to text (:mod:`conflayers_cli.engine.cache_pool`), and a graph is kept for every (plan, shape, extent,
-memory). A plan that changes needs graphs of its own; those of the whole model stay.
+GPU less time than the host needs to launch it. A graph is launched as a whole and replays the same
+kernels on the same memory. So inputs lie in static buffers, the cache's memory is reused from text
+to text (:mod:`conflayers_cli.engine.cache_pool`), and there is a graph per plan, shape, number of
+slots read, and memory. A plan that changes needs new graphs; those of the whole model stay.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, MutableMapping
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from conflayers_cli.engine.argmax import best_with_probability
+from conflayers_cli.engine.argmax import greedy_with_prob
+from conflayers_cli.engine.cuda_graphs import DeviceWork, PendingRead, Recorder
 from conflayers_cli.engine.forward import ForwardRunner, ModelInput
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, Place, extent_for
-from conflayers_cli.models.support import triton_errors
+from conflayers_cli.engine.token_choice import TokenChoice
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, BufferView, KVCache, round_up_kv_len
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.utils.error_text import first_line
+from conflayers_cli.utils.error_text import first_line, triton_errors
 
-LOOSE_EXTENT = 64
-"""Keys are read in extents of a multiple of this where bits don't matter."""
-MOST_TOKENS = 256
-"""Tokens of all rows of a pass up to which it is recorded: longer ones keep the GPU busy."""
-MOST_WIDTH = 64
-"""Tokens of each row, likewise: wider ones are prompts, each of a length of its own."""
+DRAFT_KV_BLOCK = 64
+"""Attention reads a multiple of this many slots where bits don't matter."""
+MAX_TOKENS = 256
+"""Tokens of a recorded pass, all sequences together: longer ones keep the GPU busy."""
+MAX_WIDTH = 64
+"""Tokens of each sequence, likewise: wider passes are prompts, each of a length of its own."""
 EAGER_FIRST = 2
-"""Passes of a kind that run as they are before it is recorded. They are what recording has to have
-before it (libraries set up, kernels compiled), and plans tried once or twice are not worth it."""
+"""Passes of a kind that run before it is recorded. They set up libraries and compile kernels, and
+plans that are tried once or twice are not worth recording."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Tokens a row that recorded passes have: others are made up to the next of these by repeating the
+"""Tokens per sequence of recorded passes: others are padded to the next of these by repeating the
 last token, so that a few graphs serve drafts of any length."""
-MOST_GRAPHS = 192
-"""Graphs kept, the latest used."""
-MOST_COUNTED = 4096
+MAX_GRAPHS = 192
+"""Graphs kept, the most recently used."""
+MAX_COUNTED = 4096
 """Kinds of passes whose uses are counted."""
-
-Work = Callable[[], torch.Tensor]
-Read = Callable[[], list[float]]
-
-
-class Recorder(Protocol):
-    """Records what a function does on the device, to have it done again."""
-
-    def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
-        """(the function's output, which every replay overwrites; what replays).
-
-        Raises:
-            RuntimeError: it does something that can't be replayed.
-        """
-        ...
-
-    def send(self, values: torch.Tensor) -> Read:
-        """Begin to copy values to the host, behind all work so far; returns what waits for them."""
-        ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs, all of them in one memory pool.
-
-    Args:
-        device: where the work is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool: Any = None  # PyTorch's handle
-        self._anchor: torch.cuda.CUDAGraph | None = None
-
-    def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
-        with torch.cuda.device(self._device):
-            if self._anchor is None:
-                # A pool is given up with its last graph, and can't be used again: this one stays.
-                self._pool = torch.cuda.graph_pool_handle()
-                self._anchor, _ = self._capture(lambda: torch.zeros(1, device=self._device))
-            graph, output = self._capture(work)
-        return output, graph.replay
-
-    def _capture(self, work: Work) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # What PyTorch itself sets up at a capture has to be usable outside of inference mode, too.
-        # Other threads may allocate meanwhile: only what this one does is of the graph.
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-                torch.inference_mode(),
-            ):
-                output = work()
-        except BaseException:
-            # PyTorch leaves both as they were in the capture where that can't be ended.
-            torch.cuda.set_stream(stream)
-            end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-            if end is not None:
-                with suppress(RuntimeError):
-                    end(torch.cuda.current_device(), self._pool)
-            raise
-        return graph, output
-
-    def send(self, values: torch.Tensor) -> Read:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-
-        def read() -> list[float]:
-            event.synchronize()
-            return host.tolist()
-
-        return read
-
-
-@dataclass(frozen=True)
-class ForwardSpec:
-    """What a pass is but for its tokens.
-
-    Attributes:
-        plan: the sub-layers left out.
-        keep: of how many last tokens logits are wanted, 0: of all.
-    """
-
-    plan: SkipPlan
-    keep: int = 0
 
 
 class Runner:
     """Runs passes one by one, each launched by the host.
 
-    Args:
-        passes: what runs one.
-        multiple: keys are read in extents of a multiple of this.
-        reason: see below.
-
     Attributes:
-        multiple: see above.
+        passes: runs one.
+        multiple: attention reads a multiple of this many slots.
         reason: why passes are not recorded; None: they are.
+        graphs: the number of recorded passes.
+        warm_ups: passes of a kind that run slower than later ones.
     """
+
+    graphs = 0
+    warm_ups = 1
 
     def __init__(self, passes: ForwardRunner, multiple: int, reason: str | None = None) -> None:
         self.passes = passes
         self.reason = reason
         self.device: torch.device = passes.device
         self.multiple = multiple
-
-    @property
-    def graphs(self) -> int:
-        """How many passes are recorded at present."""
-        return 0
-
-    @property
-    def warm_ups(self) -> int:
-        """Passes of a kind that run slower than those behind them."""
-        return 1
 
     def forward(
         self,
@@ -170,54 +74,40 @@ class Runner:
     ) -> torch.Tensor:
         """Logits ``[B, T, V]`` of the tokens, or ``[B, 1, V]`` of the last one.
 
-        The last token is repeated where the pass has to be wider.
-
-        Args:
-            inputs: anywhere; they are brought to the device.
-            cache: filled below the first position of every row.
-            plan: the sub-layers left out.
-            min_width: tokens of each row that the pass runs at the least.
-            last_only: compute logits for the last token only.
+        ``min_width``: tokens per sequence that the pass runs at least; the last one is repeated.
+        The others as for `Decoder.forward`.
         """
         batch, wanted = inputs.tokens.shape
         keep = min_width if last_only and wanted >= min_width else 0
-        if (width := self.width_for(wanted, batch)) > wanted:
-            inputs = inputs.repeated(width, positions=True)
-        if width < min_width:
-            inputs = inputs.repeated(min_width, positions=self.passes.by_modules)
+        inputs = inputs.padded(self.width_for(wanted, batch), positions=True)
+        inputs = inputs.padded(min_width, positions=self.passes.by_modules)
         end = int(inputs.written.max()) + 1
-        logits = self.run(inputs, cache, ForwardSpec(plan, keep), end)
+        logits = self.run(inputs, cache, plan, keep, end)
         return logits[:, :wanted][:, -1:] if last_only else logits[:, :wanted]
 
-    def run(self, inputs: ModelInput, cache: KVCache, kind: ForwardSpec, end: int) -> torch.Tensor:
-        """Logits as `ForwardRunner.run` gives them, the caller's own.
-
-        Args:
-            inputs: anywhere; they are brought to the device.
-            cache: filled below the first position of every row.
-            kind: of the pass.
-            end: the last slot written, plus one.
-        """
-        extent = self.extent(cache, inputs.positions.shape[1], end)
-        if kind.plan:  # drafts are guesses, whose bits may depend on how far keys are read
-            extent = min(extent, extent_for(end, LOOSE_EXTENT))
-        placed = inputs.on(self.device)
-        return self.passes.run(placed, cache, kind.plan, kind.keep, extent)
+    def run(
+        self, inputs: ModelInput, cache: KVCache, plan: SkipPlan, keep: int, end: int
+    ) -> torch.Tensor:
+        """As `ForwardRunner.run`, for inputs on any device written below slot ``end``."""
+        kv_len = self.kv_len_for(end, cache, inputs.positions.shape[1])
+        if plan:  # drafts are guesses, whose bits may depend on how many slots are read
+            kv_len = min(kv_len, round_up_kv_len(end, DRAFT_KV_BLOCK))
+        return self.passes.run(inputs.on(self.device), cache, plan, keep, kv_len)
 
     def width_for(self, width: int, batch: int) -> int:
-        """Tokens a row that a pass over so many is to have."""
+        """Tokens per sequence that a pass over so many is to have."""
         return width
 
-    def extent(self, cache: KVCache, width: int, end: int) -> int:
-        """How far attention of a pass of so many positions a row may read."""
-        return extent_for(end, self.multiple)
+    def kv_len_for(self, end: int, cache: KVCache, width: int) -> int:
+        """Slots that attention may read in a pass of so many positions per sequence."""
+        return round_up_kv_len(end, self.multiple)
 
     def forget(self, number: int | None = None) -> None:
-        """A cache's memory, of this number, is no more; None: passes run otherwise from now on."""
+        """The memory of this number is released; None: passes run otherwise from now on."""
 
 
-class _Buffers:
-    """Where passes of one shape find what they are given: one block, one copy from the host."""
+class _StaticInputs:
+    """Input buffers for passes of one shape: one block, one copy from the host."""
 
     def __init__(self, like: ModelInput, device: torch.device) -> None:
         sizes = [tensor.numel() for tensor in like.tensors]
@@ -233,167 +123,213 @@ class _Buffers:
         self._block.copy_(torch.cat(parts), non_blocking=True)
 
 
-class AsyncSequence(Protocol):
-    """A row whose passes feed themselves (:class:`conflayers_cli.engine.async_decode.AsyncDecode`), as a runner knows it.
-
-    Attributes:
-        cache, kind: of its passes.
-        position: where the next one runs its token.
-    """
-
-    cache: KVCache
-    kind: ForwardSpec
-    position: int
-
-    def inputs(self) -> ModelInput:
-        """What the next pass is given; asked for where it can't take it from the one before."""
-        ...
-
-    def drain(self) -> None:
-        """Read all that is under way: the buffers are somebody else's from now on."""
-        ...
-
-
 _Shape = tuple[tuple[int, ...], ...]
-_Key = tuple[Place, str, _Shape, ForwardSpec, int]
+_Key = tuple[BufferView, str, _Shape, SkipPlan, int, int]
+"""(memory, use, input shapes, plan, logits kept, slots read)."""
 
 
 class GraphRunner(Runner):
     """Records passes over few tokens, and replays them; runs the others one by one.
 
-    Where recording fails, it says why (``reason``) and runs all passes one by one from then on.
-
-    Args:
-        passes: what runs one.
-        multiple: as for `Runner`; extents grow by a third or a half at a time.
-        recorder: what records.
+    Where recording fails, ``reason`` says why and all passes run one by one from then on.
     """
+
+    warm_ups = EAGER_FIRST + 1
 
     def __init__(self, passes: ForwardRunner, multiple: int, recorder: Recorder) -> None:
         super().__init__(passes, multiple)
         self._recorder = recorder
         self._graphs: OrderedDict[_Key, tuple[torch.Tensor, Callable[[], None]]] = OrderedDict()
         self._uses: Counter[_Key] = Counter()
-        self._buffers: dict[tuple[str, _Shape], _Buffers] = {}
-        self._launched: weakref.ref[AsyncSequence] | None = None
+        self._static: dict[tuple[str, _Shape], _StaticInputs] = {}
+        self._last_async: weakref.ref[AsyncDecode] | None = None
 
     @property
-    def graphs(self) -> int:
+    def graphs(self) -> int:  # type: ignore[override]
         return len(self._graphs)
-
-    @property
-    def warm_ups(self) -> int:
-        return EAGER_FIRST + 1
-
-    def width_for(self, width: int, batch: int) -> int:
-        wider = next((each for each in WIDTHS if each >= width), width)
-        return wider if self.records and wider * batch <= MOST_TOKENS else width
-
-    def extent(self, cache: KVCache, width: int, end: int) -> int:
-        """All of the cache where attention reads only what is filled: one graph for any length."""
-        if self.passes.reads_filled_part(width):
-            return cache.capacity
-        return min(bucket_for(end), cache.capacity)
-
-    def run(self, inputs: ModelInput, cache: KVCache, kind: ForwardSpec, end: int) -> torch.Tensor:
-        lasting = cache.place.number > 0
-        long = inputs.tokens.shape[1] > MOST_WIDTH or inputs.tokens.numel() > MOST_TOKENS
-        if long or not (lasting and self.records):
-            return super().run(inputs, cache, kind, end)
-        extent = self.extent(cache, inputs.positions.shape[1], end)
-        buffers = self._buffers_for("pass", inputs)
-        buffers.put(inputs)
-        given = buffers.inputs
-
-        def work() -> torch.Tensor:
-            return self.passes.run(given, cache, kind.plan, kind.keep, extent)
-
-        return self._do((cache.place, "pass", _shape(inputs), kind, extent), work).clone()
 
     @property
     def records(self) -> bool:
         """Whether passes may be recorded now."""
         return self.reason is None and not self.passes.watched
 
-    def launch(self, row: AsyncSequence) -> Read:
-        """Launch the next pass of a row that feeds itself.
+    def width_for(self, width: int, batch: int) -> int:
+        wider = next((each for each in WIDTHS if each >= width), width)
+        return wider if self.records and wider * batch <= MAX_TOKENS else width
 
-        Returns:
-            What waits for it, and gives the token it chose and that one's probability.
-        """
-        like = row.inputs()
-        buffers = self._buffers_for("feed", like)
-        last = self._launched() if self._launched else None
-        if last is not row:
-            if last is not None:
-                last.drain()
-                like = row.inputs()
-            buffers.put(like)
-            self._launched = weakref.ref(row)
-        extent = self.extent(row.cache, like.positions.shape[1], row.position + 1)
-        given, cache, kind = buffers.inputs, row.cache, row.kind
+    def kv_len_for(self, end: int, cache: KVCache, width: int) -> int:
+        """All of the cache where attention reads only what is filled: one graph for any length."""
+        if self.passes.reads_filled_part(width):
+            return cache.capacity
+        return min(bucket_kv_len(end), cache.capacity)
+
+    def run(
+        self, inputs: ModelInput, cache: KVCache, plan: SkipPlan, keep: int, end: int
+    ) -> torch.Tensor:
+        long = inputs.tokens.shape[1] > MAX_WIDTH or inputs.tokens.numel() > MAX_TOKENS
+        if long or cache.buffer.number == 0 or not self.records:
+            return super().run(inputs, cache, plan, keep, end)
+        kv_len = self.kv_len_for(end, cache, inputs.positions.shape[1])
+        static = self._static_inputs("pass", inputs)
+        static.put(inputs)
 
         def work() -> torch.Tensor:
-            logits = self.passes.run(given, cache, kind.plan, kind.keep, extent)
-            chosen = best_with_probability(logits[0, :1])
+            return self.passes.run(static.inputs, cache, plan, keep, kv_len)
+
+        key = cache.buffer, "pass", _shape(inputs), plan, keep, kv_len
+        return self._replay(key, work).clone()
+
+    def launch(self, sequence: AsyncDecode) -> PendingRead:
+        """Launch the next pass of a sequence whose passes take their token from the one before;
+        returns what waits for it, and gives the token it chose and that one's probability."""
+        inputs = sequence.inputs()
+        static = self._static_inputs("async", inputs)
+        last = self._last_async() if self._last_async else None
+        if last is not sequence:
+            if last is not None:
+                last.drain()
+                inputs = sequence.inputs()
+            static.put(inputs)
+            self._last_async = weakref.ref(sequence)
+        cache, plan, given = sequence.cache, sequence.plan, static.inputs
+        kv_len = self.kv_len_for(sequence.position + 1, cache, inputs.positions.shape[1])
+
+        def work() -> torch.Tensor:
+            logits = self.passes.run(given, cache, plan, 0, kv_len)
+            chosen = greedy_with_prob(logits[0, :1])
             given.tokens.copy_(chosen[0].to(torch.int64).expand_as(given.tokens))
             given.positions.add_(1)
             return chosen.flatten()
 
-        key = cache.place, "feed", _shape(like), kind, extent
-        return self._recorder.send(self._do(key, work))
+        key = cache.buffer, "async", _shape(inputs), plan, 0, kv_len
+        return self._recorder.send(self._replay(key, work))
 
-    def _do(self, key: _Key, work: Work) -> torch.Tensor:
+    def _replay(self, key: _Key, work: DeviceWork) -> torch.Tensor:
         """Do the work, or replay it. What is returned is overwritten the next time."""
         if not self.records:
             return work()
-        known = self._graphs.get(key)
-        if known is None:
-            if len(self._uses) >= MOST_COUNTED:
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._uses) >= MAX_COUNTED:
                 self._uses.clear()
             self._uses[key] += 1
             if self._uses[key] <= EAGER_FIRST:
                 return work()
             errors: tuple[type[Exception], ...] = (RuntimeError, *triton_errors())
             try:
-                known = self._recorder.record(work)
+                graph = self._recorder.record(work)
             except errors as error:
-                self._give_up(error)
+                self.reason = f"recording a pass failed: {first_line(error)}"
+                self._graphs.clear()
                 return work()
-            self._graphs[key] = known
+            self._graphs[key] = graph
             del self._uses[key]
-            if len(self._graphs) > MOST_GRAPHS:
+            if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        output, replay = known
+        output, replay = graph
         replay()
         return output
 
-    def _give_up(self, error: Exception) -> None:
-        self.reason = f"recording a pass failed: {first_line(error)}"
-        self._graphs.clear()
-
-    def _buffers_for(self, use: str, like: ModelInput) -> _Buffers:
+    def _static_inputs(self, use: str, like: ModelInput) -> _StaticInputs:
         key = use, _shape(like)
-        if key not in self._buffers:
-            self._buffers[key] = _Buffers(like, self.device)
-        return self._buffers[key]
+        if key not in self._static:
+            self._static[key] = _StaticInputs(like, self.device)
+        return self._static[key]
 
     def forget(self, number: int | None = None) -> None:
-        # Those not recorded yet, too: what runs otherwise has to be run before it is recorded.
-        known: tuple[MutableMapping[_Key, Any], ...] = (self._graphs, self._uses)
-        for each in known:
+        # Uses, too: what runs otherwise has to run before it is recorded.
+        by_key: tuple[MutableMapping[_Key, Any], ...] = (self._graphs, self._uses)
+        for each in by_key:
             for key in [key for key in each if number in (None, key[0].number)]:
                 del each[key]
+
+
+class AsyncDecode:
+    """Decode steps of one sequence kept in flight.
+
+    The cache beyond the last token read is undefined: passes launched ahead write keys of tokens
+    that may never be part of the text.
+
+    Args:
+        runner, plan: of the passes; ``on_launch`` is called at each.
+        cache: of this sequence alone, filled below ``position``.
+        width: how often each pass runs its token (see `.batch_invariance`).
+        token, position: what the next pass runs, and where.
+    """
+
+    def __init__(
+        self,
+        runner: GraphRunner,
+        cache: KVCache,
+        plan: SkipPlan,
+        width: int,
+        token: int,
+        position: int,
+        on_launch: Callable[[], None],
+    ) -> None:
+        self.cache, self.plan, self.position = cache, plan, position
+        self._runner, self._on_launch = runner, on_launch
+        self._width, self._positions = width, width if runner.passes.by_modules else 1
+        self._last_read = token, position
+        self._newest = token  # read from the device, by the caller or not
+        self._in_flight: deque[PendingRead] = deque()
+        self._drained: deque[TokenChoice] = deque()
+
+    @property
+    def ahead(self) -> int:
+        """Passes launched, but not read."""
+        return len(self._drained) + len(self._in_flight)
+
+    def continues_from(self, token: int, position: int) -> bool:
+        """Whether :meth:`read` gives what follows this token at this position."""
+        return self._last_read == (token, position)
+
+    def launch(self, count: int = 1) -> None:
+        """Launch passes, as long as the cache has slots for what they write."""
+        with torch.inference_mode(), self._runner.passes.lock:
+            for _ in range(min(count, self.cache.capacity - self.position)):
+                self._in_flight.append(self._runner.launch(self))
+                self.position += 1
+                self._on_launch()
+
+    def read(self) -> TokenChoice:
+        """Wait for the oldest pass launched and not read, of which there must be one."""
+        with self._runner.passes.lock:  # or another sequence might drain this one meanwhile
+            choice = self._drained.popleft() if self._drained else self._receive()
+        self._last_read = choice.token, self._last_read[1] + 1
+        return choice
+
+    def inputs(self) -> ModelInput:
+        """The next pass's input; its token is right where no pass is in flight."""
+        tokens = torch.full((1, self._width), self._newest)
+        return ModelInput(tokens, torch.full((1, self._positions), self.position))
+
+    def drain(self) -> None:
+        """Read all passes in flight."""
+        while self._in_flight:
+            self._drained.append(self._receive())
+
+    def _receive(self) -> TokenChoice:
+        token, confidence = self._in_flight.popleft()()
+        self._newest = int(token)
+        return TokenChoice(self._newest, confidence)
 
 
 def _shape(inputs: ModelInput) -> _Shape:
     return tuple(tuple(tensor.shape) for tensor in inputs.tensors)
 
 
-def bucket_for(length: int) -> int:
-    """The extent, in slots, that holds ``length``: a growing text goes through few of them."""
-    blocks = -(-max(length, 1) // EXTENT_MULTIPLE)
+def bucket_kv_len(length: int) -> int:
+    """``length`` rounded up to one of few numbers of slots: powers of two and 3/4 of these."""
+    blocks = -(-max(length, 1) // KV_BLOCK)
     power = 1 << (blocks - 1).bit_length()
     between = power * 3 // 4
-    return (between if power >= 4 and blocks <= between else power) * EXTENT_MULTIPLE
+    return (between if power >= 4 and blocks <= between else power) * KV_BLOCK
+
+
+def clock(device: torch.device) -> float:
+    """Seconds now, after all work queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

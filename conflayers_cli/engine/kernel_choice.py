@@ -1,6 +1,6 @@
-"""Which kernels run an attached model's passes: packed weights, a fused forward, its own modules.
+"""Which kernels run an attached model's passes: packed weights, a fused forward, or its modules.
 
-Each is taken only where it gives the logits that the modules give, but for rounding.
+Each is used only where it gives the logits that the modules give, but for rounding.
 """
 
 from __future__ import annotations
@@ -8,33 +8,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from subprocess import SubprocessError
 
-from conflayers_cli.engine.attach import SAMPLE, Attachment, forward, sample, similar
+from conflayers_cli.engine.attach import (
+    FORWARD_ERRORS,
+    SAMPLE_TOKENS,
+    Attachment,
+    forward,
+    logits_match,
+    sample_input,
+)
 from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
 from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.kernels.triton_forward import KernelForward
-from conflayers_cli.models.support import triton_errors
-from conflayers_cli.utils.error_text import first_line
+from conflayers_cli.utils.error_text import first_line, triton_errors
 
-# Of our own code, PyTorch and triton, which builds with a C compiler that may not be there.
-_NOT_FUSED = (
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    OSError,
-    SubprocessError,
-)
+# The latter of triton, which builds with a C compiler that may be missing.
+_NOT_FUSED = (*FORWARD_ERRORS, ImportError, OSError, SubprocessError)
 
 
 @dataclass(frozen=True, eq=False)
 class KernelChoice:
-    """What passes are run by.
+    """What runs passes.
 
     Attributes:
-        packing: the packed weights that stand in for the model's own; None: it has its own.
-        fused: the forward to use in place of the model's modules; None: the modules run.
+        packing: the packed weights; None: the model has its own.
+        fused: the forward used instead of the model's modules; None: the modules run.
         flash: whether fused passes use the attention kernel for few queries.
         disabled_paths: ways of running passes that failed here, and why.
     """
@@ -46,7 +43,7 @@ class KernelChoice:
 
 
 def choose_kernels(attached: Attachment) -> KernelChoice:
-    """Pack a model's weights where that is possible and right, and find it a fused forward."""
+    """Pack a model's weights, and find it a fused forward, where that is right."""
     packing = pack_weights(attached)
     fused, flash, disabled_paths = choose_forward(attached)
     return KernelChoice(packing, fused, flash, disabled_paths)
@@ -54,12 +51,12 @@ def choose_kernels(attached: Attachment) -> KernelChoice:
 
 def pack_weights(attached: Attachment) -> Packing | None:
     """Pack the weights where that is possible, not slower, and gives the model's logits."""
-    packing = Packing.of(attached.model, attached.stack.layers)
+    packing = Packing.create(attached.model, attached.stack.layers)
     if packing is None:
         return None
     try:
-        right = similar(attached.model, attached.sample_logits(), attached.expected)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+        right = logits_match(attached.model, attached.sample_logits(), attached.expected)
+    except FORWARD_ERRORS:
         right = False
     if right:
         return packing
@@ -68,23 +65,22 @@ def pack_weights(attached: Attachment) -> Packing | None:
 
 
 def choose_forward(attached: Attachment) -> tuple[FusedForward | None, bool, tuple[str, ...]]:
-    """The first way of running passes fused that gives the modules' logits.
+    """The first fused forward that gives the modules' logits; None: no forward does.
 
     Returns:
-        (forward, whether with the attention kernel for few queries, ways that failed and why); the
-        forward is None where there is none for this model, or none is right.
+        (forward, whether with the attention kernel for few queries, ways that failed and why).
     """
     passes, config = attached.passes, attached.config
     if getattr(config, "model_type", None) not in FAMILIES or attached.spread:
         return None, passes.flash, ()
-    ways: list[tuple[type[FusedForward], bool]] = [(FusedForward, False)]
+    candidates: list[tuple[type[FusedForward], bool]] = [(FusedForward, False)]
     if passes.flash:
-        ways.insert(0, (FusedForward, True))
-    if KernelForward.why_not(passes.device, attached.model.dtype, config) is None:
-        ways.insert(0, (KernelForward, passes.flash))
+        candidates.insert(0, (FusedForward, True))
+    if KernelForward.unsupported_reason(passes.device, attached.model.dtype, config) is None:
+        candidates.insert(0, (KernelForward, passes.flash))
     errors: tuple[type[Exception], ...] = (*_NOT_FUSED, *triton_errors())
     disabled: list[str] = []
-    for kind, flash in ways:
+    for kind, flash in candidates:
         try:
             fused = kind(attached.model, attached.stack.layers, config)
             if gives_modules_logits(attached, fused, flash=flash):
@@ -95,20 +91,12 @@ def choose_forward(attached: Attachment) -> tuple[FusedForward | None, bool, tup
 
 
 def gives_modules_logits(attached: Attachment, fused: FusedForward, *, flash: bool) -> bool:
-    """Whether a fused forward gives the logits that the modules give, but for rounding.
-
-    Args:
-        attached: the model.
-        fused: the forward.
-        flash: whether it is to use the attention kernel for few queries.
-
-    Raises:
-        whatever the forward raises.
-    """
-    passes, cache = attached.passes, attached.new_cache(SAMPLE)
-    tokens, positions = sample(attached.config.vocab_size)
+    """Whether a fused forward, with the attention kernel or without, gives the modules' logits but
+    for rounding. Raises whatever the forward raises."""
+    passes, cache = attached.passes, attached.new_cache(SAMPLE_TOKENS)
+    tokens, positions = sample_input(attached.model)
     with attached.stack.watching():
         expected = forward(attached.runner, tokens, positions, cache)
     with attached.stack.lock, passes.using(fused, flash=flash):
         logits = forward(attached.runner, tokens, positions, cache)
-    return similar(attached.model, logits, expected)
+    return logits_match(attached.model, logits, expected)

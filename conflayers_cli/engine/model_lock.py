@@ -1,10 +1,8 @@
-"""Passes of one model one at a time, whoever asks for them.
+"""One lock per model: a pass, and whatever observes or changes modules, has the model for itself.
 
-A plan is applied by swapping modules of the model itself, recorded passes read what they are given
-from buffers that all of them share, and whoever observes modules sees every pass. So a pass has the
-model for itself, and so has whoever watches or changes its modules, for as long as that takes.
-Between passes the state of a decoding is its own: texts may be decoded in several threads at once,
-each with a drafter of its own.
+A plan is applied by swapping modules of the model itself, and recorded passes share their input
+buffers. Between passes the state of a decoding is its own, so several threads may decode at once,
+each with a proposer of its own.
 """
 
 from __future__ import annotations
@@ -13,37 +11,30 @@ import threading
 from typing import Any
 
 _ATTRIBUTE = "conflayers_lock"
-"""Where a model keeps its lock: several decoders may have been made for it."""
+"""Where a model keeps its lock: several decoders may have been made of it."""
 
 
 class ModelLock:
-    """A lock that its holder may take again; it takes a fraction of a microsecond."""
+    """A re-entrant lock; unlike `threading.RLock` it may be copied, and a copy is another lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.acquire = self._lock.acquire
+        self.release = self._lock.release
 
     def __enter__(self) -> ModelLock:
-        self._lock.acquire()
+        self.acquire()
         return self
 
-    def __exit__(self, *of_error: object) -> None:
-        self._lock.release()
-
-    def acquire(self) -> bool:
-        """Acquire it if that needs no waiting; whether it did. To be released by `release`."""
-        return self._lock.acquire(blocking=False)
-
-    def release(self) -> None:
-        """Release what was acquired."""
-        self._lock.release()
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:
-        """A copy of a model is a model of its own."""
         return ModelLock, ()
 
 
-def lock_of(model: Any) -> ModelLock:
-    """The lock of a model, the same for all who ask."""
+def get_lock(model: Any) -> ModelLock:
+    """The lock of a model, the same for all decoders made of it."""
     lock: ModelLock | None = getattr(model, _ATTRIBUTE, None)
     if lock is None:
         lock = ModelLock()

@@ -1,6 +1,6 @@
-"""Loading a model and making it ready to be decoded with.
+"""Loading a model and making it ready for decoding.
 
-Heavy modules are imported inside the functions, so that the command line's ``--help`` stays quick.
+Heavy modules are imported inside functions, so that the command line's ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from conflayers_cli.models.load_options import LoadOptions
-from conflayers_cli.utils.progress import ProgressCallback, progress_bar
+from conflayers_cli.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
@@ -24,58 +24,42 @@ logger = logging.getLogger(__name__)
 def open_model(
     source: str,
     options: LoadOptions | None = None,
-    look: Callable[[LoadedModel], None] | None = None,
+    on_loaded: Callable[[LoadedModel], None] | None = None,
 ) -> tuple[LoadedModel, Decoder]:
-    """Load a model and make it ready to be decoded with; a bar on stderr shows how far it is.
+    """Load a model and make it ready for decoding; stderr shows a progress bar.
 
-    Args:
-        source: the model's name, folder or file.
-        options: how it is loaded and run.
-        look: called with the model as it was loaded, before its weights may be packed.
+    ``on_loaded`` is called with the model before its weights may be packed.
 
     Raises:
-        InputError: no such model, device or dtype; one that can't be spread as wanted; or the model
-            can't be decoded exactly.
-        ConfLayersError: it does not fit into the memory, or can't be converted.
+        InputError: no such model, device or dtype; the model can't be spread as asked, or can't be
+            decoded exactly.
+        ConfLayersError: it does not fit into memory, or can't be converted.
     """
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loader import load_model
-    from conflayers_cli.utils.out_of_memory import explained
+    from conflayers_cli.models.registry import COMPILE_FOLDER, cache_folder
+    from conflayers_cli.utils.out_of_memory import explain_oom
 
     options = options or LoadOptions()
-    short = explained(
+    oom_message = explain_oom(
         f"the weights of {source}",
         "dtype bfloat16, quantize int8 or int4, or device_map auto takes less",
         names=("dtype bfloat16", "quantize int8", "device_map auto"),
     )
-    with progress_bar() as on_progress, short:
-        loaded = load_model(
-            source,
-            device=options.device,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-            device_map=options.device_map,
-            quantize=options.quantize,
-            merge_adapter=options.merge_adapter,
-            progress=on_progress,
-        )
-        if look is not None:
-            look(loaded)
+    with progress_bar() as on_progress, oom_message:
+        loaded = load_model(source, options, progress=on_progress)
+        if on_loaded is not None:
+            on_loaded(loaded)
         decoder = Decoder(loaded.model, exact=options.exact)
         if options.compiled:
-            _compile(decoder, on_progress)
+            from conflayers_cli.engine.compile import compile_forward
+
+            folder = str(cache_folder() / COMPILE_FOLDER)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+            on_progress("compiling", 0.0)
+            compilation = compile_forward(decoder)
+            on_progress("compiling", 1.0)
+            if not compilation.used:
+                logger.warning(f"note: {compilation.reason}")
     lengths = [n for n in (loaded.context_length, decoder.exact_positions) if n is not None]
     return replace(loaded, context_length=min(lengths, default=None)), decoder
-
-
-def _compile(decoder: Decoder, on_progress: ProgressCallback) -> None:
-    """Have the decoder's forward compiled; what the compiler makes is kept with our own files."""
-    from conflayers_cli.engine.compile import compile_forward
-    from conflayers_cli.models.registry import COMPILED, cache_folder
-
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / COMPILED))
-    on_progress("compiling", 0.0)
-    compilation = compile_forward(decoder)
-    on_progress("compiling", 1.0)
-    if not compilation.used:
-        logger.warning(f"note: {compilation.reason}")

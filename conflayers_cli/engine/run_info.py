@@ -1,4 +1,4 @@
-"""What is worth knowing about how a model is run, in sentences and in figures."""
+"""How a model is run, in sentences for people and in figures for result files."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from typing import Any
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.graph_runner import MOST_WIDTH
+from conflayers_cli.engine.graph_runner import MAX_WIDTH
 
 
-def remarks(decoder: Decoder) -> tuple[str, ...]:
+def run_notes(decoder: Decoder) -> tuple[str, ...]:
     """Sentences for people; none where all is as usual."""
-    told = []
-    runner = decoder.runner
+    notes = []
+    runner, on_cpu = decoder.runner, decoder.device.type == "cpu"
     if runner.reason is None:
-        told.append(f"passes of up to {MOST_WIDTH} tokens replayed ({runner.graphs} recorded)")
-    elif decoder.device.type != "cpu":
-        told.append(f"passes launched one by one: {runner.reason}")
-    if decoder.device.type != "cpu":
-        told += [f"could not be used: {disabled}" for disabled in decoder.disabled_paths]
+        notes.append(f"passes of up to {MAX_WIDTH} tokens replayed ({runner.graphs} recorded)")
+    elif not on_cpu:
+        notes.append(f"passes launched one by one: {runner.reason}")
+    if not on_cpu:
+        notes += [f"could not be used: {disabled}" for disabled in decoder.disabled_paths]
     if decoder.inexact:
-        told.append(
+        notes.append(
             decoder.exactness_note
             or "not exact to the bit: kernels here round by the number of rows, so drafts may part "
             "the text from vanilla's where two tokens are as good as equal"
         )
     if decoder.compilation is not None:
-        told.append(decoder.compilation.reason)
-    return tuple(told)
+        notes.append(decoder.compilation.reason)
+    return tuple(notes)
 
 
-def run_facts(decoder: Decoder) -> dict[str, Any]:
+def run_details(decoder: Decoder) -> dict[str, Any]:
     """The same for result files."""
-    compilation = decoder.compilation
+    compilation, fused = decoder.compilation, decoder.passes.fused
     return {
         "replayed": decoder.runner.reason is None,
         "graphs": decoder.runner.graphs,
         "one_by_one_because": decoder.runner.reason,
-        "forward": _forward(decoder),
-        "attention_kernel": decoder.passes.flash and decoder.passes.fused is not None,
+        "forward": "modules" if fused is None else type(fused).__name__,
+        "attention_kernel": decoder.passes.flash and fused is not None,
         "setbacks": list(decoder.disabled_paths),
         "rows_at_least": decoder.invariance.min_rows,
         "exact_to_the_bit": not decoder.inexact
@@ -47,8 +47,3 @@ def run_facts(decoder: Decoder) -> dict[str, Any]:
         "compiled": compilation is not None and compilation.used,
         "compile_seconds": compilation.seconds if compilation else None,
     }
-
-
-def _forward(decoder: Decoder) -> str:
-    forward = decoder.passes.fused
-    return "modules" if forward is None else type(forward).__name__

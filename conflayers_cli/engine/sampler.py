@@ -1,4 +1,4 @@
-"""Logits → the distribution really sampled from.
+"""Logits → the distribution that tokens are sampled from.
 
 Order of the transforms as in transformers: repetition penalty, temperature, top-k, top-p, min-p.
 Both the draft's and the target's distribution are taken *after* all of them.
@@ -12,19 +12,16 @@ import torch
 
 from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
 from conflayers_cli.sampling_params import SamplingParams
-from conflayers_cli.utils.distributed import agreed
+from conflayers_cli.utils.distributed import broadcast_rank0
 
-LEAST_SCALE = 1e-30
-"""What scores are divided by at the least: float32 has few smaller numbers."""
+MIN_SCALE = 1e-30
+"""Scores are divided by no less: float32 has few smaller numbers."""
 
 
 class Sampler:
-    """The settings at work on one sequence: its random numbers and the tokens it has seen.
+    """Sampling of one sequence: its random numbers and the tokens it has seen.
 
-    Args:
-        settings: how tokens are chosen.
-        vocabulary: number of logits per position.
-        device: where the logits are.
+    ``vocabulary`` is the number of logits per position, ``device`` that of the logits.
     """
 
     def __init__(self, settings: SamplingParams, vocabulary: int, device: torch.device) -> None:
@@ -35,12 +32,12 @@ class Sampler:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
 
     @property
-    def penalises(self) -> bool:
+    def has_penalty(self) -> bool:
         """Whether scores depend on the tokens seen."""
         return self._seen is not None
 
-    def saw(self, tokens: Iterable[int]) -> None:
-        """Note tokens that are part of the text now (prompt included), for the penalty."""
+    def mark_seen(self, tokens: Iterable[int]) -> None:
+        """Tokens that are part of the text now (prompt included), for the penalty."""
         if self._seen is not None:
             self._seen[list(tokens)] = True
 
@@ -53,22 +50,21 @@ class Sampler:
         """Logits with the repetition penalty.
 
         Args:
-            logits: ``[T, V]``, one row more than there are drafts: row 0 stands behind the text.
-            drafted: tokens assumed after the text so far; row i + 1 has seen ``drafted[i]`` and
-                what the row it stands behind has seen.
-            parents: that row, ≤ i, for each draft; None: each stands behind the one before it.
+            logits: ``[T, V]``, one more than there are drafted tokens: logits 0 follow the text.
+            drafted: tokens assumed after the text; logits i + 1 follow ``drafted[i]`` and what the
+                logits of its parent follow.
+            parents: of each drafted token the index of its parent's logits, ≤ i; None: a chain.
 
         Returns:
             ``[T, V]``; the input itself where there is no penalty.
         """
         if self._seen is None:
             return logits
-        rows = logits.shape[0]
         # Beyond these bounds numbers would overflow, and nothing else be any different.
-        penalty = min(max(self.settings.repetition_penalty, LEAST_SCALE), 1 / LEAST_SCALE)
-        seen = self._seen[: logits.shape[1]].repeat(rows, 1)
-        behind = range(len(drafted)) if parents is None else parents
-        for row, (token, parent) in enumerate(zip(drafted, behind, strict=True), 1):
+        penalty = min(max(self.settings.repetition_penalty, MIN_SCALE), 1 / MIN_SCALE)
+        seen = self._seen[: logits.shape[1]].repeat(logits.shape[0], 1)
+        parents = range(len(drafted)) if parents is None else parents
+        for row, (token, parent) in enumerate(zip(drafted, parents, strict=True), 1):
             seen[row] = seen[parent]
             seen[row, token] = True
         logits = logits.float()
@@ -82,8 +78,7 @@ class Sampler:
         drafted: Sequence[int] = (),
         parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Probabilities really sampled from: float32 ``[T, V]`` of logits ``[T, V]``; all of a
-        row's NaN where its logits are not numbers.
+        """Probabilities float32 ``[T, V]`` of logits ``[T, V]``; NaN where those are not finite.
 
         Only for temperatures above 0. ``drafted`` and ``parents`` as in :meth:`scores`.
         """
@@ -91,7 +86,7 @@ class Sampler:
         scores = self.scores(logits, drafted, parents).float()
         # The maximum first: a tiny temperature must not divide logits to infinity.
         scores = scores - scores.amax(dim=-1, keepdim=True)
-        scores = scores / max(settings.temperature, LEAST_SCALE)
+        scores = scores / max(settings.temperature, MIN_SCALE)
         if settings.top_k is not None and settings.top_k < scores.shape[-1]:
             least = scores.topk(settings.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < least, float("-inf"))
@@ -101,11 +96,11 @@ class Sampler:
             before = ordered.cumsum(dim=-1) - ordered
             outside = torch.zeros_like(before, dtype=torch.bool)
             outside.scatter_(-1, order, before >= settings.top_p)
-            # On a GPU sums in order differ in their last bits from one time to the next.
-            probabilities = agreed(renormalised(probabilities.masked_fill(outside, 0.0)))
+            # On a GPU cumulative sums differ in their last bits from one time to the next.
+            probabilities = broadcast_rank0(renormalize(probabilities.masked_fill(outside, 0.0)))
         if settings.min_p:
             least = probabilities.amax(dim=-1, keepdim=True) * settings.min_p
-            probabilities = renormalised(probabilities.masked_fill(probabilities < least, 0.0))
+            probabilities = renormalize(probabilities.masked_fill(probabilities < least, 0.0))
         return probabilities
 
     def choose(self, logits: torch.Tensor) -> int:
@@ -117,24 +112,21 @@ class Sampler:
     def draw(self, probabilities: torch.Tensor) -> int:
         """A token from ``[V]`` probabilities (need not be normalised); `INVALID_TOKEN` of NaN.
 
-        By the inverse of their sums: an eighteenth of what ``multinomial`` takes on a CPU.
-        Sums in float64 keep the tail; a token of probability 0 adds nothing and is never the first
-        beyond a threshold.
+        By inverse transform sampling: an eighteenth of what ``multinomial`` takes on a CPU. Sums in
+        float64 keep the tail; a token of probability 0 is never the first beyond a threshold.
         """
         sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
         shape, device = (1,), self.generator.device
         uniform = torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
-        place = torch.searchsorted(sums, uniform * sums[-1:], right=True)
-        # Rounding up to the whole sum is as good as impossible, and would be no token at all.
+        token = torch.searchsorted(sums, uniform * sums[-1:], right=True)
+        # Should rounding reach the whole sum, the last token with a probability is taken.
         last = torch.searchsorted(sums, sums[-1:])
-        token = torch.minimum(place, last).masked_fill_(sums[-1:].isnan(), INVALID_TOKEN)
-        return int(agreed(token))
+        token = torch.minimum(token, last).masked_fill_(sums[-1:].isnan(), INVALID_TOKEN)
+        return int(broadcast_rank0(token))
 
     def draw_distinct(self, probabilities: torch.Tensor, count: int) -> list[int]:
-        """``count`` tokens drawn one after another from ``[V]`` probabilities, none twice.
-
-        As many must have a probability over 0 (they need not be normalised).
-        """
+        """``count`` different tokens from ``[V]`` probabilities (need not be normalised), of which
+        at least as many are above 0."""
         drawn: list[int] = torch.multinomial(
             probabilities, count, generator=self.generator
         ).tolist()
@@ -145,6 +137,6 @@ class Sampler:
         return torch.rand(count, generator=self.generator, device=self.generator.device)
 
 
-def renormalised(probabilities: torch.Tensor) -> torch.Tensor:
-    """Probabilities ``[..., V]`` that sum to one again."""
+def renormalize(probabilities: torch.Tensor) -> torch.Tensor:
+    """Probabilities ``[..., V]`` scaled to a sum of one."""
     return probabilities / probabilities.sum(dim=-1, keepdim=True)

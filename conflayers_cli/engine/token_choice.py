@@ -1,4 +1,4 @@
-"""What a draft pass chooses, for several rows at once and with one read from the device."""
+"""The tokens that a draft pass chooses, of several sequences with one read from the device."""
 
 from __future__ import annotations
 
@@ -8,85 +8,80 @@ from dataclasses import dataclass
 
 import torch
 
-from conflayers_cli.engine.argmax import best_with_probability
+from conflayers_cli.engine.argmax import greedy_with_prob
 from conflayers_cli.engine.sampler import Sampler
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """A token, its draft probability, and the probabilities ``[V]`` where they are asked for.
 
-    The draft probability is NaN where the logits are not numbers: then the token means nothing.
+    The draft probability is NaN where the logits are not finite: then the token means nothing.
     """
 
     token: int
     confidence: float
-    row: torch.Tensor | None = None
+    probs: torch.Tensor | None = None
 
     @property
-    def known(self) -> bool:
-        """Whether the logits are numbers."""
+    def is_valid(self) -> bool:
+        """Whether the logits are finite."""
         return not math.isnan(self.confidence)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Choices wanted of one row.
+class TokenRequest:
+    """The tokens to choose for one sequence.
 
     Attributes:
-        row: its number in the pass.
+        index: the sequence's index in the pass.
         sampler: how its tokens are chosen.
-        drafted: the tokens assumed behind its text.
-        count: choices wanted: behind the last ``count − 1`` of these tokens and before them.
+        drafted: the tokens assumed after its text.
+        count: tokens to choose: after the last ``count - 1`` of the drafted ones and before them.
     """
 
-    row: int
+    index: int
     sampler: Sampler
     drafted: Sequence[int]
     count: int
 
 
-def choices(
-    logits: torch.Tensor, asked: Sequence[Asked], *, rows: bool = False
-) -> list[Iterator[Choice]]:
-    """The choices of each row asked for, one after another: tokens are only sampled when taken.
+def choose_tokens(
+    logits: torch.Tensor, requests: Sequence[TokenRequest], *, with_probs: bool = False
+) -> list[Iterator[TokenChoice]]:
+    """Choices of each request from logits ``[B, W, V]``, of which it uses the first ``count``.
 
-    Args:
-        logits: ``[B, W, V]``; a row's choices are made from its first columns.
-        asked: what is wanted.
-        rows: probabilities are wanted of greedy choices, too.
+    Tokens are only sampled when taken. ``with_probs``: greedy choices have probabilities, too.
     """
-    plain = [each for each in asked if each.sampler.settings.greedy and not each.sampler.penalises]
-    if len(plain) == len(asked) and not rows:
-        read = best_with_probability(logits).tolist()
+    samplers = [request.sampler for request in requests]
+    if not with_probs and all(s.settings.greedy and not s.has_penalty for s in samplers):
+        tokens, confidences = greedy_with_prob(logits).tolist()
         return [
-            iter(
-                [
-                    Choice(int(token), confidence)
-                    for token, confidence in zip(
-                        read[0][each.row][: each.count], read[1][each.row], strict=False
-                    )
-                ]
+            (
+                TokenChoice(int(token), confidence)
+                for token, confidence in zip(
+                    tokens[request.index][: request.count], confidences[request.index], strict=False
+                )
             )
-            for each in asked
+            for request in requests
         ]
-    return [_one_row(logits[each.row, : each.count], each, rows) for each in asked]
+    return [_choose(logits[each.index, : each.count], each, with_probs) for each in requests]
 
 
-def _one_row(logits: torch.Tensor, asked: Asked, rows: bool) -> Iterator[Choice]:
+def _choose(logits: torch.Tensor, request: TokenRequest, with_probs: bool) -> Iterator[TokenChoice]:
     """From the logits ``[count, V]``."""
-    sampler, drafted = asked.sampler, asked.drafted
-    if sampler.penalises:  # each row has seen the tokens before it; those before the first are
-        first = logits[:1].expand(len(drafted) + 1 - asked.count, -1)  # only counted
-        logits = torch.cat([first, logits])
+    sampler, drafted = request.sampler, request.drafted
+    if sampler.has_penalty:  # the penalty needs a row per drafted token; those before are dropped
+        before = logits[:1].expand(len(drafted) + 1 - request.count, -1)
+        logits = torch.cat([before, logits])
     else:
         drafted = ()
     if not sampler.settings.greedy:
-        for q in sampler.distribution(logits, drafted)[-asked.count :]:
-            token = sampler.draw(q)
-            yield Choice(token, float(q[token]), q)
+        for probs in sampler.distribution(logits, drafted)[-request.count :]:
+            token = sampler.draw(probs)
+            yield TokenChoice(token, float(probs[token]), probs)
         return
-    probabilities = torch.softmax(sampler.scores(logits, drafted)[-asked.count :].float(), dim=-1)
-    best, tokens = probabilities.max(dim=-1)
+    all_probs = torch.softmax(sampler.scores(logits, drafted)[-request.count :].float(), dim=-1)
+    best, tokens = all_probs.max(dim=-1)
     for i, (token, confidence) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True)):
-        yield Choice(token, confidence, probabilities[i] if rows else None)
+        yield TokenChoice(token, confidence, all_probs[i] if with_probs else None)

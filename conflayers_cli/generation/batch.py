@@ -1,16 +1,16 @@
-"""Several texts decoded at once, each with its own length, its own drafts and its own end.
+"""Continuous batching: sequences decoded at once, each with its own length, drafts and end.
 
-A full pass runs over all sequences; each keeps what is accepted of its draft. One that ends makes
-room for the next request; while none waits, passes run over fewer rows. Requests may be added and
-cancelled between any two steps.
+A full pass runs over all sequences; each keeps what is accepted of its draft. One that ends frees
+its row for the next request. Requests may be added and cancelled between any two steps.
 
-With layers left out for good this is Unified Layer Skipping used directly (arXiv 2404.06954): the
-whole model reads the prompts, then the skipped model alone goes on, with an ordinary KV cache in
-which the layers left out have no entries for decoded positions. It is lossy: nothing is verified.
+With layers left out for good this is Unified Layer Skipping (arXiv 2404.06954): the whole model
+reads the prompts, then the skipped model alone goes on; its KV cache has no entries of the layers
+left out for decoded positions. It is lossy: nothing is verified.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,33 +21,32 @@ import torch
 from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError, greedy_tokens
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.loop import NOTHING
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Sequence, Step, check_request
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.proposer import BatchProposer, Context, Draft
+from conflayers_cli.spec_decode.proposer import NO_DRAFT, BatchProposer, Context, Draft
 
 
 class Batch:
-    """Texts being decoded together. Iterate for ``(number, step)`` pairs; stop whenever you like.
+    """Sequences decoded together. Iterate for ``(number, step)`` pairs; stop whenever you like.
 
-    In float32 a text is the same as if it were decoded alone; in bfloat16, too, where passes are
-    arranged so that a row's bits don't depend on the others (see `engine.attention`). Drafts are
-    chains here: leaves beside them are not verified.
+    Each text is as if decoded alone; in half precision where passes are arranged so that a row's
+    bits don't depend on the others (see `engine.batch_invariance`). Drafts are chains: leaves are
+    not verified.
 
     Args:
         decoder: the model.
-        requests: the first ones, in the order in which they are begun; None: they are added later.
-        size: sequences decoded at once, at the most; None: as many as there are.
-        drafter: drafts for all sequences; None decodes vanilla.
+        requests: the first ones, in the order in which they are begun.
+        size: the most sequences decoded at once; None: no limit.
+        proposer: drafts for all sequences; None decodes vanilla.
         plan: what is left out behind the prompts, lossily; the empty plan leaves out nothing.
         end_tokens: ids that end an output; kept as its last token.
 
     Raises:
-        InputError: an empty list of requests, or one that can't be decoded, as for `Sequence`.
-        ValueError: a drafter where layers are left out for good, or a size under 1.
-        LogitsError: while decoding, as for `Generation`; it knows the request's number.
+        InputError: an empty list of requests, or one that can't be decoded.
+        ValueError: a proposer where layers are left out for good, or a size under 1.
+        LogitsError: while decoding, as for `Generation`, with the request's number.
     """
 
     def __init__(
@@ -56,43 +55,35 @@ class Batch:
         requests: Iterable[GenerationRequest] | None = None,
         *,
         size: int | None = None,
-        drafter: BatchProposer | None = None,
+        proposer: BatchProposer | None = None,
         plan: SkipPlan = FULL,
         end_tokens: frozenset[int] = frozenset(),
     ) -> None:
-        if drafter is not None and plan:
+        if proposer is not None and plan:
             raise ValueError("what is left out for good is not verified: there is no use of drafts")
         if size is not None and size < 1:
-            raise ValueError(f"{size} rows: at least 1 is needed")
+            raise ValueError(f"batch size {size}: at least 1 is needed")
         decoder.check_plan(plan)
         self._decoder = decoder
-        self._drafter = drafter
+        self._proposer = proposer
         self._plan = plan
         self._end_tokens = end_tokens
-        self._size = size
+        self._size = sys.maxsize if size is None else size
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._running: list[tuple[int, Sequence]] = []  # in the order of the cache's rows
-        self._sequences: dict[int, Sequence] = {}  # begun: running or ended
+        self._sequences: dict[int, Sequence] = {}  # running or ended
         self.added = 0
         self._longest = 0
         self._cache: KVCache | None = None
         self._views: dict[int, KVCache] = {}
         self._delayed: list[tuple[int, Step]] = []  # decided beside a request that failed
-        if requests is not None:
-            for request in requests:
-                self.add(request)
-            if not self.added:
-                raise InputError("a batch needs at least one prompt")
+        for request in requests or ():
+            self.add(request)
+        if requests is not None and not self.added:
+            raise InputError("a batch needs at least one prompt")
 
     def add(self, request: GenerationRequest) -> int:
-        """Queue a request; returns its number, counted from 0.
-
-        It is begun as soon as a row is free. The cache grows where the request is longer than all
-        before it.
-
-        Raises:
-            InputError: this model can't decode it.
-        """
+        """Queue a request; returns its number, counted from 0; InputError: it can't be decoded."""
         check_request(self._decoder, request)
         self._waiting.append((self.added, request))
         self._longest = max(self._longest, request.length)
@@ -100,39 +91,40 @@ class Batch:
         return self.added - 1
 
     def cancel(self, number: int) -> None:
-        """Decode a request no further: its row is free. Nothing where it has ended already."""
+        """Decode a request no further; no-op where it has ended already."""
         self._waiting = deque(each for each in self._waiting if each[0] != number)
         self._drop_ended(number)
 
     def pop(self, number: int) -> Sequence | None:
-        """What came of a request, which is forgotten here; None: it was never begun."""
+        """Remove a request and return its sequence; None: it was never begun."""
         return self._sequences.pop(number, None)
+
+    def release(self) -> None:
+        """Free the cache; only while no request waits or runs."""
+        self._cache, self._views, self._longest = None, {}, 0
 
     @property
     def cache(self) -> KVCache:
-        """Keys and values: one cache for all rows, as long as the longest request needs."""
+        """One cache for all rows, as long as the longest request."""
         return self._reserve() if self._cache is None else self._cache
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of keys and values, in bytes; all rows share it."""
         return self._cache.bytes if self._cache is not None else 0
 
     @property
     def outputs(self) -> list[list[int]]:
-        """The tokens produced so far, by request."""
+        """The tokens generated so far, by request."""
         return [each.output if each else [] for each in self._by_number()]
 
     @property
     def finishes(self) -> list[FinishReason | None]:
-        """Why each request's text ended, None while it goes on or has not begun."""
+        """Why each request ended; None: it has not."""
         return [each.finish if each else None for each in self._by_number()]
 
     @property
     def steps(self) -> list[list[Step]]:
-        """What each request's steps decided so far; a step's seconds are the sequence's share of
-        what all took, so that those of all sequences add up to the time spent.
-        """
+        """Each request's steps; their seconds are the sequence's share of the batch's."""
         return [each.steps if each else [] for each in self._by_number()]
 
     def _by_number(self) -> list[Sequence | None]:
@@ -141,7 +133,7 @@ class Batch:
     @property
     def decode_seconds(self) -> float:
         """Time spent behind the prompts."""
-        return sum(s.seconds for steps in self.steps for s in steps if s.drafter != "prefill")
+        return sum(s.seconds for steps in self.steps for s in steps if s.proposer != "prefill")
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
         while self._waiting or self._running or self._delayed:
@@ -149,33 +141,30 @@ class Batch:
 
     def run(self) -> None:
         """Decode all texts to their ends."""
-        while self._waiting or self._running or self._delayed:
-            self.step()
+        deque(self, maxlen=0)
 
     def step(self) -> list[tuple[int, Step]]:
-        """What is decided next: by the pass over a prompt where a row is free, else by one over
-        all rows; nothing where all texts have ended.
+        """One pass: over a waiting prompt where a row is free, else over all rows.
 
         Raises:
-            LogitsError: a request can't go on. The others can: what was decided of them comes with
-                the next step.
+            LogitsError: a request can't go on. The others' steps are returned by the next call.
         """
         if self._delayed:
             delayed, self._delayed = self._delayed, []
             return delayed
-        if self._waiting and (self._size is None or len(self._running) < self._size):
-            return self._noted([self._begin()])
-        return self._noted(self._advance()) if self._running else []
+        if self._waiting and len(self._running) < self._size:
+            return self._record([self._begin()])
+        return self._record(self._advance()) if self._running else []
 
-    def _noted(self, steps: list[tuple[int, Step]]) -> list[tuple[int, Step]]:
-        """The steps, kept with their sequences; rows of those that have ended are free then."""
+    def _record(self, steps: list[tuple[int, Step]]) -> list[tuple[int, Step]]:
+        """Add the steps to their sequences; free the rows of those that have ended."""
         for number, step in steps:
             self._sequences[number].steps.append(step)
         self._drop_ended()
         return steps
 
     def _begin(self) -> tuple[int, Step]:
-        """Read the next prompt in the first free row: alone, so that it is read as it always is."""
+        """Read the next prompt in the first free row, alone, as without a batch."""
         cache = self._reserve()
         number, request = self._waiting.popleft()
         sequence = Sequence(self._decoder, request, end_tokens=self._end_tokens)
@@ -190,23 +179,22 @@ class Batch:
         return number, step
 
     def _advance(self) -> list[tuple[int, Step]]:
-        """Draft, verify, keep: one pass over all rows."""
-        rows = len(self._running)
-        begin = perf_counter()  # whatever a step decides was read from the device within it
+        """Draft, verify, keep: one pass over all sequences."""
+        begin = perf_counter()  # what a step decides was read from the device within it
         drafts = self._draft()
         drafted = perf_counter() if any(draft.tokens for draft in drafts) else begin
         decided = self._decide(drafts)
         kept: list[tuple[int, ...]] = []
-        failed: LogitsError | None = None
-        for (number, row), tokens in zip(self._running, decided, strict=True):
+        failed: dict[int, LogitsError] = {}
+        for (number, sequence), tokens in zip(self._running, decided, strict=True):
             try:
-                kept.append(row.keep(tokens))
+                kept.append(sequence.keep(tokens))
             except LogitsError as error:
                 kept.append(())
                 error.number = number
-                failed = failed or error
-        draft_seconds = (drafted - begin) / rows
-        verify_seconds = (perf_counter() - drafted) / rows
+                failed[number] = error
+        draft_seconds = (drafted - begin) / len(kept)
+        verify_seconds = (perf_counter() - drafted) / len(kept)
         steps = [
             (
                 number,
@@ -214,102 +202,93 @@ class Batch:
                     tokens=own,
                     drafted=len(draft.tokens),
                     accepted=min(len(tokens) - 1, len(own)),
-                    drafter=self._drafter.name if self._drafter and draft.tokens else "none",
+                    proposer=self._proposer.name if self._proposer and draft.tokens else "none",
                     draft_seconds=draft_seconds,
                     verify_seconds=verify_seconds,
-                    finish=row.finish,
+                    finish=sequence.finish,
                     sources=draft.sources,
                 ),
             )
-            for (number, row), draft, tokens, own in zip(
+            for (number, sequence), draft, tokens, own in zip(
                 self._running, drafts, decided, kept, strict=True
             )
             if own
         ]
-        if failed is not None:
-            lost = [number for (number, _), own in zip(self._running, kept, strict=True) if not own]
-            self._delayed = self._noted(steps)
-            self._drop_ended(*lost)
-            raise failed
+        if failed:
+            self._delayed = self._record(steps)
+            self._drop_ended(*failed)
+            raise next(iter(failed.values()))
         return steps
 
     def _draft(self) -> list[Draft]:
-        """A chain for every row, perhaps of no tokens."""
-        limits = [row.room for _, row in self._running]
-        if self._drafter is None or not any(limits):
-            return [NOTHING] * len(limits)
+        """A chain for every sequence, perhaps of no tokens."""
+        limits = [sequence.remaining for _, sequence in self._running]
+        if self._proposer is None or not any(limits):
+            return [NO_DRAFT] * len(limits)
         cache = self._view()
         contexts = [
-            Context(row.tokens, cache, row.sampler, self._end_tokens) for _, row in self._running
+            Context(each.tokens, cache, each.sampler, self._end_tokens) for _, each in self._running
         ]
-        drafts = self._drafter.propose_batch(contexts, limits)
+        drafts = self._proposer.propose_batch(contexts, limits)
         return [replace(draft, leaves=()) for draft in drafts]
 
     def _decide(self, drafts: list[Draft]) -> list[tuple[int, ...]]:
-        """By one pass for every row: the drafts that stand, and a next token."""
+        """The accepted tokens of every sequence and a next one, by one pass."""
         logits = self._verify(drafts)
-        greedy = any(row.sampler.settings.greedy for _, row in self._running)
+        greedy = any(sequence.sampler.settings.greedy for _, sequence in self._running)
         best = greedy_tokens(logits).tolist() if greedy else [None] * len(drafts)
         decided: list[tuple[int, ...]] = []
-        for i, ((_, row), draft) in enumerate(zip(self._running, drafts, strict=True)):
-            stands, token = row.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
-            if token == INVALID_TOKEN and draft.tokens:
-                # As for a single text: what comes next is decided without drafts.
-                filled = len(row.tokens) - 1
-                self.cache.view(i, i + 1).clear(filled + stands, filled + logits.shape[1])
-                decided.append(draft.tokens[:stands])
+        for i, ((_, sequence), draft) in enumerate(zip(self._running, drafts, strict=True)):
+            count, token = sequence.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
+            accepted = draft.tokens[:count]
+            if token == INVALID_TOKEN and draft.tokens:  # decided again without drafts, as alone
+                kv_len = len(sequence.tokens) - 1
+                self.cache.view(i, i + 1).clear(kv_len + count, kv_len + logits.shape[1])
+                decided.append(accepted)
             else:
-                decided.append((*draft.tokens[:stands], token))
+                decided.append((*accepted, token))
         if not all(decided):
-            again = self._verify([NOTHING] * len(drafts))
-            for i, (_, row) in enumerate(self._running):
-                decided[i] = decided[i] or row.decide(NOTHING, again[i])[1:]
+            again = self._verify([NO_DRAFT] * len(drafts))
+            for i, (_, sequence) in enumerate(self._running):
+                decided[i] = decided[i] or sequence.decide(NO_DRAFT, again[i])[1:]
         return decided
 
     def _verify(self, drafts: list[Draft]) -> torch.Tensor:
-        """Logits ``[B, W, V]`` behind each row's pending token and its drafts; W is one more than
-        the longest chain has tokens.
+        """Logits ``[B, W, V]`` behind each pending token and its drafts, at most W − 1.
 
-        Shorter rows repeat their last token at its own position: the same key is written to the
-        same slot once more, and no slot behind the row's own is touched.
+        Shorter rows repeat their last token at its own position, which writes the same key again.
         """
         width = 1 + max(len(draft.tokens) for draft in drafts)
         tokens, positions = [], []
-        for (_, row), draft in zip(self._running, drafts, strict=True):
-            own = (row.tokens[-1], *draft.tokens)
-            begin, last = len(row.tokens) - 1, len(own) - 1
+        for (_, sequence), draft in zip(self._running, drafts, strict=True):
+            own = (sequence.tokens[-1], *draft.tokens)
+            begin, last = len(sequence.tokens) - 1, len(own) - 1
             columns = [min(column, last) for column in range(width)]
             tokens.append([own[column] for column in columns])
             positions.append([begin + column for column in columns])
         return self._decoder.forward(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            self._view(),
-            self._plan,
+            torch.tensor(tokens), torch.tensor(positions), self._view(), self._plan
         )
 
     def _view(self) -> KVCache:
-        """The rows at work."""
+        """The rows of the running sequences."""
         rows = len(self._running)
         if rows not in self._views:
             self._views[rows] = self.cache.view(0, rows)
         return self._views[rows]
 
     def _reserve(self) -> KVCache:
-        """The cache, with room for the longest request and a row for each that can be begun.
+        """The cache, as long as the longest request, with a row for each that can be begun.
 
-        It grows by being copied, to twice its rows at the least; with ``size`` rows at the most.
+        It grows by being copied, to at least twice its rows but no more than ``size``.
         """
-        rows = len(self._running) + len(self._waiting)
-        rows = max(1, rows if self._size is None else min(rows, self._size))
+        rows = max(1, min(len(self._running) + len(self._waiting), self._size))
         old = self._cache
         if old is not None:
             if old.batch >= rows and old.capacity >= self._longest:
                 return old
-            if old.batch < rows:
-                twice = 2 * old.batch
-                rows = max(rows, twice if self._size is None else min(twice, self._size))
-            rows = max(rows, old.batch)
+            grown = min(2 * old.batch, self._size) if old.batch < rows else old.batch
+            rows = max(rows, grown)
         cache: KVCache = self._decoder.new_cache(self._longest, batch=rows)
         if old is not None and self._running:
             cache.copy_from(old, max(len(sequence.tokens) for _, sequence in self._running))
@@ -317,12 +296,12 @@ class Batch:
         return cache
 
     def _drop_ended(self, *gone: int) -> None:
-        """The last row takes the place of one that has ended, or whose number is named."""
-        for place in reversed(range(len(self._running))):
-            number, sequence = self._running[place]
+        """Move the last row into that of each sequence that has ended or is ``gone``."""
+        for row in reversed(range(len(self._running))):
+            number, sequence = self._running[row]
             if sequence.finish is None and number not in gone:
                 continue
             last = self._running.pop()
-            if place < len(self._running):
-                self.cache.copy_row(len(self._running), place, len(last[1].tokens) - 1)
-                self._running[place] = last
+            if row < len(self._running):
+                self.cache.copy_sequence(len(self._running), row, len(last[1].tokens) - 1)
+                self._running[row] = last

@@ -1,4 +1,4 @@
-"""Token ids → text, as it is decided: never half a character, never part of a stop string."""
+"""Token ids → text, incrementally: never half a character, never part of a stop string."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ _REPLACEMENT = "\ufffd"
 # A character is at most four bytes, hence four byte tokens. A longer run of undecodable tokens is
 # not going to become one.
 _CHARACTER_TOKENS = 4
-_MOST_HELD_TOKENS = 8
+_MAX_HELD_TOKENS = 8
 
 
-def without_text(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """How many tokens the tokenizer doesn't know: a model's vocabulary may be padded beyond it."""
-    size = len(tokenizer)
-    return sum(token >= size for token in tokens)
-
-
-class TextStream:
+class Detokenizer:
     """Decodes a growing list of tokens.
-
-    :meth:`feed` takes one token and says whether a stop string is complete; :meth:`take` gives the
-    text that is certain by now and has not been taken; :meth:`finish` gives the rest.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -31,7 +22,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stops = tuple(s for s in stops if s)
+        self._stops = tuple(filter(None, stops))
         self._tokens: list[int] = []
         self._context = 0  # tokens decoded along, so that spaces between words come out right
         self._decided = 0  # tokens whose text has been decided
@@ -45,14 +36,13 @@ class TextStream:
             return True
         self._tokens.append(token)
         self._advance()
-        if len(self._tokens) - self._decided >= _MOST_HELD_TOKENS:
+        if len(self._tokens) - self._decided >= _MAX_HELD_TOKENS:
             self._advance(spare=_CHARACTER_TOKENS - 1)
         return self._cut_at_stop()
 
     def take(self) -> str:
-        """The newly certain text, possibly empty."""
-        keep = 0 if self.stopped else self._held()
-        ready = self._pending[: len(self._pending) - keep]
+        """The text that has become certain since the last call, possibly empty."""
+        ready = self._pending[: len(self._pending) - self._stop_prefix_length()]
         self._pending = self._pending[len(ready) :]
         self.text += ready
         return ready
@@ -92,12 +82,12 @@ class TextStream:
             self.stopped = True
         return self.stopped
 
-    def _held(self) -> int:
-        """Length of the longest end of the pending text that begins a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self._pending)), longest, -1):
-                if self._pending.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _stop_prefix_length(self) -> int:
+        """Length of the longest end of the pending text that may become a stop string."""
+        lengths = (
+            length
+            for stop in self._stops
+            for length in range(min(len(stop) - 1, len(self._pending)), 0, -1)
+            if self._pending.endswith(stop[:length])
+        )
+        return 0 if self.stopped else max(lengths, default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -13,21 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AcceptedPerPosition:
-    """Tokens drafted and accepted by their position in the draft, counted from 0.
-
-    Attributes:
-        drafted: ``drafted[k]`` tokens were drafted at position ``k``.
-        accepted: ``accepted[k]`` of them were accepted; as many entries.
-    """
+    """At position ``k`` ``drafted[k]`` tokens were drafted and ``accepted[k]`` of them accepted."""
 
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
 
     def __add__(self, other: AcceptedPerPosition) -> AcceptedPerPosition:
-        return AcceptedPerPosition(
-            _sum(self.drafted, other.drafted),
-            _sum(self.accepted, other.accepted),
-        )
+        pairs = ((self.drafted, other.drafted), (self.accepted, other.accepted))
+        drafted, accepted = (tuple(map(sum, zip_longest(*pair, fillvalue=0))) for pair in pairs)
+        return AcceptedPerPosition(drafted, accepted)
 
     @property
     def rates(self) -> tuple[float | None, ...]:
@@ -37,8 +30,8 @@ class AcceptedPerPosition:
 
 
 def count_positions(step: Step) -> dict[str, AcceptedPerPosition]:
-    """One step's counts by drafter; the accepted tokens are the draft's first ones."""
-    sources = step.sources or (step.drafter,) * step.drafted
+    """One step's counts by proposer; the accepted tokens are the draft's first ones."""
+    sources = step.sources or (step.proposer,) * step.drafted
     found = {}
     for name in dict.fromkeys(sources):
         own = [source == name for source in sources]
@@ -48,16 +41,3 @@ def count_positions(step: Step) -> dict[str, AcceptedPerPosition]:
             tuple(int(mine and k < step.accepted) for k, mine in enumerate(own[:last])),
         )
     return found
-
-
-def merge(
-    one: Mapping[str, AcceptedPerPosition], other: Mapping[str, AcceptedPerPosition]
-) -> dict[str, AcceptedPerPosition]:
-    """Both counts together, drafter by drafter."""
-    none = AcceptedPerPosition()
-    names = dict.fromkeys((*one, *other))
-    return {name: one.get(name, none) + other.get(name, none) for name in names}
-
-
-def _sum(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0))

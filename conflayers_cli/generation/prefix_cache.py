@@ -1,16 +1,15 @@
-"""Texts that go on from one another, decoded on one cache: only what is new is read.
+"""Prefix cache of a conversation: only what is new of each prompt is read.
 
-A chat gives the model its whole conversation at every turn. Most of it has been read or written
-before: keys and values of the tokens that the text shares, from its beginning on, with the one
-before it are still in the cache. What differs behind them is overwritten, which costs nothing (see
-`engine.cache`). Texts are compared by their tokens, for a chat template may render earlier turns
-otherwise than before (models that reason drop their thoughts), and an answer's text need not give
-the tokens again that it was written in.
+The tokens that a prompt shares, from its beginning on, with the text before it are still in the KV
+cache; what differs behind them is overwritten. Texts are compared by their tokens: a chat template
+may render earlier turns differently (reasoning models drop their thoughts), and an answer's text
+need not give the same tokens again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
@@ -22,23 +21,18 @@ from conflayers_cli.spec_decode.proposer import Proposer
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts share from the beginning on."""
-    shared = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class PrefixCache:
-    """One text after another, in the same memory.
+    """One text after another on one cache, each as if decoded anew.
 
-    Every answer is what decoding its whole prompt anew would give (in half precision as far as
-    `Decoder.rows` makes passes agree to the bit).
+    (In half precision as far as passes are batch invariant, see `engine.batch_invariance`.)
 
     Args:
         decoder: the model.
-        limit: the longest text there will be, for the cache need not grow beyond it; None: unknown.
+        limit: length of the longest text, beyond which the cache never grows; None: unknown.
     """
 
     def __init__(self, decoder: Decoder, limit: int | None = None) -> None:
@@ -48,48 +42,40 @@ class PrefixCache:
 
     @property
     def cached_tokens(self) -> list[int]:
-        """The tokens whose keys and values are there."""
+        """The tokens whose keys and values are in the cache."""
         latest = self._latest
         if latest is None:
             return []
-        return latest.tokens[:-1] if latest.output else latest.tokens[: latest.filled]
+        return latest.tokens[:-1] if latest.output else latest.tokens[: latest.num_cached]
 
     def begin(
         self,
         request: GenerationRequest,
         *,
-        drafter: Proposer | None = None,
+        proposer: Proposer | None = None,
         end_tokens: frozenset[int] = frozenset(),
     ) -> Generation:
-        """A generation that goes on from the cached tokens, as far as the prompt begins with them.
+        """A generation that reuses the cached tokens with which the prompt begins.
 
-        It may be left at any step. The one begun before must not be gone on with: its memory is
-        this one's now.
-
-        Args:
-            request: its prompt is the whole text so far.
-            drafter, end_tokens: as for `Generation`.
-
-        Raises:
-            InputError: as `Generation`; what is cached stays as it is.
+        It may be left at any step. The one before must not be continued: they share their cache.
+        Arguments and errors as of `Generation`; the prompt is the whole text so far.
         """
-        check_request(self._decoder, request)  # before memory is taken for it
-        # the last token is run in any case: it decides the first new one
+        check_request(self._decoder, request)  # before its cache is allocated
+        # The last token is run in any case: it decides the first new one.
         shared = common_length(self.cached_tokens, request.prompt)
-        filled = min(shared, len(request.prompt) - 1)
-        generation = Generation(
+        num_cached = min(shared, len(request.prompt) - 1)
+        self._latest = Generation(
             self._decoder,
             request,
-            drafter=drafter,
+            proposer=proposer,
             end_tokens=end_tokens,
-            cache=self._memory(request.length, filled),
-            filled=filled,
+            cache=self._reserve(request.length, num_cached),
+            num_cached=num_cached,
         )
-        self._latest = generation
-        return generation
+        return self._latest
 
-    def _memory(self, length: int, filled: int) -> KVCache:
-        """A cache for ``length`` positions with the first ``filled`` cached ones in it."""
+    def _reserve(self, length: int, num_cached: int) -> KVCache:
+        """A cache for ``length`` positions that holds the first ``num_cached`` tokens."""
         if self._latest is None:
             return self._decoder.new_cache(length)
         cache = self._latest.cache
@@ -98,5 +84,5 @@ class PrefixCache:
         # Twice as much as before, so that a long conversation is copied a few times only.
         wanted = max(length, min(2 * cache.capacity, self._limit or 2 * cache.capacity))
         grown = self._decoder.new_cache(wanted)
-        grown.copy_from(cache, filled)
+        grown.copy_from(cache, num_cached)
         return grown

@@ -1,4 +1,4 @@
-"""Prompts → the token ids that a model gets: its chat template, and room for the answer."""
+"""Prompts → the token ids that a model gets: chat template, truncation, token budget."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompts import Prompt, as_messages, plain_text, with_system
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.models.loaded_model import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,12 @@ _ADVICE = "(truncate shortens it)"
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What becomes of prompts before a model gets them.
+    """How prompts are encoded.
 
     Attributes:
-        max_new_tokens: the most tokens of an answer.
-        system: a system message, in place of the prompts' own; None: those.
-        raw: prompts are given as they are, without the chat template.
+        max_new_tokens: the most tokens of an output.
+        system: a system message in place of the prompts' own; None: keep those.
+        raw: no chat template.
         truncate: shorten a prompt that leaves no room for ``max_new_tokens``.
     """
 
@@ -39,17 +39,21 @@ class PromptOptions:
 
 
 def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
-    """The token ids of a prompt: by the chat template of models that have one, unless ``raw``.
+    """Token ids by the chat template, if there is one, unless ``raw``; errors as of `encode`."""
+    return _encode(loaded, _rendered(loaded, prompt, system, raw))
 
-    Raises:
-        InputError: the template refuses the messages, or no tokens come out.
-    """
-    from conflayers_cli.generation.prompts import as_messages, plain_text
+
+def _rendered(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool) -> Prompt:
+    """The prompt with its system message: a text, or messages for the chat template."""
+    if raw or not loaded.has_chat_template:
+        return Prompt(prompt.id, text=plain_text(prompt, system))
+    return Prompt(prompt.id, messages=with_system(prompt, system))
+
+
+def _encode(loaded: LoadedModel, rendered: Prompt) -> list[int]:
     from conflayers_cli.models.tokenization import encode
 
-    if raw or not loaded.has_chat_template:
-        return encode(loaded, None, plain_text(prompt, system))
-    return encode(loaded, as_messages(prompt, system), None)
+    return encode(loaded, as_messages(rendered) if rendered.messages else None, rendered.text)
 
 
 def encode_prompts(
@@ -59,19 +63,13 @@ def encode_prompts(
     sampling: SamplingParams | None = None,
     stop: Sequence[str] = (),
 ) -> list[GenerationRequest]:
-    """Encode prompts and check that the model's context has room for them.
+    """Encode prompts and check that they fit into the model's context.
 
-    Where a prompt leaves less room than ``max_new_tokens``, it gets what there is, and a note says
-    so once; with ``truncate`` the prompt is shortened, and a note says by how much. Half of the
-    context is the most that is kept free for the answer.
+    Where a prompt leaves less than ``max_new_tokens`` of the context, its budget is reduced, noted
+    once; with ``truncate`` it is shortened, which is noted, but for no more than half the context.
 
-    Args:
-        loaded: the model.
-        prompts: texts or chats.
-        options: what becomes of them, and how long answers may be.
-        sampling: of the first prompt; each has a seed of its own, so that what is drawn for it
-            doesn't depend on those before it. None: greedy.
-        stop: strings that end the texts.
+    ``sampling`` (None: greedy) is of the first prompt; the seed of each further one is one more, so
+    that it doesn't depend on those before it.
 
     Raises:
         InputError: a prompt can't be encoded or fills the context; it is named.
@@ -83,21 +81,21 @@ def encode_prompts(
     requests = []
     for number, prompt in enumerate(prompts):
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
-        left_out = 0
         try:
+            rendered = _rendered(loaded, prompt, options.system, options.raw)
             if options.truncate and context is not None:
-                most = context - min(wanted, context // 2)
-                tokens, left_out = _shortened(loaded, prompt, options.system, options.raw, most)
+                limit = context - min(wanted, context // 2)
+                tokens, left_out = _truncated(loaded, rendered, limit)
             else:
-                tokens = encode_prompt(loaded, prompt, options.system, options.raw)
+                tokens, left_out = _encode(loaded, rendered), 0
         except TooLongError as error:
             raise InputError(
-                f"{which} {error.told} {_ADVICE}", names=("truncate shortens",)
+                f"{which} {error.reason} {_ADVICE}", names=("truncate shortens",)
             ) from error
         except InputError as error:
             raise InputError(f"{which}: {error}", names=error.names) from error
-        room = sys.maxsize if context is None else context - len(tokens)
-        if room < 1:
+        remaining = sys.maxsize if context is None else context - len(tokens)
+        if remaining < 1:
             raise InputError(
                 f"{which} is too long: {len(tokens):,} tokens, and {loaded.name} takes "
                 f"{context:,}, the answer included {_ADVICE}",
@@ -107,11 +105,10 @@ def encode_prompts(
             logger.warning(
                 f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept"
             )
-        budget = min(wanted, room)
         requests.append(
             GenerationRequest(
                 tokens,
-                budget,
+                min(wanted, remaining),
                 replace(sampling, seed=sampling.seed + number),
                 stop=tuple(stop),
                 id=prompt.id,
@@ -123,42 +120,26 @@ def encode_prompts(
     return requests
 
 
-def _shortened(
-    loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool, most: int
-) -> tuple[list[int], int]:
-    """The tokens of a prompt, ``most`` of them at the most, and how many of its text's are not
-    among them.
-    """
-    from conflayers_cli.generation.prompts import Message, Prompt, as_messages, plain_text
-    from conflayers_cli.generation.truncation import fit, texts_of
-    from conflayers_cli.models.tokenization import count_tokens, encode
+def _truncated(loaded: LoadedModel, rendered: Prompt, limit: int) -> tuple[list[int], int]:
+    """(at most ``limit`` tokens of a prompt, how many of its text are left out)."""
+    from conflayers_cli.generation.truncation import prompt_texts, truncate_prompt
+    from conflayers_cli.models.tokenization import count_tokens
 
-    if raw or not loaded.has_chat_template:
-        whole = Prompt(prompt.id, text=plain_text(prompt, system))
-    else:
-        chat = (Message(**message) for message in as_messages(prompt, system))
-        whole = Prompt(prompt.id, messages=tuple(chat))
-
-    def tokens_of(part: Prompt) -> list[int]:
-        return encode(loaded, as_messages(part) if part.messages else None, part.text)
-
-    fitted = fit(whole, tokens_of, most)
-    if fitted.prompt == whole:
-        return fitted.tokens, 0
+    truncated = truncate_prompt(rendered, lambda part: _encode(loaded, part), limit)
+    if truncated.prompt == rendered:
+        return truncated.tokens, 0
     before, after = (
-        sum(count_tokens(loaded.tokenizer, text) for text in texts_of(part))
-        for part in (whole, fitted.prompt)
+        sum(count_tokens(loaded.tokenizer, text) for text in prompt_texts(part))
+        for part in (rendered, truncated.prompt)
     )
-    return fitted.tokens, max(before - after, 1)
+    return truncated.tokens, max(before - after, 1)
 
 
 def _note_reduced_budgets(loaded: LoadedModel, budgets: Sequence[int], wanted: int) -> None:
-    cut = [budget for budget in budgets if budget < wanted]
-    if not cut:
+    if not (cut := [budget for budget in budgets if budget < wanted]):
         return
-    which = (
-        f"{len(cut)} of {len(budgets)} prompts leave" if len(budgets) > 1 else "the prompt leaves"
-    )
+    several = f"{len(cut)} of {len(budgets)} prompts leave"
+    which = several if len(budgets) > 1 else "the prompt leaves"
     logger.warning(
         f"note: {which} room for {min(cut):,} new tokens{' or more' if len(cut) > 1 else ''} "
         f"instead of {wanted:,} in the context of {loaded.name} ({loaded.context_length:,} tokens)"

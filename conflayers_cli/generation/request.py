@@ -1,4 +1,4 @@
-"""What somebody wants decoded: a prompt, how tokens are chosen, and what ends the text."""
+"""A generation request: a prompt, how tokens are chosen, and what ends the text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class GenerationRequest:
 
     Attributes:
         prompt: token ids, at least one; kept as a tuple.
-        max_new_tokens: the most tokens produced, at least one.
-        sampling: how its tokens are chosen, with a seed of its own.
+        max_new_tokens: at least one.
+        sampling: how tokens are chosen, with a seed of its own.
         stop: strings that end the text and are not part of it.
         on_token: called with every new token in order; True ends the text with it.
         id: the prompt's name in its file.
         category: what kind of prompt it is, if the file says so.
-        truncated: tokens of the prompt's text that were left out so that it fits.
+        truncated: tokens left out of the prompt so that it fits.
 
     Raises:
         InputError: no prompt, no budget, or an empty stop string.
@@ -48,5 +48,5 @@ class GenerationRequest:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output at the most."""
+        """The most tokens of prompt and output."""
         return len(self.prompt) + self.max_new_tokens

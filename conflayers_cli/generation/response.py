@@ -1,4 +1,4 @@
-"""What comes of a request: its text piece by piece, and all of it in the end."""
+"""Responses to a request: its text piece by piece, and the result."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from conflayers_cli.generation.stats import GenerationStats
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A finished text, why it ended, and what it took.
+    """A finished text, why it ended, and its statistics.
 
     Attributes:
         text: without end tokens and stop strings; empty where there is no tokenizer.
-        token_ids: the tokens produced, an end token included.
+        token_ids: the tokens generated, an end token included.
         finish_reason: "stop": an end token or stop string; "length": the token budget;
             "interrupted": it was cancelled.
         prompt_tokens: the prompt's length.
-        stats: what decoding took.
-        cached_prompt_tokens: so many of the prompt's tokens did not have to be read.
+        stats: of decoding.
+        cached_prompt_tokens: prompt tokens that were in the cache already.
         cache_bytes: memory of the keys and values; of a batch all of it.
     """
 
@@ -33,7 +33,6 @@ class GenerationResult:
     cache_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The result as JSON takes it."""
         return {
             "text": self.text,
             "token_ids": list(self.token_ids),
@@ -44,20 +43,18 @@ class GenerationResult:
 
 
 Answer = GenerationResult
-"""The name it has had in the Python API."""
+"""Its old name in the Python API."""
 
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """What one step gave for one request.
+    """The outcome of one step for one request.
 
     Attributes:
-        number: the request's: its index in what `TextGenerator.stream` was given, or what
-            `TextGenerator.add` returned.
+        number: the request's index in `TextGenerator.stream`, or what `TextGenerator.add` returned.
         text: the newly certain text, possibly empty; the pieces add up to the whole text.
-        step: the tokens, how many were drafted and accepted, by whom, and seconds; None where the
-            request was cancelled.
-        result: the whole, with a request's last response; None before.
+        step: tokens, drafts, seconds; None: the request was cancelled.
+        result: with a request's last response; None before.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""A run over prompts: a model ready to decode, results of each prompt, and statistics of the run."""
+"""A run over prompts: a model ready to decode, each prompt's result, statistics of the run."""
 
 from __future__ import annotations
 
@@ -16,48 +16,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What ``--stats`` says of a run beside the figures of its texts.
+    """What ``--stats`` shows of a run beside the figures of its texts.
 
     Attributes:
         batch_size: prompts decoded at once.
         lossy: what was left out for good; None: nothing.
-        peak_bytes: the most memory in use over the model's weights; None: nobody watched.
-        told: sentences on the model and how it ran.
+        peak_bytes: peak memory beyond the model's weights; None: not measured.
+        notes: sentences on the model and how it ran.
     """
 
     batch_size: int
     lossy: str | None
     peak_bytes: int | None
-    told: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PromptResult:
-    """What came of one prompt of a file.
-
-    Attributes:
-        number: the prompt's, from 0.
-        result: its text and figures.
-        document: what its line says of it.
-        without_text: how many of its tokens the tokenizer doesn't know, and how many it does know.
+    """The result of one prompt of a file, counted from 0; ``document`` is its line of JSON,
+    ``unknown_tokens`` as of `GenerationRun.unknown_tokens`.
     """
 
     number: int
     result: GenerationResult
     document: dict[str, Any]
-    without_text: tuple[int, int]
+    unknown_tokens: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model ready to decode, and the prompts as it gets them.
-
-    Attributes:
-        loaded: the model.
-        generator: decodes with it.
-        requests: all prompts.
-        memory: watches the memory in use; None: nobody asked.
-    """
+class GenerationRun:
+    """A model ready to decode, and its prompts, encoded; ``memory``: where the peak is measured."""
 
     loaded: LoadedModel
     generator: TextGenerator
@@ -65,35 +53,30 @@ class Prepared:
     memory: PeakMemory | None = None
 
     def run_stats(self) -> RunStats:
-        """As of now."""
         return run_stats(self.loaded, self.generator, self.memory)
 
     def results(self, begin: int, end: int) -> Iterator[PromptResult]:
-        """The results of the prompts from one number to before another, each as soon as it is done.
+        """The results of ``requests[begin:end]``, each as soon as it is complete.
 
         Raises:
             LogitsError: a text can't go on; it names the prompt where there are several.
         """
-        from conflayers_cli.generation.generator import naming_prompts
+        from conflayers_cli.generation.generator import name_failed_prompt
 
-        with naming_prompts(self.requests, begin):
+        with name_failed_prompt(self.requests, begin):
             for response in self.generator.stream(self.requests[begin:end]):
-                if response.result is not None:
-                    yield self._result(begin + response.number, response.result)
+                if (result := response.result) is not None:
+                    number = begin + response.number
+                    document = {**truncation_note(self.requests[number]), **self.as_json(result)}
+                    yield PromptResult(number, result, document, self.unknown_tokens(result))
 
-    def _result(self, number: int, result: GenerationResult) -> PromptResult:
-        document = {**truncation_note(self.requests[number]), **self.as_json(result)}
-        return PromptResult(number, result, document, self.without_text(result))
-
-    def without_text(self, result: GenerationResult) -> tuple[int, int]:
+    def unknown_tokens(self, result: GenerationResult) -> tuple[int, int]:
         """(tokens of the output beyond the tokenizer's vocabulary, its size)."""
-        from conflayers_cli.generation.detokenizer import without_text
-
-        tokenizer = self.loaded.tokenizer
-        return without_text(tokenizer, result.token_ids), len(tokenizer)
+        size = len(self.loaded.tokenizer)
+        return sum(token >= size for token in result.token_ids), size
 
     def as_json(self, result: GenerationResult) -> dict[str, Any]:
-        """A result as JSON takes it; one that is not the model's own says so."""
+        """A result as JSON takes it, marked where layers were left out for good."""
         document = result.as_json()
         skipped = self.generator.skip_plan
         if skipped is not None:
@@ -106,8 +89,8 @@ class Prepared:
 def run_stats(
     loaded: LoadedModel, generator: TextGenerator, memory: PeakMemory | None = None
 ) -> RunStats:
-    """What ``--stats`` says of a model and its generator, as of now."""
-    from conflayers_cli.engine.run_info import remarks
+    """What ``--stats`` shows of a model and its generator, as of now."""
+    from conflayers_cli.engine.run_info import run_notes
 
     decoder, lossy = generator.decoder, None
     if generator.skip_plan:
@@ -117,24 +100,23 @@ def run_stats(
         batch_size=generator.batch_size,
         lossy=lossy,
         peak_bytes=memory.peak() if memory else None,
-        told=(f"{loaded.name} on {loaded.place}; {loaded.dtype_reason}", *remarks(decoder)),
+        notes=(
+            f"{loaded.name} on {loaded.device_label}; {loaded.dtype_reason}",
+            *run_notes(decoder),
+        ),
     )
 
 
 def _kept_layers(generator: TextGenerator) -> list[int]:
-    """Layers of which something is left where others are left out for good."""
+    """Layers that are not left out as a whole."""
     gone = set(generator.skip_plan.layers) if generator.skip_plan else set()
     return [layer for layer in range(generator.decoder.depth) if layer not in gone]
 
 
-class Prepare(Protocol):
-    """Loads the model and encodes the prompts.
+class PrepareRun(Protocol):
+    """Loads the model and encodes the prompts; ``dtype``: None: as the command line says."""
 
-    Args:
-        dtype: which the model is loaded in; None: as the command line says.
-    """
-
-    def __call__(self, dtype: str | None = None) -> Prepared: ...
+    def __call__(self, dtype: str | None = None) -> GenerationRun: ...
 
 
 def truncation_note(request: GenerationRequest) -> dict[str, int]:

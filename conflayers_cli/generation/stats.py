@@ -1,18 +1,20 @@
-"""What decoding took and what was drafted: of a step, of a text, of several."""
+"""Seconds, tokens and drafts of one generation, or of several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
-from conflayers_cli.generation.positions import AcceptedPerPosition, count_positions, merge
+from conflayers_cli.generation.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.generation.sequence import Step
+
+_SUMMED = ("prefill_seconds", "decode_seconds", "draft_seconds", "tokens", "decode_tokens", "steps")
 
 
 @dataclass(frozen=True)
 class DraftCount:
-    """What one drafter did."""
+    """What one proposer did."""
 
     steps: int = 0
     drafted: int = 0
@@ -26,9 +28,12 @@ class DraftCount:
         )
 
 
+T = TypeVar("T", DraftCount, AcceptedPerPosition)
+
+
 @dataclass(frozen=True)
 class GenerationStats:
-    """What decoding took, the prompt's pass apart from the rest.
+    """Statistics of decoding.
 
     Attributes:
         prefill_seconds: the pass over the prompt, which also decides the first token.
@@ -36,9 +41,9 @@ class GenerationStats:
         tokens: tokens produced.
         decode_tokens: those of the steps behind the prefill.
         steps: those steps.
-        by_drafter: what each drafter did in them; steps without a draft are not in it.
+        by_drafter: what each proposer did in them; steps without a draft are not in it.
         draft_seconds: the part of ``decode_seconds`` spent on drafts that held a token.
-        by_position: what each drafter did by place in the draft.
+        by_position: what each proposer did by position in the draft.
     """
 
     prefill_seconds: float = 0.0
@@ -51,29 +56,18 @@ class GenerationStats:
     by_position: Mapping[str, AcceptedPerPosition] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, steps: Iterable[Step]) -> GenerationStats:
-        """The summary of a generation's steps."""
-        return cls.total(map(_of_step, steps))
+    def from_steps(cls, steps: Iterable[Step]) -> GenerationStats:
+        """The statistics of a generation's steps."""
+        return cls.total(map(_step_stats, steps))
 
     @classmethod
     def total(cls, summaries: Iterable[GenerationStats]) -> GenerationStats:
-        """One summary of several generations."""
+        """The statistics of several generations together."""
         parts = list(summaries)
-        drafters: dict[str, DraftCount] = {}
-        positions: dict[str, AcceptedPerPosition] = {}
-        for part in parts:
-            positions = merge(positions, part.by_position)
-            for name, count in part.by_drafter.items():
-                drafters[name] = drafters.get(name, DraftCount()) + count
         return cls(
-            prefill_seconds=sum(part.prefill_seconds for part in parts),
-            decode_seconds=sum(part.decode_seconds for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            decode_tokens=sum(part.decode_tokens for part in parts),
-            steps=sum(part.steps for part in parts),
-            by_drafter=drafters,
-            draft_seconds=sum(part.draft_seconds for part in parts),
-            by_position=positions,
+            by_drafter=_merge(part.by_drafter for part in parts),
+            by_position=_merge(part.by_position for part in parts),
+            **{name: sum(getattr(part, name) for part in parts) for name in _SUMMED},
         )
 
     @property
@@ -88,7 +82,7 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding, without the prefill; None where nothing was decoded behind it."""
+        """Without the prefill; None where nothing was decoded behind it."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
 
     @property
@@ -113,7 +107,7 @@ class GenerationStats:
         return self.decode_tokens / self.steps if self.steps else None
 
     def as_json(self) -> dict[str, Any]:
-        """The summary as JSON takes it."""
+        """The statistics as JSON takes them."""
         return {
             "prefill_seconds": round(self.prefill_seconds, 6),
             "decode_seconds": round(self.decode_seconds, 6),
@@ -125,32 +119,32 @@ class GenerationStats:
             "tokens_per_second": self.tokens_per_second,
             "acceptance_rate": self.acceptance_rate,
             "tokens_per_step": self.tokens_per_step,
-            "by_drafter": {
-                name: {"steps": c.steps, "drafted": c.drafted, "accepted": c.accepted}
-                for name, c in self.by_drafter.items()
-            },
+            "by_drafter": {name: asdict(count) for name, count in self.by_drafter.items()},
         }
 
 
-def _of_step(step: Step) -> GenerationStats:
+def _merge(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    """The sums by proposer."""
+    total: dict[str, T] = {}
+    for part in parts:
+        for name, count in part.items():
+            total[name] = total[name] + count if name in total else count
+    return total
+
+
+def _step_stats(step: Step) -> GenerationStats:
     count = len(step.tokens)
-    if step.drafter == "prefill":
+    if step.proposer == "prefill":
         return GenerationStats(prefill_seconds=step.seconds, tokens=count)
+    positions = count_positions(step)
     return GenerationStats(
         decode_seconds=step.seconds,
         tokens=count,
         decode_tokens=count,
         steps=1,
-        by_drafter=_by_drafter(step),
+        by_drafter={
+            name: DraftCount(1, sum(at.drafted), sum(at.accepted)) for name, at in positions.items()
+        },
         draft_seconds=step.draft_seconds,
-        by_position=count_positions(step),
+        by_position=positions,
     )
-
-
-def _by_drafter(step: Step) -> dict[str, DraftCount]:
-    """Who drafted how much in a step; the tokens that were kept are the chain's first ones."""
-    sources = step.sources or (step.drafter,) * step.drafted
-    return {
-        name: DraftCount(1, sources.count(name), sources[: step.accepted].count(name))
-        for name in dict.fromkeys(sources)
-    }

@@ -1,14 +1,13 @@
 """Prompts longer than a model's context, shortened until they fit.
 
-A plain text loses its beginning: it is continued, so its end is what matters. In a chat the
-template has to stay whole, and a question may stand before a document or behind it; so messages
-lose their middle (as LongBench has it, arXiv 2308.14508 §4.1), the longest ones first, down to one
-length that all keep.
+A plain text loses its beginning: it is continued, so its end matters. Messages lose their middle
+(as LongBench does, arXiv 2308.14508 §4.1), since a question may come before a document or after it;
+the longest first, down to one length that all keep. The chat template stays whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from conflayers_cli.errors import InputError
@@ -16,79 +15,75 @@ from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.models.tokenization import TooLongError
 
 GAP = " … "
-"""What stands for the middle of a message that was left out."""
+"""In place of the middle of a message."""
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A prompt that fits: its tokens, and the texts that they are of."""
+class TruncatedPrompt:
+    """A prompt that fits, and its tokens."""
 
     tokens: list[int]
     prompt: Prompt
 
 
-def fit(prompt: Prompt, encode: Callable[[Prompt], list[int]], most: int) -> Fitted:
-    """Keep as much of a prompt as ``most`` tokens have room for.
+def truncate_prompt(
+    prompt: Prompt, encode: Callable[[Prompt], list[int]], limit: int
+) -> TruncatedPrompt:
+    """Keep as much of a prompt as fits into ``limit`` ≥ 1 tokens.
 
-    Args:
-        prompt: a text loses its beginning, messages their middle.
-        encode: gives a prompt's tokens, or raises a `TooLongError`.
-        most: tokens, at least one.
-
-    Raises:
-        InputError: not even a character of each message has room, or as ``encode``.
+    ``encode`` gives a prompt's tokens, or raises a `TooLongError`. Raises InputError where not even
+    a character of each message fits.
     """
 
-    def kept(characters: int) -> Fitted | None:
-        shorter = cut(prompt, characters)
+    def attempt(characters: int) -> TruncatedPrompt | None:
+        shorter = shorten(prompt, characters)
         try:
             tokens = encode(shorter)
         except TooLongError:
             return None
-        return Fitted(tokens, shorter) if len(tokens) <= most else None
+        return TruncatedPrompt(tokens, shorter) if len(tokens) <= limit else None
 
-    longest = max(map(len, texts_of(prompt)))
-    if found := kept(longest):
-        return found
-    found = kept(1)
-    if found is None:
-        raise InputError(f"is too long: even without its text it has over {most:,} tokens")
+    longest = max(map(len, prompt_texts(prompt)))
+    if best := attempt(longest):
+        return best
+    best = attempt(1)
+    if best is None:
+        raise InputError(f"is too long: even without its text it has over {limit:,} tokens")
     low, high = 1, longest  # characters that fit, and that don't
-    step = 4 * most
+    step = 4 * limit
     while low + step < high:  # near the answer first: the text may be of any length
-        if (more := kept(low + step)) is None:
+        if (more := attempt(low + step)) is None:
             high = low + step
             break
-        low, found, step = low + step, more, 2 * step
-    while high - low > 1 and most - len(found.tokens) > most // 256:
+        low, best, step = low + step, more, 2 * step
+    while high - low > 1 and limit - len(best.tokens) > limit // 256:
         middle = (low + high) // 2
-        if more := kept(middle):
-            low, found = middle, more
+        if more := attempt(middle):
+            low, best = middle, more
         else:
             high = middle
-    return found
+    return best
 
 
-def cut(prompt: Prompt, characters: int) -> Prompt:
-    """The prompt with so many characters of every text at the most."""
+def shorten(prompt: Prompt, characters: int) -> Prompt:
+    """The prompt with at most so many characters of every text."""
     if prompt.text is not None:
         return replace(prompt, text=prompt.text[-characters:])
-    messages = tuple(
-        replace(message, content=_without_middle(message.content, characters))
-        for message in prompt.messages or ()
-    )
-    return replace(prompt, messages=messages)
-
-
-def texts_of(prompt: Prompt) -> Sequence[str]:
-    """All that a prompt says."""
-    if prompt.text is not None:
-        return (prompt.text,)
-    return [message.content for message in prompt.messages or ()]
-
-
-def _without_middle(text: str, characters: int) -> str:
-    if len(text) <= characters:
-        return text
     tail = characters // 2
-    return text[: characters - tail] + GAP + (text[-tail:] if tail else "")
+
+    def without_middle(text: str) -> str:
+        if len(text) <= characters:
+            return text
+        return text[: characters - tail] + GAP + text[len(text) - tail :]
+
+    messages = (
+        replace(each, content=without_middle(each.content)) for each in prompt.messages or ()
+    )
+    return replace(prompt, messages=tuple(messages))
+
+
+def prompt_texts(prompt: Prompt) -> list[str]:
+    """All texts of a prompt."""
+    if prompt.text is not None:
+        return [prompt.text]
+    return [message.content for message in prompt.messages or ()]

@@ -1,13 +1,13 @@
-"""The attention call of every pass, arranged so that a row's bits don't depend on the other rows.
+"""Attention of every pass, arranged so that a query's bits don't depend on the other queries.
 
 Two things are done to the call that transformers' models make through their attention interface:
 
 * Grouped heads are *folded*: the query heads that share a key/value head become rows of one call,
   ``[B, Hq, T, D] → [B, Hkv, G·T, D]``. Keys and values are never repeated in memory.
-* The rows are padded to a multiple of four and the keys are taken in extents of a multiple of 512
-  (the cache sees to it), under a boolean mask. PyTorch's CPU kernel then gives a
-  row the same bits whatever the number of rows, its place among them, and what lies beyond the
-  mask, which is what makes speculative bfloat16 output equal to vanilla token for token.
+* Rows are padded to a multiple of four, and keys are read in multiples of 512 (`KV_BLOCK`) under a
+  mask. PyTorch's CPU kernel then gives a row the same bits whatever the number of rows, its index
+  among them, and what lies beyond the mask. So speculative bfloat16 output equals vanilla token
+  for token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROW_MULTIPLE = 4
 
 
 def folded_rows(tokens: int, groups: int) -> int:
-    """Rows of the attention call for ``tokens`` queries of ``groups`` heads per key/value head."""
+    """Rows of the folded call, padded: ``tokens`` queries of ``groups`` heads per K/V head."""
     return -(-tokens * groups // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -33,11 +33,11 @@ def fold_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
 
     Padding rows repeat the first row: they must see something, or their softmax would be NaN.
     """
-    batch, _, tokens, extent = mask.shape
+    batch, _, tokens, kv_len = mask.shape
     rows = folded_rows(tokens, groups)
-    folded = mask.new_empty((batch, 1, rows, extent))
+    folded = mask.new_empty((batch, 1, rows, kv_len))
     used = tokens * groups
-    folded[:, :, :used].view(batch, groups, tokens, extent).copy_(mask.expand(-1, groups, -1, -1))
+    folded[:, :, :used].view(batch, groups, tokens, kv_len).copy_(mask.expand(-1, groups, -1, -1))
     if rows > used:
         folded[:, :, used:] = mask[:, :, :1]
     return folded
@@ -58,11 +58,10 @@ def attention_forward(
     """Attention as transformers' interface calls it.
 
     Args:
-        query: ``[B, Hq, T, D]``.
-        key: ``[B, Hkv, S, D]``; ``Hkv`` divides ``Hq``.
-        value: ``[B, Hkv, S, Dv]``.
-        attention_mask: bool ``[B, 1, T, S]``, or already folded by :func:`fold_mask`; None means
-            plain causal attention over ``S = T`` keys (the model called without a cache).
+        query, key, value: ``[B, Hq, T, D]``, ``[B, Hkv, S, D]``, ``[B, Hkv, S, Dv]``.
+        attention_mask: bool ``[B, 1, T, S]``, or already folded by :func:`fold_mask`; None: causal
+            attention over ``S = T`` keys (the model called without a cache).
+        scaling, softcap, s_aux, position_bias: as the model's family has them.
 
     Returns:
         ``[B, T, Hq, Dv]`` and None (no attention weights).
@@ -95,16 +94,9 @@ def folded_attention(
     mask: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention with grouped heads folded into rows, and rows padded.
+    """Attention ``[B, Hq, T, Dv]`` with grouped heads folded into rows, and rows padded.
 
-    Args:
-        query: ``[B, Hq, T, D]``.
-        key: ``[B, Hkv, S, D]``; ``Hkv`` divides ``Hq``.
-        value: ``[B, Hkv, S, Dv]``.
-        mask: from :func:`fold_mask`.
-
-    Returns:
-        ``[B, Hq, T, Dv]``.
+    Shapes as for :func:`attention_forward`; ``mask`` is from :func:`fold_mask`.
     """
     batch, heads, tokens, size = query.shape
     used, rows = tokens * (heads // key.shape[1]), mask.shape[-2]
@@ -115,13 +107,13 @@ def folded_attention(
     return out[:, :, :used].reshape(batch, heads, tokens, value.shape[-1])
 
 
-def added_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers to add, which attention would else make of it in every layer."""
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers to add, made once for all layers."""
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return added.masked_fill_(mask.logical_not(), float("-inf"))
 
 
-def added_attention(
+def masked_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -129,7 +121,7 @@ def added_attention(
     mask: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """:func:`folded_attention` under a mask from :func:`added_mask`: ``[B, T, Hq, Dv]``."""
+    """:func:`folded_attention` under a mask from :func:`additive_mask`: ``[B, T, Hq, Dv]``."""
     return folded_attention(query, keys, values, mask, scaling).transpose(1, 2)
 
 
@@ -143,32 +135,32 @@ def _explicit(
     sinks: torch.Tensor | None,
     position_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in plain steps, for what the fused kernel lacks: soft-capping (Gemma 2), attention
-    sinks (GPT-OSS), position biases (ALiBi). The softmax runs in float32.
+    """Attention in plain steps, softmax in float32, for what PyTorch's kernel lacks: soft-capping
+    (Gemma 2), attention sinks (GPT-OSS), position biases (ALiBi).
     """
     batch, heads, tokens, dim = query.shape
-    groups, extent = heads // key.shape[1], key.shape[2]
+    groups, kv_len = heads // key.shape[1], key.shape[2]
     grouped = query.reshape(batch, key.shape[1], groups * tokens, dim)
     scale = dim**-0.5 if scaling is None else scaling
     scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
-    scores = scores.view(batch, heads, tokens, extent)
+    scores = scores.view(batch, heads, tokens, kv_len)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if position_bias is not None:
         scores = scores + position_bias
     if mask is None:
         # The last query sees all keys, whether there are as many as queries or more.
-        mask = torch.ones(tokens, extent, dtype=torch.bool, device=query.device)
-        mask = mask.tril(extent - tokens)
+        mask = torch.ones(tokens, kv_len, dtype=torch.bool, device=query.device)
+        mask = mask.tril(kv_len - tokens)
     elif mask.shape[-2] != tokens:  # folded: the first `tokens` rows are one head's own
         mask = mask[:, :, :tokens]
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         column = sinks.float().view(1, -1, 1, 1).expand(batch, -1, tokens, 1)
-        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :extent]
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :kv_len]
     else:
         weights = torch.softmax(scores, dim=-1)
-    weights = weights.to(value.dtype).view(batch, key.shape[1], groups * tokens, extent)
+    weights = weights.to(value.dtype).view(batch, key.shape[1], groups * tokens, kv_len)
     out = torch.matmul(weights, value).view(batch, heads, tokens, value.shape[-1])
     return out.transpose(1, 2).contiguous(), None
 
@@ -178,9 +170,7 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def own_attention(model: Any) -> str:
-    """The attention that transformers would use, also where an earlier Decoder set the engine's."""
+def original_attention(model: Any) -> str:
+    """The attention that transformers would use, also where the engine's is set already."""
     current: str = model.config._attn_implementation
-    if current != NAME:
-        return current
-    return "sdpa" if model._supports_sdpa else "eager"
+    return current if current != NAME else "sdpa" if model._supports_sdpa else "eager"

@@ -1,81 +1,80 @@
-"""The two Triton kernels of :mod:`conflayers_cli.kernels.flash_decode`, which says what they compute and what its bits hang on.
+"""The two Triton kernels of :mod:`conflayers_cli.kernels.flash_decode`, which says what they
+compute and why a row's bits don't depend on others. Importing this needs triton.
 
-Importing this needs triton, which comes with the CUDA builds of PyTorch; :mod:`conflayers_cli.kernels.flash_decode` does so at
-the first call only.
-
-Strides are given in units that the compiler knows (``…_unit`` elements): so it sees that rows begin
-at multiples of 16 bytes without looking at the numbers. For the same reason no argument's value is
-"specialised" on: of one model there is one compiled kernel, whatever the tokens, rows and slots.
+Strides are given in units that the compiler knows (``…unit`` elements), so it sees that vectors
+begin at multiples of 16 bytes. No other argument's value is specialised on: one model has one
+compiled kernel, whatever the numbers of tokens, sequences and slots.
 """
 
 # Not `from __future__ import annotations`: triton reads the annotations.
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+# A kernel's arguments are single values, hence the long signatures and bodies: parts of a body
+# would each have as many.
 
-def flash_block(
-    wanted: tl.tensor,
-    split_keys: tl.tensor,
-    split_values: tl.tensor,
-    start: tl.tensor,
-    within: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    position: tl.tensor,
-    first: tl.tensor,
-    slot: tl.tensor,
+
+def sum_split(
+    query: tl.tensor,
+    kv: tl.tuple,
+    view: tl.tuple,
     scale: tl.tensor,
-    keys_slot: tl.tensor,
-    values_slot: tl.tensor,
-    top: tl.tensor,
-    total: tl.tensor,
-    summed: tl.tensor,
-    spoiled: tl.tensor,
     size: tl.constexpr,
     value_size: tl.constexpr,
-    padded: tl.constexpr,
     value_padded: tl.constexpr,
-    unit: tl.constexpr,
-    value_unit: tl.constexpr,
-    careful: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """One step of the running softmax: the slots ``within`` a split that begins at ``start``.
+    split_slots: tl.constexpr,
+    block: tl.constexpr,
+    finite_only: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Running softmax over the split whose first slot is ``start``: (maximum, total, weighted sum).
 
-    With ``careful``, values that aren't finite are left out of ``summed``, and their weights summed
-    in ``spoiled``.
+    ``kv``: the split's keys, its values, and the steps from slot to slot in each; ``view``: what
+    the rows see. With ``finite_only``, values that aren't finite are left out of the sum, and
+    a row that sees one gets NaN in that feature.
     """
-    feature = tl.arange(0, padded)
+    keys, values, key_step, value_step = kv
+    start, begin, end, position, first, slot = view
+    maximum = tl.full([query.shape[0]], float("-inf"), tl.float32)
+    total = tl.full([query.shape[0]], 0.0, tl.float32)
+    summed = tl.full([query.shape[0], value_padded], 0.0, tl.float32)
+    not_finite = tl.full([query.shape[0], value_padded], 0.0, tl.float32)
+    feature = tl.arange(0, query.shape[1])
     value_feature = tl.arange(0, value_padded)
-    other = start + within
-    held = (other >= begin) & (other < end)
-    key_at = split_keys + within[:, None] * (keys_slot * unit) + feature[None, :]
-    key = tl.load(key_at, mask=held[:, None] & (feature < size)[None, :], other=0.0)
-    value_at = split_values + within[:, None] * (values_slot * value_unit)
-    value_at += value_feature[None, :]
-    there = held[:, None] & (value_feature < value_size)[None, :]
-    value = tl.load(value_at, mask=there, other=0.0)
+    # Always all blocks of a split: slots that no row sees are not read, but computed with.
+    for offset in tl.range(0, split_slots, block, num_stages=1 if finite_only else None):
+        within = offset + tl.arange(0, block)
+        other = start + within
+        held = (other >= begin) & (other < end)
+        key_at = keys + within[:, None] * key_step + feature[None, :]
+        key = tl.load(key_at, mask=held[:, None] & (feature < size)[None, :], other=0.0)
+        value_at = values + within[:, None] * value_step + value_feature[None, :]
+        read = held[:, None] & (value_feature < value_size)[None, :]
+        value = tl.load(value_at, mask=read, other=0.0)
 
-    score = tl.dot(wanted, tl.trans(key), input_precision="ieee") * scale
-    seen = (other[None, :] < position[:, None]) & (other[None, :] >= first[:, None])
-    seen = seen | (other[None, :] == slot[:, None])
-    score = tl.where(seen, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 1))
-    # A row that has seen nothing yet: -inf less -inf would be NaN.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    kept = tl.exp2(top - base)
-    weight = tl.exp2(score - base[:, None])
-    total = total * kept + tl.sum(weight, 1)
-    weight = weight.to(value.dtype)
-    if careful:
-        finite = tl.abs(value) < float("inf")
-        odd = tl.where(finite, 0.0, 1.0).to(value.dtype)
-        spoiled = tl.dot(weight, odd, spoiled, input_precision="ieee")
-        value = tl.where(finite, value, 0.0)
-    summed = tl.dot(weight, value, summed * kept[:, None], input_precision="ieee")
-    return higher, total, summed, spoiled
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        seen = (other[None, :] < position[:, None]) & (other[None, :] >= first[:, None])
+        seen = seen | (other[None, :] == slot[:, None])
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(score, 1))
+        # A row that has seen nothing yet: -inf less -inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        rescale = tl.exp2(maximum - base)
+        weight = tl.exp2(score - base[:, None])
+        total = total * rescale + tl.sum(weight, 1)
+        weight = weight.to(value.dtype)
+        if finite_only:
+            finite = tl.abs(value) < float("inf")
+            odd = tl.where(finite, 0.0, 1.0).to(value.dtype)
+            not_finite = tl.dot(weight, odd, not_finite, input_precision="ieee")
+            value = tl.where(finite, value, 0.0)
+        summed = tl.dot(weight, value, summed * rescale[:, None], input_precision="ieee")
+        maximum = higher
+    if finite_only:
+        summed = tl.where(not_finite == 0.0, summed, float("nan"))
+    return maximum, total, summed
 
 
-block_step = triton.jit(flash_block)
+sum_split_inlined = triton.jit(sum_split)
 
 
 def flash_split(
@@ -85,7 +84,7 @@ def flash_split(
     positions: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    tops: tl.tensor,
+    maxima: tl.tensor,
     totals: tl.tensor,
     scale: tl.tensor,
     tokens: tl.tensor,
@@ -101,11 +100,7 @@ def flash_split(
     values_batch: tl.tensor,
     values_head: tl.tensor,
     values_slot: tl.tensor,
-    positions_batch: tl.tensor,
-    positions_token: tl.tensor,
-    slots_batch: tl.tensor,
-    slots_token: tl.tensor,
-    shared: tl.constexpr,
+    kv_heads: tl.constexpr,
     groups: tl.constexpr,
     size: tl.constexpr,
     value_size: tl.constexpr,
@@ -117,31 +112,28 @@ def flash_split(
     split_slots: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """One block of rows over some splits of the slots: each split's sums, top score and total.
+    """One block of rows over some splits of the slots: each split's sums, maximum and total.
 
-    Program ``(i, j, k)``: the ``i``-th ``rows`` rows of key/value head ``j`` (of all sequences one
-    after another), and of the splits that these rows see the ``k``-th, and every one as far on
-    again as there are programs. A row is a query head of a token, the heads of a token side by
-    side.
+    A row is a query head of a token, the heads of a token side by side. Program ``(i, j, k)`` takes
+    the ``i``-th ``rows`` rows of key/value head ``j`` (of all sequences one after another), and of
+    the splits that these rows see the ``k``-th, and every further one in steps of the grid.
 
-    Writes, of each split that it reads, float32: ``sums [B, T, Hq, splits, Dv]``, and ``tops`` and
-    ``totals [B, T, Hq, splits]``: the values weighted by exp2(score - top), the highest score, and
-    the sum of the weights.
+    Writes, of each split that it reads, float32: ``sums [B, T, Hq, splits, Dv]``, the values
+    weighted by exp2(score - maximum), ``maxima`` of the scores and ``totals`` of the weights, both
+    ``[B, T, Hq, splits]``.
     """
-    batch = (tl.program_id(1) // shared).to(tl.int64)
-    head = tl.program_id(1) % shared
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = tl.program_id(1) % kv_heads
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     token = row // groups
     query_heads = head * groups + row % groups
     live = token < tokens
-    own_position = positions + batch * positions_batch + token * positions_token
-    position = tl.load(own_position, mask=live, other=0).to(tl.int32)
-    own_slot = slots + batch * slots_batch + token * slots_token
-    slot = tl.load(own_slot, mask=live, other=0).to(tl.int32)
+    position = tl.load(positions + batch * tokens + token, mask=live, other=0).to(tl.int32)
+    slot = tl.load(slots + batch * tokens + token, mask=live, other=0).to(tl.int32)
     feature = tl.arange(0, padded)
-    asked = query + batch * (query_batch * unit) + query_heads[:, None] * (query_head * unit)
-    asked += token[:, None] * (query_token * unit) + feature[None, :]
-    wanted = tl.load(asked, mask=live[:, None] & (feature < size)[None, :], other=0.0)
+    query_at = query + batch * (query_batch * unit) + query_heads[:, None] * (query_head * unit)
+    query_at += token[:, None] * (query_token * unit) + feature[None, :]
+    own_query = tl.load(query_at, mask=live[:, None] & (feature < size)[None, :], other=0.0)
 
     first = tl.maximum(position - window + 1, 0)
     begin = tl.maximum(tl.min(tl.where(live, tl.minimum(first, slot), capacity), 0), 0)
@@ -155,78 +147,21 @@ def flash_split(
         start = split * split_slots
         split_keys = head_keys + start.to(tl.int64) * (keys_slot * unit)
         split_values = head_values + start.to(tl.int64) * (values_slot * value_unit)
-        top = tl.full([rows], float("-inf"), tl.float32)
-        total = tl.full([rows], 0.0, tl.float32)
-        summed = tl.full([rows, value_padded], 0.0, tl.float32)
-        spoiled = tl.full([rows, value_padded], 0.0, tl.float32)
-        # Always all blocks of a split: what isn't seen is not read, but computed with.
-        for offset in range(0, split_slots, block):
-            within = offset + tl.arange(0, block)
-            top, total, summed, spoiled = block_step(
-                wanted,
-                split_keys,
-                split_values,
-                start,
-                within,
-                begin,
-                end,
-                position,
-                first,
-                slot,
-                scale,
-                keys_slot,
-                values_slot,
-                top,
-                total,
-                summed,
-                spoiled,
-                size,
-                value_size,
-                padded,
-                value_padded,
-                unit,
-                value_unit,
-                False,
-            )
+        kv = split_keys, split_values, keys_slot * unit, values_slot * value_unit
+        view = start, begin, end, position, first, slot
+        maximum, total, summed = sum_split_inlined(
+            own_query, kv, view, scale, size, value_size, value_padded, split_slots, block, False
+        )
         # No weight at all times infinity is NaN. So where a value isn't finite no row's sum is, and
-        # they are made anew, more slowly, so that it comes to those rows alone that see it.
+        # they are made anew, more slowly, so that only the rows that see it get NaN.
         if tl.max(tl.max(tl.where(tl.abs(summed) < float("inf"), 0, 1), 1), 0) > 0:
-            top = tl.full([rows], float("-inf"), tl.float32)
-            total = tl.full([rows], 0.0, tl.float32)
-            summed = tl.full([rows, value_padded], 0.0, tl.float32)
-            for offset in tl.range(0, split_slots, block, num_stages=1):
-                within = offset + tl.arange(0, block)
-                top, total, summed, spoiled = block_step(
-                    wanted,
-                    split_keys,
-                    split_values,
-                    start,
-                    within,
-                    begin,
-                    end,
-                    position,
-                    first,
-                    slot,
-                    scale,
-                    keys_slot,
-                    values_slot,
-                    top,
-                    total,
-                    summed,
-                    spoiled,
-                    size,
-                    value_size,
-                    padded,
-                    value_padded,
-                    unit,
-                    value_unit,
-                    True,
-                )
-            summed = tl.where(spoiled == 0.0, summed, float("nan"))
+            maximum, total, summed = sum_split_inlined(
+                own_query, kv, view, scale, size, value_size, value_padded, split_slots, block, True
+            )
 
-        out = (batch * tokens + token) * (shared * groups) + query_heads
+        out = (batch * tokens + token) * (kv_heads * groups) + query_heads
         out = out * splits + split
-        tl.store(tops + out, top, mask=live)
+        tl.store(maxima + out, maximum, mask=live)
         tl.store(totals + out, total, mask=live)
         value_feature = tl.arange(0, value_padded)
         sums_at = sums + out[:, None] * value_size + value_feature[None, :]
@@ -235,19 +170,14 @@ def flash_split(
 
 def flash_combine(
     sums: tl.tensor,
-    tops: tl.tensor,
+    maxima: tl.tensor,
     totals: tl.tensor,
     positions: tl.tensor,
     slots: tl.tensor,
     out: tl.tensor,
-    tokens: tl.tensor,
     capacity: tl.tensor,
     window: tl.tensor,
     splits: tl.tensor,
-    positions_batch: tl.tensor,
-    positions_token: tl.tensor,
-    slots_batch: tl.tensor,
-    slots_token: tl.tensor,
     heads: tl.constexpr,
     value_size: tl.constexpr,
     columns: tl.constexpr,
@@ -256,68 +186,51 @@ def flash_combine(
 ) -> None:
     """One row's output, ``columns`` features of it, from the splits that the row itself sees.
 
-    Program ``(i, j)``: row ``i`` of ``[B, T, Hq]``, the ``j``-th features. Splits outside of what
-    the row sees have never been written by anyone, or say nothing about it; they are not read.
+    Program ``(i, j)``: row ``i`` of ``[B, T, Hq]``, the ``j``-th features. Other splits are not
+    read: nothing was written there, or it is of other rows.
     """
     row = tl.program_id(0)
-    batch = (row // heads) // tokens
-    token = (row // heads) % tokens
-    own_position = positions + batch.to(tl.int64) * positions_batch + token * positions_token
-    position = tl.load(own_position).to(tl.int32)
-    own_slot = slots + batch.to(tl.int64) * slots_batch + token * slots_token
-    slot = tl.load(own_slot).to(tl.int32)
+    position = tl.load(positions + row // heads).to(tl.int32)
+    slot = tl.load(slots + row // heads).to(tl.int32)
     first = tl.maximum(position - window + 1, 0)
     begin = tl.maximum(tl.minimum(first, slot), 0)
     end = tl.minimum(tl.maximum(position, slot + 1), capacity)
     stop = (end + split_slots - 1) // split_slots
     feature = tl.program_id(1) * columns + tl.arange(0, columns)
-    mine = row.to(tl.int64) * splits
+    own_splits = row.to(tl.int64) * splits
 
-    top = tl.full([1], float("-inf"), tl.float32)
+    maximum = tl.full([1], float("-inf"), tl.float32)
     total = tl.full([1], 0.0, tl.float32)
     summed = tl.full([columns], 0.0, tl.float32)
     for start in range(begin // split_slots, stop, chunk):
         split = start + tl.arange(0, chunk)
-        there = split < stop
-        chunk_tops = tl.load(tops + mine + split, mask=there, other=float("-inf"))
-        chunk_totals = tl.load(totals + mine + split, mask=there, other=0.0)
-        sums_at = sums + (mine + split)[:, None] * value_size + feature[None, :]
-        wanted = there[:, None] & (feature < value_size)[None, :]
-        chunk_sums = tl.load(sums_at, mask=wanted, other=0.0)
-        higher = tl.maximum(top, tl.max(chunk_tops, 0))
+        read = split < stop
+        chunk_maxima = tl.load(maxima + own_splits + split, mask=read, other=float("-inf"))
+        chunk_totals = tl.load(totals + own_splits + split, mask=read, other=0.0)
+        sums_at = sums + (own_splits + split)[:, None] * value_size + feature[None, :]
+        sums_read = read[:, None] & (feature < value_size)[None, :]
+        chunk_sums = tl.load(sums_at, mask=sums_read, other=0.0)
+        higher = tl.maximum(maximum, tl.max(chunk_maxima, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        kept = tl.exp2(top - base)
-        share = tl.exp2(chunk_tops - base)
-        total = total * kept + tl.sum(chunk_totals * share, 0)
-        summed = summed * kept + tl.sum(chunk_sums * share[:, None], 0)
-        top = higher
+        rescale = tl.exp2(maximum - base)
+        share = tl.exp2(chunk_maxima - base)
+        total = total * rescale + tl.sum(chunk_totals * share, 0)
+        summed = summed * rescale + tl.sum(chunk_sums * share[:, None], 0)
+        maximum = higher
     result = summed / tl.where(total == 0.0, 1.0, total)
     out_at = out + row.to(tl.int64) * value_size + feature
     tl.store(out_at, result.to(out.dtype.element_ty), mask=feature < value_size)
 
 
-_POSITIONS = [
-    "positions",
-    "slots",
-    "tokens",
-    "capacity",
-    "window",
-    "splits",
-    "positions_batch",
-    "positions_token",
-    "slots_batch",
-    "slots_token",
-]
+_SHARED = ["positions", "slots", "capacity", "window", "splits"]
 _STRIDES = [
-    "query_batch",
-    "query_head",
-    "query_token",
-    "keys_batch",
-    "keys_head",
-    "keys_slot",
-    "values_batch",
-    "values_head",
-    "values_slot",
+    f"{name}_{axis}"
+    for name, axes in (
+        ("query", ("batch", "head", "token")),
+        ("keys", ("batch", "head", "slot")),
+        ("values", ("batch", "head", "slot")),
+    )
+    for axis in axes
 ]
-split_kernel = triton.jit(flash_split, do_not_specialize=_POSITIONS + _STRIDES)
-combine_kernel = triton.jit(flash_combine, do_not_specialize=_POSITIONS)
+split_kernel = triton.jit(flash_split, do_not_specialize=[*_SHARED, "tokens", *_STRIDES])
+combine_kernel = triton.jit(flash_combine, do_not_specialize=_SHARED)

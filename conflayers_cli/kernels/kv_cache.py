@@ -1,18 +1,14 @@
-"""The KV cache: one slot per position and row, allocated once, never cloned.
+"""The KV cache: one slot per position and sequence, allocated once, never cloned.
 
-A forward says at which slots its tokens are written and how far the attention may look; what a
-query sees is the mask's business. Rejected drafts need no clean-up: their slots are simply not seen
-again until they are overwritten. So rolling back is a matter of counting, and costs nothing.
-Alternatives to a drafted token share its position, but not its slot: they borrow one behind the
-draft, and the one that is kept moves.
-
-A view shows some of a cache's rows as a cache of their own, in the same memory: so a pass can run
-over the rows that are still at work, or over one whose prompt is only now being read.
+A pass says at which slots its tokens are written and how many slots attention may read; the mask
+decides what a query sees. Rejected drafts need no clean-up: nothing sees their slots until they are
+overwritten. Tree alternatives share their token's position, but take slots behind the draft; the
+accepted one is moved. A view shows some sequences as a cache of their own, in the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,49 +16,53 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-EXTENT_MULTIPLE = 512
-"""Keys are read in extents of a multiple of this, the block that PyTorch's CPU kernel works through
-at once: a last block of another size may round otherwise (see :mod:`conflayers_cli.kernels.attention`)."""
+KV_BLOCK = 512
+"""Attention reads a multiple of this many slots, the block of PyTorch's CPU kernel: a last block of
+another size may round otherwise (see :mod:`conflayers_cli.kernels.attention`)."""
 
 
-def extent_for(length: int, multiple: int = EXTENT_MULTIPLE) -> int:
-    """The extent, in slots, that holds ``length`` of them."""
+def round_up_kv_len(length: int, multiple: int = KV_BLOCK) -> int:
+    """The smallest multiple, at least one, that is not below ``length``."""
     return max(1, -(-length // multiple)) * multiple
 
 
-HeadSizes = tuple[int, int]
-"""Heads, and the size of each."""
-LayerSizes = tuple[HeadSizes, HeadSizes]
-"""Those of a layer's keys and of its values."""
+class KVLayout(NamedTuple):
+    """By layer, (heads, head size) of the keys and of the values; the dtype and device of all."""
+
+    sizes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def elements_per_slot(self) -> int:
+        """Elements of one sequence's keys and values at one slot, of all layers."""
+        return sum(heads * size for layer in self.sizes for heads, size in layer)
 
 
-class Place(NamedTuple):
-    """Which memory a cache has: its number, and the rows of it that the cache shows.
-
-    The memory of most caches is their own, and nobody's else later on: number 0.
-    """
+class BufferView(NamedTuple):
+    """The memory of a cache: its number (0: not from a pool) and the sequences of it in use."""
 
     number: int
     begin: int
     end: int
 
 
-class _Writes:
-    """Where the tokens of the forward at hand go, shared by all layers of one cache."""
+class _PassSlots:
+    """Where the current pass writes, shared by all layers of one cache."""
 
     slots: torch.Tensor
-    rows: torch.Tensor
-    extent: int
+    sequences: torch.Tensor
+    kv_len: int
 
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer: ``[B, H, capacity, D]`` each, in the model's dtype.
 
     Args:
-        batch, capacity: rows, and slots per row.
-        writes: where the forward at hand writes.
-        whole: the layer whose memory this one shows a part of; None: it has its own.
-        begin: the first of that layer's rows that it shows.
+        batch, capacity: sequences, and slots of each.
+        current: where the current pass writes.
+        parent: the layer whose memory this one shows a part of; None: it has its own.
+        begin: the parent's first sequence that is shown.
     """
 
     is_compileable = True
@@ -76,77 +76,58 @@ class SlotLayer(CacheLayerMixin):
         self,
         batch: int,
         capacity: int,
-        writes: _Writes,
-        whole: SlotLayer | None = None,
+        current: _PassSlots,
+        parent: SlotLayer | None = None,
         begin: int = 0,
     ) -> None:
         super().__init__()
-        self.batch = batch
-        self.capacity = capacity
-        self.writes = writes
-        self._whole = whole
-        self._begin = begin
-        if whole is not None and whole.is_initialized:
-            self._show(whole)
-
-    def view(self, begin: int, batch: int, writes: _Writes) -> SlotLayer:
-        """``batch`` of this layer's rows from ``begin`` on, in the same memory."""
-        return SlotLayer(batch, self.capacity, writes, self, begin)
-
-    def _show(self, whole: SlotLayer) -> None:
-        rows = slice(self._begin, self._begin + self.batch)
-        self.adopt(whole.keys[rows], whole.values[rows])
+        self.batch, self.capacity, self.current = batch, capacity, current
+        self._parent, self._shown = parent, slice(begin, begin + batch)
+        if parent is not None and parent.is_initialized:
+            self.use_buffers(parent.keys[self._shown], parent.values[self._shown])
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate. Zeros, not empty memory: a masked NaN would still poison the weighted sum."""
-        if self._whole is not None:
-            if not self._whole.is_initialized:
-                self._whole.lazy_initialization(key_states, value_states)
-            self._show(self._whole)
+        """Allocate for states like these, of whatever length.
+
+        Zeros, not empty memory: a masked NaN would still poison the weighted sum.
+        """
+        parent = self._parent
+        if parent is not None:
+            if not parent.is_initialized:
+                parent.lazy_initialization(key_states, value_states)
+            self.use_buffers(parent.keys[self._shown], parent.values[self._shown])
             return
+        keys, values = (
+            states.new_zeros((self.batch, states.shape[1], self.capacity, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.use_buffers(keys, values)
 
-        sizes = [(states.shape[1], states.shape[-1]) for states in (key_states, value_states)]
-        self.allocate(sizes[0], sizes[1], key_states)
-
-    def allocate(self, keys: HeadSizes, values: HeadSizes, like: torch.Tensor) -> None:
-        """Allocate for so many heads of such a size, in the dtype and on the device of ``like``."""
-
-        def buffer(sizes: HeadSizes) -> torch.Tensor:
-            return like.new_zeros((self.batch, sizes[0], self.capacity, sizes[1]))
-
-        self.adopt(buffer(keys), buffer(values))
-
-    def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Have these as memory."""
+    def use_buffers(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Use this memory from now on."""
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
-    @property
-    def sizes(self) -> LayerSizes:
-        """What :meth:`allocate` would be told."""
-        keys, values = self.keys.shape, self.values.shape
-        return (keys[1], keys[3]), (values[1], values[3])
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``[B, H, T, D]`` at the announced slots; return the extent to attend to."""
+        """Write ``[B, H, T, D]`` at the pass's slots; return the slots that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Layers may be on other devices than what the model is given.
-        slots, extent = self.writes.slots.to(self.device), self.writes.extent
+        slots, kv_len = self.current.slots.to(self.device), self.current.kv_len
         if self.batch == 1:
             self.keys.index_copy_(2, slots[0], key_states)
             self.values.index_copy_(2, slots[0], value_states)
         else:
-            rows = self.writes.rows.to(self.device)
-            self.keys[rows, :, slots] = key_states.transpose(1, 2)
-            self.values[rows, :, slots] = value_states.transpose(1, 2)
-        return self.keys[:, :, :extent], self.values[:, :, :extent]
+            sequences = self.current.sequences.to(self.device)
+            self.keys[sequences, :, slots] = key_states.transpose(1, 2)
+            self.values[sequences, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, :kv_len], self.values[:, :, :kv_len]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.writes.extent, 0
+        return self.current.kv_len, 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given to the model, never derived from the cache
@@ -156,138 +137,138 @@ class SlotLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """The cache of a batch of sequences, each row with its own length.
+    """The cache of a batch of sequences, each with its own length.
 
     Args:
         depth: number of decoder layers.
-        batch: rows.
-        capacity: positions per row; rounded up to a full extent.
+        batch: sequences.
+        capacity: positions of each; rounded up to a multiple of `KV_BLOCK`.
 
     Attributes:
-        place: which memory it has.
+        buffer: which memory it uses.
     """
 
     def __init__(self, depth: int, batch: int, capacity: int) -> None:
-        self.capacity = extent_for(capacity)
+        self.capacity = round_up_kv_len(capacity)
         self.batch = batch
-        self.place = Place(0, 0, batch)
-        self._whole: KVCache | None = None  # held, so that nobody else gets its memory
-        self._writes = _Writes()
+        self.buffer = BufferView(0, 0, batch)
+        self._parent: KVCache | None = None  # held, so that its memory isn't given to another cache
+        self._current = _PassSlots()
         super().__init__(
-            layers=[SlotLayer(batch, self.capacity, self._writes) for _ in range(depth)]
+            layers=[SlotLayer(batch, self.capacity, self._current) for _ in range(depth)]
         )
 
+    @property
+    def _allocated(self) -> list[SlotLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
     def view(self, begin: int, end: int) -> KVCache:
-        """Rows ``begin`` to ``end``, the latter not included, as a cache in the same memory.
+        """Sequences ``begin`` to ``end`` (excluded) as a cache in the same memory.
 
         Raises:
-            ValueError: there are no such rows.
+            ValueError: there are no such sequences.
         """
         if not 0 <= begin < end <= self.batch:
             raise ValueError(f"rows {begin} to {end} of a cache of {self.batch}")
-        part = KVCache(0, end - begin, self.capacity)
-        part.layers = [layer.view(begin, end - begin, part._writes) for layer in self.layers]
-        number, first, _ = self.place
-        part.place = Place(number, first + begin, first + end)
-        part._whole = self
+        batch = end - begin
+        part = KVCache(0, batch, self.capacity)
+        part.layers = [
+            SlotLayer(batch, self.capacity, part._current, layer, begin) for layer in self.layers
+        ]
+        number, first, _ = self.buffer
+        part.buffer = BufferView(number, first + begin, first + end)
+        part._parent = self
         return part
 
-    def announce(self, slots: torch.Tensor, extent: int) -> None:
-        """Say where the next forward writes: slots ``[B, T]`` int64, all under ``extent``.
+    def set_slots(self, slots: torch.Tensor, kv_len: int) -> None:
+        """Where the next pass writes: slots ``[B, T]`` int64, all below ``kv_len``.
 
         Raises:
-            ValueError: the extent is beyond the capacity.
+            ValueError: the length is beyond the capacity.
         """
-        if extent > self.capacity:
-            raise ValueError(f"extent {extent} is beyond the cache's capacity {self.capacity}")
-        self._writes.slots, self._writes.extent = slots, extent
+        if kv_len > self.capacity:
+            raise ValueError(f"length {kv_len} is beyond the cache's capacity {self.capacity}")
+        self._current.slots, self._current.kv_len = slots, kv_len
         if self.batch > 1:
-            self._writes.rows = torch.arange(self.batch, device=slots.device)[:, None]
+            self._current.sequences = torch.arange(self.batch, device=slots.device)[:, None]
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        """Copy what one slot holds to another, in every row and layer.
+        """Copy one slot to another, in every sequence and layer.
 
-        Keys carry the rotation of their token's position, not of their slot: a token written in
-        another slot than its position's is moved there once it is part of the text.
+        Keys carry the rotation of their token's position, not of their slot.
         """
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[:, :, target] = layer.keys[:, :, source]
-                layer.values[:, :, target] = layer.values[:, :, source]
+        for layer in self._allocated:
+            layer.keys[:, :, target] = layer.keys[:, :, source]
+            layer.values[:, :, target] = layer.values[:, :, source]
 
     @torch.inference_mode()
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` slots of one row to another, in every layer."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[target, :, :length] = layer.keys[source, :, :length]
-                layer.values[target, :, :length] = layer.values[source, :, :length]
+    def copy_sequence(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` slots of one sequence to another, in every layer."""
+        for layer in self._allocated:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
 
     @torch.inference_mode()
     def clear(self, begin: int, end: int) -> None:
-        """Zero slots from ``begin`` up to ``end`` in every row and layer.
-
-        For slots that hold no numbers: nobody is to see them, but masks hide numbers alone.
-        """
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[:, :, begin:end] = 0
-                layer.values[:, :, begin:end] = 0
+        """Zero slots ``begin`` to ``end`` (excluded): a mask hides numbers, but not NaN."""
+        for layer in self._allocated:
+            layer.keys[:, :, begin:end] = 0
+            layer.values[:, :, begin:end] = 0
 
     @torch.inference_mode()
     def copy_from(self, other: KVCache, length: int) -> None:
-        """Take over the first ``length`` slots of a cache with as many layers, and no more rows."""
+        """Copy the first ``length`` slots of a cache with as many layers, and no more sequences."""
         for layer, source in zip(self.layers, other.layers, strict=True):
             if not source.is_initialized:
                 continue
             if not layer.is_initialized:
-                layer.allocate(*source.sizes, source.keys)
+                layer.lazy_initialization(source.keys, source.values)
             layer.keys[: other.batch, :, :length] = source.keys[:, :, :length]
             layer.values[: other.batch, :, :length] = source.values[:, :, :length]
 
-    def allocate(self, sizes: Sequence[LayerSizes], like: torch.Tensor) -> None:
-        """Allocate all layers now, rather than one by one as the first pass comes to them.
-
-        Buffers that last would otherwise lie among that pass's passing ones, whose memory then
-        can't be given back.
+    def allocate(self, layout: KVLayout) -> None:
+        """Allocate all layers now, not in the first pass: among its temporary buffers, lasting ones
+        would keep the allocator from giving that memory back.
         """
-        for layer, (keys, values) in zip(self.layers, sizes, strict=True):
-            layer.allocate(keys, values, like)
-
-    def adopt(self, number: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Take memory that is there already: keys and values ``[B, H, capacity, D]`` by layer."""
-        for layer, (keys, values) in zip(self.layers, layers, strict=True):
-            layer.adopt(keys, values)
-        self.place = Place(number, 0, self.batch)
+        for layer, sizes in zip(self.layers, layout.sizes, strict=True):
+            layer.lazy_initialization(
+                *(
+                    torch.empty((0, heads, 0, size), dtype=layout.dtype, device=layout.device)
+                    for heads, size in sizes
+                )
+            )
 
     @contextmanager
     def unchanged(self, begin: int, end: int) -> Iterator[None]:
-        """Within: slots from ``begin`` up to ``end`` may be written; they are restored behind it.
+        """Within: slots ``begin`` to ``end`` (excluded) may be written; they are restored after it.
 
-        What a pass writes anew of the same tokens may be rounded otherwise.
+        A pass that writes the same tokens again may round otherwise.
         """
-        kept = [
+        saved = [
             (layer, layer.keys[:, :, begin:end].clone(), layer.values[:, :, begin:end].clone())
-            for layer in self.layers
-            if layer.is_initialized
+            for layer in self._allocated
         ]
         try:
             yield
         finally:
-            for layer, keys, values in kept:
+            for layer, keys, values in saved:
                 layer.keys[:, :, begin:end] = keys
                 layer.values[:, :, begin:end] = values
 
     @property
-    def sizes(self) -> list[LayerSizes] | None:
-        """The sizes of all layers' keys and values; None before they are known."""
-        if not all(layer.is_initialized for layer in self.layers):
+    def layout(self) -> KVLayout | None:
+        """None before all layers are allocated."""
+        layers = self._allocated
+        if len(layers) < len(self.layers):
             return None
-        return [layer.sizes for layer in self.layers]
+        sizes = tuple(
+            ((keys[1], keys[3]), (values[1], values[3]))
+            for keys, values in ((layer.keys.shape, layer.values.shape) for layer in layers)
+        )
+        return KVLayout(sizes, layers[0].dtype, layers[0].device)
 
     @property
     def bytes(self) -> int:
-        """Memory held, in bytes; a view's is that of its rows."""
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+        """Memory held, in bytes; a view's is that of its sequences."""
+        return sum(t.nbytes for layer in self._allocated for t in (layer.keys, layer.values))

@@ -1,56 +1,56 @@
-"""The small operations between a layer's products as Triton kernels, for :mod:`conflayers_cli.kernels.triton_forward`.
+"""The small operations between a layer's products as Triton kernels, for
+:mod:`conflayers_cli.kernels.triton_forward`.
 
-Between two products of a pass over a few tokens there is hardly anything to compute, but each
-operation is a launch, which takes a GPU longer than the computation. Here one launch each does:
-residual add and norm; rotation, norms of heads and the writing of keys and values; activation and
-product with what it gates.
+In a short pass each operation is a launch that takes a GPU longer than the computation. Here one
+launch each does: residual add and norm; rotation, norms of heads and the writing of keys and
+values; activation and gating.
 
-**Bits.** A program computes one row, one head or one piece of a row, never several rows together.
-Its block has a size that follows from the model, and the numbers of rows are arguments that no code
-is specialised on: one compiled kernel serves every call for one model. So a row's results have the
-same bits whatever the number of rows, its place among them, and the others. All is computed in
-float32 and rounded where :class:`conflayers_cli.kernels.fused_forward.FusedForward` rounds; only sums, square roots and
-exponentials come from other implementations, so that results differ in the last bit here and there.
+**Bits.** A program computes one row, one head or one piece of a row. Its block size follows from
+the model, and the number of rows is an argument that no code is specialised on: one compiled kernel
+serves every call for one model. So a row's results have the same bits whatever the number of rows,
+its index, and the others. All is computed in float32 and rounded where
+:class:`conflayers_cli.kernels.fused_forward.FusedForward` rounds; only sums, square roots and
+exponentials come from other implementations and may differ in the last bit.
 
-Importing this needs triton, which comes with the CUDA builds of PyTorch. Nothing here reads values
-from the device, so that calls can be captured in CUDA graphs once each has run (compiling) before.
+Importing this needs triton. Calls can be captured in CUDA graphs once each has run (compiling it).
 """
 
 # Not `from __future__ import annotations`: triton reads the annotations.
-import math
 from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-COLUMNS = 1024
-"""Features of a row that a program of :func:`gated` takes, at the most."""
+from conflayers_cli.kernels.flash_decode import stride_args, stride_unit
+
+MAX_COLUMNS = 1024
+"""Features of a row that a program of :func:`silu_and_mul` takes."""
 WARPS = 4
-ELEMENTS = 256
-"""Features of a row for each warp of :func:`add_norm`: a load of 16 bytes for each thread."""
-MOST_WARPS = 32
+MAX_WARPS = 32
+WARP_FEATURES = 256
+"""Features of a row per warp of :func:`add_norm`: a load of 16 bytes per thread."""
 
 
-class Norm(NamedTuple):
-    """An RMSNorm: its weight ``[H]``, and what is added to the mean of the squares."""
+class NormParams(NamedTuple):
+    """An RMSNorm: its weight ``[H]``, and the epsilon added to the mean of the squares."""
 
     weight: torch.Tensor
     epsilon: float
 
 
 def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, keep: int = 0
+    x: torch.Tensor, delta: torch.Tensor | None, norm: NormParams, keep: int = 0
 ) -> torch.Tensor:
     """Add to the residual stream, in place, and norm the sum: RMSNorm(x + delta).
 
-    Sum and normed row are rounded to x's dtype before they go on, as by separate operations.
+    The sum is rounded to x's dtype before it is normed, as by separate operations.
 
     Args:
-        x: ``[B, T, H]``, contiguous; becomes x + delta where rows are kept.
+        x: ``[B, T, H]``, contiguous; becomes x + delta for the kept tokens.
         delta: the same shape and dtype; None: nothing is added.
         norm: over the last dimension.
-        keep: of how many last tokens, 0: of all. The others' rows are left alone.
+        keep: of how many last tokens, 0: of all. The others are left alone.
 
     Returns:
         ``[B, keep, H]`` (keep 0: ``[B, T, H]``) in x's dtype.
@@ -67,7 +67,7 @@ def add_norm(
     out = x.new_empty((batch, kept, hidden))
     if out.numel() == 0:
         return out
-    padded = _power_of_two(hidden)
+    padded = triton.next_power_of_2(hidden)
     with torch.cuda.device_of(x):
         add_norm_kernel[(batch * kept,)](
             x=x,
@@ -80,7 +80,7 @@ def add_norm(
             hidden=hidden,
             padded=padded,
             added=delta is not None,
-            num_warps=max(1, min(MOST_WARPS, padded // ELEMENTS)),
+            num_warps=max(1, min(MAX_WARPS, padded // WARP_FEATURES)),
         )
     return out
 
@@ -93,20 +93,19 @@ def rotate_and_write(
     keys: torch.Tensor,
     values: torch.Tensor,
     heads: int,
-    norms: tuple[Norm, Norm] | None = None,
+    norms: tuple[NormParams, NormParams] | None = None,
 ) -> torch.Tensor:
-    """Rotate queries and keys, each head normed before where there are norms, and write keys and
-    values where the cache has them.
+    """Norm (where there are norms) and rotate each head's queries and keys; write keys and values
+    to the cache.
 
     Args:
         product: ``[B, T, (Hq + 2 Hkv) D]``: a token's queries, keys and values side by side. Only
-            the first P tokens of each row are used.
+            the first P tokens of each sequence are used.
         cos: ``[B, P, D]``, or any shape of as many elements in that order; D is even.
-        sin: likewise, with the sign turned in the first half of the features.
+        sin: likewise, negated in the first half of the features.
         slots: ``[B, P]`` int64, from 0 up to S; at others nothing is written.
-        keys: ``[B, Hkv, S, D]``, the cache's memory, written at the slots. The last dimension is
-            contiguous; the others' strides are multiples of gcd(D, 16).
-        values: likewise.
+        keys, values: ``[B, Hkv, S, D]``, the cache's memory, written at the slots. The last
+            dimension is contiguous; the others' strides are multiples of gcd(D, 16).
         heads: Hq.
         norms: of each head's queries and of each head's keys.
 
@@ -116,19 +115,19 @@ def rotate_and_write(
     Raises:
         ValueError: shapes or strides are others than these.
     """
-    batch, own = slots.shape
-    tokens, (shared, capacity, size) = product.shape[1], keys.shape[1:]
+    batch, positions = slots.shape
+    tokens, (kv_heads, capacity, size) = product.shape[1], keys.shape[1:]
     _check(product, cos, sin, slots, keys, values, heads)
-    queries = product.new_empty((batch, own, heads, size))
+    queries = product.new_empty((batch, positions, heads, size))
     if queries.numel() == 0:
         return queries.transpose(1, 2)
-    query_norm, key_norm = norms or (Norm(cos, 0.0), Norm(cos, 0.0))
+    query_norm, key_norm = norms or (NormParams(cos, 0.0), NormParams(cos, 0.0))
     with torch.cuda.device_of(product):
-        rotate_and_write_kernel[(batch * own, heads + 2 * shared)](
+        rotate_and_write_kernel[(batch * positions, heads + 2 * kv_heads)](
             product=product.contiguous(),
             cos=cos.contiguous(),
             sin=sin.contiguous(),
-            slots=slots,
+            slots=slots.contiguous(),
             query_weight=query_norm.weight,
             key_weight=key_norm.weight,
             queries=queries,
@@ -137,26 +136,23 @@ def rotate_and_write(
             query_epsilon=query_norm.epsilon,
             key_epsilon=key_norm.epsilon,
             tokens=tokens,
-            own=own,
+            num_positions=positions,
             capacity=capacity,
-            **_strides("keys", keys),
-            **_strides("values", values),
-            slots_batch=slots.stride(0),
-            slots_token=slots.stride(1),
+            **stride_args("keys", keys),
+            **stride_args("values", values),
             heads=heads,
-            shared=shared,
+            kv_heads=kv_heads,
             size=size,
-            half=size // 2,
-            padded=_power_of_two(size // 2),
-            unit=_unit(size),
+            padded=triton.next_power_of_2(size // 2),
+            unit=stride_unit(size),
             normed=norms is not None,
             num_warps=1,
         )
     return queries.transpose(1, 2)
 
 
-def gated(product: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) · up; the former is rounded to the dtype before it multiplies.
+def silu_and_mul(product: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) · up; SiLU(gate) is rounded to the dtype first.
 
     Args:
         product: ``[..., 2 I]``: gate and up side by side.
@@ -173,9 +169,9 @@ def gated(product: torch.Tensor) -> torch.Tensor:
     out = product.new_empty((*product.shape[:-1], inner))
     if out.numel() == 0:
         return out
-    columns = min(COLUMNS, _power_of_two(inner))
+    columns = min(MAX_COLUMNS, triton.next_power_of_2(inner))
     with torch.cuda.device_of(product):
-        gated_kernel[(out.numel() // inner, -(-inner // columns))](
+        silu_and_mul_kernel[(out.numel() // inner, -(-inner // columns))](
             product.contiguous(), out, inner=inner, columns=columns, num_warps=WARPS
         )
     return out
@@ -190,31 +186,16 @@ def _check(
     values: torch.Tensor,
     heads: int,
 ) -> None:
-    (batch, own), (shared, _, size) = slots.shape, keys.shape[1:]
-    if product.shape[0] != batch or product.shape[2] != (heads + 2 * shared) * size:
+    (batch, positions), (kv_heads, _, size) = slots.shape, keys.shape[1:]
+    if product.shape[0] != batch or product.shape[2] != (heads + 2 * kv_heads) * size:
         raise ValueError(f"product {product.shape}, keys {keys.shape}, {heads} heads")
     if keys.shape[0] != batch or values.shape != keys.shape or size % 2:
         raise ValueError(f"keys {keys.shape}, values {values.shape}, slots {slots.shape}")
-    if product.shape[1] < own or not cos.numel() == sin.numel() == batch * own * size:
+    if product.shape[1] < positions or not cos.numel() == sin.numel() == batch * positions * size:
         raise ValueError(f"product {product.shape}, cos {cos.shape}, slots {slots.shape}")
     for name, states in (("keys", keys), ("values", values)):
-        if states.stride(3) != 1 or any(step % _unit(size) for step in states.stride()[:3]):
+        if states.stride(3) != 1 or any(step % stride_unit(size) for step in states.stride()[:3]):
             raise ValueError(f"{name} of strides {states.stride()} don't lie at even places")
-
-
-def _strides(name: str, states: torch.Tensor) -> dict[str, int]:
-    """The kernel's arguments for the strides of a cache's memory, in units that the compiler knows
-    (see :mod:`conflayers_cli.kernels.flash_decode_kernels`)."""
-    steps = zip(("batch", "head", "slot"), states.stride(), strict=False)
-    return {f"{name}_{axis}": step // _unit(states.shape[3]) for axis, step in steps}
-
-
-def _unit(size: int) -> int:
-    return math.gcd(size, 16)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def add_norm_row(
@@ -261,7 +242,7 @@ def rotate_and_write_head(
     query_epsilon: tl.tensor,
     key_epsilon: tl.tensor,
     tokens: tl.tensor,
-    own: tl.tensor,
+    num_positions: tl.tensor,
     capacity: tl.tensor,
     keys_batch: tl.tensor,
     keys_head: tl.tensor,
@@ -269,40 +250,38 @@ def rotate_and_write_head(
     values_batch: tl.tensor,
     values_head: tl.tensor,
     values_slot: tl.tensor,
-    slots_batch: tl.tensor,
-    slots_token: tl.tensor,
     heads: tl.constexpr,
-    shared: tl.constexpr,
+    kv_heads: tl.constexpr,
     size: tl.constexpr,
-    half: tl.constexpr,
     padded: tl.constexpr,
     unit: tl.constexpr,
     normed: tl.constexpr,
 ) -> None:
-    """Program ``(i, j)``: of the ``i``-th token of all rows the ``j``-th head of query, keys and
-    values, as two halves, since features that are half a head apart turn into each other.
+    """Program ``(i, j)``: the ``i``-th token of all sequences, the ``j``-th head of query, keys and
+    values, as two halves, since features that are half a head apart rotate into each other.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
-    batch = (row // own).to(tl.int64)
-    token = row % own
+    batch = (row // num_positions).to(tl.int64)
+    token = row % num_positions
     is_query = head < heads
-    is_value = head >= heads + shared
-    is_key = (head >= heads) & (head < heads + shared)
+    is_value = head >= heads + kv_heads
+    is_key = (head >= heads) & (head < heads + kv_heads)
+    half: tl.constexpr = size // 2
     feature = tl.arange(0, padded)
     live = feature < half
-    slot = tl.load(slots + batch * slots_batch + token * slots_token)
+    slot = tl.load(slots + row)
     written = (slot >= 0) & (slot < capacity)
     # `live & is_query` would say the same, but not to the interpreter.
-    asked = tl.where(is_query, live, False)
+    query_there = tl.where(is_query, live, False)
     key_there = tl.where(is_key & written, live, False)
     value_there = tl.where(is_value & written, live, False)
-    turn = row.to(tl.int64) * size + feature
-    cos_one = tl.load(cos + turn, mask=live, other=0.0).to(tl.float32)
-    cos_two = tl.load(cos + turn + half, mask=live, other=0.0).to(tl.float32)
-    sin_one = tl.load(sin + turn, mask=live, other=0.0).to(tl.float32)
-    sin_two = tl.load(sin + turn + half, mask=live, other=0.0).to(tl.float32)
-    source = ((batch * tokens + token) * (heads + 2 * shared) + head) * size + feature
+    angle_at = row.to(tl.int64) * size + feature
+    cos_one = tl.load(cos + angle_at, mask=live, other=0.0).to(tl.float32)
+    cos_two = tl.load(cos + angle_at + half, mask=live, other=0.0).to(tl.float32)
+    sin_one = tl.load(sin + angle_at, mask=live, other=0.0).to(tl.float32)
+    sin_two = tl.load(sin + angle_at + half, mask=live, other=0.0).to(tl.float32)
+    source = ((batch * tokens + token) * (heads + 2 * kv_heads) + head) * size + feature
     one = tl.load(product + source, mask=live, other=0.0).to(tl.float32)
     two = tl.load(product + source + half, mask=live, other=0.0).to(tl.float32)
 
@@ -310,8 +289,10 @@ def rotate_and_write_head(
     plain_one, plain_two = one, two
     if normed:
         kept = tl.where(is_key, live, False)
-        query_one = tl.load(query_weight + feature, mask=asked, other=0.0).to(tl.float32)
-        query_two = tl.load(query_weight + feature + half, mask=asked, other=0.0).to(tl.float32)
+        query_one = tl.load(query_weight + feature, mask=query_there, other=0.0).to(tl.float32)
+        query_two = tl.load(query_weight + feature + half, mask=query_there, other=0.0).to(
+            tl.float32
+        )
         key_one = tl.load(key_weight + feature, mask=kept, other=0.0).to(tl.float32)
         key_two = tl.load(key_weight + feature + half, mask=kept, other=0.0).to(tl.float32)
         mean = tl.sum(one * one + two * two, 0) * (1.0 / size)
@@ -320,24 +301,24 @@ def rotate_and_write_head(
         two = (two * scale).to(dtype).to(tl.float32) * tl.where(is_query, query_two, key_two)
         one = one.to(dtype).to(tl.float32)
         two = two.to(dtype).to(tl.float32)
-    turned_one = (one * cos_one).to(dtype).to(tl.float32) + two * sin_one
-    turned_two = (two * cos_two).to(dtype).to(tl.float32) + one * sin_two
+    rotated_one = (one * cos_one).to(dtype).to(tl.float32) + two * sin_one
+    rotated_two = (two * cos_two).to(dtype).to(tl.float32) + one * sin_two
 
     query_at = queries + (row.to(tl.int64) * heads + head) * size + feature
-    tl.store(query_at, turned_one.to(dtype), mask=asked)
-    tl.store(query_at + half, turned_two.to(dtype), mask=asked)
+    tl.store(query_at, rotated_one.to(dtype), mask=query_there)
+    tl.store(query_at + half, rotated_two.to(dtype), mask=query_there)
     key_at = batch * keys_batch + (head - heads).to(tl.int64) * keys_head + slot * keys_slot
     key_at = keys + key_at * unit + feature
-    tl.store(key_at, turned_one.to(dtype), mask=key_there)
-    tl.store(key_at + half, turned_two.to(dtype), mask=key_there)
-    value_head = (head - heads - shared).to(tl.int64)
+    tl.store(key_at, rotated_one.to(dtype), mask=key_there)
+    tl.store(key_at + half, rotated_two.to(dtype), mask=key_there)
+    value_head = (head - heads - kv_heads).to(tl.int64)
     value_at = batch * values_batch + value_head * values_head + slot * values_slot
     value_at = values + value_at * unit + feature
     tl.store(value_at, plain_one.to(dtype), mask=value_there)
     tl.store(value_at + half, plain_two.to(dtype), mask=value_there)
 
 
-def gated_piece(
+def silu_and_mul_piece(
     product: tl.tensor, out: tl.tensor, inner: tl.constexpr, columns: tl.constexpr
 ) -> None:
     """Program ``(i, j)``: of the ``i``-th row the ``j``-th ``columns`` features."""
@@ -352,20 +333,9 @@ def gated_piece(
 
 
 add_norm_kernel = triton.jit(add_norm_row, do_not_specialize=["tokens", "kept"])
+_RUNTIME = ["tokens", "num_positions", "capacity"]
+_STRIDES = [f"{name}_{axis}" for name in ("keys", "values") for axis in ("batch", "head", "slot")]
 rotate_and_write_kernel = triton.jit(
-    rotate_and_write_head,
-    do_not_specialize=[
-        "tokens",
-        "own",
-        "capacity",
-        "slots_batch",
-        "slots_token",
-        "keys_batch",
-        "keys_head",
-        "keys_slot",
-        "values_batch",
-        "values_head",
-        "values_slot",
-    ],
+    rotate_and_write_head, do_not_specialize=[*_RUNTIME, *_STRIDES]
 )
-gated_kernel = triton.jit(gated_piece)
+silu_and_mul_kernel = triton.jit(silu_and_mul_piece)

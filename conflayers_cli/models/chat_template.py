@@ -1,9 +1,7 @@
-"""Chat templates, which come with a model and are programs: run within bounds.
+"""Limits for chat templates, which come with a model and are programs.
 
-transformers runs them in Jinja's sandbox, which keeps them from attributes and files, but not from
-loops without end nor from texts without measure. Here a template may take so many steps, counted
-and not timed, so that what one machine accepts another does, too; and, where the system can say
-so (Linux), so much memory over what the process has.
+transformers runs them in Jinja's sandbox, which does not bound their time and memory. Here they
+get a number of steps, which unlike seconds is the same on every machine, and on Linux some memory.
 """
 
 from __future__ import annotations
@@ -16,38 +14,30 @@ from typing import Any
 import psutil
 from jinja2 import TemplateError
 
-MOST_STEPS = 2_000_000
-"""Lines of the compiled template, and calls. A chat of a thousand messages takes ten thousand."""
-MEMORY = 1 << 30
-"""Bytes. What a template writes is the messages and little more."""
+MAX_STEPS = 2_000_000
+"""Lines of the compiled template, and calls. A chat of 1,000 messages takes 10,000."""
+MAX_MEMORY = 1 << 30
+"""Bytes."""
 
 _COMPILED = "<template>"
 
-REFUSALS = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
+TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError),
 )
-"""What a template comes to that can't be run to its end."""
+"""What running a template may raise."""
 
 
 class EndlessTemplateError(RuntimeError):
-    """A template took more steps than any chat needs."""
+    """A template took too many steps."""
 
 
 @contextmanager
-def bounded(steps: int = MOST_STEPS, memory: int = MEMORY) -> Iterator[None]:
-    """Within: a template that doesn't end is stopped, and one that grows gets no more memory.
+def bounded_template(steps: int = MAX_STEPS, memory: int = MAX_MEMORY) -> Iterator[None]:
+    """Within: a template gets so many steps, and so many bytes more than the process has.
 
     Raises:
-        EndlessTemplateError: it took more than ``steps``.
-        MemoryError: it asked for more than ``memory`` bytes over what is taken already.
+        EndlessTemplateError, MemoryError: it needs more.
     """
     left = steps
 
@@ -56,11 +46,11 @@ def bounded(steps: int = MOST_STEPS, memory: int = MEMORY) -> Iterator[None]:
         left -= 1
         if left < 0:
             raise EndlessTemplateError(f"it has not ended after {steps:,} steps")
-        # lines are counted in the template alone: elsewhere a call stands for all of them
+        # lines are counted in the template alone, elsewhere calls
         return step if frame.f_code.co_filename == _COMPILED else None
 
     before = sys.gettrace()
-    with _less_memory(memory):
+    with _memory_limit(memory):
         sys.settrace(step)
         try:
             yield
@@ -69,8 +59,7 @@ def bounded(steps: int = MOST_STEPS, memory: int = MEMORY) -> Iterator[None]:
 
 
 @contextmanager
-def _less_memory(more: int) -> Iterator[None]:
-    """Within: the process can't take over ``more`` bytes, where the system can say so."""
+def _memory_limit(more: int) -> Iterator[None]:
     process = psutil.Process()
     if not hasattr(process, "rlimit"):  # it is Linux's
         yield
@@ -79,9 +68,7 @@ def _less_memory(more: int) -> Iterator[None]:
     bound = process.memory_info().vms + more
     if soft != psutil.RLIM_INFINITY:
         bound = min(bound, soft)
-    with suppress(
-        ValueError, OSError, psutil.Error
-    ):  # the system allows less: then that is the bound
+    with suppress(ValueError, OSError, psutil.Error):  # the system allows less
         process.rlimit(psutil.RLIMIT_AS, (bound, hard))
     try:
         yield

@@ -1,8 +1,7 @@
-"""What the files of a model say, looked at before anything is built from them or allocated.
+"""Checks of a model's files before anything is built from them or allocated.
 
-transformers trusts them: it would build a model of a thousand million layers, draw weights that
-are missing at random, take integers for weights, follow an index out of the model's folder and
-unpickle what it names. None of this is needed by a model, and a broken or hostile one may hold it.
+transformers trusts them: it would build a model of 10⁹ layers, draw missing weights at random, take
+integers for weights, follow an index out of the model's folder and unpickle what it names.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.utils.error_text import first_line
 from conflayers_cli.utils.text_files import read_json_object
 
-MOST_LAYERS = 10_000
-"""Some configurations list their layers as soon as they are read. Deep models have hundreds."""
-SLACK = 1 << 24
-"""Weights by which a model may be larger than its files before it is built to say which."""
-MOST_BUFFERED = 1 << 30
-"""Numbers in tables that a model computes for itself, as rotary embeddings may."""
+MAX_LAYERS = 10_000
+"""Some configurations list their layers as soon as they are read."""
+SLACK_ELEMENTS = 1 << 24
+"""Weights by which a model may exceed its files before it is refused here."""
+MAX_BUFFER_ELEMENTS = 1 << 30
+"""Elements of tables that a model computes itself, as rotary embeddings may."""
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _JSON_FILES = (
@@ -46,34 +46,31 @@ _JSON_FILES = (
     _INDEX,
 )
 _LAYER_KEYS = ("layers", "n_layer", "num_blocks", "n_blocks", "block_count")
-_DRAWN = ("weight", "_proj")
-"""How the names of weights end; masks and positions that old checkpoints carry have others."""
+_WEIGHT_SUFFIXES = ("weight", "_proj")
+"""Of the names of weights; masks and positions in old checkpoints have others."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a checkpoint's files hold.
+class StoredWeights:
+    """The content of a checkpoint's files.
 
     Attributes:
-        numbers: the most weights that can be in them.
-        odd: a tensor that is no weight for all its name, and what it holds; None: there is none.
+        max_elements: the most weights that can be in them.
+        non_float: (name, dtype) of a weight that does not hold floats; None: there is none.
     """
 
-    numbers: int
-    odd: tuple[str, str] | None = None
+    max_elements: int
+    non_float: tuple[str, str] | None = None
 
 
 class _TooLargeError(Exception):
-    """The model that is being built has more weights than its files, by far."""
+    """The model being built has far more weights than its files."""
 
 
 def check_json(folder: Path) -> None:
-    """See that the small files of a model's folder are JSON objects, those that are there.
+    """Raise InputError where a small file of a model's folder is not a JSON object.
 
     transformers goes on without a generation config that it can't read, and without its end tokens.
-
-    Raises:
-        InputError: one is not; it is named.
     """
     for name in _JSON_FILES:
         path = folder / name
@@ -82,17 +79,19 @@ def check_json(folder: Path) -> None:
 
 
 def check_config(raw: Mapping[str, Any], source: str) -> None:
-    """Refuse what a configuration must not ask for, as it stands in the file.
+    """Raise InputError for a configuration, as its file has it, that asks for something dangerous.
 
-    Raises:
-        InputError: it has absurdly many layers, names code on the hub as its attention, names
-            weights or architectures that are no names, or is quantised in an unknown way.
+    Too many layers, code of the Hub as its attention, weights or architectures that are no names,
+    an unknown quantisation.
     """
     architectures = raw.get("architectures")
-    if architectures is not None and not _are_names(architectures):
+    names = isinstance(architectures, list) and all(isinstance(n, str) for n in architectures)
+    if architectures is not None and not names:
         raise InputError(f"the config of {source} is broken: architectures is not a list of names")
     weights = raw.get("transformers_weights")
-    if weights is not None and not _is_plain(weights, (".safetensors", ".safetensors.index.json")):
+    if weights is not None and not _is_file_name(
+        weights, (".safetensors", ".safetensors.index.json")
+    ):
         raise InputError(
             f"the config of {source} names weights that are no safetensors in its folder: "
             f"{str(weights)[:100]!r}"
@@ -101,19 +100,15 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
     if quantised is not None and not isinstance(quantised, dict):
         raise InputError(f"the config of {source} is broken: quantization_config is no object")
     method = quantised.get("quant_method") if quantised else None
-    # bitsandbytes' checkpoints name it, transformers' table its two kinds
+    # in transformers' table bitsandbytes has the names of its two kinds
     known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
     if method is not None and str(method) not in known:
-        # transformers would take the weights for plain ones
         raise InputError(f"{source} is quantised with {str(method)[:100]!r}: not supported")
     for key, value in _entries(raw):
         count = isinstance(value, int) and key.endswith(_LAYER_KEYS)
-        if count and value > MOST_LAYERS:
-            raise InputError(
-                f"the config of {source} is broken: {key} is {value:.0e}"
-                if value > 10**9
-                else f"the config of {source} is broken: {key} is {value:,}"
-            )
+        if count and value > MAX_LAYERS:
+            number = f"{value:.0e}" if value > 10**9 else f"{value:,}"
+            raise InputError(f"the config of {source} is broken: {key} is {number}")
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise InputError(
                 f"{source} asks for code from elsewhere ({key} {value[:100]!r} in config.json): "
@@ -122,86 +117,90 @@ def check_config(raw: Mapping[str, Any], source: str) -> None:
             )
 
 
+def check_remote_code(raw: Mapping[str, Any], source: str, file: str) -> None:
+    """Raise InputError where a configuration names Python code of the model's own."""
+    if raw.get("auto_map"):
+        raise InputError(
+            f"{source} brings Python code of its own (auto_map in {file}): trust_remote_code lets "
+            "it run",
+            names=("trust_remote_code lets",),
+        )
+
+
 def _entries(raw: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Keys and values, those of the sections of a multimodal model's config among them."""
+    """Keys and values, also of a multimodal model's sections."""
     for key, value in raw.items():
         yield str(key), value
         if isinstance(value, dict):
             yield from ((str(k), v) for k, v in value.items())
 
 
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_plain(name: object, suffixes: tuple[str, ...]) -> bool:
-    """Whether it is the name of a file in the folder itself, of one of the kinds."""
+def _is_file_name(name: object, suffixes: tuple[str, ...]) -> bool:
+    """Whether it names a file in the folder itself, with one of the suffixes."""
     return isinstance(name, str) and name.endswith(suffixes) and not {"/", "\\", "\0"} & set(name)
 
 
-def stored(place: str, arguments: Mapping[str, Any], raw: Mapping[str, Any]) -> Stored:
-    """What is in the files of a model that transformers is going to read.
+def inspect_weights(
+    location: str, arguments: Mapping[str, Any], raw: Mapping[str, Any]
+) -> StoredWeights:
+    """The content of the weight files that transformers is going to read.
 
-    Args:
-        place: its folder or Hub id.
-        arguments: what ``from_pretrained`` gets to find the files.
-        raw: its configuration.
+    ``raw`` is the configuration; ``arguments`` are those of ``from_pretrained`` to find the files.
 
     Raises:
-        InputError: the index of its shards is no index, or names other files than safetensors in
-            the same folder.
+        InputError: the index of its shards is broken, or names other files than safetensors in the
+            same folder.
         OSError, SafetensorError: a file is missing or broken.
     """
     if gguf := arguments.get("gguf_file"):
-        # a weight takes a bit at the least, however it is packed
-        return Stored(8 * (Path(place) / str(gguf)).stat().st_size)
-    paths = _weight_files(place, arguments, raw)
+        # packed weights have at least one bit
+        return StoredWeights(8 * (Path(location) / str(gguf)).stat().st_size)
+    paths = _weight_files(location, arguments, raw)
     if raw.get("quantization_config"):
-        return Stored(8 * sum(path.stat().st_size for path in paths))
-    numbers, odd = 0, None
+        return StoredWeights(8 * sum(path.stat().st_size for path in paths))
+    elements, non_float = 0, None
     for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 part = file.get_slice(name)
-                count = 1
-                for size in part.get_shape():
-                    count *= size
-                numbers += count
-                kind = part.get_dtype()
-                if not kind.startswith(("F", "BF")) and name.endswith(_DRAWN):
-                    odd = odd or (name, kind)
-    return Stored(numbers, odd)
+                elements += prod(part.get_shape())
+                dtype = part.get_dtype()
+                if not dtype.startswith(("F", "BF")) and name.endswith(_WEIGHT_SUFFIXES):
+                    non_float = non_float or (name, dtype)
+    return StoredWeights(elements, non_float)
 
 
-def _weight_files(place: str, arguments: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Path]:
+def _weight_files(
+    location: str, arguments: Mapping[str, Any], raw: Mapping[str, Any]
+) -> list[Path]:
     """The safetensors files of a model, in the order in which transformers looks for them."""
     named = raw.get("transformers_weights")
     for name in (named,) if named else (_WEIGHTS, _INDEX):
-        found = file_of(place, name, arguments)
+        found = find_file(location, name, arguments)
         if found is None:
             continue
         if not name.endswith(".index.json"):
             return [found]
-        shards = _shards(found)
-        paths = [file_of(place, shard, arguments) for shard in shards]
-        for shard, path in zip(shards, paths, strict=True):
+        paths = []
+        for shard in _shards(found):
+            path = find_file(location, shard, arguments)
             if path is None:
-                raise InputError(f"{place} is incomplete: {found.name} names {shard}")
-        return [path for path in paths if path is not None]
-    raise InputError(f"{place} has no weights: no {_WEIGHTS} and no {_INDEX} in it")
+                raise InputError(f"{location} is incomplete: {found.name} names {shard}")
+            paths.append(path)
+        return paths
+    raise InputError(f"{location} has no weights: no {_WEIGHTS} and no {_INDEX} in it")
 
 
-def file_of(place: str, name: str, arguments: Mapping[str, Any]) -> Path | None:
-    """A file of the model; from the Hub it is fetched. None: there is none of this name."""
-    folder = Path(place)
+def find_file(location: str, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    """The path of a model's file, downloaded from the Hub if need be; None: there is none."""
+    folder = Path(location)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **arguments)
+    found = cached_file(location, name, _raise_exceptions_for_missing_entries=False, **arguments)
     return None if found is None else Path(found)
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
     document = json.loads(index.read_text(encoding="utf-8"))
     names = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(names, dict) or not names:
@@ -209,7 +208,7 @@ def _shards(index: Path) -> list[str]:
     if not isinstance(document.get("metadata"), dict):
         raise InputError(f"{index}: is no index of weights: metadata is missing")
     for name, shard in names.items():
-        if not _is_plain(shard, (".safetensors",)):
+        if not _is_file_name(shard, (".safetensors",)):
             raise InputError(
                 f"{index}: has {name[:100]} in {str(shard)[:100]!r}, and only .safetensors files "
                 "in the same folder are read"
@@ -217,32 +216,31 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def check_size(config: PreTrainedConfig, holds: Stored, source: str) -> None:
-    """Build the model without memory for its weights, and see that its files could hold them.
+def check_size(config: PreTrainedConfig, stored: StoredWeights, source: str) -> None:
+    """Build the model without memory for its weights, and compare it with its files.
 
-    Weights of a wrong shape and missing ones are told by name when the model is read; but memory
-    for all of them is taken first, as much as the configuration asks for.
-
-    Raises:
-        InputError: it has more than twice as many (tied ones count twice), or none in a place.
+    Loading reports missing weights and wrong shapes, but allocates memory for all of them first.
+    Raises InputError for more than twice as many weights (tied ones count twice), or an empty one.
     """
-    numbers = buffered = 0
-    most = 2 * holds.numbers + SLACK
+    elements = buffer_elements = 0
+    limit = 2 * stored.max_elements + SLACK_ELEMENTS
 
     def add_weights(module: Any, name: str, weight: Any) -> None:
-        nonlocal numbers
+        nonlocal elements
         if weight is None:
             return
         if weight.numel() == 0:
             raise _TooLargeError(f"{name} of a {type(module).__name__} would have no numbers")
-        numbers += weight.numel()
-        if numbers > most:
-            raise _TooLargeError(f"over {most:,} weights, and the files hold {holds.numbers:,}")
+        elements += weight.numel()
+        if elements > limit:
+            raise _TooLargeError(
+                f"over {limit:,} weights, and the files hold {stored.max_elements:,}"
+            )
 
     def add_buffer(module: Any, name: str, table: Any) -> None:
-        nonlocal buffered
-        buffered += 0 if table is None else table.numel()
-        if buffered > MOST_BUFFERED:
+        nonlocal buffer_elements
+        buffer_elements += 0 if table is None else table.numel()
+        if buffer_elements > MAX_BUFFER_ELEMENTS:
             raise _TooLargeError(f"{name} of a {type(module).__name__} would be too large")
 
     hooks = (
@@ -255,7 +253,7 @@ def check_size(config: PreTrainedConfig, holds: Stored, source: str) -> None:
             AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except _TooLargeError as error:
         raise InputError(f"the weights of {source} don't fit its config: {error}") from None
-    except RuntimeError as error:  # sizes so large that PyTorch can't count their bytes
+    except RuntimeError as error:  # sizes whose bytes PyTorch can't count
         raise InputError(f"cannot read the weights of {source}: {first_line(error)}") from None
     finally:
         for hook in hooks:

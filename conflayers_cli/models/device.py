@@ -1,4 +1,4 @@
-"""Which device a model runs on, or which ones."""
+"""Choosing a model's device, and where a loaded model is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ _OFFLOADED = ("cpu", "disk")
 
 
 def find_device(spec: str) -> torch.device:
-    """The device that ``spec`` names: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-
-    Under torchrun it is the one that this process has been given.
+    """The device that ``spec`` names (see `LoadOptions`); under torchrun this process's own.
 
     Raises:
-        InputError: there is no such device, here or at all.
+        InputError: there is no such device.
     """
     here = world()
     if here.size > 1 and torch.cuda.is_available():
@@ -59,11 +57,7 @@ def find_device(spec: str) -> torch.device:
 
 
 def check_device_map(spec: str | None, device: str) -> None:
-    """Refuse a device map that is none, or one beside what else says where a model goes.
-
-    Raises:
-        InputError: the message names the arguments.
-    """
+    """Raise InputError for an unknown device map, or one beside a device or torchrun."""
     if spec is None:
         return
     if spec != "auto":
@@ -81,28 +75,22 @@ def check_device_map(spec: str | None, device: str) -> None:
         )
 
 
-def device_of(model: Any) -> torch.device:
-    """Where a model takes its tokens and gives its logits.
-
-    For one that is spread over several devices that is where its first layers compute.
-    """
-    places = list((getattr(model, "hf_device_map", None) or {}).values())
-    if not places:
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens and gives its logits: where its first layers compute."""
+    locations = list((getattr(model, "hf_device_map", None) or {}).values())
+    if not locations:
         device: torch.device = model.device
         return device
-    first = next((place for place in places if place not in _OFFLOADED), "cpu")
+    first = next((location for location in locations if location not in _OFFLOADED), "cpu")
     return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
 
 
-def spread_of(model: Any) -> str | None:
-    """How a model is spread over several devices, in words; None: it is on one.
-
-    What passes cost depends on it, and so does which ways of running them there are.
-    """
+def describe_spread(model: Any) -> str | None:
+    """How a model is spread over several devices, in words; None: it is on one."""
     if (size := world().size) > 1:
         return f"a part of every layer on each of {size} processes"
-    places = Counter(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    if len(places) < 2 and not places.keys() & {"disk"}:
+    locations = Counter(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(locations) < 2 and not locations.keys() & {"disk"}:
         return None
-    named = {(f"cuda:{place}" if place.isdigit() else place): n for place, n in places.items()}
-    return "whole layers on " + ", ".join(f"{place} ({n})" for place, n in named.items())
+    named = ((f"cuda:{name}" if name.isdigit() else name, n) for name, n in locations.items())
+    return "whole layers on " + ", ".join(f"{name} ({n})" for name, n in named)

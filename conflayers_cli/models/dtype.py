@@ -1,4 +1,4 @@
-"""Which dtype a model runs in: as asked for, or what is fast on the device."""
+"""Choosing the dtype that a model runs in."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.utils.suggest import did_you_mean
+from conflayers_cli.utils.error_text import did_you_mean
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
 SLOWER = 1.1
-"""bfloat16 is refused from this many times float32's time on: a margin that noise doesn't cross."""
+"""bfloat16 is not chosen from this ratio of times on, a margin beyond noise."""
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _WORKING_SET = 48 * 2**20
-"""Bytes of weights that the products go through: more than most caches hold, as a model is."""
+"""Bytes of weights that the products read: more than most caches hold."""
 _BLOCK = 4 * 2**20
-"""Bytes of weights at the most that are timed at once."""
+"""Most bytes of weights timed at once."""
 _ROUNDS = 5
 # A pass of one token runs two rows in half precision (see `BatchInvariance`), and one in float32.
 _ROWS = ((torch.float32, 1), (torch.bfloat16, 2))
@@ -44,19 +44,10 @@ def check_dtype(spec: str) -> None:
 def choose_dtype(
     spec: str, device: torch.device, config: PreTrainedConfig, measure: Measure | None = None
 ) -> tuple[torch.dtype, str]:
-    """The dtype that ``spec`` names on ``device``, and a sentence that says which and why.
+    """The dtype that ``spec`` (`DTYPES` or ``auto``) names on ``device``, and a sentence on why.
 
-    ``auto`` on a processor with bfloat16 instructions is bfloat16 unless a step's products measure
-    slower in it than in float32, `SLOWER` times or more.
-
-    Args:
-        spec: ``auto`` or a key of `DTYPES`.
-        device: where the model will run.
-        config: the model's, for its sizes.
-        measure: bfloat16's time in float32's; None: `time_products`.
-
-    Raises:
-        InputError: no such dtype.
+    ``auto`` on a processor with bfloat16 instructions is bfloat16 unless ``measure``, by default
+    `measure_bfloat16_ratio`, gives `SLOWER` or more.
     """
     check_dtype(spec)
     if spec != "auto":
@@ -67,12 +58,11 @@ def choose_dtype(
         return torch.float16, "float16: the GPU has no bfloat16"
     if device.type == "mps":
         return torch.float16, "float16: usual on MPS"
-    # Not in every PyTorch that works otherwise.
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch >= 2.6
     instructions = next((name for name in _BF16_INSTRUCTIONS if abilities.get(name)), None)
     if instructions is None:
         return torch.float32, "float32: the processor has no bfloat16 instructions"
-    ratio = (measure or time_products)(config)
+    ratio = (measure or measure_bfloat16_ratio)(config)
     found = f"a step's products take {ratio:.2f} of float32's time (measured)"
     if ratio >= SLOWER:
         return torch.float32, f"float32: in bfloat16 {found}, despite {instructions} instructions"
@@ -80,18 +70,16 @@ def choose_dtype(
 
 
 @torch.inference_mode()
-def time_products(config: PreTrainedConfig) -> float:
-    """bfloat16's time in float32's for the products of gated MLPs of the model's sizes.
+def measure_bfloat16_ratio(config: PreTrainedConfig) -> float:
+    """bfloat16's time over float32's for the products of gated MLPs of the model's sizes.
 
-    Both dtypes go through the same bytes, which hold twice as many bfloat16 weights, in blocks that
-    take less than a millisecond, by turns. Compared is the time per weight, the lower quartile over
-    all blocks and rounds: what else the machine does hits many, but not all of them. All of it on
-    one thread: several wait for each other, on a busy machine for longer than any product takes.
-    Takes about 70 ms.
+    Both dtypes read the same bytes, twice as many bfloat16 weights, by turns, in blocks of less
+    than a millisecond. Compared is the lower quartile of the time per weight, which other work on
+    the machine leaves alone, on one thread, as several would wait for each other. Takes 70 ms.
     """
     hidden, inner, layers = _sizes(config)
     size = min(_WORKING_SET, layers * 3 * hidden * inner * torch.float32.itemsize)
-    # Filled, not empty: memory never written to is one and the same page of zeros.
+    # filled: memory never written to is one page of zeros
     memory = torch.full((size // torch.bfloat16.itemsize,), 0.01, dtype=torch.bfloat16)
     blocks = {dtype: _carve(memory.view(dtype), hidden, inner) for dtype, _ in _ROWS}
     times: dict[torch.dtype, list[float]] = {dtype: [] for dtype, _ in _ROWS}
@@ -116,7 +104,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Hidden size, intermediate size and layers; families differ in their names for them."""
+    """Hidden size, intermediate size and number of layers."""
     text = config.get_text_config()
 
     def size(*names: str) -> int | None:
@@ -132,7 +120,7 @@ _Blocks = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _carve(memory: torch.Tensor, hidden: int, inner: int) -> _Blocks:
-    """Gate and up ``[2·I, H]`` and down ``[H, I]``, as many as fit, of a whole layer or a part."""
+    """Pairs of gate and up ``[2·I, H]`` and down ``[H, I]``, of whole layers or parts of one."""
     most = min(_BLOCK // memory.itemsize, memory.numel()) // (3 * hidden)
     rows = max(1, min(inner, most))
     layer = 3 * hidden * rows
@@ -144,7 +132,7 @@ def _carve(memory: torch.Tensor, hidden: int, inner: int) -> _Blocks:
 
 
 def _times_per_weight(blocks: _Blocks, rows: int) -> list[float]:
-    """Seconds of the products of ``rows`` rows with each block, by the number of its weights."""
+    """Seconds per weight of the products of ``rows`` rows with each block."""
     states = torch.full((rows, blocks[0][0].shape[1]), 0.1, dtype=blocks[0][0].dtype)
     times = []
     for up, down in blocks:

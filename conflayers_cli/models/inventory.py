@@ -1,6 +1,6 @@
-"""What models there are on this machine and what is kept about them, read from files alone.
+"""The models on this machine and what is cached about them, read from files alone.
 
-Nothing here loads PyTorch, runs a model or asks a network.
+Nothing here loads PyTorch, runs a model or uses the network.
 """
 
 from __future__ import annotations
@@ -10,40 +10,35 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.registry import (
-    CATALOGUE,
-    COMPILED,
+    COMPILE_FOLDER,
     CONFIG_FILE,
+    COST_FOLDER,
     GENERATIVE,
-    LATENCIES,
+    REGISTRY,
     TEMP_PREFIX,
     cache_folder,
     is_complete,
     wheel_file,
 )
-from conflayers_cli.utils.suggest import did_you_mean
+from conflayers_cli.utils.error_text import did_you_mean
+from conflayers_cli.utils.text_files import read_json_object
 
 COSTS = "costs"
-"""What `clear` calls the measured costs."""
-_READABLE_LAYERS = {"full_attention", "sliding_attention"}
+"""The name of the measured costs for `clear_cache`."""
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 _SNAPSHOTS = "models--"
 
 
 @dataclass(frozen=True)
-class Builtin:
-    """A built-in model.
-
-    Attributes:
-        name, summary, depth: as in the catalogue.
-        installed: whether the package it is made of is there.
-        folder: where it lies converted; None: it is made at its first use.
-        bytes: what it takes there.
-    """
+class BuiltinStatus:
+    """A built-in model; ``installed``: its wheel is; ``folder``: None until it is converted."""
 
     name: str
     summary: str
@@ -55,14 +50,9 @@ class Builtin:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """A file of what a model's passes cost on a device.
+    """A file of the costs of a model's passes, for ``rows`` sequences decoded together.
 
-    Attributes:
-        model: the built-in model of its shape, where one is converted, else its class.
-        depth: its decoder layers.
-        device, dtype, threads: where and how it was measured.
-        rows: the numbers of rows decoded at once that were measured.
-        file: its path.
+    ``model`` is a converted built-in model of the same sizes, else the model's class.
     """
 
     model: str
@@ -76,16 +66,7 @@ class MeasuredCosts:
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model in the Hugging Face cache.
-
-    Attributes:
-        name: its id there, which ``--model`` takes.
-        architecture: its class.
-        depth: its decoder layers; None: its configuration does not say.
-        bytes: what it takes on disk.
-        problem: why it can't be decoded, as far as its configuration tells; None: nothing speaks
-            against it.
-    """
+    """A model in the Hugging Face cache; ``problem``: why its configuration rules it out."""
 
     name: str
     architecture: str
@@ -96,97 +77,80 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that there is.
-
-    Attributes:
-        cache_folder: where the first three lie.
-        builtin: the models that come by name.
-        outdated: folders of earlier conversions, which nothing reads any more.
-        costs: what was measured.
-        compiled_bytes: what the compiler's results take.
-        hub: the models of the Hugging Face cache.
-    """
+    """All models and caches; ``outdated`` are folders of earlier conversions, no longer used."""
 
     cache_folder: str
-    builtin: tuple[Builtin, ...]
+    builtin: tuple[BuiltinStatus, ...]
     outdated: tuple[str, ...]
     costs: tuple[MeasuredCosts, ...]
     compiled_bytes: int
     hub: tuple[HubModel, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The inventory as JSON takes it."""
         return asdict(self)
 
 
-def take() -> Inventory:
-    """Look through the folders."""
+def take_inventory() -> Inventory:
     folder = cache_folder()
     installed = wheel_file() is not None
     return Inventory(
         cache_folder=str(folder),
         builtin=tuple(
-            Builtin(
+            BuiltinStatus(
                 entry.name,
                 entry.summary,
                 entry.depth,
                 installed,
                 str(entry.folder) if is_complete(entry.folder) else None,
-                size_of(entry.folder),
+                folder_bytes(entry.folder),
             )
-            for entry in CATALOGUE.values()
+            for entry in REGISTRY.values()
         ),
         outdated=tuple(str(path) for path in _outdated(folder)),
-        costs=tuple(_costs(folder / LATENCIES)),
-        compiled_bytes=size_of(folder / COMPILED),
+        costs=tuple(_costs(folder / COST_FOLDER)),
+        compiled_bytes=folder_bytes(folder / COMPILE_FOLDER),
         hub=tuple(_hub_models(hub_folder())),
     )
 
 
-def clear(name: str) -> tuple[list[Path], int]:
-    """Delete what was made and can be made again.
-
-    Args:
-        name: a built-in model, whose conversions go, outdated ones too; ``costs``; ``compiled``.
+def clear_cache(name: str) -> tuple[list[Path], int]:
+    """Delete a built-in model's conversions, outdated ones too, the ``costs`` or ``compiled`` code.
 
     Returns:
-        (what was deleted, its bytes); nothing where there was nothing.
+        (the folders deleted, their size in bytes).
 
     Raises:
-        InputError: nothing is called so.
-        ConfLayersError: it can't be deleted.
+        InputError: no such name.
+        ConfLayersError: a folder can't be deleted.
     """
     folder = cache_folder()
-    if name in CATALOGUE:
-        entry = CATALOGUE[name]
-        outdated = [path for path in _outdated(folder) if _recipe_of(path) == name]
-        targets = [entry.folder, *outdated]
-    elif name in (COSTS, COMPILED):
-        targets = [folder / (LATENCIES if name == COSTS else COMPILED)]
+    if name in REGISTRY:
+        outdated = [path for path in _outdated(folder) if _model_name(path) == name]
+        targets = [REGISTRY[name].folder, *outdated]
+    elif name in (COSTS, COMPILE_FOLDER):
+        targets = [folder / (COST_FOLDER if name == COSTS else COMPILE_FOLDER)]
     else:
-        known = (*CATALOGUE, COSTS, COMPILED)
+        known = (*REGISTRY, COSTS, COMPILE_FOLDER)
         names, hint = ", ".join(known), did_you_mean(name, known)
         raise InputError(f"clear {name}: there is {names}{hint}", names=(f"clear {name}:",))
-    there = [path for path in targets if path.is_dir() and not path.is_symlink()]
-    total = sum(map(size_of, there))
-    for path in there:
+    existing = [path for path in targets if path.is_dir() and not path.is_symlink()]
+    total = sum(map(folder_bytes, existing))
+    for path in existing:
         try:
             _delete(path)
         except OSError as error:
             reason = error.strerror or error
             raise ConfLayersError(f"{path} can't be deleted: {reason}") from error
-    return there, total
+    return existing, total
 
 
-def size_of(path: Path) -> int:
-    """Bytes of all files under a folder; links count as what they are, not what they lead to."""
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files under a folder; a link counts with its own size."""
     total = 0
     for parent, _, names in os.walk(path):
         for name in names:
-            try:
-                total += os.lstat(Path(parent, name)).st_size
-            except OSError:  # gone meanwhile
-                continue
+            with suppress(OSError):  # gone meanwhile
+                total += Path(parent, name).lstat().st_size
     return total
 
 
@@ -198,29 +162,29 @@ def hub_folder() -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Take a folder out of sight in one step first: nobody ever sees half of a model."""
+    """Rename a folder before deleting it, so that nobody finds half of a model."""
     hidden = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}cleared-", dir=path.parent))
     try:
         path.rename(hidden / path.name)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)  # a conversion removes what is left, after a day
+        shutil.rmtree(hidden, ignore_errors=True)  # leftovers go with the next conversion
 
 
 def _outdated(folder: Path) -> list[Path]:
-    """Conversions of other recipes than today's."""
-    current = {entry.folder.name for entry in CATALOGUE.values()}
-    found = sorted(path for path in _children(folder) if _recipe_of(path) in CATALOGUE)
+    """Conversions by earlier recipes."""
+    current = {entry.folder.name for entry in REGISTRY.values()}
+    found = [path for path in _children(folder) if _model_name(path) in REGISTRY]
     return [path for path in found if path.name not in current and path.is_dir()]
 
 
-def _recipe_of(path: Path) -> str | None:
-    """The built-in model that a folder is a conversion of by its name."""
+def _model_name(path: Path) -> str | None:
+    """The name of the model that a folder holds, if it is called like a conversion."""
     name, dash, recipe = path.name.rpartition("-v")
     return name if dash and recipe.isdigit() else None
 
 
 def _shape(sizes: dict[str, Any]) -> tuple[object, ...]:
-    """A model's sizes, by the names of a fingerprint or by those of a configuration."""
+    """A model's sizes, from a config fingerprint or a configuration."""
     names = (("depth", "num_hidden_layers"), ("hidden_size",), ("vocabulary", "vocab_size"))
     return tuple(next((sizes[n] for n in each if n in sizes), None) for each in names)
 
@@ -228,10 +192,10 @@ def _shape(sizes: dict[str, Any]) -> tuple[object, ...]:
 def _costs(folder: Path) -> Iterator[MeasuredCosts]:
     known = {
         _shape(_json(e.folder / CONFIG_FILE)): e.name
-        for e in CATALOGUE.values()
+        for e in REGISTRY.values()
         if is_complete(e.folder)
     }
-    for path in sorted(_children(folder)):
+    for path in _children(folder):
         document = _json(path)
         try:
             model = json.loads(document["model"])
@@ -245,18 +209,16 @@ def _costs(folder: Path) -> Iterator[MeasuredCosts]:
                 file=str(path),
             )
         except (KeyError, ValueError, TypeError, AttributeError):
-            continue  # not such a file; it is measured anew where it is needed
+            continue  # no such file: costs are measured anew where needed
 
 
 def _hub_models(folder: Path) -> Iterator[HubModel]:
-    for path in sorted(_children(folder)):
-        if not path.name.startswith(_SNAPSHOTS):
-            continue
+    for path in _children(folder, f"{_SNAPSHOTS}*"):
         snapshot = _snapshot(path)
         config = _json(snapshot / CONFIG_FILE) if snapshot else {}
         architectures = config.get("architectures")
         if snapshot is None or not isinstance(architectures, list) or not architectures:
-            continue  # a tokenizer, a data set's card, a download that was broken off
+            continue  # a tokenizer, an unfinished download
         text = config.get("text_config")
         text = text if isinstance(text, dict) else config
         depth = next((text[k] for k in ("num_hidden_layers", "n_layer") if k in text), None)
@@ -264,52 +226,46 @@ def _hub_models(folder: Path) -> Iterator[HubModel]:
             name=path.name.removeprefix(_SNAPSHOTS).replace("--", "/"),
             architecture=str(architectures[0]),
             depth=depth if isinstance(depth, int) else None,
-            bytes=size_of(path),
-            problem=_problem(snapshot, config, text, [str(name) for name in architectures]),
+            bytes=folder_bytes(path),
+            problem=_problem(snapshot, config, text),
         )
 
 
-def _problem(
-    snapshot: Path, config: dict[str, Any], text: dict[str, Any], architectures: list[str]
-) -> str | None:
-    """What a configuration says against decoding; loading a model looks closer."""
+def _problem(snapshot: Path, config: dict[str, Any], text: dict[str, Any]) -> str | None:
+    """Why a configuration can't be decoded; loading the model checks more."""
     if config.get("is_encoder_decoder"):
         return "an encoder-decoder"
-    if not any(name.endswith(GENERATIVE) for name in architectures):
+    if not any(str(name).endswith(GENERATIVE) for name in config["architectures"]):
         return "no causal language model"
     kinds = text.get("layer_types")
-    strange = set(kinds) - _READABLE_LAYERS if isinstance(kinds, list) else set()
-    if strange:
-        return f"has {', '.join(sorted(map(str, strange)))} layers"
-    names = [path.name for path in _children(snapshot)]
-    if not any(name.endswith((".safetensors", ".gguf")) for name in names):
+    unsupported = set(kinds) - _SUPPORTED_LAYERS if isinstance(kinds, list) else set()
+    if unsupported:
+        return f"has {', '.join(sorted(map(str, unsupported)))} layers"
+    if not any(path.suffix in (".safetensors", ".gguf") for path in _children(snapshot)):
         return "no safetensors here"
     return None
 
 
 def _snapshot(path: Path) -> Path | None:
-    """The folder of a cached model that its main branch stands for, else the latest one."""
+    """The snapshot of a cached model's main branch, else the latest one."""
     try:
         revision = (path / "refs" / "main").read_text(encoding="utf-8").strip()
         if revision and (path / "snapshots" / revision).is_dir():
             return path / "snapshots" / revision
     except (OSError, ValueError):
-        pass  # downloaded by a revision of its own
+        pass  # downloaded by a revision
     found = [child for child in _children(path / "snapshots") if child.is_dir()]
     return max(found, key=lambda child: child.stat().st_mtime, default=None)
 
 
-def _children(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:  # there is none, or it may not be read
-        return []
+def _children(folder: Path, pattern: str = "*") -> list[Path]:
+    """The entries of a folder, in order; none where it is missing or unreadable."""
+    return sorted(folder.glob(pattern))
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; an empty one where it is none."""
+    """A JSON file's object; empty where there is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(path)
+    except InputError:
         return {}
-    return document if isinstance(document, dict) else {}

@@ -1,4 +1,4 @@
-"""How a model is to be loaded and run: plain values that need no PyTorch."""
+"""Options of loading and running a model; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is to be loaded and run.
+    """Options of loading and running a model.
 
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or
+            ``mps``.
         dtype: ``auto`` (what is fast on the device), ``float32``, ``bfloat16`` or ``float16``.
         exact: half-precision passes give a token the same bits whatever is checked beside it.
-        compiled: compile the layers, where steps then are quicker; the bits are given up.
-        device_map: ``auto`` spreads the layers over all devices; None: one device.
+        compiled: compile the layers where that makes passes faster, giving up ``exact``.
+        device_map: ``auto`` spreads the layers over all devices, and the host's memory where those
+            are too small; None: one device.
         quantize: load a plain model's weights as ``int8`` or ``int4``; None: as they are.
-        merge_adapter: add an adapter's weights to its base's; None: where the base is not
-            quantised.
+        merge_adapter: add an adapter's weights to its base's; None: if the base is not quantised.
         trust_remote_code: run Python code that comes with the model.
     """
 

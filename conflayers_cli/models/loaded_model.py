@@ -1,4 +1,4 @@
-"""A model in memory, with what there is to know about it."""
+"""A model in memory, with its tokenizer and properties."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conflayers_cli.models.device import device_of, spread_of
-from conflayers_cli.models.peft_modules import unwrapped
-from conflayers_cli.models.tokenizer import end_tokens
-from conflayers_cli.models.weight_sketch import WeightFingerprint, sketch_of
+from conflayers_cli.errors import InputError
+from conflayers_cli.models.device import describe_spread, input_device
+from conflayers_cli.models.peft_modules import unwrap_peft
+from conflayers_cli.models.weight_sketch import WeightSketch, sketch_weights
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model on its device, and how to talk to it.
+    """A causal language model on its device, in evaluation mode.
 
-    ``name`` is what a profile stores: the built-in name, the Hub id, or the path as it was given.
-    ``model`` is in evaluation mode and needs no gradients. ``end_tokens`` are all ids that end a
-    text. ``context_length`` is None where the model names none. ``spread`` says how the model is
-    spread over several devices, None where it is on one: then ``device`` is where tokens go.
-    ``sketch`` tells its weights from others, None where they are not all plain and here.
+    Attributes:
+        name: in profiles: the built-in name, the Hub id, or the path as it was given.
+        device: where tokens go; ``spread`` says how a model is spread over several devices.
+        end_tokens: all ids that end a text.
+        context_length: None where the config names none.
+        sketch: of its weights, None where this process does not hold all of them.
     """
 
     model: PreTrainedModel
@@ -35,34 +36,46 @@ class LoadedModel:
     context_length: int | None
     has_chat_template: bool
     spread: str | None = None
-    sketch: WeightFingerprint | None = None
+    sketch: WeightSketch | None = None
 
     @property
-    def place(self) -> str:
-        """Where the model is, in words."""
+    def device_label(self) -> str:
         return f"{self.device}, {self.spread}" if self.spread else str(self.device)
 
 
-def as_loaded(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> LoadedModel:
-    """A model that is in memory already, with what there is to know about it.
+def wrap_model(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> LoadedModel:
+    """Wrap a transformers causal language model on its device, or a `PeftModel` of one.
 
-    Args:
-        model: a transformers causal language model on its device, or a `PeftModel` of one.
-        tokenizer: its tokenizer; None where nobody is going to read or write text.
-        name: what a profile calls it.
-        dtype_reason: why it runs in its dtype.
+    ``tokenizer`` may be None where no text is read or written.
     """
-    model = unwrapped(model)
+    model = unwrap_peft(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
-        device=device_of(model),
+        device=input_device(model),
         dtype=model.dtype,
         dtype_reason=dtype_reason,
         end_tokens=end_tokens(model, tokenizer, name),
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
-        spread=spread_of(model),
-        sketch=sketch_of(model),  # now: a decoder may rearrange the weights
+        spread=describe_spread(model),
+        sketch=sketch_weights(model),  # now: a decoder may rearrange the weights
     )
+
+
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+) -> frozenset[int]:
+    """All end tokens of the generation config, the config and the tokenizer."""
+    text = model.config.get_text_config()
+    ids: list[Any] = []
+    for holder in (model.generation_config, model.config, text, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        own = value if isinstance(value, list | tuple) else [value]
+        if not all(end is None or isinstance(end, int) for end in own):
+            raise InputError(
+                f"{source} is broken: its end token (eos_token_id) is {str(value)[:60]!r}"
+            )
+        ids.extend(own)
+    return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < text.vocab_size)

@@ -1,8 +1,8 @@
-"""A name, folder, GGUF file or built-in model → model and tokenizer, ready to run."""
+"""Load a model and its tokenizer from a built-in name, folder, GGUF file or Hub id."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -10,156 +10,132 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.models.device import check_device_map, find_device
 from conflayers_cli.models.dtype import check_dtype, choose_dtype
-from conflayers_cli.models.loaded_model import LoadedModel, as_loaded
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
 from conflayers_cli.models.peft_loading import CONFIG as ADAPTER_CONFIG
-from conflayers_cli.models.peft_loading import Adapter, attach, check_merge
-from conflayers_cli.models.pretrained import check_files, read_config, read_model, to_device
-from conflayers_cli.models.quantization import check_bits, describe, quantization_kwargs
-from conflayers_cli.models.source import ModelSource, find_source, prepare_builtin
+from conflayers_cli.models.peft_loading import Adapter, attach_adapter, check_merge
+from conflayers_cli.models.pretrained import (
+    check_files,
+    read_config,
+    read_model,
+    read_tokenizer,
+    to_device,
+)
+from conflayers_cli.models.quantization import (
+    check_quantize,
+    describe_quantization,
+    quantization_kwargs,
+)
+from conflayers_cli.models.source import ModelSource, find_source
 from conflayers_cli.models.tensor_parallel import sharding
-from conflayers_cli.models.tokenizer import read_tokenizer
-from conflayers_cli.utils.distributed import begin, on_first, world
+from conflayers_cli.utils.distributed import join_ranks, run_on_rank0, world
 from conflayers_cli.utils.progress import ProgressCallback
 
 
 def load_model(
-    source: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    device_map: str | None = None,
-    quantize: str | None = None,
-    merge_adapter: bool | None = None,
-    progress: ProgressCallback | None = None,
+    source: str, options: LoadOptions | None = None, *, progress: ProgressCallback | None = None
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
     A built-in name wins over a folder of that name, a local path over a Hub id. Weights come from
     safetensors or GGUF only, never from pickles. Under torchrun each process gets its part of every
-    layer. An adapter of PEFT is loaded with the base that it names (see :mod:`.peft_loading`).
+    layer. A PEFT adapter is loaded with the base that it names (see :mod:`.peft_loading`).
 
     Args:
-        device: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or
-            ``mps``.
-        dtype: ``auto`` (what is fast on the device), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run Python code that comes with the model.
-        device_map: ``auto`` spreads the layers over all devices there are, and over the host's
-            memory where those are too small; None: one device.
-        quantize: load a plain checkpoint's weights in fewer bits, ``int8`` or ``int4``.
-        merge_adapter: add an adapter's weights to its base's; None: where the base's are plain.
-        progress: told about conversion and loading.
+        options: its ``exact`` and ``compiled`` have no effect here.
+        progress: called while a model is converted and loaded.
 
     Raises:
         InputError: no such model, device or dtype; broken or refused files; not a causal language
             model, or one that can't be spread so.
         ConfLayersError: it does not fit into the memory, or a conversion failed.
     """
-    check_device_map(device_map, device)
-    begin()  # before files are looked for: what fails on one rank alone is told there
-    on = find_device(device)
-    check_dtype(dtype)
-    check_bits(quantize)
-    prepare_builtin(source, progress)
+    options = options or LoadOptions()
+    check_device_map(options.device_map, options.device)
+    join_ranks()  # first: an error of one rank alone is reported by it
+    device = find_device(options.device)
+    check_dtype(options.dtype)
+    check_quantize(options.quantize)
     origin = find_source(source, progress)
     if origin.adapter is not None:
-        _check_spread(source, device_map)
-        same = {"device": device, "dtype": dtype, "quantize": quantize, "progress": progress}
-        base = _load_base(origin.adapter, source, trust_remote_code=trust_remote_code, **same)
-        return _adapted(base, origin, origin.adapter, merge_adapter, trust_remote_code)
-    if merge_adapter is not None:
-        name = "merge_adapter" if merge_adapter else "merge_adapter=False"
+        return _load_adapter(origin, origin.adapter, options, progress)
+    if options.merge_adapter is not None:
+        name = "merge_adapter" if options.merge_adapter else "merge_adapter=False"
         raise InputError(f"{name}: {source} is no adapter: leave it out", names=(f"{name}:",))
-    if quantize and origin.gguf:
+    if options.quantize and origin.gguf:
         raise InputError(
             f"quantize takes safetensors, and {source} is a GGUF file", names=("quantize takes",)
         )
-    return _load_whole(
-        origin,
-        on=on,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-        quantize=quantize,
-        progress=progress,
-    )
+    return _load_plain(origin, device, options, progress)
 
 
-def _load_whole(
+def _load_plain(
     origin: ModelSource,
-    *,
-    on: torch.device,
-    dtype: str,
-    trust_remote_code: bool,
-    device_map: str | None,
-    quantize: str | None,
+    device: torch.device,
+    options: LoadOptions,
     progress: ProgressCallback | None,
 ) -> LoadedModel:
-    """A model that is no adapter; the arguments are those of :func:`load_model`, checked."""
-    source = origin.source
+    """Load a model that is no adapter; the options are checked."""
+    source, trusted = origin.source, options.trust_remote_code
 
-    def step(done: float) -> None:
+    def on_step(done: float) -> None:
         if progress:
             progress(f"loading {source}", done)
 
-    step(0.0)
-    with quiet_transformers(step):
-        config = read_config(origin, trust_remote_code)
+    on_step(0.0)
+    with quiet_transformers(on_step):
+        config = read_config(origin, trusted)
         check_files(origin, config)
-        kind, reason = on_first(lambda: choose_dtype(dtype, on, config))
-        spreading = {"device_map": device_map} if device_map else sharding(config, source)
-        quantising = quantization_kwargs(config, source, quantize, on, kind, trust_remote_code)
-        if quantising is not None:
-            spreading = {**(spreading or {"device_map": {"": str(on)}}), **quantising}
-        model = read_model(origin, config, kind, trust_remote_code, spreading)
-        tokenizer = read_tokenizer(origin, trust_remote_code)
-    step(1.0)
-    if quantising is not None and model.dtype != kind:
+        dtype, reason = run_on_rank0(lambda: choose_dtype(options.dtype, device, config))
+        kwargs = (
+            {"device_map": options.device_map} if options.device_map else sharding(config, source)
+        )
+        quantized = quantization_kwargs(config, source, options.quantize, device, dtype, trusted)
+        if quantized is not None:
+            kwargs = {**(kwargs or {"device_map": {"": str(device)}}), **quantized}
+        model = read_model(origin, config, dtype, trusted, kwargs)
+        tokenizer = read_tokenizer(origin, trusted)
+    on_step(1.0)
+    if quantized is not None and model.dtype != dtype:
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"
-    if weights := describe(model.config, quantize):
+    if weights := describe_quantization(model.config, options.quantize):
         reason = f"{reason}; {weights}"
-    on_device = model if spreading else to_device(model, on, source)
-    return as_loaded(on_device, tokenizer, source, reason)
+    if not kwargs:
+        model = to_device(model, device, source)
+    return wrap_model(model, tokenizer, source, reason)
 
 
-def _load_base(adapter: Adapter, source: str, **how: Any) -> LoadedModel:
-    """The model that an adapter was made for."""
+def _load_adapter(
+    origin: ModelSource,
+    adapter: Adapter,
+    options: LoadOptions,
+    progress: ProgressCallback | None,
+) -> LoadedModel:
+    """Load an adapter's base, with the adapter, and its tokenizer where it brings one."""
+    source = origin.source
+    if options.device_map or world().size > 1:
+        way = "device_map" if options.device_map else "torchrun"
+        raise InputError(
+            f"{source} is an adapter, which {way} can't spread: save it merged with its base first "
+            "(merge_and_unload and save_pretrained of peft)",
+            names=("device_map can't",),
+        )
     try:
         if find_source(adapter.base, None).adapter is not None:
             raise InputError(f"{adapter.base} is an adapter itself")
-        return load_model(adapter.base, **how)
+        base_options = replace(options, merge_adapter=None)
+        base = load_model(adapter.base, base_options, progress=progress)
     except InputError as error:
         raise InputError(
             f"{source} is an adapter of {adapter.base!r}: {error}; base_model_name_or_path in its "
             f"{ADAPTER_CONFIG} says where the base is",
             names=error.names,
         ) from error
-
-
-def _check_spread(source: str, device_map: str | None) -> None:
-    """Refuse to share an adapter's base among devices: what an adapter adds is not shared along."""
-    if device_map or world().size > 1:
-        way = "device_map" if device_map else "torchrun"
-        raise InputError(
-            f"{source} is an adapter, which {way} can't spread: save it merged with its base first "
-            "(merge_and_unload and save_pretrained of peft)",
-            names=("device_map can't",),
-        )
-
-
-def _adapted(
-    base: LoadedModel,
-    origin: ModelSource,
-    adapter: Adapter,
-    merge: bool | None,
-    trust_remote_code: bool,
-) -> LoadedModel:
-    """The base with its adapter, and with the adapter's tokenizer where that brings one."""
-    source = origin.source
-    merged = check_merge(merge, base.model.config, source)
-    model = attach(base.model, adapter, source, merge=merged)
-    with quiet_transformers():
-        own = adapter.tokenizer
-        tokenizer = read_tokenizer(origin, trust_remote_code) if own else base.tokenizer
-    how = "merged into the weights" if merged else "beside the weights"
-    return as_loaded(model, tokenizer, source, f"{base.dtype_reason}; adapter {how}")
+    merge = check_merge(options.merge_adapter, base.model.config, source)
+    model = attach_adapter(base.model, adapter, source, merge=merge)
+    tokenizer = base.tokenizer
+    if adapter.tokenizer:
+        with quiet_transformers():
+            tokenizer = read_tokenizer(origin, options.trust_remote_code)
+    where = "merged into the weights" if merge else "beside the weights"
+    return wrap_model(model, tokenizer, source, f"{base.dtype_reason}; adapter {where}")

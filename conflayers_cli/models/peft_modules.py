@@ -1,11 +1,7 @@
-"""Models with an adapter of PEFT beside their weights, as they are in memory.
+"""Models with a PEFT adapter in memory; PEFT itself is not needed here.
 
-PEFT puts modules of its own where a model's linear layers were: a LoRA layer holds the linear layer
-and two narrow ones, and adds their product to its own (arXiv 2106.09685 §4.1). The decoder layers
-stay where they were, so what is left out of a pass, and how, stays as it is; what is done to the
-linear layers themselves must not pass by what stands around them.
-
-Nothing here needs PEFT: without it no model has such modules.
+PEFT replaces a model's linear layers by modules that hold them: a LoRA layer has the linear layer
+and two narrow ones, whose product it adds (arXiv 2106.09685 §4.1).
 """
 
 from __future__ import annotations
@@ -22,8 +18,7 @@ from torch import nn
 from conflayers_cli.errors import InputError
 
 KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT")
-"""Types of adapters that are decoded with: each changes what linear layers compute of a row, by
-that row alone."""
+"""Supported adapters: each changes what linear layers compute of a token, by that token alone."""
 
 _VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
@@ -36,54 +31,32 @@ _REFUSED_SETTINGS: Mapping[str, str] = MappingProxyType(
         "monteclora_config": "it draws its weights at random",
     }
 )
-"""Settings of a LoRA adapter that make something else of it."""
+"""Settings of LoRA that are not supported, and why."""
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model that runs behind a ``PeftModel``; any other model as it is.
-
-    Its modules are the adapted ones: it computes the same as the ``PeftModel`` does.
+def unwrap_peft(model: Any) -> Any:
+    """The transformers model inside a ``PeftModel``, which computes the same; others as they are.
 
     Raises:
-        InputError: its adapter is of a kind that can't be decoded with, or it has several.
+        InputError: it has several adapters, or an unsupported one.
     """
-    check_configs(getattr(model, "peft_config", None))
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, Mapping):  # by the adapters' names
+        if len(configs) > 1:
+            raise InputError(
+                f"the model has {len(configs)} adapters ({', '.join(map(str, configs))}), which "
+                "can be switched under a decoder's feet: keep one (delete_adapter), or merge them "
+                "(merge_and_unload)"
+            )
+        for config in configs.values():
+            check_kind(vars(config), "the model's adapter")
     if any(_is_peft(kind) for kind in type(model).__mro__) and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
 
 
-def check_configs(configs: Any) -> None:
-    """Refuse adapters that can't be decoded with.
-
-    Args:
-        configs: the ``PeftConfig`` of every adapter of a model by its name; None: it has none.
-
-    Raises:
-        InputError: there are several, or it is of a kind that can't be; the message says why.
-    """
-    if not isinstance(configs, Mapping):
-        return
-    if len(configs) > 1:
-        raise InputError(
-            f"the model has {len(configs)} adapters ({', '.join(map(str, configs))}), which can be "
-            "switched under a decoder's feet: keep one (delete_adapter), or merge them "
-            "(merge_and_unload)"
-        )
-    for config in configs.values():
-        check_kind(vars(config), "the model's adapter")
-
-
 def check_kind(settings: Mapping[str, Any], whose: str) -> None:
-    """Refuse an adapter whose settings say that it can't be decoded with.
-
-    Args:
-        settings: of its ``PeftConfig``, or of the file that has them.
-        whose: whom the error is about.
-
-    Raises:
-        InputError: the message says why.
-    """
+    """Raise InputError about ``whose`` adapter where its settings are not supported."""
     given = settings.get("peft_type")
     kind = str(getattr(given, "value", given))
     if kind in _VIRTUAL:
@@ -99,11 +72,10 @@ def check_kind(settings: Mapping[str, Any], whose: str) -> None:
 
 
 def packable(root: nn.Module) -> Iterator[nn.Module]:
-    """A module and those within it whose linear children are what a pass calls, parents first.
+    """A module and those within it that call their linear children, parents first.
 
-    Left out is what stands inside an adapted layer, which may read its parts' weights rather than
-    call them. A plain LoRA layer only ever calls the linear layer that it holds; its own two it
-    asks for their dtype.
+    Adapted layers are left out, as they may read their parts' weights, except for plain LoRA
+    layers: those only call the linear layer that they hold, and ask their own two for their dtype.
     """
     yield root
     if _is_peft(type(root)):
@@ -116,7 +88,7 @@ def packable(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def packable_children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Of one of the modules of :func:`packable`, the children that may be replaced, by name."""
+    """The children of one of the modules of :func:`packable` that may be replaced, by name."""
     inside = _is_peft(type(parent))
     for name, child in parent.named_children():
         if not inside or name == "base_layer":
@@ -124,25 +96,14 @@ def packable_children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def calls_its_base(layer: Any) -> bool:
-    """Whether a module is a LoRA layer that only calls the layer it holds.
-
-    DoRA's and other variants compute with its weight, too.
-    """
+    """Whether a module is a plain LoRA layer; DoRA and others also read the weight they hold."""
     kind = type(layer)
     plain = (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear")
     return plain and not getattr(layer, "lora_variant", {"unknown": True})
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether a model has modules of an adapter in it; one whose adapter was merged has none."""
-    return any(_is_peft(type(module)) for module in model.modules())
-
-
 def mixes_dtypes(model: Any) -> bool:
-    """Whether an adapter computes in another dtype than the model around it.
-
-    PEFT keeps adapters in float32 unless told otherwise (``autocast_adapter_dtype=False``).
-    """
+    """Whether an adapter's dtype is not the model's, as PEFT's float32 by default."""
     return any(
         weight.is_floating_point() and weight.dtype != model.dtype
         for module in model.modules()
@@ -152,10 +113,10 @@ def mixes_dtypes(model: Any) -> bool:
     )
 
 
-def signature(model: nn.Module) -> str | None:
-    """Tells what adapters cost apart, as JSON: how many modules of which kind, and their weights.
+def adapter_key(model: nn.Module) -> str | None:
+    """The classes of an adapter's modules, with their numbers of modules and weights, as JSON.
 
-    None for models without one.
+    Passes with the same cost alike. None for models without an adapter.
     """
     found: dict[str, list[int]] = {}
     for module in model.modules():
@@ -168,13 +129,13 @@ def signature(model: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of a decoder layer, and the LoRA layer that adds to it, if there is one."""
+    """A weight of a decoder layer, and the LoRA layer that adds to it, if any."""
 
     plain: torch.Tensor
     adapted_by: Any = None
 
     def whole(self) -> torch.Tensor:
-        """The weight that the layer computes with, in its dtype."""
+        """The weight with what the adapter adds, in its dtype."""
         if self.adapted_by is None:
             return self.plain
         total = self.plain
@@ -184,10 +145,10 @@ class Weight:
         return total.to(self.plain.dtype)
 
 
-def weights_of(layer: nn.Module) -> dict[str, Weight] | None:
-    """The weights of a decoder layer, under the names that they have without an adapter.
+def layer_weights(layer: nn.Module) -> dict[str, Weight] | None:
+    """A decoder layer's weights by their names without an adapter.
 
-    None: an adapter changes them in another way than by adding to them.
+    None: an adapter changes them otherwise than by adding to them.
     """
     found: dict[str, Weight] = {}
     adapted = [(name, module) for name, module in layer.named_modules() if _is_peft(type(module))]

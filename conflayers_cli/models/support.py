@@ -1,14 +1,17 @@
-"""What a model's kind tells before it runs: whether it can be decoded exactly, and how far."""
+"""Which architectures can be decoded exactly, and the facts about one that this depends on."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def refuse_unsupported(model: Any, config: Any) -> None:
-    """Raise InputError where it is plain from a model's kind that it can't be decoded exactly."""
+    """Raise InputError for an architecture that can't be decoded exactly."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder model; only decoders can be decoded here")
@@ -31,10 +34,10 @@ def refuse_unsupported(model: Any, config: Any) -> None:
 
 
 def sizes_by_layer(config: Any, name: str) -> tuple[int, ...]:
-    """The values that a size of a configuration has over the layers, each once; none: it has none.
+    """The distinct values of a size over the layers; empty where the configuration has none.
 
-    Asked for a size in which layers differ (Gemma 4's ``head_dim``), a configuration of
-    transformers raises an error unless the layer is named.
+    A configuration whose layers differ in it (Gemma 4's ``head_dim``) raises an error unless the
+    layer is named.
     """
     layers = getattr(config, "per_layer_config", None) or (config,)
     values = dict.fromkeys(getattr(layer, name, None) for layer in layers)
@@ -44,9 +47,8 @@ def sizes_by_layer(config: Any, name: str) -> tuple[int, ...]:
 def exact_positions(config: Any) -> int | None:
     """Length up to which a token's keys don't depend on the pass that made them; None: unbounded.
 
-    "dynamic" and "longrope" rotations turn all tokens of a pass by angles that depend on its last
-    position once that lies beyond the trained length: drafts checked together, or a prompt read in
-    chunks, would not get the angles that transformers gives them.
+    Beyond the trained length "dynamic" and "longrope" rotate all tokens of a pass by angles that
+    depend on its last position: drafts and chunks of a prompt would get other ones.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
@@ -60,10 +62,19 @@ def exact_positions(config: Any) -> int | None:
     return min(map(int, lengths), default=None)
 
 
-def triton_errors() -> tuple[type[Exception], ...]:
-    """What triton raises where a kernel can't be compiled or run here; none without it."""
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return ()
-    return (TritonError,)
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The ModuleList of decoder layers; InputError where there is none."""
+    from torch import nn
+
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else model
+    config: Any = getattr(decoder, "config", None)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+    queue: list[nn.Module] = [decoder]
+    while queue:
+        module = queue.pop(0)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return child
+            queue.append(child)
+    raise InputError(f"no list of {depth} decoder layers found in {type(model).__name__}")

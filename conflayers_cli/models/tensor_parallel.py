@@ -1,4 +1,4 @@
-"""Sharing a model among the processes of a torchrun: tensor parallelism."""
+"""Tensor parallelism of transformers under torchrun."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from math import gcd
 from typing import Any
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.utils.distributed import begin, world
+from conflayers_cli.models.support import sizes_by_layer
+from conflayers_cli.utils.distributed import world
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def sharding(config: Any, source: str) -> dict[str, Any]:
-    """What ``from_pretrained`` is to be told so that each rank gets its part; nothing for one.
-
-    Args:
-        config: the model's.
-        source: what the user calls the model.
+    """Arguments of ``from_pretrained`` that give each rank its part; empty for one process.
 
     Raises:
         InputError: the model can't be shared among so many.
@@ -26,11 +23,6 @@ def sharding(config: Any, source: str) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
-    from conflayers_cli.models.support import (
-        sizes_by_layer,  # imports torch, which the command line's own help must not
-    )
-
-    begin()
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)
     if not plan:
@@ -47,7 +39,7 @@ def sharding(config: Any, source: str) -> dict[str, Any]:
 
 
 def _check_heads(source: str, heads: int, shared: int, size: int) -> None:
-    """Raise InputError unless every rank gets as many query heads for each key/value head."""
+    """Raise InputError unless all ranks can have as many query and key/value heads."""
     if heads % size == 0 and shared % size == 0:
         return
     common = gcd(heads, shared)

@@ -1,4 +1,4 @@
-"""Whether a profile is this model's, and whether its figures are this device's."""
+"""Whether a profile fits a model and the device it runs on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from conflayers_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from conflayers_cli.engine.decoder import Decoder
@@ -21,18 +22,18 @@ logger = logging.getLogger(__name__)
 _INDEX = re.compile(r"^([a-z]+):\d+")
 
 
-def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
-    """What a profile says about this model.
+def fingerprint_model(loaded: LoadedModel) -> ModelFingerprint:
+    """The ``model`` section of a profile for this model.
 
     Raises:
         InputError: the model's configuration lacks a size that a profile needs.
     """
     from pydantic import ValidationError
 
-    from conflayers_cli.models.fingerprint import fingerprint
+    from conflayers_cli.models.config_fingerprint import config_fingerprint
     from conflayers_cli.profile.schema import ModelFingerprint
 
-    values = fingerprint(loaded.model.config)
+    values = config_fingerprint(loaded.model.config)
     if loaded.sketch is not None:
         values["sketch"] = asdict(loaded.sketch)
     try:
@@ -42,8 +43,8 @@ def fingerprint_of(loaded: LoadedModel) -> ModelFingerprint:
         raise InputError(f"{loaded.name}: its configuration has no usable {missing}") from None
 
 
-def environment_of(loaded: LoadedModel) -> Environment:
-    """Where a profile's figures come from: this model, here."""
+def current_environment(loaded: LoadedModel) -> Environment:
+    """The ``environment`` section of a profile for figures measured here."""
     import torch
 
     from conflayers_cli.profile.schema import Environment
@@ -66,7 +67,7 @@ def check_fit(
     Raises:
         InputError: the profile was made for another model, or this one can't run under its plan.
     """
-    here = fingerprint_of(loaded)
+    here = fingerprint_model(loaded)
     difference = here.difference(profile.model)
     if difference:
         problem = f"{path}: was made for another model than {loaded.name}: {difference}"
@@ -78,8 +79,7 @@ def check_fit(
     else:
         _note_weights(here, profile, path)
     try:
-        plans = profile.plans()
-        for _, plan, _ in plans:
+        for _, plan, _ in profile.plans():
             decoder.check_plan(plan)
     except InputError as error:
         named = str(error).startswith(str(path))
@@ -87,8 +87,8 @@ def check_fit(
 
 
 def _note_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -> None:
-    """A note where the profile knows too little of its model, or is of other weights."""
-    from conflayers_cli.profile.fingerprint import OTHER
+    """Note where the profile lacks its model's sizes, or was made for other weights."""
+    from conflayers_cli.profile.fingerprint import MIN_UNRELATED_DISTANCE
 
     if profile.model.lacks_sizes:
         logger.warning(
@@ -96,14 +96,12 @@ def _note_weights(here: ModelFingerprint, profile: Profile, path: Path | None) -
             f"`conflayers profile convert {path} --model {here.name} --in-place` adds the rest"
         )
     apart = here.other_weights(profile.model)
-    if apart is None:
-        return
-    if apart < OTHER:
+    if apart is not None and apart < MIN_UNRELATED_DISTANCE:
         logger.warning(
             f"note: {path}: was made for other weights than {here.name}'s, about {apart:.1%} away, "
             "as a fine-tune is: if few drafts are accepted, calibrate anew"
         )
-    else:
+    elif apart is not None:
         logger.warning(
             f"warning: {path}: was made for a model that shares nothing with {here.name} but its "
             "sizes: calibrate anew"
@@ -116,22 +114,22 @@ def note_other_device(
     path: Path | None,
     *,
     fixed: bool,
-    tuned: tuple[str, ...] = (),
+    tuned: Sequence[str],
 ) -> None:
-    """A note where what is used of a profile was found on another device, or in another dtype.
+    """A note where what is used of a profile was tuned on another device, or in another dtype.
 
-    The layers themselves are the model's own matter, and so is how often drafts are accepted. What
-    passes cost is measured here wherever it decides.
+    Layers and acceptance rates depend on the model alone; costs are measured here anyway.
 
     Args:
         loaded: the model.
         profile, path: the profile and the file it was read from.
         fixed: drafts are as long as the profile says, whatever passes cost here.
-        tuned: what else of it was chosen by what passes cost, in words.
+        tuned: what else of it was chosen by costs, in words.
     """
     if profile.environment is None:
         return
-    here, there = device_and_dtype(environment_of(loaded)), device_and_dtype(profile.environment)
+    here = device_and_dtype(current_environment(loaded))
+    there = device_and_dtype(profile.environment)
     if here == there:
         return
     if fixed:
@@ -156,3 +154,23 @@ def device_and_dtype(environment: Environment) -> str:
     """The device and dtype that figures belong to; which of several like devices does not count."""
     device = _INDEX.sub(r"\1", environment.device)
     return f"{device} in {environment.dtype}"
+
+
+def complete_profile(
+    loaded: LoadedModel, decoder: Decoder, profile: Profile, path: Path
+) -> Profile:
+    """The profile with what it lacks about its model.
+
+    Raises:
+        InputError: the profile is another model's.
+    """
+    from conflayers_cli.profile.schema import Profile
+
+    here, known = fingerprint_model(loaded), profile.model
+    missing = [name for name, value in known if value is None]
+    if not known.lacks_sizes and "intermediate_size" in missing:
+        missing.remove("intermediate_size")  # beside known sizes it says that there is none
+    filled = known.model_copy(update={name: getattr(here, name) for name in missing})
+    completed = Profile.model_validate({**dict(profile), "model": filled})
+    check_fit(loaded, decoder, completed, path, force=False)
+    return completed

@@ -18,8 +18,12 @@ def in_short(plan: SkipPlan, depth: int) -> str:
 
 def skips(plan: SkipPlan, depth: int) -> str:
     """What a plan leaves out, with the layers' numbers."""
-    names = layer_names(plan)
-    return in_short(plan, depth) + (f": {names}" if names else "")
+    whole = set(plan.layers)
+    parts = [" ".join(map(str, plan.layers))] if whole else []
+    for name, indices in (("attention", plan.attention), ("mlp", plan.mlp)):
+        if single := [str(i) for i in indices if i not in whole]:
+            parts.append(f"{name} of {' '.join(single)}")
+    return in_short(plan, depth) + (f": {', '.join(parts)}" if parts else "")
 
 
 def skipped(plan: SkipPlan, depth: int) -> str:
@@ -31,25 +35,11 @@ def skipped(plan: SkipPlan, depth: int) -> str:
     return f"{len(plan.layers)} of {depth} layers" + (f" and {sub_layers}" if single else "")
 
 
-def layer_names(plan: SkipPlan) -> str:
-    """The layers that a plan leaves out, by number."""
-    whole = set(plan.layers)
-    parts = [" ".join(map(str, plan.layers))] if whole else []
-    for name, indices in (("attention", plan.attention), ("mlp", plan.mlp)):
-        single = [i for i in indices if i not in whole]
-        if single:
-            parts.append(f"{name} of {' '.join(map(str, single))}")
-    return ", ".join(parts)
-
-
 def picture(plan: SkipPlan, depth: int, signs: str = UNICODE) -> str:
     """A plan as one sign for each layer.
 
-    Args:
-        plan: what is left out.
-        depth: how many layers there are.
-        signs: for a layer that runs, one whose attention alone runs, one whose MLP alone does, and
-            one that is left out.
+    ``signs``: for a layer that runs, whose attention alone runs, whose MLP alone does, and that is
+    left out.
     """
     attention, mlp = set(plan.attention), set(plan.mlp)
     return "".join(signs[2 * (i in attention) + (i in mlp)] for i in range(depth))
@@ -72,9 +62,8 @@ def how_it_drafts(draft: DraftSettings) -> str:
 
 
 def figures_of(profile: Profile) -> str | None:
-    """The device and dtype that a profile's figures belong to; None: it does not say."""
-    there = profile.environment
-    if there is None:
+    """The device and dtype that a profile's figures were measured on; None: it does not say."""
+    if (there := profile.environment) is None:
         return None
     threads = f", {there.threads} threads" if there.threads else ""
     return f"{there.device} in {there.dtype}{threads}"
@@ -83,21 +72,23 @@ def figures_of(profile: Profile) -> str | None:
 def description(
     profile: Profile, *, title: str, tensors: str | None = None, signs: str = UNICODE
 ) -> list[str]:
-    """What a profile says, a line for each thing it says, the first one its title.
+    """A profile in words, line by line.
 
     Args:
         profile: the profile.
-        title: the file and its schema version.
-        tensors: what is to be said of the tensors' file.
-        signs: of the picture, as for `picture`.
+        title: the first line: the file and its schema version.
+        tensors: the state of the tensors' file; None: there is none.
+        signs: as for `picture`.
     """
     depth = profile.model.depth
     lines = [title, _line("model", _sizes(profile.model)), *_plan(profile, signs)]
     for each in profile.ranges or ():
-        found = f"skips {skips(each.skip.plan, depth)}"
-        lines.append(_line(f"from {each.from_context}", found))
-        lines.append(_line("", picture(each.skip.plan, depth, signs)))
-        lines.append(_line("", _who_drafts(each.draft, each.skip.plan)))
+        plan = each.skip.plan
+        lines += [
+            _line(f"from {each.from_context}", f"skips {skips(plan, depth)}"),
+            _line("", picture(plan, depth, signs)),
+            _line("", _drafting(each.draft, plan)),
+        ]
     if profile.source is not None:
         lines.append(_line("source", profile.source))
     lines += _found(profile)
@@ -111,11 +102,9 @@ def _line(label: str, text: str) -> str:
 
 
 def _sizes(model: ModelFingerprint) -> str:
-    heads = model.attention_heads
+    heads, grouped = model.attention_heads, ""
     if heads is not None and model.key_value_heads not in (None, heads):
         grouped = f" ({model.key_value_heads} for keys and values)"
-    else:
-        grouped = ""
     parts = [
         model.architecture,
         f"{model.depth} layers",
@@ -130,17 +119,14 @@ def _sizes(model: ModelFingerprint) -> str:
 
 def _plan(profile: Profile, signs: str) -> list[str]:
     plan, depth = profile.plan, profile.model.depth
+    drafts = _line("drafts", _drafting(profile.draft, plan))
     if not plan:
-        return [_line("skips", "nothing"), _line("drafts", _who_drafts(profile.draft, plan))]
-    return [
-        _line("skips", skips(plan, depth)),
-        _line("", picture(plan, depth, signs)),
-        _line("", legend(signs)),
-        _line("drafts", _who_drafts(profile.draft, plan)),
-    ]
+        return [_line("skips", "nothing"), drafts]
+    drawn = [_line("", picture(plan, depth, signs)), _line("", legend(signs))]
+    return [_line("skips", skips(plan, depth)), *drawn, drafts]
 
 
-def _who_drafts(draft: DraftSettings, plan: SkipPlan) -> str:
+def _drafting(draft: DraftSettings, plan: SkipPlan) -> str:
     skips = bool(plan) and draft.max_tokens > 0
     if draft.by == "none" or (draft.by in (None, "skip") and not skips):
         return "nothing: decoding is plain decoding"
@@ -166,11 +152,12 @@ def _found(profile: Profile) -> list[str]:
             (measured.acceptance_rate, "acceptance {:.1%}"),
             (measured.tokens_per_step, "{:.2f} tokens per step"),
         )
-        told = [form.format(value) for value, form in figures if value is not None]
-        lines.append(_line("measured", f"{', '.join(told) or 'nothing'}; on {device}"))
-        lines.append(_line("", measured.conclusion))
-        effort = f"{measured.iterations} sets in {measured.seconds:.0f} s"
-        lines.append(_line("searched", effort))
+        known = [form.format(value) for value, form in figures if value is not None]
+        lines += [
+            _line("measured", f"{', '.join(known) or 'nothing'}; on {device}"),
+            _line("", measured.conclusion),
+            _line("searched", f"{measured.iterations} sets in {measured.seconds:.0f} s"),
+        ]
     elif there is not None:
         lines.append(_line("found on", device))
     if there is not None:

@@ -20,7 +20,7 @@ class Difference:
     Attributes:
         key: with dots, ranges by the context they begin at: ``ranges.1000.skip.mlp``.
         before, after: the values in the one and in the other; None: not there.
-        added, removed: of lists of layers, what the other has more and less; else None.
+        added, removed: layers that only the other, or only the one, lists; None for other keys.
         changes_drafting: it is about what is drafted, not about how, when and where it was found.
     """
 

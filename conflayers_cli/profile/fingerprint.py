@@ -1,4 +1,4 @@
-"""The section of a profile that says which model it is for, and how two models are compared."""
+"""The section of a profile that identifies its model, and how two models are compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from pydantic import BeforeValidator, Field
 
 from conflayers_cli.profile.sections import Section, Size, Text, list_to_tuple
-from conflayers_cli.utils.yaml import shown
+from conflayers_cli.utils.yaml import format_value
 
 SIZES: Final = (
     "architecture",
@@ -19,19 +19,19 @@ SIZES: Final = (
     "intermediate_size",
     "vocabulary",
 )
-"""What has to be equal, in the order of telling."""
+"""What has to be equal, in the order of messages."""
 
-PLAIN = 0.0025
-"""Distance of the same weights in two dtypes at the most: 0.13–0.17 % between float32 and bfloat16,
-0.02 % between float32 and float16 (SmolLM2, tiny and normal weights; sketches 0.13–0.20 %)."""
-SLACK = 1.5
+MAX_DTYPE_DISTANCE = 0.0025
+"""Of the same weights in two dtypes: 0.13–0.17 % between float32 and bfloat16, 0.02 % between
+float32 and float16 (SmolLM2, tiny and normal weights; sketches 0.13–0.20 %)."""
+SKETCH_SLACK = 1.5
 """How much larger than the true distance that of two sketches may be, which is within 12.5 % of it
 (one standard deviation). So plain weights differ from 0.38 % on, and from those of Q8 from 0.9 %.
 """
-LESS = 0.5
-"""Rounding moves weights by a known distance. Plain ones that are nearer to rounded ones than this
-share of it are not what was rounded: they come from the rounded ones, and were changed."""
-OTHER = 0.5
+MIN_ROUNDING_SHARE = 0.5
+"""Plain weights nearer to rounded ones than this share of the known distance that rounding moves
+them are not what was rounded: they were made from the rounded ones, and changed."""
+MIN_UNRELATED_DISTANCE = 0.5
 """From this distance on, weights have nothing in common but their sizes (independent ones: √2)."""
 
 Projection = Annotated[float, Field(ge=-1e3, le=1e3)]
@@ -40,7 +40,7 @@ Projections = Annotated[
 ]
 
 
-class WeightSketch(Section):
+class WeightSketchSection(Section):
     """What tells a fine-tune from the model it was made of (see `.models.weight_sketch`).
 
     ``rounding`` is how far the weights were moved by rounding them to few bits, relative to their
@@ -52,22 +52,23 @@ class WeightSketch(Section):
     rounding: Annotated[float, Field(ge=0, le=1)]
     projections: Projections
 
-    def distance(self, other: WeightSketch) -> float | None:
+    def distance(self, other: WeightSketchSection) -> float | None:
         """Relative distance of the weights behind two sketches; None: not to be compared."""
         if len(self.projections) != len(other.projections):
             return None
         return dist(self.projections, other.projections)
 
-    def differs(self, other: WeightSketch) -> bool:
+    def differs(self, other: WeightSketchSection) -> bool:
         """Whether dtypes and rounding to few bits can't explain the distance."""
         found = self.distance(other)
         if found is None:
             return False
         rounded = hypot(self.rounding, other.rounding)
-        if found > SLACK * hypot(PLAIN, rounded):
+        if found > SKETCH_SLACK * hypot(MAX_DTYPE_DISTANCE, rounded):
             return True
         one_plain = (self.rounding == 0) != (other.rounding == 0)
-        return one_plain and SLACK * PLAIN < found < LESS * rounded
+        least = SKETCH_SLACK * MAX_DTYPE_DISTANCE
+        return one_plain and least < found < MIN_ROUNDING_SHARE * rounded
 
 
 class ModelFingerprint(Section):
@@ -86,20 +87,19 @@ class ModelFingerprint(Section):
     intermediate_size: Size | None
     vocabulary: Size | None
     config_hash: Text | None = None
-    sketch: WeightSketch | None = None
+    sketch: WeightSketchSection | None = None
 
     @property
     def lacks_sizes(self) -> bool:
-        """Whether it says too little to tell the model from others of its depth."""
+        """Whether too little is known to distinguish the model from others of its depth."""
         return self.hidden_size is None or self.vocabulary is None
 
     def difference(self, other: ModelFingerprint) -> str | None:
         """How this model differs from ``other``, the profile's, in one line; None if it doesn't.
 
-        The two differences that matter most are named. The name is not compared, for one model has
-        many; what the profile does not know is not compared either; the hash of the configuration
-        counts only where all else is equal and both sides know it. Weights are told apart by
-        :meth:`other_weights`.
+        The first two differences are named. Names are not compared, since one model has many, nor
+        is what the profile does not know; the hash of the configuration counts only where all else
+        is equal. Weights are compared by :meth:`other_weights`.
         """
         found = []
         for name in SIZES:
@@ -107,7 +107,9 @@ class ModelFingerprint(Section):
             unknown = there is None and (name != "intermediate_size" or other.lacks_sizes)
             if here != there and not unknown:
                 label = name.replace("_", " ")
-                found.append(f"{label} {shown(here)} here, {shown(there)} in the profile")
+                found.append(
+                    f"{label} {format_value(here)} here, {format_value(there)} in the profile"
+                )
         if found:
             return "; ".join(found[:2])
         here, there = self.config_hash, other.config_hash
@@ -121,7 +123,7 @@ class ModelFingerprint(Section):
     def other_weights(self, other: ModelFingerprint) -> float | None:
         """Relative distance of the weights from the profile's, where these are other ones.
 
-        None: they are the same but for dtype and rounding, or it can't be told.
+        None: they are the same but for dtype and rounding, or one of them is not known.
         """
         if self.sketch is None or other.sketch is None or not self.sketch.differs(other.sketch):
             return None

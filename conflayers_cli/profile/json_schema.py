@@ -21,7 +21,7 @@ class _WithoutTitles(GenerateJsonSchema):
         return False
 
 
-def generated() -> str:
+def generate_schema() -> str:
     """The schema as JSON text, from `Profile` as it is now."""
     schema = Profile.model_json_schema(mode="validation", schema_generator=_WithoutTitles)
     described = str(schema.pop("description")).split("\n\nRaises:")[0]
@@ -35,7 +35,7 @@ def generated() -> str:
     return f"{json.dumps({**schema, **head, 'required': required}, indent=2)}\n"
 
 
-def committed() -> str:
+def packaged_schema() -> str:
     """The schema that comes with the package."""
     return files("conflayers_cli").joinpath("data", FILE).read_text(encoding="utf-8")
 
@@ -43,4 +43,4 @@ def committed() -> str:
 if __name__ == "__main__":
     import sys
 
-    sys.stdout.write(generated())
+    sys.stdout.write(generate_schema())

@@ -1,8 +1,7 @@
 """Older forms of a profile, and how each is turned into the next.
 
-`MIGRATIONS` has one pure function per version, from its data to that of the version behind it, and
-a file is led through all that it needs. So each form is described in one place, here, and all else
-knows the newest alone.
+`MIGRATIONS` has one pure function per version, from its data to the next version's. So only this
+module knows any form but the newest.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile.sections import Section, Share, Size, Text, list_to_tuple
-from conflayers_cli.utils.yaml import entry_error, first_problem, shown
+from conflayers_cli.profile.sections import Section, Share, Size, Text, check_unique, list_to_tuple
+from conflayers_cli.utils.yaml import entry_error, first_problem, format_value
 
 SCHEMA_VERSION: Final = 1
 
@@ -24,7 +23,7 @@ Data = dict[Any, Any]
 LayerList = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
 
 
-def version_of(data: Mapping[Any, Any]) -> int:
+def read_version(data: Mapping[Any, Any]) -> int:
     """The schema version that a profile's data names.
 
     Raises:
@@ -36,11 +35,11 @@ def version_of(data: Mapping[Any, Any]) -> int:
     version = data[key]
     if type(version) is not int or version < 0:
         raise InputError(
-            f"{key}: {shown(version)} is not supported, supported are 0–{SCHEMA_VERSION}"
+            f"{key}: {format_value(version)} is not supported, supported are 0–{SCHEMA_VERSION}"
         )
     if version > SCHEMA_VERSION:
         raise InputError(
-            f"written by a newer conflayers (schema {shown(version)}; "
+            f"written by a newer conflayers (schema {format_value(version)}; "
             f"this one reads up to {SCHEMA_VERSION})"
         )
     return version
@@ -50,9 +49,9 @@ def to_newest(data: Data) -> Data:
     """A profile's data in the newest form; what it is given stays as it is.
 
     Raises:
-        InputError: as `version_of`, or the data does not fit its version.
+        InputError: as `read_version`, or the data does not fit its version.
     """
-    for version in range(version_of(data), SCHEMA_VERSION):
+    for version in range(read_version(data), SCHEMA_VERSION):
         data = MIGRATIONS[version](data)
     return data
 
@@ -89,9 +88,8 @@ class FlatProfile(Section):
     @classmethod
     def _inner(cls, layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         depth = info.data.get("num_layers")
+        check_unique(layers)
         for position, layer in enumerate(layers):
-            if layer in layers[:position]:
-                raise entry_error(str(position), f"{layer} is repeated, allowed is each layer once")
             if depth is not None and not 1 <= layer <= depth - 2:
                 raise entry_error(str(position), f"{layer} is out of range, {inner_layers(depth)}")
         return layers
@@ -105,7 +103,7 @@ def inner_layers(depth: int) -> str:
 
 
 def from_flat(data: Data) -> Data:
-    """Version 0 → 1. What only the model can tell, its sizes, is null: not known.
+    """Version 0 → 1. The model's sizes are null: not known.
 
     Raises:
         InputError: the data does not fit version 0.
@@ -114,16 +112,11 @@ def from_flat(data: Data) -> Data:
         flat = FlatProfile.model_validate(data)
     except ValidationError as error:
         raise InputError(f"{first_problem(error, FlatProfile)} (schema 0)") from None
-    unknown = ("hidden_size", "attention_heads", "key_value_heads", "intermediate_size")
+    sizes = ("hidden_size", "attention_heads", "key_value_heads", "intermediate_size", "vocabulary")
+    model = {"name": flat.model, "architecture": None, "depth": flat.num_layers}
     migrated: Data = {
         "schema_version": 1,
-        "model": {
-            "name": flat.model,
-            "architecture": None,
-            "depth": flat.num_layers,
-            **dict.fromkeys(unknown),
-            "vocabulary": None,
-        },
+        "model": {**model, **dict.fromkeys(sizes)},
         "skip": {"attention": list(flat.skip_attn_layers), "mlp": list(flat.skip_mlp_layers)},
         "draft": {"max_tokens": flat.draft_len, "stop_probability": flat.threshold},
     }

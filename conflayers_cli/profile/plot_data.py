@@ -1,7 +1,7 @@
-"""What can be drawn of a profile: its plan, its layers as the search saw them, the search's course.
+"""What can be drawn of a profile: its plan, its layers as the search saw them, the search itself.
 
-Reads what :mod:`conflayers_cli.search.tensors` and the strategies leave beside a profile; whatever
-is missing, or of another shape than it should be, is not drawn.
+Reads the tensors that the search saves beside a profile; those that are missing, or not of the
+shape that they should have, are not drawn.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Values: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of every set that the search looked at ``[n]``; NaN where it has none.
+    """One figure of every set that the search evaluated ``[n]``; NaN where it has none.
 
-    ``times`` tells a ratio to vanilla's speed from a share.
+    ``times``: it is a ratio to vanilla's speed, not a share.
     """
 
     name: str
@@ -31,19 +31,19 @@ class Curve:
 
     @property
     def known(self) -> Values:
-        """The values that there are."""
+        """The finite values."""
         return self.values[np.isfinite(self.values)]
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What ConfLayers' adaptive threshold was applied to, proposal by proposal.
+    """What ConfLayers' adaptive threshold was applied to, a row for each proposal ``[n, L−2]``.
 
     Attributes:
-        confidence: of the inner layers 1 … L−2, attention's and the MLP's together ``[n, L−2]``.
-        z, threshold: standardised, and what it was compared with ``[n, L−2]``.
-        selected: whether the layer was to be left out ``[n, L−2]``.
-        shown: the proposal to look at: the one that became the best set of the search.
+        confidence: of the inner layers 1 … L−2, attention's and the MLP's together.
+        z, threshold: the confidence standardised, and what it was compared with.
+        selected: whether the layer was to be left out.
+        shown: the proposal that became the best set of the search.
     """
 
     confidence: Values
@@ -55,13 +55,13 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Drawing:
-    """All that can be drawn of one profile.
+    """All that can be drawn of one profile of ``L`` layers.
 
     Attributes:
         left_out: whether attention's and the MLP's are left out ``[2, L]``.
-        proposals: of ConfLayers; None: another strategy, or not kept.
+        proposals: of ConfLayers; None: another strategy, or not saved.
         alone: agreement with the model when a sub-layer alone is left out ``[2, L]``, NaN where it
-            was not tried (greedy); None: not kept.
+            was not tried (greedy); None: not saved.
         curves: the search by iteration; those without any value are left out.
     """
 
@@ -71,8 +71,8 @@ class Drawing:
     curves: tuple[Curve, ...]
 
 
-def drawing_of(profile: Profile, tensors: Tensors) -> Drawing:
-    """What a profile and the tensors beside it, if any, give to draw."""
+def make_drawing(profile: Profile, tensors: Tensors) -> Drawing:
+    """The drawing of a profile and the tensors beside it, if any."""
     depth = profile.model.depth
     left_out = np.zeros((2, depth), dtype=np.bool_)
     left_out[0, list(profile.skip.attention)] = True

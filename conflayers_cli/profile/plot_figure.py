@@ -1,9 +1,9 @@
-"""A profile's drawing as a figure for papers and pages, by matplotlib: a column of a paper wide."""
+"""A profile's drawing as a matplotlib figure, a paper's column wide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,33 +15,25 @@ from conflayers_cli.utils.plotting import ORANGE, VERMILLION, WIDTH, Theme, rend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FORMATS: Final = ("png", "svg", "pdf")
 
-# In inches. Places are given, not solved for: what a solver finds differs in the last digits from
-# run to run, and panels about layers have to lie in line.
+# In inches. Positions are given, not solved for: a solver's differ in the last digits from run to
+# run, and panels about layers have to lie in line.
 _LEFT, _RIGHT, _TITLE, _HEAD, _TICKS, _NAME = 0.56, 0.34, 0.2, 0.2, 0.16, 0.13
 _FOOT = 0.03
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One panel: its axes' height, what room numbers and a name take below it, in inches."""
+_DOTS: Final[dict[str, Any]] = {"markersize": 2.6, "markeredgewidth": 0, "linestyle": "none"}
 
-    height: float
-    below: float
-    draw: Callable[[Axes, Theme], None]
+Panel = tuple[float, float, Callable[["Axes", Theme], None]]
+"""Inches of its axes' height, and of what numbers and a name take below them; what draws it."""
 
 
-def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
-    """The figure as a file's content; the same for the same profile, every time.
-
-    Args:
-        drawing: what there is to draw.
-        title: above it, one line.
-        form: one of `FORMATS`.
-        dark: for a dark page.
+def render_figure(drawing: Drawing, title: str, form: str, *, dark: bool = False) -> bytes:
+    """The figure as a file's content, one of `FORMATS`; the same for the same profile, every time.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -52,54 +44,42 @@ def figure_bytes(drawing: Drawing, title: str, form: str, *, dark: bool = False)
             "(without output the picture is plain text)",
             names=("output",),
         )
-    return render(
-        form,
-        Theme.DARK if dark else Theme.LIGHT,
-        lambda theme: _draw(drawing, title, theme),
-        compact=True,
-    )
+    theme = Theme.DARK if dark else Theme.LIGHT
+    return render(form, theme, partial(_draw, drawing, title), compact=True)
 
 
 def _draw(drawing: Drawing, title: str, theme: Theme) -> Figure:
     from matplotlib.figure import Figure
 
     panels = _panels(drawing)
-    height = _TITLE + sum(_HEAD + panel.height + panel.below for panel in panels) + _FOOT
+    height = _TITLE + sum(_HEAD + own + below for own, below, _ in panels) + _FOOT
     figure = Figure(figsize=(WIDTH, height))
     top = height - _TITLE
-    for panel in panels:
-        top -= _HEAD + panel.height
+    for own, below, draw in panels:
+        top -= _HEAD + own
         width = WIDTH - _LEFT - _RIGHT
-        place = (_LEFT / WIDTH, top / height, width / WIDTH, panel.height / height)
-        panel.draw(figure.add_axes(place), theme)
-        top -= panel.below
-    left, upper = 0.05 / WIDTH, 1 - 0.05 / height
-    figure.text(left, upper, _fitting(title), fontsize=8, ha="left", va="top")
+        box = (_LEFT / WIDTH, top / height, width / WIDTH, own / height)
+        draw(figure.add_axes(box), theme)
+        top -= below
+    fitting = title if len(title) <= 62 else f"{title[:61]}…"  # a column's width
+    figure.text(0.05 / WIDTH, 1 - 0.05 / height, fitting, fontsize=8, ha="left", va="top")
     return figure
 
 
-def _fitting(title: str) -> str:
-    """The title down to what a column has room for."""
-    return title if len(title) <= 62 else f"{title[:61]}…"
-
-
-def _panels(drawing: Drawing) -> list[_Panel]:
-    both = _TICKS + _NAME
-    panels = [_Panel(0.3, _TICKS, lambda axes, theme: _draw_plan(axes, theme, drawing.left_out))]
+def _panels(drawing: Drawing) -> list[Panel]:
+    named = _TICKS + _NAME
+    panels: list[Panel] = [(0.3, _TICKS, partial(_draw_plan, left_out=drawing.left_out))]
     if (found := drawing.proposals) is not None:
-        panels.append(_Panel(0.9, _TICKS, lambda axes, theme: _draw_proposal(axes, theme, found)))
-        rows = min(max(0.055 * len(found.z), 0.5), 1.6)
-        panels.append(_Panel(rows, both, lambda axes, theme: _draw_heat(axes, theme, found)))
-    if (alone := drawing.alone) is not None:
-        panels.append(_Panel(0.9, both, lambda axes, theme: _draw_alone(axes, theme, alone)))
+        panels.append((0.9, _TICKS, partial(_draw_proposal, found=found)))
+        height = min(max(0.055 * len(found.z), 0.5), 1.6)
+        panels.append((height, named, partial(_draw_heat, found=found)))
+    if drawing.alone is not None:
+        panels.append((0.9, named, partial(_draw_alone, alone=drawing.alone)))
     for curve in drawing.curves:
-        panels.append(_curve_panel(curve, curve is drawing.curves[-1]))
+        last = curve is drawing.curves[-1]
+        draw = partial(_draw_curve, curve=curve, last=last)
+        panels.append((0.45, named if last else 0.04, draw))
     return panels
-
-
-def _curve_panel(curve: Curve, last: bool) -> _Panel:
-    below = _TICKS + _NAME if last else 0.04
-    return _Panel(0.45, below, lambda axes, theme: _draw_curve(axes, theme, curve, last))
 
 
 def _draw_plan(axes: Axes, theme: Theme, left_out: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
@@ -131,35 +111,14 @@ def _draw_proposal(axes: Axes, theme: Theme, found: Proposals) -> None:
     z, threshold = found.z[found.shown], found.threshold[found.shown]
     out = found.selected[found.shown]
     layers = np.arange(1, len(z) + 1)
-    axes.step(
-        layers,
-        threshold,
-        where="mid",
-        color=_threshold_colour(theme),
-        linewidth=0.9,
-        label="threshold",
-    )
-    for which, colour, marker, label in (
-        (~out, theme.blue, "o", "kept"),
-        (out, ORANGE, "v", "left out"),
-    ):
-        axes.plot(
-            layers[which],
-            z[which],
-            marker,
-            color=colour,
-            markersize=2.6,
-            markeredgewidth=0,
-            linestyle="none",
-            label=label,
-        )
+    colour = VERMILLION if theme is Theme.LIGHT else theme.ink
+    axes.step(layers, threshold, where="mid", color=colour, linewidth=0.9, label="threshold")
+    kept = ~out
+    axes.plot(layers[kept], z[kept], marker="o", color=theme.blue, label="kept", **_DOTS)
+    axes.plot(layers[out], z[out], marker="v", color=ORANGE, label="left out", **_DOTS)
     axes.set_xlim(-0.5, len(z) + 1.5)
     axes.set_title(f"z of proposal {found.shown + 1}")
     _legend(axes)
-
-
-def _threshold_colour(theme: Theme) -> str:
-    return VERMILLION if theme is Theme.LIGHT else theme.ink
 
 
 def _draw_heat(axes: Axes, theme: Theme, found: Proposals) -> None:
@@ -187,7 +146,7 @@ def _draw_heat(axes: Axes, theme: Theme, found: Proposals) -> None:
     )
     axes.set_xlim(-0.5, inner + 1.5)
     axes.set_ylim(count + 0.5, 0.5)
-    _whole_ticks(axes, "y")
+    _whole_ticks(axes.yaxis)
     axes.set_xlabel("layer", labelpad=1)
     axes.set_title("confidence, proposal by proposal (dots: left out)")
     bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.015, 0, 0.025, 1)))
@@ -196,20 +155,8 @@ def _draw_heat(axes: Axes, theme: Theme, found: Proposals) -> None:
 
 def _draw_alone(axes: Axes, theme: Theme, alone: Values) -> None:
     layers = np.arange(alone.shape[1])
-    for row, colour, marker, label in (
-        (0, theme.blue, "o", "attention"),
-        (1, ORANGE, "v", "MLP"),
-    ):
-        axes.plot(
-            layers,
-            alone[row],
-            marker=marker,
-            markersize=2.6,
-            markeredgewidth=0,
-            linestyle="none",
-            color=colour,
-            label=label,
-        )
+    axes.plot(layers, alone[0], marker="o", color=theme.blue, label="attention", **_DOTS)
+    axes.plot(layers, alone[1], marker="v", color=ORANGE, label="MLP", **_DOTS)
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_xlabel("layer", labelpad=1)
     axes.set_title("agreement, one left out")
@@ -240,7 +187,7 @@ def _draw_curve(axes: Axes, theme: Theme, curve: Curve, last: bool) -> None:
     axes.set_xlim(0.5, len(sets) + 0.5)
     axes.margins(y=0.2)
     axes.set_title(title)
-    _whole_ticks(axes, "x")
+    _whole_ticks(axes.xaxis)
     if last:
         axes.set_xlabel("set of layers looked at", labelpad=1)
     else:
@@ -250,11 +197,9 @@ def _draw_curve(axes: Axes, theme: Theme, curve: Curve, last: bool) -> None:
 def _legend(axes: Axes) -> None:
     """Right above the panel, beside its title."""
     axes.legend(
-        frameon=False,
         ncols=3,
         loc="lower right",
         bbox_to_anchor=(1.01, 1.0),
-        borderpad=0,
         borderaxespad=0.2,
         handlelength=1.1,
         handletextpad=0.3,
@@ -270,8 +215,7 @@ def _percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if high - low < 0.05 else 0))
 
 
-def _whole_ticks(axes: Axes, which: str) -> None:
+def _whole_ticks(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))

@@ -9,24 +9,19 @@ import numpy as np
 from conflayers_cli.profile.plot_data import Curve, Drawing, Proposals, Values
 
 LABEL = 11
-ROWS = 8
-"""Of the columns of one proposal."""
-MOST_ROWS = 20
+HEIGHT = 8
+"""Lines of the columns of one proposal."""
+MAX_ROWS = 20
 """Proposals shown; of more, evenly spaced ones."""
-MOST_COLUMNS = 72
+MAX_COLUMNS = 72
 """Sets shown side by side; of more, the best of each group."""
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII_BARS = " ._-=+*%#"
 
 
-def lines_of(drawing: Drawing, *, unicode: bool = True) -> list[str]:
-    """The drawing, top to bottom; a column for each layer.
-
-    Args:
-        drawing: what there is to draw.
-        unicode: whether block characters may be used.
-    """
+def render_text(drawing: Drawing, *, unicode: bool = True) -> list[str]:
+    """The drawing, top to bottom, a column for each layer; ``unicode``: with block characters."""
     signs = _Signs(unicode)
     lines = _plan(drawing, signs)
     if drawing.proposals is not None:
@@ -47,7 +42,7 @@ class _Signs:
         self.dash = "–" if unicode else "-"
 
     def bar(self, share: float) -> str:
-        """A column of ``share`` of full height; a value that is not known is blank."""
+        """A column of ``share`` of full height; NaN is blank."""
         if not np.isfinite(share):
             return " "
         return self.bars[1 + round(min(max(share, 0.0), 1.0) * (len(self.bars) - 2))]
@@ -59,12 +54,9 @@ def _labelled(label: str, text: str) -> str:
 
 def _ruler(count: int, first: int = 0) -> str:
     """Numbers under every tenth column."""
-    marks = [" "] * (count + 4)
-    for column in range(count):
-        if (column + first) % 10 == 0:
-            for offset, digit in enumerate(str(column + first)):
-                marks[column + offset] = digit
-    return "".join(marks).rstrip()
+    begin = -first % 10
+    numbers = "".join(f"{number:<10}" for number in range(first + begin, first + count, 10))
+    return f"{' ' * begin}{numbers}".rstrip()
 
 
 def _plan(drawing: Drawing, signs: _Signs) -> list[str]:
@@ -80,31 +72,32 @@ def _proposal(found: Proposals, signs: _Signs) -> list[str]:
     z, threshold = found.z[found.shown], found.threshold[found.shown]
     low, high = min(z.min(), threshold.min()), max(z.max(), threshold.max())
     span = max(high - low, 1e-9)
-    heights = np.rint((z - low) / span * (ROWS - 1)).astype(int)
-    levels = np.rint((threshold - low) / span * (ROWS - 1)).astype(int)
+    heights = np.rint((z - low) / span * (HEIGHT - 1)).astype(int)
+    levels = np.rint((threshold - low) / span * (HEIGHT - 1)).astype(int)
     lines = [
         f"confidence of proposal {found.shown + 1} of {len(found.z)} (standardised; {signs.runs} "
         f"kept, {signs.light} left out, {signs.line} adaptive threshold)"
     ]
-    for row in reversed(range(ROWS)):
+    for row in reversed(range(HEIGHT)):
         cells = ""
         for k, out in enumerate(found.selected[found.shown]):
             column = (signs.light if out else signs.runs) if heights[k] >= row else " "
             cells += signs.line if levels[k] == row else column
-        label = f"{low + row / (ROWS - 1) * span:+.1f}" if row in (0, ROWS - 1) else ""
+        label = f"{low + row / (HEIGHT - 1) * span:+.1f}" if row in (0, HEIGHT - 1) else ""
         lines.append(_labelled(f"{label:>9}", f" {cells}"))
     return [*lines, _labelled("", f" {_ruler(len(z), first=1)}")]
 
 
 def _heat(found: Proposals, signs: _Signs) -> list[str]:
     """Every proposal's confidence, a row each."""
-    chosen = _evenly(len(found.z), MOST_ROWS)
+    count = len(found.z)
+    shown = min(count, MAX_ROWS)
     scale = np.quantile(found.confidence, 0.95) or 1.0
     lines = [
         f"confidence by proposal ({signs.bars[1]} none … {signs.bars[-1]} {scale:.2g} and more, "
         f"{signs.skipped} left out)"
     ]
-    for row in chosen:
+    for row in (round(k * (count - 1) / max(shown - 1, 1)) for k in range(shown)):
         cells = "".join(
             signs.skipped if out else signs.bar(value / scale)
             for value, out in zip(found.confidence[row], found.selected[row], strict=True)
@@ -134,29 +127,11 @@ def _search(curves: Sequence[Curve], signs: _Signs) -> list[str]:
     lines = [f"the search, {count} set{'s' if count > 1 else ''} from left to right"]
     for curve in curves:
         low, high = float(curve.known.min()), float(curve.known.max())
-        values = _grouped(curve.values, MOST_COLUMNS)
+        parts = np.array_split(curve.values, min(len(curve.values), MAX_COLUMNS))
+        values = np.array([np.fmax.reduce(part) for part in parts])
         # one value all along is drawn in full height
         scaled = (values - low) / (high - low) if high > low else values - low + 1
         bars = "".join(signs.bar(value) for value in scaled)
-        lines.append(f"{curve.name:<18} {bars}  {_span(curve, low, high, signs)}")
+        ends = dict.fromkeys(f"{v:.2f}×" if curve.times else f"{v:.0%}" for v in (low, high))
+        lines.append(f"{curve.name:<18} {bars}  {signs.dash.join(ends)}")
     return lines
-
-
-def _span(curve: Curve, low: float, high: float, signs: _Signs) -> str:
-    one, other = (f"{v:.2f}×" if curve.times else f"{v:.0%}" for v in (low, high))
-    return one if one == other else f"{one}{signs.dash}{other}"
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    """Indices of at most ``most`` of ``count`` things, with both ends."""
-    if count <= most:
-        return list(range(count))
-    return [round(k * (count - 1) / (most - 1)) for k in range(most)]
-
-
-def _grouped(values: Values, most: int) -> Values:
-    """At most ``most`` values: where there are more, the largest of neighbours."""
-    if len(values) <= most:
-        return values
-    parts = np.array_split(values, most)
-    return np.array([np.nan if np.isnan(p).all() else np.nanmax(p) for p in parts])

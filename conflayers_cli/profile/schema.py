@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import floor, log10
 from pathlib import Path
 from typing import Literal
 
-from pydantic import (
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile.fingerprint import ModelFingerprint, WeightSketch
-from conflayers_cli.profile.migrations import SCHEMA_VERSION, inner_layers, to_newest, version_of
+from conflayers_cli.profile.fingerprint import ModelFingerprint, WeightSketchSection
+from conflayers_cli.profile.migrations import SCHEMA_VERSION, inner_layers, read_version, to_newest
 from conflayers_cli.profile.sections import (
     DraftSettings,
     Environment,
@@ -36,8 +33,8 @@ from conflayers_cli.utils.yaml import (
     dump_mapping,
     entry_error,
     first_problem,
+    format_value,
     parse_mapping,
-    shown,
 )
 
 __all__ = [
@@ -50,7 +47,7 @@ __all__ = [
     "PromptsUsed",
     "RangeSection",
     "SkipSection",
-    "WeightSketch",
+    "WeightSketchSection",
 ]
 
 MAX_BYTES = 200_000
@@ -65,9 +62,8 @@ class Profile(Section):
     """A plan for one model with its draft settings, and how, where and with what gain it was found.
 
     ``ranges`` holds other plans for longer contexts, by rising ``from_context``; ``source`` says
-    where a published plan is from. They may be left out, and so may what only a search can know,
-    ``found_by``, ``measured``, ``environment`` and ``tensors``: a person can write a profile.
-    ``tensors`` is a file beside the profile, with what the search measured.
+    where a published plan is from; ``tensors`` is a file beside the profile, with what the search
+    measured. Only ``model``, ``skip`` and ``draft`` are needed: a person can write a profile.
 
     Raises:
         pydantic.ValidationError: (a ValueError) on construction with values that don't fit.
@@ -103,8 +99,7 @@ class Profile(Section):
     @classmethod
     def _rising(cls, ranges: tuple[RangeSection, ...] | None) -> tuple[RangeSection, ...] | None:
         starts = [section.from_context for section in ranges or ()]
-        for position in range(1, len(starts)):
-            start, before = starts[position], starts[position - 1]
+        for position, (before, start) in enumerate(pairwise(starts), 1):
             if start <= before:
                 raise entry_error(
                     f"{position}.from_context",
@@ -151,10 +146,8 @@ class Profile(Section):
         """Read and check a profile of any schema version up to this one's.
 
         Raises:
-            InputError: the file can't be read or is larger than `MAX_BYTES`, is not plain YAML
-                (repeated keys, anchors and tags that make objects are refused), has no schema
-                version or a newer one, or a key or value that the schema does not allow. One line,
-                which names the place.
+            InputError: in one line that names the place: the file can't be read, is larger than
+                `MAX_BYTES`, not plain YAML, or not what the schema allows.
         """
         return cls.load_versioned(path)[0]
 
@@ -163,12 +156,9 @@ class Profile(Section):
         """As `load`, with the schema version that the file is of."""
         data = parse_mapping(read_text(path, MAX_BYTES), path, "profile")
         try:
-            version = version_of(data)
-            data = to_newest(data)
+            return cls.model_validate(to_newest(data)), read_version(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        try:
-            return cls.model_validate(data), version
         except ValidationError as error:
             raise InputError(f"{path}: {first_problem(error, cls)}") from None
 
@@ -177,8 +167,7 @@ class Profile(Section):
 
         Optional keys without a value are left out; what was not measured is written as null.
         Figures measured and the draft's probability are rounded to four significant digits; the
-        settings of the search are not, so that it can be run again exactly, nor are the
-        probabilities of the tree, which must stay apart.
+        settings of the search, which can be run again exactly, and the tree are not.
         """
         # only optional keys, and the version, have a default
         data = self.model_dump(mode="json", exclude_defaults=True)
@@ -189,17 +178,16 @@ class Profile(Section):
         return f"{_HEADER}{dump_mapping(data)}"
 
     def save(self, path: Path) -> None:
-        """Write the profile as `to_yaml` gives it: all of it or, on failure, nothing.
+        """Write the profile as `to_yaml` gives it, wholly or, on failure, not at all.
 
         Raises:
-            InputError: the folder does not exist, or ``path`` is a folder or a device.
-            ConfLayersError: the file can't be written.
+            InputError, ConfLayersError: as `write_atomically`.
         """
         write_atomically(path, self.to_yaml())
 
 
 def _fields(section: object) -> dict[str, object]:
-    """A section's fields, be it read or made; none where it is no section."""
+    """The fields of a section or of its data; none where it is neither."""
     return dict(section) if isinstance(section, dict | Section) else {}
 
 
@@ -212,7 +200,7 @@ def _check_layers(skip: object, depth: int, where: str = "") -> None:
             if whole and not 1 <= layer <= depth - 2:
                 raise entry_error(
                     f"{where}{name}.{position}",
-                    f"{shown(layer)} is out of range, {inner_layers(depth)}",
+                    f"{format_value(layer)} is out of range, {inner_layers(depth)}",
                 )
 
 
@@ -223,25 +211,22 @@ def _rounded(value: object) -> object:
 
 
 def check_replaceable(path: Path, tensors: Path | None = None) -> None:
-    """Refuse to write a profile, and its tensors, over a file that is anything else.
-
-    Only a profile may be replaced, and only tensors that it names: not prompts, nor a model's
-    weights that happen to have the name.
+    """Refuse to replace files other than a profile, and tensors that it names.
 
     Raises:
         InputError: as `check_target`, or there is something else.
     """
     check_target(path)
-    there: Profile | None = None
+    named: str | None = None
     if path.exists() and path.stat().st_size:
         try:
-            there = Profile.load(path)
+            named = Profile.load(path).tensors
         except InputError:
             raise InputError(f"{path}: is there already and is no profile; name another") from None
     if tensors is None:
         return
     check_target(tensors)
-    if tensors.exists() and (there is None or there.tensors != tensors.name):
+    if tensors.exists() and named != tensors.name:
         raise InputError(
             f"{tensors}: is there already and would be replaced by what belongs to {path.name}; "
             "name another"

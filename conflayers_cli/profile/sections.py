@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import isfinite
 from typing import Annotated, Literal
 
@@ -24,6 +25,13 @@ def list_to_tuple(value: object) -> object:
     """A list as the tuple that strict mode asks for."""
     # only lists: strict mode then refuses what else could be a sequence, a YAML !!set for one
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_unique(layers: tuple[int, ...]) -> None:
+    """Raise an error that names the first layer that is there twice."""
+    for position, layer in enumerate(layers):
+        if layer in layers[:position]:
+            raise entry_error(str(position), f"{layer} is repeated, allowed is each layer once")
 
 
 def _pair(value: object) -> object:
@@ -91,11 +99,7 @@ class SkipSection(Section):
     @field_validator("attention", "mlp", mode="after")
     @classmethod
     def _sorted_and_unique(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        seen: set[int] = set()
-        for position, layer in enumerate(layers):
-            if layer in seen:
-                raise entry_error(str(position), f"{layer} is repeated, allowed is each layer once")
-            seen.add(layer)
+        check_unique(layers)
         return tuple(sorted(layers))
 
     @classmethod
@@ -137,8 +141,7 @@ class DraftSettings(Section):
             return None
         if not rungs:
             raise PydanticCustomError("tree", "should be a list of pairs, as in [[0.8, 3], [0, 5]]")
-        for position in range(1, len(rungs)):
-            over, before = rungs[position][0], rungs[position - 1][0]
+        for position, ((before, _), (over, _)) in enumerate(pairwise(rungs), 1):
             if over >= before:
                 raise entry_error(
                     f"{position}.0", f"{over} should be less than {before}, which it follows"
@@ -163,7 +166,7 @@ Ranges = Annotated[tuple[RangeSection, ...], BeforeValidator(list_to_tuple)]
 
 
 class PromptsUsed(Section):
-    """How many prompts a calibration used, and their `conflayers_cli.generation.prompts.fingerprint`."""
+    """How many prompts a calibration used, and the SHA-256 of their content."""
 
     count: Count
     sha256: Sha256

@@ -1,4 +1,4 @@
-"""The tensors beside a profile: what its search measured, and whether they are still the ones."""
+"""The tensors file beside a profile: what its search measured."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ MAX_BYTES = 1 << 28
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
-def sha256_of(content: bytes) -> str:
-    """What `Profile.tensors_sha256` says of a file's content."""
+def hash_content(content: bytes) -> str:
+    """The value of `Profile.tensors_sha256` for a file's content."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_tensors(path: Path, profile: Profile) -> Tensors:
-    """The tensors that a profile names; none where it names no file.
-
-    Args:
-        path: the profile's file, beside which they lie.
-        profile: what it holds.
+    """The tensors that the profile in the file ``path`` names; none where it names no file.
 
     Raises:
         InputError: the file is missing, can't be read, is no safetensors file, or is not the one
@@ -51,10 +47,10 @@ def read_tensors(path: Path, profile: Profile) -> Tensors:
         ) from None
     except OSError as error:
         raise InputError(f"{beside}: can't be read: {error.strerror or error}") from None
-    if profile.tensors_sha256 is not None and sha256_of(content) != profile.tensors_sha256:
+    if profile.tensors_sha256 is not None and hash_content(content) != profile.tensors_sha256:
         raise InputError(
             f"{path}: tensors_sha256: {profile.tensors} is not the file written with this profile "
-            f"(its hash is {sha256_of(content)[:12]}…, not {profile.tensors_sha256[:12]}…)"
+            f"(its hash is {hash_content(content)[:12]}…, not {profile.tensors_sha256[:12]}…)"
         )
     try:
         return load(content)

@@ -4,137 +4,112 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Unpack
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.search.calibrate import (
-    Better,
     Calibration,
     Candidate,
-    Stage,
-    as_interrupted,
+    OnStage,
+    RefineOptions,
     decide,
-    find,
+    search_and_refine,
 )
-from conflayers_cli.search.problem import Strategy, Task
+from conflayers_cli.search.problem import SearchProblem, Strategy
 from conflayers_cli.search.validate import Check, check_by_decoding
-from conflayers_cli.skip_plan import Weights
-from conflayers_cli.spec_decode.tree import TreeShape
 
-SEARCHING = 0.7
-"""Share of the budget for searches; the rest is for decoding with what they found."""
-MOST_ARMS = 4
-"""Plans decoded with at the most."""
-NEAR = 0.05
-"""A plan predicted this much under the best one is not decoded with, unless it is all there is."""
+SEARCH_SHARE = 0.7  # share of the budget for searches; the rest is for the check by decoding
+MAX_CHECKED_PLANS = 4
+NEAR = 0.05  # a plan predicted this much under the best one is not checked
 
 
 def auto(
     strategies: Sequence[Strategy],
-    task: Task,
+    problem: SearchProblem,
     held_out: Sequence[tuple[int, ...]],
     *,
     budget: float,
-    refine: int,
-    tree: TreeShape | None = None,
-    weights: Sequence[Weights | None] = (None,),
-    on_stage: Stage,
-    on_better: Better,
+    **how: Unpack[RefineOptions],
 ) -> Calibration:
     """Run the strategies that the budget affords, decode with their plans, keep the fastest.
 
     Every strategy gets an equal share of the searching time that is left; what one does not use
-    goes to the others. They judge by the same texts and know what the others have judged.
+    goes to the others. They share texts and measurements. Ctrl-C ends the searches with what was
+    found until then.
 
     Args:
         strategies: in the order they run; those the time does not reach are left out.
-        task: what they work on; its deadline is set anew.
-        held_out, refine, tree, weights, on_stage, on_better: as for `calibrate`.
+        problem: its deadline is set anew.
+        held_out: as for `calibrate`.
         budget: seconds.
-
-    A KeyboardInterrupt ends the searches with what was found until then.
+        how: see `RefineOptions`.
 
     Raises:
         InputError: no strategy applies to the model and the prompts.
     """
-    begin = task.memo.usage().seconds
+    on_stage = how["on_stage"]
+    begin = problem.memo.usage().seconds
     found: list[Candidate] = []
-    refused: InputError | None = None
+    not_applicable: InputError | None = None
     for i, strategy in enumerate(strategies):
-        now = task.memo.usage().seconds
-        left = begin + SEARCHING * budget - now
+        now = problem.memo.usage().seconds
+        left = begin + SEARCH_SHARE * budget - now
         if left <= 0 and found:
             on_stage(f"no time left for {', '.join(s.name for s in strategies[i:])}")
             break
-        task.deadline = now + max(left, 0.0) / (len(strategies) - i)
+        problem.deadline = now + max(left, 0.0) / (len(strategies) - i)
         on_stage(f"searching: {strategy.name}")
         try:
-            candidate = find(
-                strategy,
-                task,
-                refine=refine,
-                tree=tree,
-                weights=weights,
-                on_stage=on_stage,
-                on_better=on_better,
-            )
+            found.append(search_and_refine(strategy, problem, **how))
         except InputError as error:  # not for this model or these prompts; others may be
             on_stage(f"{strategy.name} does not apply: {error}")
-            refused = error
+            not_applicable = error
             continue
-        found.append(candidate)
-        if candidate.interrupted:
+        if found[-1].interrupted:
             break
-    task.deadline = None
+    problem.deadline = None
     if not found:
-        raise refused or InputError("no strategy was given")
-    checks = _checks(found, task, held_out, on_stage)
-    best = _best(found, checks)
-    if any(candidate.interrupted for candidate in found):
-        found[best] = as_interrupted(found[best])
+        raise not_applicable or InputError("no strategy was given")
+    checks: list[Check | None] = [None] * len(found)
+    try:
+        if not found[-1].interrupted:
+            checks = _check(found, problem, held_out, on_stage)
+        interrupted = found[-1].interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    best = max(range(len(found)), key=lambda i: _speedups(found[i], checks[i]))
     calibration = decide(
-        found[best],
+        found[best].as_interrupted() if interrupted else found[best],
         checks[best],
-        always=not refine,
-        seconds=task.memo.usage().seconds - begin,
+        always=not how["refine"],
+        seconds=problem.memo.usage().seconds - begin,
     )
-    return replace(calibration, others=tuple(zip(found, checks, strict=True)))
+    found[best] = calibration.candidate
+    return replace(calibration, candidates=tuple(zip(found, checks, strict=True)))
 
 
-def _checks(
+def _check(
     found: list[Candidate],
-    task: Task,
+    problem: SearchProblem,
     held_out: Sequence[tuple[int, ...]],
-    on_stage: Stage,
+    on_stage: OnStage,
 ) -> list[Check | None]:
-    """Real decoding with each of the plans, equal ones once; those without a chance left out."""
-    if found[-1].interrupted:
-        return [None] * len(found)
+    """Real decoding with each of the plans that may be the fastest, equal ones once."""
     expected = [c.expected.speedup if c.expected else 0.0 for c in found]
     least = max(1.0, max(expected) * (1 - NEAR))
     ranked = sorted(range(len(found)), key=lambda i: expected[i], reverse=True)
     near = [found[i] for i in ranked if found[i].plan and expected[i] >= least]
-    chosen = list(dict.fromkeys((c.plan, c.setting) for c in near))[:MOST_ARMS]
+    chosen = list(dict.fromkeys((c.plan, c.setting) for c in near))[:MAX_CHECKED_PLANS]
     if not chosen:
         return [None] * len(found)
     on_stage("checking by real decoding")
-    try:
-        refined = any(c.refined for c in found)
-        done = check_by_decoding(task, chosen, held_out, adaptive_draft_length=refined)
-    except KeyboardInterrupt:
-        found[-1] = as_interrupted(found[-1])
-        return [None] * len(found)
-    by_plan = dict(zip(chosen, done, strict=True))
+    refined = any(c.refined for c in found)
+    checks = check_by_decoding(problem, chosen, held_out, adaptive_draft_length=refined)
+    by_plan = dict(zip(chosen, checks, strict=True))
     return [by_plan.get((c.plan, c.setting)) for c in found]
 
 
-def _best(found: Sequence[Candidate], checks: Sequence[Check | None]) -> int:
-    """The fastest by real decoding, else by prediction."""
-
-    def worth(i: int) -> tuple[float, float]:
-        check, expected = checks[i], found[i].expected
-        return (
-            check.speedup if check else 0.0,
-            expected.speedup if expected and found[i].plan else 0.0,
-        )
-
-    return max(range(len(found)), key=worth)
+def _speedups(candidate: Candidate, check: Check | None) -> tuple[float, float]:
+    """(measured, predicted); 0 where there is none."""
+    expected = candidate.expected if candidate.plan else None
+    return check.speedup if check else 0.0, expected.speedup if expected else 0.0

@@ -1,10 +1,9 @@
-"""Texts the model wrote itself: what plans are judged by, and the stream searches decode along."""
+"""The model's own continuations of the prompts: plans are judged by them, searches decode them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,34 +14,26 @@ from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Step
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.search.memo import Memo, label_of
+from conflayers_cli.search.memo import Memo, plan_label
 from conflayers_cli.spec_decode.proposer import SkipProposer
 
-MOST_TEXTS = 8
-"""Texts that plans are judged by."""
-LEAST_TOKENS = 16
-"""A shorter output says too little to judge by."""
-FEW_TOKENS = 32
-"""A window shorter than this says little: the previous prompt's end is used instead."""
+MAX_CONTINUATIONS = 8  # continuations that plans are judged by
+MIN_TOKENS = 16  # a shorter output says too little to judge by
+MIN_WINDOW_TOKENS = 32  # with a shorter output, a longer one of the previous prompt is used instead
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt and the model's own continuation of it, as token ids."""
+class Continuation:
+    """A prompt and the model's own greedy continuation of it, as token ids."""
 
     prompt: tuple[int, ...]
     output: tuple[int, ...]
 
 
-class Texts:
-    """The prompts' continuations by the model, decoded when needed, each once.
+class Continuations:
+    """The model's continuations of the prompts, decoded when needed, each once.
 
-    Args:
-        decoder: the model.
-        prompts: token ids.
-        max_new_tokens: tokens decoded per prompt at the most.
-        end_tokens: ids that end an output.
-        memo: has what was decoded; None: one of their own.
+    Arguments as for `SearchProblem`. The memo has what was decoded; None: a new one.
     """
 
     def __init__(
@@ -58,78 +49,62 @@ class Texts:
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
         self._end_tokens = end_tokens
-        self._known: dict[tuple[int, ...], Sample] = {}
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def begin(self, prompt: tuple[int, ...]) -> Generation:
-        """A greedy decoding of a prompt."""
-        return Generation(
+    def begin(self, prompt: tuple[int, ...], output: Sequence[int] = ()) -> Generation:
+        """A greedy decoding of a prompt, behind ``output`` where that was decoded before."""
+        generation = Generation(
             self._decoder,
             GenerationRequest(prompt, self._max_new_tokens),
             end_tokens=self._end_tokens,
         )
-
-    def resume(self, prompt: tuple[int, ...], output: Sequence[int]) -> Generation:
-        """The decoding of a prompt that came to ``output`` before; all of it is read at once."""
-        generation = self.begin(prompt)
         if output:
-            read = torch.tensor([[*prompt, *output[:-1]]])
-            generation.sampler.saw(prompt)
-            self._decoder.prefill(read, generation.cache)
+            generation.sampler.mark_seen(prompt)
+            self._decoder.prefill(torch.tensor([[*prompt, *output[:-1]]]), generation.cache)
             generation.keep(tuple(output))
         return generation
 
     def note(self, prompt: tuple[int, ...], output: Sequence[int]) -> None:
-        """Keep what the decoding of a prompt has come to, unless more of it is known already."""
-        known = self._known.get(prompt)
-        if known is None or len(known.output) < len(output):
-            self._known[prompt] = Sample(prompt, tuple(output))
+        """Keep the output of a prompt so far, unless a longer one is known."""
+        if len(self._known.get(prompt, ())) < len(output):
+            self._known[prompt] = tuple(output)
 
-    def enough(self, count: int = MOST_TEXTS) -> tuple[Sample, ...]:
-        """Up to ``count`` texts, in the order of the prompts; those missing are decoded plainly.
+    def get(self, count: int = MAX_CONTINUATIONS) -> tuple[Continuation, ...]:
+        """Up to ``count`` continuations of at least `MIN_TOKENS`, in the order of the prompts.
 
-        Which ones they are depends on the prompts alone, so that searches in any order judge by
-        the same texts.
+        Missing ones are decoded without drafts. Which ones they are depends on the prompts alone,
+        so that searches in any order judge by the same texts.
         """
-        texts: list[Sample] = []
+        found: list[Continuation] = []
         for number, prompt in enumerate(self._prompts):
-            if len(texts) >= count:
+            if len(found) >= count:
                 break
-            if self._missing(prompt):
-                self.note(
-                    prompt, self.memo.cached(f"text {number}", partial(self._whole_of, prompt))
-                )
-            sample = self._known[prompt]
-            if len(sample.output) >= LEAST_TOKENS:
-                texts.append(sample)
-        return tuple(texts)
+            if not self._is_complete(self._known.get(prompt, ())):
 
-    def _whole_of(self, prompt: tuple[int, ...]) -> list[int]:
-        generation = self.begin(prompt)
-        list(generation)
-        return generation.output
+                def decode(prompt: tuple[int, ...] = prompt) -> list[int]:
+                    generation = self.begin(prompt)
+                    list(generation)
+                    return generation.output
 
-    def _missing(self, prompt: tuple[int, ...]) -> bool:
-        known = self._known.get(prompt)
-        return known is None or not self._whole(known)
+                self.note(prompt, self.memo.cached(f"text {number}", decode))
+            output = self._known.get(prompt, ())
+            if len(output) >= MIN_TOKENS:
+                found.append(Continuation(prompt, output))
+        return tuple(found)
 
-    def _whole(self, sample: Sample) -> bool:
-        ended = bool(sample.output) and sample.output[-1] in self._end_tokens
-        return ended or len(sample.output) >= self._max_new_tokens
+    def _is_complete(self, output: Sequence[int]) -> bool:
+        ended = bool(output) and output[-1] in self._end_tokens
+        return ended or len(output) >= self._max_new_tokens
 
 
-class Text:
-    """A prompt's continuation as far as it has come.
+class PartialContinuation:
+    """A prompt's continuation so far.
 
-    Steps that the memo knows don't ask the model: it reads their tokens when the cache is needed.
-
-    Attributes:
-        prompt: token ids.
-        output: the tokens produced so far.
-        finish: why it ended, None while it goes on.
+    Steps that the memo knows don't run the model: the tokens are read when the cache is needed.
     """
 
-    def __init__(self, texts: Texts, prompt: tuple[int, ...]) -> None:
-        self._texts = texts
+    def __init__(self, continuations: Continuations, prompt: tuple[int, ...]) -> None:
+        self._continuations = continuations
         self._generation: Generation | None = None
         self.prompt = prompt
         self.output: list[int] = []
@@ -143,60 +118,42 @@ class Text:
     @property
     def cache(self) -> KVCache:
         """Filled for all tokens but the last."""
-        return self._at_hand.cache
-
-    def decode(self, drafter: SkipProposer | None) -> Step:
-        """What one more step gives; :meth:`take` adds it."""
-        self._at_hand.drafter = drafter
-        return self._at_hand.step()
-
-    def take(self, step: Step) -> None:
-        """Add what a step gave."""
-        self.output += step.tokens
-        self.finish = step.finish
-
-    def note(self) -> None:
-        """Keep the text so far."""
-        self._texts.note(self.prompt, self.output)
+        return self.generation.cache
 
     @property
-    def _at_hand(self) -> Generation:
+    def generation(self) -> Generation:
+        """The decoding, behind the output so far."""
         if self._generation is None or len(self._generation.output) != len(self.output):
-            self._generation = self._texts.resume(self.prompt, self.output)
+            self._generation = self._continuations.begin(self.prompt, self.output)
         return self._generation
 
 
-class Stream:
-    """The prompts decoded one after the other, round and round, for searches that run meanwhile.
+class PromptStream:
+    """Decodes the prompts one after the other, in a circle, for searches that run meanwhile.
 
-    Every step is an entry of the texts' memo.
-
-    Args:
-        texts: keeps what is decoded.
-        prompts: token ids.
-        name: tells the memo's steps from those of other searches.
-
-    Attributes:
-        current: the text at hand.
-        previous: the one before it.
+    ``current`` is being decoded, ``previous`` is the one before. Every step is an entry of the
+    continuations' memo; ``name`` tells it from those of other searches.
     """
 
     def __init__(
-        self, texts: Texts, prompts: tuple[tuple[int, ...], ...], name: str = "stream"
+        self,
+        continuations: Continuations,
+        prompts: tuple[tuple[int, ...], ...],
+        name: str = "stream",
     ) -> None:
-        self._texts = texts
+        self._continuations = continuations
         self._prompts = prompts
         self._name = name
-        self._next = 0
+        self._begun = 0
         self.current = self._begin()
-        self.previous: Text | None = None
+        self.previous: PartialContinuation | None = None
 
-    def _begin(self) -> Text:
-        prompt = self._prompts[self._next % len(self._prompts)]
-        self._next += 1
-        return Text(self._texts, prompt)
+    def _begin(self) -> PartialContinuation:
+        prompt = self._prompts[self._begun % len(self._prompts)]
+        self._begun += 1
+        return PartialContinuation(self._continuations, prompt)
 
-    def step(self, drafter: SkipProposer | None) -> Step:
+    def step(self, proposer: SkipProposer | None) -> Step:
         """One decode step; prompts are read and changed on the way.
 
         Raises:
@@ -206,30 +163,33 @@ class Stream:
             if self.current.finish is not None:
                 self.note()
                 self.previous, self.current = self.current, self._begin()
-            step = self._step(self.current, drafter)
-            if step.drafter != "prefill":
+            step = self._step(self.current, proposer)
+            if step.proposer != "prefill":
                 return step
         raise InputError("every prompt's output ends with its first token")
 
-    def _step(self, text: Text, drafter: SkipProposer | None) -> Step:
-        draft = "no draft" if drafter is None else label_of(drafter.plan)
-        given: dict[str, Any] = self._texts.memo.cached(
-            f"{self._name}: text {self._next}, token {len(text.output)}, {draft}",
-            lambda: asdict(text.decode(drafter)),
+    def _step(self, current: PartialContinuation, proposer: SkipProposer | None) -> Step:
+        def decode() -> dict[str, Any]:
+            current.generation.proposer = proposer
+            return asdict(current.generation.step())
+
+        draft = "no draft" if proposer is None else plan_label(proposer.plan)
+        found: dict[str, Any] = self._continuations.memo.cached(
+            f"{self._name}: text {self._begun}, token {len(current.output)}, {draft}", decode
         )
-        lists = {name: tuple(given[name]) for name in ("tokens", "sources")}
-        step = Step(**{**given, **lists})
-        text.take(step)
+        step = Step(**{**found, **{name: tuple(found[name]) for name in ("tokens", "sources")}})
+        current.output += step.tokens
+        current.finish = step.finish
         return step
 
     def note(self) -> None:
-        """Keep the text so far."""
-        self.current.note()
+        """Keep the current continuation so far."""
+        self._continuations.note(self.current.prompt, self.current.output)
 
-    def window_source(self, window: int) -> Text:
-        """The text whose last ``window`` tokens tell most: the current one once it has any
-        length, else the longer one of it and the one before."""
-        enough = len(self.current.output) >= min(window, FEW_TOKENS)
-        if enough or self.previous is None:
+    def window_source(self, window: int) -> PartialContinuation:
+        """The continuation to take ``window`` last tokens from: the current one, or a longer
+        previous one while the current one is short."""
+        long = len(self.current.output) >= min(window, MIN_WINDOW_TOKENS)
+        if long or self.previous is None:
             return self.current
-        return max(self.current, self.previous, key=lambda text: len(text.output))
+        return max(self.current, self.previous, key=lambda each: len(each.output))

@@ -1,4 +1,4 @@
-"""Matchness: how often a draft would choose the token that the model wrote (SWIFT, §4.1)."""
+"""Matchness: share of tokens that a draft would choose as the model did (SWIFT, §4.1)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
 
-LEAST_WINDOW = 16
-"""Matchness over fewer tokens is mostly luck."""
+MIN_WINDOW = 16  # matchness over fewer tokens is mostly luck
 
 
-class Passage(Protocol):
-    """A text being decoded: a `Generation`, or what a drafter sees of one.
+class SequenceView(Protocol):
+    """A sequence being decoded, as searches read it.
 
     Attributes:
         tokens: prompt and output; the last one is not in the cache yet.
@@ -34,41 +33,35 @@ class Passage(Protocol):
     def cache(self) -> KVCache: ...
 
 
-def window_of(passage: Passage, most: int) -> int:
-    """How many of the last generated tokens matchness can be taken over; 0: too few.
+def window_size(sequence: SequenceView, max_size: int) -> int:
+    """Number of last generated tokens that matchness can be taken over; 0: too few.
 
-    The pass writes its keys behind the text, so the cache needs as much room there.
+    The pass writes its keys behind the sequence, so the cache needs as many free slots there.
     """
-    room = passage.cache.capacity - (len(passage.tokens) - 1)
-    window = min(most, len(passage.output) - 1, room)
-    return window if window >= LEAST_WINDOW else 0
+    free_slots = sequence.cache.capacity - (len(sequence.tokens) - 1)
+    window = min(max_size, len(sequence.output) - 1, free_slots)
+    return window if window >= MIN_WINDOW else 0
 
 
-def matchness(decoder: Decoder, plan: SkipPlan, passage: Passage, window: int) -> float:
-    """Share of the last ``window`` tokens that the draft, fed the one before each, would choose.
+def matchness(decoder: Decoder, plan: SkipPlan, sequence: SequenceView, window: int) -> float:
+    """Share of the last ``window`` tokens (see `window_size`) that the draft would choose.
 
     One parallel pass under the plan. Every token sees the full model's keys of what precedes it
     and its own draft key, as the first token of a real draft would; the cache is left as it was.
-
-    Args:
-        decoder: the model.
-        plan: what is left out.
-        passage: the text.
-        window: as `window_of` gives it, 1 at least.
     """
-    tokens, device = passage.tokens, decoder.device
+    tokens, device = sequence.tokens, decoder.device
     filled = len(tokens) - 1
     start = filled - window
-    fed = torch.tensor([tokens[start:filled]], device=device)
+    input_ids = torch.tensor([tokens[start:filled]], device=device)
     following = torch.tensor(tokens[start + 1 :], device=device)
     positions = torch.arange(start, filled, device=device)[None]
-    slots = torch.arange(filled, filled + window, device=device)[None]
-    logits = decoder.forward(fed, positions, passage.cache, plan, slots=slots)[0]
-    best = greedy_tokens(logits)
-    read = torch.stack(
-        [(best == following).double().mean(), (best == INVALID_TOKEN).any().double()]
+    slots = positions + window
+    chosen = greedy_tokens(
+        decoder.forward(input_ids, positions, sequence.cache, plan, slots=slots)[0]
     )
-    share, spoilt = read.tolist()
-    if spoilt:  # what is no number must not stay behind the text: masks hide numbers alone
-        passage.cache.clear(filled, filled + window)
+    share, invalid = torch.stack(
+        [(chosen == following).double().mean(), (chosen == INVALID_TOKEN).any().double()]
+    ).tolist()
+    if invalid:  # NaN must not stay behind the sequence: masks hide only finite numbers
+        sequence.cache.clear(filled, filled + window)
     return float(share)

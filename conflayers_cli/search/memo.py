@@ -1,9 +1,9 @@
 """What a calibration has measured, by key, so that nothing is measured twice.
 
-A search is a function of its seed and of what it measures: tokens, confidences, agreements, times.
-Whatever asks the model or the clock does it through :meth:`Memo.cached`. A run that was cut short
+A search depends on its seed and on what it measures: tokens, confidences, agreements, times.
+Everything that asks the model or the clock goes through :meth:`Memo.cached`. An interrupted run
 leaves its entries in the :mod:`journal <conflayers_cli.search.journal>`; the run that resumes it
-finds them, and so comes, in no more than the time of its bookkeeping, to where that one ended.
+looks them up and so repeats the same search without measuring again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.utils.distributed import agreed
+from conflayers_cli.utils.distributed import broadcast_rank0
 
 
 class Usage(NamedTuple):
     """What a calibration has used since it began, in all its runs.
 
     Attributes:
-        seconds: at work, without loading the model.
-        full_passes, draft_passes: of the whole model, and with layers left out.
+        seconds: wall time without loading the model.
+        full_passes, draft_passes: passes of the whole model, and with layers skipped.
     """
 
     seconds: float = 0.0
@@ -31,10 +31,10 @@ class Usage(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An outcome, and what the calibration had used once it was known.
+    """A measured value, and the usage once it was known.
 
     Attributes:
-        value: None, booleans, numbers, texts, arrays, and lists and dictionaries of such.
+        value: None, booleans, numbers, strings, arrays, and lists and dictionaries of such.
         usage: running totals.
     """
 
@@ -42,23 +42,23 @@ class Entry(NamedTuple):
     usage: Usage
 
 
-_NOTHING = Usage()
+_NO_USAGE = Usage()
 
 
-def label_of(plan: SkipPlan) -> str:
-    """A plan in a key."""
+def plan_label(plan: SkipPlan) -> str:
+    """A plan as part of a key."""
     attention, mlp = (" ".join(map(str, named)) for named in (plan.attention, plan.mlp))
     weights = f", {plan.weights} weights" if plan.weights else ""
     return f"attention {attention or 'whole'}, MLP {mlp or 'whole'}{weights}"
 
 
 class Memo:
-    """Outcomes by key: those of earlier runs and of this one.
+    """Measured values by key, of earlier runs and of this one.
 
     Args:
         decoder: the model, whose passes are counted.
         known: entries of earlier runs.
-        keep: called with every new entry; None: they are kept in memory alone.
+        keep: called with every new entry; None: entries are kept in memory alone.
         clock: in seconds.
     """
 
@@ -78,19 +78,16 @@ class Memo:
         self._counted = self._counts()
 
     def cached(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value under a key, computed if it is not known yet.
-
-        Of several processes of one torchrun all get the first's.
+        """The value under a key, computed if it is not known yet; on all ranks rank 0's.
 
         Args:
-            key: all that decides the outcome, beside the model, the prompts and the settings: what
-                is measured, of which plan, on which text, and where it is to be measured several
-                times, for which time.
-            compute: asks the model or the clock; gives what an :class:`Entry` can hold.
+            key: everything that decides the value, besides the model, the prompts and the
+                settings: what is measured, of which plan, on which text, for which time.
+            compute: asks the model or the clock; returns what an :class:`Entry` can hold.
         """
         entry = self._entries.get(key)
         if entry is None:
-            value = agreed(compute())
+            value = broadcast_rank0(compute())
             entry = self._entries[key] = Entry(value, self._use())
             if self._keep is not None:
                 self._keep(key, entry)
@@ -99,16 +96,16 @@ class Memo:
         return entry.value
 
     def usage(self) -> Usage:
-        """What the calibration has used up to here, in all its runs; it never falls."""
-        return agreed(self._use())
+        """What the calibration has used so far, in all its runs; it never falls."""
+        return broadcast_rank0(self._use())
 
     def _counts(self) -> Usage:
         return Usage(self._clock(), self._decoder.full_passes, self._decoder.draft_passes)
 
-    def _use(self, least: Usage = _NOTHING) -> Usage:
-        """Add what was used since the last call; ``least`` was used by the run that came here."""
+    def _use(self, minimum: Usage = _NO_USAGE) -> Usage:
+        """Add what was used since the last call; an earlier run had used ``minimum`` by now."""
         now = self._counts()
-        added = zip(self._used, now, self._counted, least, strict=True)
+        added = zip(self._used, now, self._counted, minimum, strict=True)
         seconds, full, draft = (max(used + n - c, other) for used, n, c, other in added)
         self._used, self._counted = Usage(seconds, int(full), int(draft)), now
         return self._used

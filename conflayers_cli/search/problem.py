@@ -1,18 +1,19 @@
-"""What every search is given and what it gives back."""
+"""The input and the result of every search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.search.corpus import Texts
+from conflayers_cli.search.corpus import Continuations
 from conflayers_cli.search.memo import Memo
-from conflayers_cli.search.objective import Objective, Setting
+from conflayers_cli.search.objective import DraftParams, Objective
 from conflayers_cli.skip_plan import SkipPlan
 
 
@@ -22,21 +23,21 @@ class Trial:
 
     Attributes:
         iteration: counted from 0.
-        plan: what was left out.
+        plan: what was skipped.
         steps, drafted, accepted: verify steps decoded with it and their drafts; 0 where the plan
             was judged without decoding.
-        speedup: predicted tokens per second over vanilla's on this device.
-        note: what became of it ("best", "kept trying", "too few layers", …).
+        speedup: predicted tokens per second over vanilla's on this device; None: not known.
+        note: what became of it ("best so far", "too few layers", …).
         figures: the strategy's own numbers (ConfLayers: ``lambda``).
     """
 
     iteration: int
     plan: SkipPlan
-    steps: int
-    drafted: int
-    accepted: int
-    speedup: float | None
-    note: str
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    speedup: float | None = None
+    note: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -51,12 +52,12 @@ class Trial:
 OnTrial = Callable[[Trial, Trial | None], None]
 
 
-def nobody(trial: Trial, best: Trial | None) -> None:
-    """Nobody is told."""
+def ignore_trial(trial: Trial, best: Trial | None) -> None:
+    """No-op callback."""
 
 
 @dataclass
-class Task:
+class SearchProblem:
     """What a search works on.
 
     Attributes:
@@ -65,55 +66,49 @@ class Task:
         costs: measured passes.
         max_new_tokens: tokens decoded per prompt at the most.
         end_tokens: ids that end an output.
-        on_trial: told about every trial, with the best one so far.
-        seed: of whatever a search draws at random.
-        deadline: once `Memo.usage` has come to so many seconds a search ends with what it has;
-            None: never.
-        memo: all that is measured goes through it.
-        texts: the model's own continuations of the prompts, shared by all searches of a task.
+        on_trial: called with every trial and the best one so far.
+        seed: of everything a search draws at random.
+        deadline: `Memo.usage` seconds at which a search ends with what it has; None: never.
+        memo: everything measured goes through it.
 
     Args:
-        shared_memo: the memo, where it knows more than this task's outcomes; None: a new one.
+        shared_memo: the memo, where it has more than this problem's entries; None: a new one.
     """
 
     decoder: Decoder
     prompts: tuple[tuple[int, ...], ...]
-    costs: Costs
+    costs: PassCosts
     max_new_tokens: int
     end_tokens: frozenset[int]
-    on_trial: OnTrial = nobody
+    on_trial: OnTrial = ignore_trial
     seed: int = 0
     deadline: float | None = None
     shared_memo: InitVar[Memo | None] = None
     memo: Memo = field(init=False)
-    texts: Texts = field(init=False)
-    _objective: Objective | None = field(init=False, default=None)
 
     def __post_init__(self, shared_memo: Memo | None) -> None:
         self.memo = shared_memo or Memo(self.decoder)
-        self.texts = Texts(
-            decoder=self.decoder,
-            prompts=self.prompts,
-            max_new_tokens=self.max_new_tokens,
-            end_tokens=self.end_tokens,
-            memo=self.memo,
+
+    @cached_property
+    def continuations(self) -> Continuations:
+        """The model's own continuations of the prompts, shared by all searches."""
+        return Continuations(
+            self.decoder, self.prompts, self.max_new_tokens, self.end_tokens, self.memo
         )
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
-        """Tokens per second on this device, judged by the model's own texts.
-
-        Made when first asked for; what it has judged stays known to every search of the task.
-        """
-        if self._objective is None:
-            samples = self.texts.enough()
-            self._objective = Objective(self.decoder, self.costs, samples, memo=self.memo)
-        return self._objective
+        """Tokens per second on this device, judged by the continuations, shared by all searches."""
+        return Objective(self.decoder, self.costs, self.continuations.get(), memo=self.memo)
 
     @property
     def out_of_time(self) -> bool:
         """Whether a search should end with what it has."""
         return self.deadline is not None and self.memo.usage().seconds >= self.deadline
+
+
+Task = SearchProblem
+"""Old name, kept for one version for users' own strategies."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class RangePlan:
 
     from_context: int
     plan: SkipPlan
-    setting: Setting | None = None
+    setting: DraftParams | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +127,10 @@ class SearchResult:
     Attributes:
         plan: the strategy's own choice.
         trials: all plans looked at.
-        tensors: per-iteration tensors worth keeping, by name.
-        interrupted: cut short by the user; the plan is the best until then.
+        tensors: per-iteration tensors to be saved, by name.
+        interrupted: by the user; the plan is the best until then.
         stopped_because: one phrase.
-        setting: the way of drafting that the strategy chose; None: its usual one.
+        setting: the strategy's choice of how to draft; None: `Strategy.setting`.
         ranges: plans for longer contexts, where the best one changes with the length; ascending.
     """
 
@@ -144,18 +139,18 @@ class SearchResult:
     tensors: Mapping[str, torch.Tensor]
     interrupted: bool
     stopped_because: str
-    setting: Setting | None = None
+    setting: DraftParams | None = None
     ranges: tuple[RangePlan, ...] = ()
 
 
 class Strategy(Protocol):
-    """A method that chooses a plan. Its public fields are its settings, for the record."""
+    """A method that chooses a plan: a dataclass, whose fields are saved as its settings."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DraftParams:
         """The method's own way of drafting, used where nothing else is chosen by measurement."""
 
-    def search(self, task: Task) -> SearchResult: ...
+    def search(self, problem: SearchProblem) -> SearchResult: ...

@@ -1,8 +1,7 @@
-"""How likely drafted tokens are to be accepted: running estimates, learnt from the text decoded.
+"""How likely drafted tokens are to be accepted: running estimates, learnt while decoding.
 
-A token drafted greedily is accepted where it *is* the text's next token, and one that was sampled
-is the text's next token where it is accepted; so whatever was proposed is judged by comparing it
-with the text, whether or not it was verified. Tokens behind the first that differs teach nothing.
+Greedily or sampled, a drafted token is accepted where it equals the text's next token, so every
+proposal is compared with the text, verified or not. Tokens behind the first difference are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MATCH_LENGTHS = (2, 3, 4, 6, 9, 17)
 """First match length of each bin but the lowest (1)."""
 NGRAM_PRIORS = (0.25, 0.5, 0.6, 0.65, 0.75, 0.85, 0.95)
 """The chance of the first token behind a match, by its bin, from the outputs of 30 prompts by
-SmolLM2: a token or two that agree are mostly chance."""
+SmolLM2: matches of one or two tokens are mostly chance."""
 SAMPLED_NGRAM_PRIORS = (0.2, 0.35, 0.4, 0.5, 0.55, 0.85, 0.9)
 """The same of texts sampled at temperature 1, which repeat themselves less."""
 POSITION_KINDS = 3
@@ -31,25 +30,24 @@ POSITION_KINDS = 3
 HALF_LIFE = 300
 """Observations of a kind after which one counts half."""
 DECAY = 0.5 ** (1 / HALF_LIFE)
-"""What is left of an observation at the next one."""
+"""Weight of an observation at the next one."""
 CARE = 2.0
-"""Standard deviations that a lower confidence bound lies under the mean. What a text repeats comes
-in runs, so that there is less to be seen in so many observations than in independent ones."""
+"""Standard deviations between a lower confidence bound and the mean. Repetitions come in runs, so
+observations say less than independent ones."""
 TEXT_HALF_LIFE = 24
-"""Observations after which one counts half for what makes one text differ from the rest."""
+"""Observations after which one counts half in a text's bias."""
 SAME_FAULT = 0.2
 """How often two proposers that are both wrong propose the same token."""
 FRESH, ACCEPTED, REJECTED, PENDING = -1, -2, -3, -4
-"""States in which no confidence tells what comes next: a draft begins behind a step without one,
-behind one that was accepted, behind one rejected; or n-grams' tokens are not checked yet."""
+"""States without a confidence: a draft begins behind a step without one, behind an accepted one,
+behind a rejected one; or n-grams' tokens are not checked yet."""
 
 
 class DecayedRate:
-    """A running rate of hits that forgets exponentially and leans towards a prior.
+    """A running rate of hits with exponential decay and a prior.
 
-    One that is part of another rate forgets with every observation of that one, its own or not:
-    bad luck may keep a kind from being tried again, and then it slowly comes to be judged like the
-    others, and is.
+    One that is part of another rate decays with every observation of that one, so that a kind no
+    longer tried slowly comes to be judged like the others.
 
     Args:
         prior: the rate expected; or a rate of which this one is a part.
@@ -65,35 +63,31 @@ class DecayedRate:
 
     @property
     def mean(self) -> float:
-        prior, weight = self._prior, self._weight
-        if isinstance(prior, float):
-            return (self._hits + prior * weight) / (self._trials + weight)
-        left = DECAY ** (prior.count - self._updated_at)
-        return (self._hits * left + prior.mean * weight) / (self._trials * left + weight)
+        prior, weight, left = self._prior, self._weight, self._decay()
+        expected = prior if isinstance(prior, float) else prior.mean
+        return (self._hits * left + expected * weight) / (self._trials * left + weight)
 
     @property
     def lower_bound(self) -> float:
         """Lower confidence bound: the mean minus `CARE` standard deviations."""
-        mean, prior = self.mean, self._prior
-        left = 1.0 if isinstance(prior, float) else DECAY ** (prior.count - self._updated_at)
-        trials = self._trials * left + self._weight
+        mean, trials = self.mean, self._trials * self._decay() + self._weight
         return max(mean - CARE * (mean * (1.0 - mean) / (trials + 1.0)) ** 0.5, 0.1 * mean)
 
     def update(self, hit: bool) -> None:
         self.count += 1
-        clock = self.count if isinstance(self._prior, float) else self._prior.count
-        left = DECAY ** (clock - self._updated_at)
+        left = self._decay()
         self._hits, self._trials = self._hits * left + hit, self._trials * left + 1.0
-        self._updated_at = clock
+        self._updated_at = self._clock()
+
+    def _clock(self) -> int:
+        return (self if isinstance(self._prior, float) else self._prior).count
+
+    def _decay(self) -> float:
+        return DECAY ** (self._clock() - self._updated_at)
 
 
 class DecayedHistogram:
-    """Running shares of the bins that observations fall into; see :class:`DecayedRate`.
-
-    Args:
-        prior: the shares expected; or a histogram of which this one is a part.
-        weight: how many observations the prior is worth.
-    """
+    """Running shares of the bins that observations fall into; arguments as `DecayedRate`."""
 
     __slots__ = ("_counts", "_prior", "_total", "_weight")
 
@@ -113,17 +107,15 @@ class DecayedHistogram:
         ]
 
     def update(self, number: int) -> None:
-        """Count an observation of this bin."""
         self._counts = [count * DECAY for count in self._counts]
         self._counts[number] += 1.0
         self._total = self._total * DECAY + 1.0
 
 
 class TextBias:
-    """How much more, or less, often than estimated tokens are accepted in one text, lately.
+    """How much more, or less, often than estimated tokens of one text were accepted lately.
 
-    Only what chance hardly explains counts, so that a text like any other is not estimated by its
-    own few tokens, while a change shows at once.
+    Deviations that chance may explain are ignored: they would be noise of few tokens.
     """
 
     __slots__ = ("_expected", "_hits", "_variance")
@@ -147,7 +139,7 @@ class TextBias:
         return min(max(ratio, self._MIN), self._MAX)
 
     def update(self, hit: bool, expected: float) -> None:
-        """Count a token that was, or was not, accepted, and was with the chance ``expected``."""
+        """Count a token whose chance of being accepted was estimated as ``expected``."""
         self._hits = self._hits * self._DECAY + hit
         self._expected = self._expected * self._DECAY + expected
         self._variance = self._variance * self._DECAY + expected * (1.0 - expected)
@@ -159,8 +151,8 @@ class RateUpdate:
 
     Attributes:
         rates: of the token's kinds.
-        expected: the chance that they gave it, for its text's bias; None: it says nothing of that.
-        histograms: of the confidence bins of tokens in the same state, with ``confidence_bin``.
+        expected: the chance that they gave it, for its text's bias; None: leave the bias.
+        histograms: of the confidence bins of tokens in the same state.
         confidence_bin: the token's own.
     """
 
@@ -170,7 +162,6 @@ class RateUpdate:
     confidence_bin: int = 0
 
     def apply(self, hit: bool, bias: TextBias) -> None:
-        """The token was accepted, or not, in the text with this bias."""
         for rate in self.rates:
             rate.update(hit)
         if self.expected is not None:
@@ -188,9 +179,7 @@ class AcceptanceModel:
     A *state* is what the chance of the next token drafted by skipping depends on: the confidence
     bin of the token before it, or one of `FRESH`, `ACCEPTED`, `REJECTED`, `PENDING`.
 
-    Args:
-        prior: the chance that a token drafted by skipping is accepted, as calibration measured it;
-            None: not known.
+    ``prior``: the acceptance rate that calibration measured; None: not known.
     """
 
     def __init__(self, prior: float | None = None) -> None:
@@ -214,11 +203,11 @@ class AcceptanceModel:
         }
 
     def next_token(self, state: int, bias: TextBias) -> float:
-        """The chance of the token that skipping drafts next, in a state."""
+        """The chance of the token that skipping drafts next in a state."""
         return min(self._next[state].mean * bias.factor, 0.998)
 
     def later_token(self, bias: TextBias) -> float:
-        """That of each one behind it, all before it accepted."""
+        """The chance of each token behind that one, all before it accepted."""
         return min(self._later.mean * bias.factor, 0.998)
 
     def drafted_token(self, confidence: float, bias: TextBias) -> float:
@@ -226,7 +215,7 @@ class AcceptanceModel:
         return min(self._by_confidence[confidence_bin(confidence)].mean * bias.factor, 0.999)
 
     def outlook(self, state: int, bias: TextBias) -> list[tuple[float, float, float]]:
-        """What the next token may be, by confidence bin: (share, its chance, that of the next)."""
+        """By confidence bin of the next token: (share, its chance, that of the one behind it)."""
         factor = bias.factor
         return [
             (share, min(own.mean * factor, 0.999), min(self._next[number].mean * factor, 0.998))
@@ -236,19 +225,13 @@ class AcceptanceModel:
         ]
 
     def ngram_tokens(self, match: Match, sampled: bool, conservative: bool = False) -> list[float]:
-        """The chance of each token behind a match, those before it accepted.
-
-        Args:
-            match: the match.
-            sampled: whether the text's tokens are sampled.
-            conservative: lower bounds, not means.
-        """
+        """The chance of each token behind a match; ``conservative``: lower bounds, not means."""
         rates = self._ngram_rates(match, sampled)
         chances = [rate.lower_bound if conservative else rate.mean for rate in rates]
         return _by_position(chances, len(match.tokens))
 
     def skip_update(self, state: int, confidence: float, first: bool) -> RateUpdate:
-        """For a token drafted by skipping in a state; ``first``: it is the draft's first one."""
+        """Of a token drafted by skipping in a state; ``first``: the draft's first one."""
         number = confidence_bin(confidence)
         rates = [self._skip, self._next[state], self._by_confidence[number]]
         if not first:
@@ -261,7 +244,7 @@ class AcceptanceModel:
         )
 
     def ngram_updates(self, match: Match, sampled: bool) -> list[RateUpdate]:
-        """For each token behind a match."""
+        """Of each token behind a match."""
         updates = [RateUpdate((rate,)) for rate in self._ngram_rates(match, sampled)]
         return _by_position(updates, len(match.tokens))
 
@@ -270,21 +253,20 @@ class AcceptanceModel:
 
 
 def agreeing(one: float, other: float) -> float:
-    """The chance of a token that two proposers propose, each right with its chance."""
+    """The chance of a token that two proposers propose, each right with its own chance."""
     return one * other / (one * other + (1.0 - one) * (1.0 - other) * SAME_FAULT)
 
 
 def disagreeing(one: float, other: float) -> float:
-    """The chance of the first one's token where the other proposes another."""
+    """The chance of the first proposer's token where the other proposes a different one."""
     return one * (1.0 - other) / (1.0 - one * other)
 
 
 def _by_position(kinds: Sequence[T], count: int) -> list[T]:
-    """An entry for each of ``count`` positions, by its kind."""
     first, near, far = kinds
     return [first, near, near, *[far] * (count - 3)][:count]
 
 
 def confidence_bin(confidence: float) -> int:
-    """The number of the bin, from 0 up, that a draft probability falls into."""
+    """The bin, from 0 up, that a draft probability falls into."""
     return bisect_right(CONFIDENCES, confidence)

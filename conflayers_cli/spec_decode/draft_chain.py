@@ -1,4 +1,4 @@
-"""A draft that is growing: the chain of one sequence, and how likely it is to be accepted."""
+"""A growing draft of one sequence, and how likely it is to be accepted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from conflayers_cli.spec_decode.acceptance import (
     NO_UPDATE,
     PENDING,
     RateUpdate,
-    TextBias,
     confidence_bin,
 )
 from conflayers_cli.spec_decode.history import SequenceHistory
@@ -23,18 +22,16 @@ class DraftChain:
     """What is being drafted for one sequence.
 
     Attributes:
-        context: what the proposer was given.
-        history: what it knows of the sequence.
+        context, history: of the sequence.
         limit: the most tokens.
-        last_state: the state in which the skipped model drafts behind tokens that it has checked.
+        last_state: the state in which the skipped model drafts behind the checked tokens.
         tokens: drafted so far.
         survival: the chance that all of the first i tokens are accepted, i = 0 … len(tokens).
-        updates: what each token teaches.
+        updates: of the estimates, once each token is decided.
         sources: who drafted each: "skip" or "ngram".
         probs: the skipped model's probabilities ``[V]`` at each token, where they are asked for;
-            None where an n-gram drafted it and the skipped model had no say.
-        num_checked: how many of the tokens the skipped model has decided on; those behind are
-            n-grams'.
+            None where it has not checked an n-gram's token.
+        num_checked: how many tokens the skipped model has decided on; those behind are n-grams'.
         closed: nothing is drafted behind the last token.
     """
 
@@ -52,12 +49,8 @@ class DraftChain:
 
     @property
     def sampled(self) -> bool:
-        """Whether its tokens are sampled: what the skipped model drew must not be dropped again."""
+        """Whether tokens are sampled: what the skipped model drew must not be dropped again."""
         return not self.context.sampler.settings.greedy
-
-    @property
-    def bias(self) -> TextBias:
-        return self.history.bias
 
     @property
     def open(self) -> bool:
@@ -65,13 +58,8 @@ class DraftChain:
 
     @property
     def num_unchecked(self) -> int:
-        """Tokens that the skipped model has not decided on."""
+        """n-grams' tokens that the skipped model has not decided on."""
         return len(self.tokens) - self.num_checked
-
-    @property
-    def num_committed(self) -> int:
-        """Tokens that must not be dropped any more."""
-        return self.num_checked if self.sampled else 0
 
     @property
     def state(self) -> int:
@@ -81,17 +69,15 @@ class DraftChain:
     @property
     def inputs(self) -> list[int]:
         """What the skipped model has not run yet: the last checked token, the unchecked ones."""
-        checked = self.num_checked
-        last = self.tokens[checked - 1] if checked else self.context.tokens[-1]
-        return [last, *self.tokens[checked:]]
+        return [self.context.tokens[-1], *self.tokens][self.num_checked :]
 
     @property
     def input_position(self) -> int:
-        """The position of the first of these."""
+        """The position of the first input."""
         return len(self.context.tokens) - 1 + self.num_checked
 
     def add(self, token: int, chance: float, source: str) -> None:
-        """Append a token, which the skipped model has not checked."""
+        """Append an unchecked token."""
         self.tokens.append(token)
         self.survival.append(self.survival[-1] * chance)
         self.updates.append(NO_UPDATE)
@@ -101,13 +87,9 @@ class DraftChain:
     def check(
         self, chance: float, update: RateUpdate, confidence: float, probs: torch.Tensor | None
     ) -> None:
-        """The skipped model has decided on the first unchecked token.
+        """Mark the first unchecked token as checked by the skipped model.
 
-        Args:
-            chance: that it is accepted.
-            update: what it teaches.
-            confidence: the probability of the skipped model's own choice there.
-            probs: its probabilities there, where they are asked for.
+        ``chance``: that it is accepted; ``confidence``: the probability of the model's own choice.
         """
         at = self.num_checked
         before, after = self.survival[at], self.survival[at + 1]

@@ -1,4 +1,4 @@
-"""What a proposer knows of the sequences it drafts for: n-grams, bias, drafts not decided yet."""
+"""What a proposer keeps of each sequence: n-grams, bias, drafts not decided yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conflayers_cli.spec_decode.acceptance import (
 from conflayers_cli.spec_decode.ngram import NgramIndex
 
 MIN_REMEMBERED = 8
-"""Sequences remembered at the least, for a proposer that serves several in turn."""
+"""Sequences kept where fewer are decoded at once: a proposer may serve several in turn."""
 
 
 @dataclass
@@ -24,11 +24,10 @@ class PendingOutcome:
     """A proposal for a sequence's next tokens, to be learnt from as the sequence grows.
 
     Attributes:
-        start: position of the first of ``tokens`` in the sequence.
+        start: position of ``tokens[0]`` in the sequence.
         tokens: the sequence's last token (which may be taken back), then those proposed.
         updates: of the estimates, one for each.
-        sources: who drafted each but the first, where this is the draft that is verified; else
-            empty.
+        sources: who drafted each but the first, if this is the draft that is verified; else empty.
         num_matched: how many of ``tokens`` the sequence has turned out to hold.
     """
 
@@ -39,7 +38,7 @@ class PendingOutcome:
     num_matched: int = 0
 
     def follow(self, text: Sequence[int], bias: TextBias) -> bool:
-        """Learn from the tokens whose positions the text has reached; True once that is over."""
+        """Learn from the tokens whose positions the text has reached; True once all is decided."""
         while self.num_matched < len(self.tokens):
             position = self.start + self.num_matched
             if position >= len(text):
@@ -57,10 +56,10 @@ class SequenceHistory:
     """One sequence, as a proposer knows it.
 
     Attributes:
-        tokens: the list that its tokens are kept in, which grows.
+        tokens: the growing list of its tokens.
         index: its n-grams.
         bias: how its acceptance differs from other sequences'.
-        pending: proposals for positions that it has not reached yet.
+        pending: proposals for positions not reached yet.
         last_draft: the draft verified last.
     """
 
@@ -75,10 +74,7 @@ class SequenceHistory:
         self.pending = [each for each in self.pending if not each.follow(self.tokens, self.bias)]
 
     def last_outcome(self) -> tuple[int, int]:
-        """(the state that the next draft begins in, accepted skip tokens of the last draft).
-
-        As of the last call of :meth:`learn`.
-        """
+        """(state that the next draft begins in, accepted skip tokens of the last draft)."""
         last = self.last_draft
         if last is None or "skip" not in last.sources:
             return FRESH, 0
@@ -88,10 +84,7 @@ class SequenceHistory:
     def record_proposal(
         self, tokens: Sequence[int], updates: Sequence[RateUpdate], sources: Sequence[str] = ()
     ) -> None:
-        """Note tokens proposed behind the sequence as it is, and what each teaches.
-
-        ``sources``: who drafted each, where they are the draft that is going to be verified.
-        """
+        """Note tokens proposed behind the sequence, with ``sources`` if they will be verified."""
         start, last = len(self.tokens) - 1, self.tokens[-1]
         outcome = PendingOutcome(start, (last, *tokens), (NO_UPDATE, *updates), tuple(sources))
         self.pending.append(outcome)
@@ -100,40 +93,32 @@ class SequenceHistory:
 
 
 class SequenceHistories:
-    """The sequences at work, and some that were; each is known by the list of its tokens.
+    """Histories of the current sequences and some earlier ones, by the identity of token lists.
 
-    Args:
-        index: whether their n-grams are indexed.
+    ``index``: whether n-grams are indexed.
     """
 
     def __init__(self, index: bool) -> None:
         self._index = index
-        self._known: dict[int, SequenceHistory] = {}
-
-    def __contains__(self, tokens: list[int]) -> bool:
-        known = self._known.get(id(tokens))
-        return known is not None and known.tokens is tokens
-
-    def __len__(self) -> int:
-        return len(self._known)
+        self.by_id: dict[int, SequenceHistory] = {}
 
     def get(self, lists: Sequence[list[int]]) -> list[SequenceHistory]:
-        """Those of these lists, brought up to date; those longest out of use are forgotten.
+        """Those of these lists, brought up to date; the least recently used ones are dropped.
 
-        Each holds its list, so no other list comes by the same id while it is known.
+        A history holds its list, so no other list can have the same id while it is known.
         """
         histories = [self._get(tokens) for tokens in lists]
-        for key in list(self._known)[: -max(MIN_REMEMBERED, 2 * len(histories))]:
-            del self._known[key]
+        for key in list(self.by_id)[: -max(MIN_REMEMBERED, 2 * len(histories))]:
+            del self.by_id[key]
         return histories
 
     def _get(self, tokens: list[int]) -> SequenceHistory:
-        history = self._known.pop(id(tokens), None)
+        history = self.by_id.pop(id(tokens), None)
         if history is None:
-            for other in self._known.values():  # their last drafts have been decided meanwhile
+            for other in self.by_id.values():  # their last drafts are decided by now
                 other.learn()
             history = SequenceHistory(tokens)
-        self._known[id(tokens)] = history  # the latest used is the last
+        self.by_id[id(tokens)] = history  # the most recently used is the last
         history.learn()
         if self._index:
             history.index.update(tokens)

@@ -1,7 +1,5 @@
-"""Where a text repeats itself: what followed the last time may follow again.
-
-Prompt lookup, as in transformers' ``prompt_lookup_num_tokens``, but by the longest match, and kept
-up token by token instead of searched for anew.
+"""n-gram drafts: prompt lookup, as transformers' ``prompt_lookup_num_tokens``, but by the longest
+match, and with an index that grows token by token.
 """
 
 from __future__ import annotations
@@ -9,13 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SIZES = (4, 2, 1)
-"""Tokens of the n-grams indexed, falling. The longest match is found among the positions of the
+NGRAM_SIZES = (4, 2, 1)
+"""Tokens of the n-grams indexed, falling. The longest match is searched among the positions of the
 first size that has any, so the sizes between would rarely find another one."""
-KEPT = 8
+MAX_POSITIONS = 8
 """Positions remembered per n-gram, the latest ones."""
-LONGEST = 32
-"""Tokens compared at the most: a longer match is no better."""
+MAX_MATCH_LENGTH = 32
+"""Tokens compared: a longer match is no better."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Match:
     """An earlier position whose last tokens are the text's, and what followed there.
 
     Attributes:
-        length: how many tokens agree, up to ``LONGEST``; 0: there is no such position.
+        length: how many tokens agree, up to ``MAX_MATCH_LENGTH``; 0: there is no such position.
         tokens: what followed.
         agreed: whether the same token followed wherever as many agree.
     """
@@ -37,10 +35,9 @@ NO_MATCH = Match()
 
 
 class NgramIndex:
-    """The n-grams of one text that only ever grows, but for its last token.
+    """The n-grams of one text that only grows, but for its last token, which may be taken back.
 
-    That one may still be taken back (what is expected to come next is there while it is drafted
-    behind), so n-grams that end with it are indexed once another token follows.
+    So n-grams that end with it are indexed once another token follows.
     """
 
     def __init__(self) -> None:
@@ -50,45 +47,28 @@ class NgramIndex:
     def update(self, text: Sequence[int]) -> None:
         """Index what the text has gained."""
         for end in range(self._indexed, len(text) - 1):
-            for size in SIZES:
+            for size in NGRAM_SIZES:
                 if size <= end + 1:
-                    positions = self._positions.setdefault(
-                        tuple(text[end + 1 - size : end + 1]), []
-                    )
+                    ngram = tuple(text[end + 1 - size : end + 1])
+                    positions = self._positions.setdefault(ngram, [])
                     positions.append(end)
-                    if len(positions) > KEPT:
-                        del positions[0]
+                    del positions[:-MAX_POSITIONS]
         self._indexed = max(self._indexed, len(text) - 1)
 
     def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
         """The longest match of the end of text and draft, and up to ``count`` tokens behind it.
 
         Of equally long ones one whose next token followed most often, of these the latest. A
-        continuation that comes to the end of the draft goes on into itself: a text that has begun
-        to repeat a period repeats it on.
-
-        Args:
-            text: as last given to :meth:`update`.
-            drafted: tokens assumed behind it.
-            count: the most tokens wanted.
+        continuation that reaches the end of the draft goes on into itself, as a period does.
+        ``text`` is that of the last :meth:`update`.
         """
         if count < 1:
             return NO_MATCH
-        tail = [*text[-LONGEST:], *drafted][-LONGEST:]
-        for size in SIZES:
-            positions = self._positions.get(tuple(tail[-size:])) if size <= len(tail) else None
-            if positions:
-                return self._longest(text, drafted, tail, positions, count)
-        return NO_MATCH
-
-    def _longest(
-        self,
-        text: Sequence[int],
-        drafted: Sequence[int],
-        tail: list[int],
-        positions: list[int],
-        count: int,
-    ) -> Match:
+        tail = [*text[-MAX_MATCH_LENGTH:], *drafted][-MAX_MATCH_LENGTH:]
+        ends = (self._positions.get(tuple(tail[-size:])) for size in NGRAM_SIZES)
+        positions = next(filter(None, ends), None)
+        if positions is None:
+            return NO_MATCH
         longest = 0
         best: list[int] = []  # the positions that match longest, the latest first
         for position in reversed(positions):

@@ -1,4 +1,4 @@
-"""What may be said about drafting: plain values that need no PyTorch."""
+"""Draft options: plain values that need no PyTorch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,8 @@ class DraftMethod(StrEnum):
         return self in (DraftMethod.NGRAM, DraftMethod.MIXED)
 
     @classmethod
-    def of(cls, name: str) -> DraftMethod:
-        """The method of this name.
-
-        Raises:
-            InputError: there is none.
-        """
+    def parse(cls, name: str) -> DraftMethod:
+        """The method of this name; InputError: there is none."""
         try:
             return cls(name)
         except ValueError:
@@ -45,14 +41,14 @@ class DraftMethod(StrEnum):
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """Who is to draft, and how far; None leaves it to the profile.
+    """Who drafts, and how far; None leaves it to the profile.
 
     Attributes:
         method: who drafts.
-        adaptive_draft_length: draft as far as it pays, decided anew at every step; False: as far as
-            the profile says.
-        tree: draft side candidates beside the chain.
-        greedy: tokens are chosen greedily, which decides between the papers' shapes of a tree.
+        adaptive_draft_length: decide at every step how far drafting pays; False: as far as the
+            profile says.
+        tree: draft leaves beside the chain.
+        greedy: tokens are chosen greedily; decides between the papers' tree shapes.
         batch_size: prompts decoded at once.
     """
 
@@ -63,39 +59,32 @@ class DraftOptions:
     batch_size: int = 1
 
     def check(self, profile: Path | None) -> None:
-        """Refuse what contradicts itself, before a model is loaded.
-
-        Raises:
-            InputError: they contradict each other.
-        """
-        method = self.method
+        """Raise InputError where options contradict each other; needs no model."""
+        method, fixed = self.method, self.adaptive_draft_length is False
         if method and method.skips_layers and profile is None:
             raise InputError(
                 f"draft {method} leaves out the layers that a profile names: give "
                 "profile FILE, or draft ngram, which needs none",
                 names=(f"draft {method}", "profile FILE", "draft ngram"),
             )
-        fixed = self.adaptive_draft_length is False
         if fixed and method and method.uses_ngrams:
             raise InputError(
                 "adaptive_draft_length=False drafts as the profile says, by skipping alone: not "
                 f"with draft {method}",
                 names=("adaptive_draft_length=False", f"draft {method}"),
             )
-        idle = method in (DraftMethod.NONE, DraftMethod.NGRAM) or profile is None
-        nobody = method is DraftMethod.NONE or (profile is None and method is None)
-        if self.adaptive_draft_length and nobody:
+        drafting = method is not DraftMethod.NONE and bool(method or profile)
+        if self.adaptive_draft_length and not drafting:
             raise InputError(
                 "adaptive_draft_length is about drafts, and nobody drafts: see draft",
                 names=("adaptive_draft_length", "draft"),
             )
-        for name, wanted in (("tree", self.tree), ("adaptive_draft_length=False", fixed)):
-            if wanted and idle:
-                raise InputError(
-                    f"{name} is about drafts by skipped layers, and there are none", names=(name,)
-                )
-        if self.batch_size > 1 and (self.tree or fixed):
-            name = "tree" if self.tree else "adaptive_draft_length=False"
+        name = "tree" if self.tree else "adaptive_draft_length=False"
+        if (self.tree or fixed) and (profile is None or (method and not method.skips_layers)):
+            raise InputError(
+                f"{name} is about drafts by skipped layers, and there are none", names=(name,)
+            )
+        if (self.tree or fixed) and self.batch_size > 1:
             raise InputError(
                 f"{name} is for one prompt at a time: leave batch_size out",
                 names=(name, "batch_size"),

@@ -24,13 +24,13 @@ class Draft:
         tokens: γ token ids, possibly none.
         distribution: q, float32 ``[γ, V]``, where they were sampled; None where each was certain
             (greedy), which acceptance treats as q = 1 at the token.
-        leaves: for each token other candidates for its place, in the order in which they are tried,
-            drawn from the same q without replacement where there is one; empty: none anywhere.
-        sources: for each token who drafted it, where a proposer has several ways ("skip",
-            "ngram"); empty: the proposer's name holds for all.
+        leaves: for each token other candidates for its position, in the order in which they are
+            tried, drawn from the same q without replacement where there is one; empty: none.
+        sources: for each token who drafted it ("skip", "ngram"); empty: the proposer's name holds
+            for all.
 
     Raises:
-        ValueError: there are leaves or sources, but not an entry for each token.
+        ValueError: leaves or sources without an entry for each token.
     """
 
     tokens: tuple[int, ...] = ()
@@ -39,22 +39,21 @@ class Draft:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.leaves and len(self.leaves) != len(self.tokens):
-            raise ValueError(f"{len(self.leaves)} sets of leaves for {len(self.tokens)} tokens")
-        if self.sources and len(self.sources) != len(self.tokens):
-            raise ValueError(f"{len(self.sources)} sources for {len(self.tokens)} tokens")
+        for what, entries in (("sets of leaves", self.leaves), ("sources", self.sources)):
+            if entries and len(entries) != len(self.tokens):
+                raise ValueError(f"{len(entries)} {what} for {len(self.tokens)} tokens")
 
     @property
     def nodes(self) -> tuple[int, ...]:
         """All tokens to be verified: the chain's, then the leaves, position by position.
 
-        Node i is row i + 1 of the pass that verifies them; row 0 is the pending token.
+        Node i is row i + 1 of the full pass; row 0 is the pending token.
         """
         return (*self.tokens, *(leaf for side in self.leaves for leaf in side))
 
     @property
     def parents(self) -> tuple[int, ...]:
-        """For each node the row that it stands behind."""
+        """For each node the row before it."""
         beside = (row for row, side in enumerate(self.leaves) for _ in side)
         return (*range(len(self.tokens)), *beside)
 
@@ -64,15 +63,18 @@ class Draft:
         return len(self.tokens) + sum(map(len, self.leaves))
 
 
+NO_DRAFT = Draft()
+
+
 @dataclass(frozen=True)
 class Context:
     """What a proposer is given: the text so far and its KV cache.
 
     Attributes:
-        tokens: prompt and output; the last one is not in the cache yet.
-        cache: filled for all tokens but the last.
+        tokens: prompt and output; the cache holds all but the last one.
+        cache: keys and values.
         sampler: how tokens are chosen.
-        end_tokens: ids that end the output; nothing needs to be drafted behind one.
+        end_tokens: ids that end the output; nothing is drafted behind one.
     """
 
     tokens: list[int]
@@ -82,7 +84,7 @@ class Context:
 
 
 class Proposer(Protocol):
-    """Drafts up to ``limit`` tokens (≥ 1). May write to the cache behind the filled part."""
+    """Drafts up to ``limit`` ≥ 1 tokens. May write to the cache behind the tokens it holds."""
 
     @property
     def name(self) -> str: ...
@@ -92,11 +94,7 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class BatchProposer(Protocol):
-    """Drafts for several sequences at once, which share one cache; contexts[i] is its row i.
-
-    Sequence i gets up to ``limits[i]`` tokens, with a limit of 0 none. May write to the cache
-    behind the filled part of every row.
-    """
+    """Drafts up to ``limits[i]`` ≥ 0 tokens for sequence i, which is row i of a shared cache."""
 
     @property
     def name(self) -> str: ...
@@ -118,9 +116,8 @@ class SkipProposer:
         stop_probability: the chain ends after the first token whose draft probability is lower;
             0 never stops early.
         tree: how many leaves are wanted beside each token; None drafts a chain.
-        verify_cost: seconds of a full pass by its number of tokens: only leaves that are worth
-            their cost are drafted; None: all that are wanted.
-        draft_seconds: what drafting one token takes, for the same decision.
+        verify_cost: only leaves worth their cost are drafted; None: all that are wanted.
+        draft_seconds: of drafting one token, for the same decision.
     """
 
     decoder: Decoder
@@ -136,42 +133,30 @@ class SkipProposer:
         return "skip"
 
     def propose(self, context: Context, limit: int) -> Draft:
-        sampler = context.sampler
-        filled = len(context.tokens) - 1
-        token = torch.tensor([[context.tokens[-1]]])
-        position = torch.tensor([[filled]])
+        sampler, token, position = context.sampler, context.tokens[-1], len(context.tokens) - 1
         drafted: list[int] = []
         probs: list[torch.Tensor] = []
-        for _ in range(min(limit, self.max_tokens)):
-            logits = self.decoder.forward(token, position, context.cache, self.plan)[0]
-            chosen, probability, row = self._choose(logits, drafted, sampler)
-            if chosen == INVALID_TOKEN:
-                at = filled + len(drafted)
-                context.cache.clear(at, at + 1)
+        while len(drafted) < min(limit, self.max_tokens):
+            logits = self.decoder.forward(
+                torch.tensor([[token]]), torch.tensor([[position]]), context.cache, self.plan
+            )
+            token, probability, distribution = self._choose(logits[0], drafted, sampler)
+            if token == INVALID_TOKEN:
+                context.cache.clear(position, position + 1)
                 break
-            drafted.append(chosen)
-            if row is not None:
-                probs.append(row)
-            if probability < self.stop_probability or chosen in context.end_tokens:
+            drafted.append(token)
+            if distribution is not None:
+                probs.append(distribution)
+            if probability < self.stop_probability or token in context.end_tokens:
                 break
-            token = torch.tensor([[chosen]])
-            position = position + 1
+            position += 1
         if not probs:
             return Draft(tuple(drafted))
-        probabilities = torch.stack(probs)
-        q = None if sampler.settings.greedy else probabilities
-        leaves: tuple[tuple[int, ...], ...] = ()
-        if self.tree is not None:
-            leaves = leaves_of(
-                self.decoder,
-                context,
-                drafted,
-                probabilities,
-                self.tree,
-                verify_cost=self.verify_cost,
-                draft_seconds=self.draft_seconds,
-            )
-        return Draft(tuple(drafted), q, leaves)
+        q = torch.stack(probs)
+        leaves = propose_leaves(
+            self.decoder, context, drafted, q, self.tree, self.verify_cost, self.draft_seconds
+        )
+        return Draft(tuple(drafted), None if sampler.settings.greedy else q, leaves)
 
     def _choose(
         self, logits: torch.Tensor, drafted: list[int], sampler: Sampler
@@ -181,52 +166,44 @@ class SkipProposer:
         The probabilities of all tokens only for sampling and for leaves; else None. The token is
         `INVALID_TOKEN` where the logits are NaN or infinite.
         """
-        if sampler.settings.greedy:
-            scores = _last_row(sampler, logits, drafted)
-            token = int(greedy_tokens(scores))
-            if token == INVALID_TOKEN:
-                return token, 0.0, None
-            if self.tree is not None:
-                row = torch.softmax(scores.float(), dim=-1)
-                return token, float(row[token]), row
-            if self.stop_probability <= 0:
-                return token, 1.0, None
-            scores = scores.float()
-            return token, float(torch.exp(scores[token] - torch.logsumexp(scores, 0))), None
-        many = logits.expand(len(drafted) + 1, -1) if sampler.penalises else logits
-        q = sampler.distribution(many, drafted)[-1]
-        token = sampler.draw(q)
-        return token, float(q[token]), q
+        penalised = drafted if sampler.has_penalty else []
+        many = logits.expand(len(penalised) + 1, -1)
+        if not sampler.settings.greedy:
+            q = sampler.distribution(many, penalised)[-1]
+            token = sampler.draw(q)
+            return token, float(q[token]), q
+        scores = sampler.scores(many, penalised)[-1]
+        token = int(greedy_tokens(scores))
+        if token == INVALID_TOKEN:
+            return token, 0.0, None
+        if self.tree is not None:
+            q = torch.softmax(scores.float(), dim=-1)
+            return token, float(q[token]), q
+        if self.stop_probability <= 0:
+            return token, 1.0, None
+        scores = scores.float()
+        return token, float(torch.exp(scores[token] - torch.logsumexp(scores, 0))), None
 
 
-def leaves_of(
+def propose_leaves(
     decoder: Decoder,
     context: Context,
     drafted: Sequence[int],
-    probabilities: torch.Tensor,
-    tree: TreeShape,
-    *,
+    probs: torch.Tensor,
+    tree: TreeShape | None,
     verify_cost: VerifyCost | None,
     draft_seconds: float,
 ) -> tuple[tuple[int, ...], ...]:
-    """The leaves beside a chain (see `.tree.leaves_beside`), as far as the cache has room.
-
-    Each leaf needs a slot behind the chain. ``probabilities`` are the draft's, ``[γ, V]``.
-    """
+    """`.tree.leaves_beside` a chain, as far as the cache has slots; ``probs`` are ``[γ, V]``."""
+    if tree is None:
+        return ()
     return leaves_beside(
         drafted,
-        probabilities,
+        probs,
         context.sampler,
         tree,
         verify_cost,
         draft_seconds,
-        room=context.cache.capacity - len(context.tokens) - len(drafted),
+        max_leaves=context.cache.capacity - len(context.tokens) - len(drafted),
         only_draft=context.sampler.settings.greedy and decoder.invariance.bitwise,
     )
-
-
-def _last_row(sampler: Sampler, logits: torch.Tensor, drafted: list[int]) -> torch.Tensor:
-    """Scores ``[V]`` of the position behind all drafted tokens."""
-    if not sampler.penalises:
-        return logits[-1]
-    return sampler.scores(logits.expand(len(drafted) + 1, -1), drafted)[-1]

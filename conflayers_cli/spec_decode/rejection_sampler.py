@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from conflayers_cli.engine.sampler import Sampler, renormalised
+from conflayers_cli.engine.sampler import Sampler, renormalize
 
 
 def accept_greedy(
@@ -21,13 +21,14 @@ def accept_greedy(
     Args:
         drafted: γ drafted tokens, a chain.
         best: the full model's choice at each row: behind the text, behind each draft, and behind
-            each leaf, position by position; `INVALID_TOKEN` where it has none, and no draft is accepted.
+            each leaf, position by position; `INVALID_TOKEN` where it has none, and no draft is
+            accepted.
         leaves: other candidates for each draft's position; empty: there are none anywhere.
 
     Returns:
         (row, token): the last row accepted, and the model's choice there, which may be
-        `INVALID_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a leaf
-        does, and the drafts before it.
+        `INVALID_TOKEN`. Row k ≤ γ: the first k drafts equal the model's choice. A row beyond: a
+        leaf does, and the drafts before it.
     """
     kept = 0
     while kept < len(drafted) and drafted[kept] == best[kept]:
@@ -113,9 +114,9 @@ def _after_rejection(
         residual = _without(p, token)
     else:
         residual = (p - q).clamp_(min=0.0)
-        q = renormalised(_without(q, token))
+        q = renormalize(_without(q, token))
     # p = q up to rounding leaves nothing to sample from; the rule's limit there is p itself.
-    return torch.where(residual.sum() > 0, renormalised(residual), p), q
+    return torch.where(residual.sum() > 0, renormalize(residual), p), q
 
 
 def _without(probabilities: torch.Tensor, token: int) -> torch.Tensor:

@@ -1,16 +1,13 @@
-"""One model on several processes: who is who, and how they stay of one mind.
+"""One model on the processes of a torchrun, and how they take the same decisions.
 
-Under torchrun every process, a rank, runs the same program. transformers gives each a part of every
-layer's weights (tensor parallelism), and they sum or gather what comes out. A pass is a joint work:
-a rank that took another decision than the others, drafted one token more, say, would wait for them
-for ever. So what decides is rank 0's: what leaves the model, and whatever depends on time, files or
-standard input, goes through `agreed` or `on_first`. All else is a function of it.
-
-Rank 0 speaks for all: the others' output goes nowhere, and a failure is told by the first rank that
+Every process, a rank, runs the same program on its part of each layer's weights (tensor parallelism
+of transformers), and a rank that took another decision than the others would wait for them for
+ever. So what leaves the model, and what depends on time, files or standard input, is rank 0's:
+`broadcast_rank0`, `run_on_rank0`. Rank 0 prints for all; an error is printed by the first rank that
 meets it.
 
-Without torchrun nothing here does anything. torch is imported only once there is use for it: the
-command line asks this module before it knows whether there is any work.
+Without torchrun nothing here does anything. torch is imported only when needed, as the command line
+asks for `world` before it does any work.
 """
 
 from __future__ import annotations
@@ -28,11 +25,11 @@ from conflayers_cli.errors import ConfLayersError, InputError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""A rank waits so long for the others: one may have to convert or to download a model."""
-FAREWELL = timedelta(seconds=30)
+"""How long a rank waits for the others, one of which may convert or download a model."""
+EXIT_TIMEOUT = timedelta(seconds=30)
 """The same at the end, where all come at about the same time."""
-FAREWELL_FAILED = timedelta(seconds=3)
-"""The same behind a failure, after which others may never come."""
+FAILED_EXIT_TIMEOUT = timedelta(seconds=3)
+"""The same after an error, where others may never come."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _STDOUT, _STDERR = 1, 2
@@ -40,13 +37,9 @@ _STDOUT, _STDERR = 1, 2
 
 @dataclass(frozen=True)
 class World:
-    """The processes that torchrun started, and which of them this is.
+    """This process among those that torchrun started; ``size`` 1: torchrun started none.
 
-    Attributes:
-        size: how many there are; 1: torchrun has not started any.
-        rank: this one's number.
-        local_rank: its number among those of this machine.
-        local_size: how many this machine has.
+    ``local_rank`` and ``local_size`` count those of this machine.
     """
 
     size: int = 1
@@ -56,10 +49,10 @@ class World:
 
 
 def world() -> World:
-    """What torchrun says in the environment.
+    """What torchrun's environment variables say.
 
     Raises:
-        InputError: it says what can't be.
+        InputError: they contradict each other.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":  # asked many times per step
         return World()
@@ -72,18 +65,18 @@ def world() -> World:
     except ValueError:
         size = rank = local_rank = local_size = -1
     if not (0 <= rank < size and 0 <= local_rank < local_size):
-        told = " ".join(f"{name}={found[name]}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        raise InputError(f"the environment names no process that torchrun started: {told}")
+        values = " ".join(f"{name}={found[name]}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        raise InputError(f"the environment names no process that torchrun started: {values}")
     return World(size, rank, local_rank, local_size)
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes files; alone it is."""
+def is_rank0() -> bool:
+    """Whether this is the process that writes files; a single process is."""
     return world().rank == 0
 
 
-def begin() -> None:
-    """Meet the other ranks, unless that has happened, or there are none.
+def join_ranks() -> None:
+    """Join the process group of all ranks, once.
 
     Raises:
         InputError: there are more processes here than CUDA devices.
@@ -108,7 +101,7 @@ def begin() -> None:
         device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(device)
     try:
-        with _sent_nowhere(_STDOUT, _STDERR):  # gloo says on stdout whom it has met
+        with _silenced(_STDOUT, _STDERR):  # gloo prints on stdout
             distributed.init_process_group(
                 "gloo" if device is None else "nccl", timeout=TIMEOUT, device_id=device
             )
@@ -117,26 +110,25 @@ def begin() -> None:
         raise ConfLayersError(f"the {here.size} processes did not meet: {reason}") from error
 
 
-def agreed(value: T) -> T:
-    """Rank 0's value, on all ranks; all must ask for it at the same point.
+def broadcast_rank0(value: T) -> T:
+    """Rank 0's value, on all ranks; a collective call.
 
-    A tensor on the device of the model is overwritten in place on the other ranks, and must have
-    the same shape on all; nothing waits for it. Other values are pickled. The value itself where
-    there is one process.
+    A tensor on the model's device, of one shape on all ranks, is overwritten in place on the others
+    without synchronisation. Other values are pickled.
     """
     if world().size == 1:
         return value
     import torch
     from torch import distributed
 
-    begin()
+    join_ranks()
     home = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     with torch.inference_mode():
         if isinstance(value, torch.Tensor) and value.device.type == home:
             shared = value.contiguous()
             distributed.broadcast(shared, 0)
             return cast(T, shared)
-        if isinstance(value, float):  # a clock's, perhaps several times per step
+        if isinstance(value, float):  # perhaps several times per step
             number = torch.tensor([value], dtype=torch.float64, device=home)
             distributed.broadcast(number, 0)
             return cast(T, number.item())
@@ -145,114 +137,96 @@ def agreed(value: T) -> T:
     return cast(T, held[0])
 
 
-def on_first(work: Callable[[], T]) -> T:
-    """What the work gives on rank 0, or the error it ends with there, on all ranks.
-
-    Raises:
-        ConfLayersError: rank 0's.
-    """
+def run_on_rank0(work: Callable[[], T]) -> T:
+    """The result of ``work`` on rank 0, or the ConfLayersError it raises there, on all ranks."""
     if world().size == 1:
         return work()
     given: T | None = None
     failure: ConfLayersError | None = None
-    if is_first():
+    if is_rank0():
         try:
             given = work()
         except ConfLayersError as error:
             failure = error
-    given, failure = agreed((given, failure))
+    given, failure = broadcast_rank0((given, failure))
     if failure is not None:
         raise failure
     return cast(T, given)
 
 
-class Voice:
-    """What this rank says: rank 0 speaks, the others are silent but for a failure of their own.
-
-    Made once, before anything is said; from then on the streams of the other ranks lead nowhere.
-    """
+class RankOutput:
+    """Keeps all ranks but rank 0 silent, except for the first error; made before any output."""
 
     def __init__(self) -> None:
         try:
             here = world()
-        except InputError:  # told by whoever asks next, as other user errors are
+        except InputError:  # reported by the next caller of `world`
             here = World()
         self._rank, self._size = here.rank, here.size
         self._stderr: int | None = None
         if self._rank:
-            with suppress(OSError):  # closed by the caller: there is nothing to be silent with
+            with suppress(OSError):  # closed by the caller
                 self._stderr = os.dup(_STDERR)
             _redirect((_STDOUT, _STDERR), None)
 
     @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Within: what is said is heard from the first rank that fails, and from no other.
+    def failure_output(self) -> Iterator[None]:
+        """Within: output to stderr is seen from the first rank that comes here alone.
 
-        Before the ranks have met they are all at the same point, and rank 0 speaks.
+        Before the ranks have joined it is rank 0's: they are all at the same point.
         """
         store = self._store()
         if store is None:
             yield
             return
-        claimed = False
+        first = False
         with suppress(RuntimeError):  # rank 0 has ended, and the store with it
-            claimed = store.add("conflayers/failures", 1) == 1
-            if claimed:
+            first = store.add("conflayers/failures", 1) == 1
+            if first:
                 store.set("conflayers/failed", str(self._rank))
-        if claimed and self._rank == 0:
+        if first and self._rank == 0:
             yield
-        elif claimed and self._stderr is not None:
+        elif first and self._stderr is not None:
             _redirect((_STDERR,), self._stderr)
             try:
                 yield
             finally:
-                _flush()
                 _redirect((_STDERR,), None)
         else:
-            with _sent_nowhere(_STDERR):
+            with _silenced(_STDERR):
                 yield
 
-    def ended(self, code: int) -> int:
-        """The exit code of all ranks: that of the first that failed, where one did.
+    def common_exit_code(self, code: int) -> int:
+        """The exit code of all ranks: that of the first that failed, if any.
 
-        Waits for the others a while, so that none is cut off while another ends well.
+        Waits a while for the others, so that none is cut off while another ends well.
         """
         store = self._store()
         if store is None:
             return code
-        with _sent_nowhere(_STDOUT, _STDERR):  # torch tells at length whom it misses
+        with _silenced(_STDOUT, _STDERR):  # torch prints at length which rank is missing
             try:
-                code = self._agreed_code(store, code)
-                self._leave(store)
-            except RuntimeError:  # somebody did not come: its failure is on its way to the user
+                ended = [f"conflayers/ended/{rank}" for rank in range(self._size)]
+                store.set(ended[self._rank], str(code))
+                store.wait(ended, FAILED_EXIT_TIMEOUT if code else EXIT_TIMEOUT)
+                codes = [int(store.get(key)) for key in ended]
+                code = codes[0] or max(codes)
+                if code and store.check(["conflayers/failed"]):
+                    code = codes[int(store.get("conflayers/failed"))]
+                left = [f"conflayers/left/{rank}" for rank in range(self._size)]
+                store.set(left[self._rank], "")
+                if self._rank == 0:  # the store may be a thread of this process: it ends last
+                    with suppress(RuntimeError):
+                        store.wait(left, FAILED_EXIT_TIMEOUT)
+                from torch import distributed
+
+                distributed.destroy_process_group()
+            except RuntimeError:  # a rank is missing and prints its error
                 return code or ConfLayersError.exit_code
         return code
 
-    def _agreed_code(self, store: Any, code: int) -> int:
-        store.set(self._key("ended", self._rank), str(code))
-        everyone = [self._key("ended", rank) for rank in range(self._size)]
-        store.wait(everyone, FAREWELL_FAILED if code else FAREWELL)
-        codes = [int(store.get(key)) for key in everyone]
-        if any(codes) and store.check(["conflayers/failed"]):
-            return codes[int(store.get("conflayers/failed"))]
-        return codes[0] or max(codes)
-
-    def _leave(self, store: Any) -> None:
-        from torch import distributed
-
-        store.set(self._key("left", self._rank), "")
-        if self._rank == 0:  # the store may be this process's own: it goes last
-            everyone = [self._key("left", rank) for rank in range(self._size)]
-            with suppress(RuntimeError):
-                store.wait(everyone, FAREWELL_FAILED)
-        distributed.destroy_process_group()
-
-    @staticmethod
-    def _key(what: str, rank: int) -> str:
-        return f"conflayers/{what}/{rank}"
-
     def _store(self) -> Any:
-        """Where ranks leave messages; None where they have not met."""
+        """The ranks' key-value store; None before they have joined."""
         torch = sys.modules.get("torch")  # not imported for this
         if self._size == 1 or torch is None or not torch.distributed.is_initialized():
             return None
@@ -266,7 +240,7 @@ def _flush() -> None:
 
 
 def _redirect(streams: Sequence[int], target: int | None) -> None:
-    """Lead file descriptors elsewhere, so that libraries' own messages go there, too."""
+    """Flush, then redirect file descriptors to another one or, for None, to nowhere."""
     _flush()
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -276,8 +250,8 @@ def _redirect(streams: Sequence[int], target: int | None) -> None:
 
 
 @contextmanager
-def _sent_nowhere(*streams: int) -> Iterator[None]:
-    """Within: what is written to these file descriptors is lost."""
+def _silenced(*streams: int) -> Iterator[None]:
+    """Within: what is written to these file descriptors is dropped."""
     kept: dict[int, int] = {}
     for stream in streams:
         with suppress(OSError):  # one that is closed

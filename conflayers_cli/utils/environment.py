@@ -1,4 +1,4 @@
-"""What a measurement ran on: versions, threads, processor."""
+"""Versions, threads and devices that a measurement ran on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(device: torch.device) -> dict[str, str | int | None]:
+def describe_environment(device: torch.device) -> dict[str, str | int | None]:
     """Versions, threads and processors, as results record them."""
     return {
         **versions(),
@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """A device with the name its maker gives it."""
+    """A device with its maker's name for it."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({processor_name()})"

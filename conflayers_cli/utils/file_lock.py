@@ -1,7 +1,6 @@
 """A lock on an open file, for one process at a time.
 
-The operating system drops it with the file, however its process ends: what a killed process held is
-free again.
+The operating system drops it with the file, however the process ends.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from filelock import lock_descriptor
 
 
 def try_lock(file: IO[bytes]) -> bool | None:
-    """Lock an open file for this process until it is closed; does not wait.
-
-    Args:
-        file: open for writing, unbuffered.
+    """Lock a file that is open for writing, unbuffered, until it is closed; does not wait.
 
     Returns:
         False: another process has it. None: the file system has no locks (some network ones).

@@ -1,4 +1,4 @@
-"""Result files: a document written whole or not at all, and JSON lines that can be continued."""
+"""Result files: atomic writes, and JSON lines that can be resumed."""
 
 from __future__ import annotations
 
@@ -12,43 +12,34 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.utils.distributed import is_first, on_first
+from conflayers_cli.utils.distributed import is_rank0, run_on_rank0
 from conflayers_cli.utils.file_lock import try_lock
 
 
 @dataclass(frozen=True)
 class LineKey:
-    """What says that a line of an output answers a certain prompt with certain settings."""
+    """Identifies the prompt and settings that a line of an output belongs to."""
 
     index: int
     request_sha256: str
 
 
-def unwritable(path: Path, error: OSError) -> ConfLayersError:
-    """The error for a file that can't be made or written, in one line."""
+def write_error(path: Path, error: OSError) -> ConfLayersError:
     return ConfLayersError(f"{path}: can't be written: {error.strerror or error}")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within: what the system says against a file becomes a line that names it.
-
-    Raises:
-        ConfLayersError: in the place of an OSError.
-    """
+def naming_file(path: Path) -> Iterator[None]:
+    """Within: OSErrors become ConfLayersErrors that name the file."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that no file can be written to, before any work is done.
-
-    Raises:
-        InputError: its folder does not exist, or it is a folder or a device.
-    """
-    with writing(path):  # a name may be too long, a folder closed to us
+    """Raise InputError where a path's folder does not exist, or it is a folder or a device."""
+    with naming_file(path):  # the name may be too long, the folder not readable
         target = Path(os.path.realpath(path))
         if not target.parent.is_dir():
             raise InputError(f"{path}: the folder {target.parent} does not exist")
@@ -57,12 +48,7 @@ def check_target(path: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document: all of it or, on failure, nothing.
-
-    Raises:
-        InputError: as `check_target`.
-        ConfLayersError: the file can't be written.
-    """
+    """Write a JSON document atomically; errors as `write_atomically`."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
     write_atomically(path, f"{text}\n")
 
@@ -70,27 +56,22 @@ def write_json(path: Path, document: Any) -> None:
 def write_atomically(path: Path, content: str | bytes, *, temporary: str | None = None) -> None:
     """Replace ``path`` by a file with ``content``, so that no reader ever sees half of it.
 
-    Text is written as UTF-8. Of several processes of one torchrun the first writes.
-
-    Args:
-        path: the file.
-        content: of it.
-        temporary: what the content is written to first, in the file's folder, for who alone writes
-            there and may have been killed before: what is left is overwritten. By default a name
-            that nobody has.
+    Text is written as UTF-8. Under torchrun only rank 0 writes. ``temporary`` names the file in the
+    same folder that is written first, for a process that alone writes there and overwrites what a
+    killed run left; by default it has a new name.
 
     Raises:
         InputError: as `check_target`.
         ConfLayersError: the file can't be written.
     """
-    if not is_first():
+    if not is_rank0():
         return
     check_target(path)
     target = Path(os.path.realpath(path))  # write through a link, don't replace it
     beside = target.parent / (temporary or f".conflayers-{secrets.token_hex(6)}.tmp")
-    with writing(path):
+    with naming_file(path):
         try:
-            # opened like any new file, so that the user's umask decides who may read it
+            # opened like any new file, so that the user's umask applies
             with beside.open("wb" if temporary else "xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
@@ -103,8 +84,8 @@ def write_atomically(path: Path, content: str | bytes, *, temporary: str | None 
 class JsonLines:
     """A file of one JSON object per prompt, in order, each appended whole.
 
-    Use `open`; ``done`` lines were there already. Of several processes of one torchrun the
-    first has the file. No other may write to it meanwhile (see `engine.locks`).
+    Made by `open`; ``done`` is the number of lines found there. Under torchrun rank 0 alone has the
+    file, which is locked (see :mod:`.file_lock`).
     """
 
     def __init__(self, path: Path, file: BinaryIO | None, done: int) -> None:
@@ -115,31 +96,31 @@ class JsonLines:
 
     @classmethod
     def open(cls, path: Path, keys: Sequence[LineKey], *, resume: bool) -> JsonLines:
-        """Begin an output for the prompts that ``keys`` name, or go on with one.
+        """Begin an output for the prompts that ``keys`` name, or resume one.
 
-        A last line without its line end was cut off in the writing and is dropped.
+        A last line without its line end was cut off while it was written and is dropped.
 
         Raises:
             InputError: the file can't be made there; another process is writing to it; it has
-                content and ``resume`` is not set; or a line of it is not the answer to the prompt
-                in its place.
+                content and ``resume`` is not set; or a line does not belong to the prompt with its
+                number.
             ConfLayersError: the file can't be read or written.
         """
         opened: list[JsonLines] = []
 
-        def begin() -> int:
+        def open_here() -> int:
             opened.append(cls._open(path, keys, resume))
             return opened[0].done
 
-        done = on_first(begin)
+        done = run_on_rank0(open_here)
         return opened[0] if opened else cls(path, None, done)
 
     @classmethod
     def _open(cls, path: Path, keys: Sequence[LineKey], resume: bool) -> JsonLines:
         check_target(path)
-        with writing(path), ExitStack() as failing:
-            # unbuffered: an append is one write of the system
-            file = failing.enter_context(path.open("a+b", buffering=0))
+        with naming_file(path), ExitStack() as on_error:
+            # unbuffered: an append is one system call
+            file = on_error.enter_context(path.open("a+b", buffering=0))
             if try_lock(file) is False:
                 raise InputError(f"{path}: another process is writing to it")
             file.seek(0)
@@ -154,25 +135,24 @@ class JsonLines:
             _check_lines(path, lines, keys)
             if whole < len(content):
                 file.truncate(whole)
-            failing.pop_all()  # all is well: the file stays open
+            on_error.pop_all()  # the file stays open
         return cls(path, file, len(lines))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line, and return once it is on the disk.
 
         Raises:
-            ConfLayersError: it can't be written, or the file is not what it was any more; the
-                lines before it stay whole.
+            ConfLayersError: it can't be written, or the file was changed; earlier lines stay whole.
         """
         if self._file is None:
             return
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         data = f"{text}\n".encode()
-        with writing(self._path):
+        with naming_file(self._path):
             self._check_unchanged(self._file)
             try:
                 rest = memoryview(data)
-                while rest:  # where a part is written the next call says why
+                while rest:  # after a partial write the next one raises the reason
                     rest = rest[self._file.write(rest) :]
             except OSError:
                 self._file.truncate(self._size)
@@ -181,9 +161,7 @@ class JsonLines:
             os.fsync(self._file.fileno())
 
     def _check_unchanged(self, file: BinaryIO) -> None:
-        """Raise ConfLayersError where lines would go to a file that nobody finds, or into somebody
-        else's.
-        """
+        """Raise ConfLayersError where the path is another file now, or others wrote to it."""
         ours = os.fstat(file.fileno())
         try:
             same = os.path.samestat(ours, self._path.stat())

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much work takes at its peak over what is held before it."""
+"""Memory of this process: what it uses, its peak, and what its container allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-# psutil has no peak that can be reset, and knows nothing of containers: these are read by hand.
+# psutil has no peak that can be reset and does not know containers
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size (VmHWM) to the current one
@@ -22,13 +22,10 @@ _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class PeakMemory:
     """The most memory in use since `begin`, over what was in use when this object was made.
 
-    Make it when the model is loaded, and the peaks are over the model's weights. On CUDA these are
-    figures of PyTorch's allocator, on Linux the process's resident memory: there they include what
-    libraries set up at their first use, and what the C library's allocator loses between the blocks
-    in use. Elsewhere there are none.
-
-    Args:
-        device: where the work is done.
+    Made when the model is loaded, it gives peaks over the model's weights. On CUDA it reads
+    PyTorch's allocator, on a CPU with Linux the process's resident memory, which includes what
+    libraries set up at their first use and what the C library's allocator keeps. Elsewhere there
+    are no figures.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +33,7 @@ class PeakMemory:
         self._base = self._now()
 
     def begin(self) -> None:
-        """Forget earlier peaks, and give back what was freed, which would count for the next."""
+        """Forget earlier peaks, and give freed memory back, which would count for the next."""
         if self._device.type == "cuda":
             import torch
 
@@ -45,7 +42,7 @@ class PeakMemory:
             _trim()
             try:
                 _CLEAR_REFS.write_text(_RESET_PEAK)
-            except OSError:  # a kernel without it, or a sandbox: the peak would be another's
+            except OSError:  # a kernel without it, or a sandbox
                 self._base = None
 
     def peak(self) -> int | None:
@@ -55,10 +52,10 @@ class PeakMemory:
         if self._device.type == "cuda":
             import torch
 
-            most: int | None = torch.cuda.max_memory_allocated(self._device)
+            peak: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
-            most = _peak_resident()
-        return None if most is None else max(most - self._base, 0)
+            peak = _peak_resident()
+        return None if peak is None else max(peak - self._base, 0)
 
     def _now(self) -> int | None:
         if self._device.type == "cuda":
@@ -75,7 +72,7 @@ def resident() -> int:
 
 
 def container_limit() -> int | None:
-    """Bytes that this process's container may use; None: there is no container, or no limit."""
+    """Bytes that this process's container may use; None: no container, or no limit."""
     try:
         return int(_CONTAINER_LIMIT.read_text())
     except (OSError, ValueError):  # no such file, or "max"

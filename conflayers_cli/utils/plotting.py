@@ -1,7 +1,6 @@
-"""The look of pictures, and their files: one column wide, legible in print and to the colour-blind.
+"""The style of plots, one column wide and legible to the colour-blind, and writing them to files.
 
-Colours are those of Okabe and Ito, "Color Universal Design" (2008). Pictures are drawn without
-matplotlib's global state, and written whole or not at all.
+Colours are those of Okabe and Ito, "Color Universal Design" (2008).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.4
-"""Inches: a column of a two-column page."""
+"""Inches, a column of a two-column page."""
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 300
 
@@ -30,7 +29,7 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
 class Theme(Enum):
-    """A light or a dark page, and the colours on it."""
+    """A light or a dark page, and its colours."""
 
     LIGHT = "light"
     DARK = "dark"
@@ -38,35 +37,34 @@ class Theme(Enum):
     @property
     def paper(self) -> str:
         """The page's own colour."""
-        return "#FFFFFF" if self is Theme.LIGHT else "#14171C"
+        return self._either("#FFFFFF", "#14171C")
 
     @property
     def ink(self) -> str:
         """Text and axes."""
-        return "#1A1A1A" if self is Theme.LIGHT else "#ECECEC"
+        return self._either("#1A1A1A", "#ECECEC")
 
     @property
     def grey(self) -> str:
         """What something is compared with."""
-        return "#6E6E6E" if self is Theme.LIGHT else "#A8A8A8"
+        return self._either("#6E6E6E", "#A8A8A8")
 
     @property
     def grid(self) -> str:
-        """Grid lines, and what is in the background."""
-        return "#DDDDDD" if self is Theme.LIGHT else "#34383E"
+        """Grid lines and the background."""
+        return self._either("#DDDDDD", "#34383E")
 
     @property
     def blue(self) -> str:
-        """What a picture is about: the darker blue is lost on a dark ground."""
-        return BLUE if self is Theme.LIGHT else SKY
+        """The subject of a plot; the darker blue can't be seen on a dark page."""
+        return self._either(BLUE, SKY)
+
+    def _either(self, light: str, dark: str) -> str:
+        return light if self is Theme.LIGHT else dark
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a picture that can't be drawn, before any work is done.
-
-    Raises:
-        InputError: an unknown format, a place where no file can be, or no matplotlib.
-    """
+    """Raise InputError for an unknown format, a path that can't be written, or no matplotlib."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(
             f"plot {path}: the name must end with {', '.join(SUFFIXES)}", names=(f"plot {path}:",)
@@ -80,16 +78,7 @@ def check_plot(path: Path) -> None:
 
 
 def save_plot(path: Path, theme: Theme, draw: Callable[[Theme], Figure]) -> None:
-    """Draw a picture and write it in the format that its name says.
-
-    Args:
-        path: ends with one of `SUFFIXES`.
-        theme: light or dark.
-        draw: gives the figure, as for `render`.
-
-    Raises:
-        InputError, ConfLayersError: as `check_plot` and `write_atomically`.
-    """
+    """Draw a plot and write it in the format of the path's suffix; errors as `check_plot`."""
     check_plot(path)
     write_atomically(path, render(path.suffix.lower()[1:], theme, draw))
 
@@ -97,12 +86,11 @@ def save_plot(path: Path, theme: Theme, draw: Callable[[Theme], Figure]) -> None
 def render(
     form: str, theme: Theme, draw: Callable[[Theme], Figure], *, compact: bool = False
 ) -> bytes:
-    """A picture as a file's content; the same figures give the same bytes, without a date.
+    """A plot as a file's content: the same figures give the same bytes, without a date.
 
     Args:
         form: ``png``, ``svg`` or ``pdf``.
-        theme: light or dark.
-        draw: gives the figure; called with matplotlib's settings in force.
+        draw: makes the figure, with matplotlib's settings in force.
         compact: smaller letters, for many panels in a column.
     """
     import matplotlib as mpl
@@ -123,11 +111,10 @@ _COMPACT = {
     "axes.titlepad": 3.0,
     "axes.titleweight": "normal",
 }
-"""matplotlib's settings of compact pictures, where they differ from the others."""
 
 
 def _style(theme: Theme) -> dict[str, Any]:
-    """matplotlib's settings, from its own defaults on: a user's matplotlibrc has no say."""
+    """matplotlib's settings, on top of its defaults instead of a user's matplotlibrc."""
     import matplotlib as mpl
 
     ink = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""How far work is: a callback that whoever does it calls, and a bar on stderr for people."""
+"""Progress of long work: a callback, and a bar on stderr."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from conflayers_cli.utils.notices import bars_wanted, one_line
+from conflayers_cli.utils.notices import one_line, progress_enabled
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 class ProgressCallback(Protocol):
-    """Called with what is being done, and how much of the whole is done, from 0 to 1."""
+    """Called with what is being done, and the share that is done, from 0 to 1."""
 
     def __call__(self, message: str, done: float) -> None: ...
 
@@ -25,7 +25,7 @@ def no_progress(message: str, done: float) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person sits before the stream."""
+    """Whether the stream is a terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # a closed file object
@@ -33,16 +33,16 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def stderr_console() -> Console:
-    """The console for everything that is not the answer.
+    """Rich's console for everything but the answer.
 
-    A terminal to Rich only where it is one that can redraw lines, and a person wants to see them:
-    FORCE_COLOR alone must not fill a log with a bar's every move.
+    It is a terminal only where that can redraw lines and progress is wanted: FORCE_COLOR alone must
+    not fill a log with a bar's every move.
     """
     from rich.console import Console
 
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     return Console(
-        stderr=True, force_terminal=is_terminal(sys.stderr) and not dumb and bars_wanted()
+        stderr=True, force_terminal=is_terminal(sys.stderr) and not dumb and progress_enabled()
     )
 
 
@@ -56,7 +56,7 @@ def progress_bar() -> Iterator[ProgressCallback]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    # stdout is the answer's: Rich must not lead it to the bar's console
+    # stdout is for answers: Rich must not redirect it to the bar's console
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("", total=1.0)
 

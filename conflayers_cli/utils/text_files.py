@@ -1,4 +1,4 @@
-"""Text and JSON files that people hand in: whatever is wrong with one is told in a line."""
+"""Reading text and JSON files of users, with errors of one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from conflayers_cli.errors import InputError
 
 MAX_BYTES = 100_000_000
-"""Of a file or of standard input. JSON of hostile making takes some 25 times as much memory."""
+"""Limit of a file or of standard input. Hostile JSON takes some 25 times as much memory."""
 _CHUNK = 1 << 20
 
 
@@ -33,37 +33,31 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 
 def read_stream(file: BinaryIO, name: str, limit: int = MAX_BYTES) -> str:
-    """What a file, a pipe or a device holds, as a string; a byte order mark is dropped.
+    """The content of a file, pipe or device as a string; a byte order mark is dropped.
 
-    It is read to its end or to the first fault, whichever comes first: a device such as /dev/zero
-    has no end.
+    Reading stops at the first fault: a device such as /dev/zero has no end.
 
     Args:
-        name: what it is, for the error.
-        limit: the most bytes.
+        name: of the file, for errors.
+        limit: in bytes.
 
     Raises:
-        InputError: it is larger than ``limit`` bytes, not UTF-8, or has NUL bytes.
+        InputError: it is larger than ``limit``, not UTF-8, or has NUL bytes.
         OSError: it can't be read.
     """
-    data, pieces = bytearray(), []
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    data = bytearray()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     while chunk := file.read(min(_CHUNK, limit + 1 - len(data))):
         data += chunk
         if len(data) > limit:
             raise InputError(f"{name}: is too large, allowed are {limit:,} bytes")
-        nul = chunk.find(b"\0")
-        if nul >= 0:  # what is behind it may be half a character
-            return decode_text(bytes(data[: len(data) - len(chunk) + nul + 1]), name)
         try:
-            pieces.append(decoder.decode(chunk))
+            decoder.decode(chunk)
         except UnicodeDecodeError:
-            return decode_text(bytes(data), name)
-    try:
-        pieces.append(decoder.decode(b"", final=True))
-    except UnicodeDecodeError:
-        return decode_text(bytes(data), name)
-    return "".join(pieces)
+            break
+        if b"\0" in chunk:
+            break
+    return decode_text(bytes(data), name)
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -74,7 +68,7 @@ def decode_text(data: bytes, name: str) -> str:
     """
     nul = data.find(b"\0")
     try:
-        text = data.decode("utf-8-sig")
+        text = (data if nul < 0 else data[:nul]).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # counted in error.object: utf-8-sig takes the byte order mark off before it counts
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -86,7 +80,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file of a model.
+    """The JSON object in a small file.
 
     Raises:
         InputError: it can't be read, is nested too deeply, or is no JSON object.

@@ -1,9 +1,9 @@
 """YAML read strictly and written for people.
 
-Reading refuses what no file of ours needs and a hostile or mistyped one could hold: repeated and
-merge keys, keys that are no texts, anchors, tags that make objects, and numbers in YAML 1.1's other
-notations, in which ``010`` is 8 and ``1:30`` is 90. Whatever is wrong is told in one line that
-names the place, the value and what is allowed, for the syntax as for a pydantic schema.
+Reading refuses what our files don't need and a hostile or mistyped one could hold: repeated and
+merge keys, keys that are not strings, anchors, tags that make objects, and YAML 1.1's other
+notations of numbers, in which ``010`` is 8 and ``1:30`` is 90. Errors are one line that names the
+position, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from conflayers_cli.errors import InputError
 
-_MOST_SHOWN = 200
-"""Characters of what YAML says about a fault: it may quote the file at any length."""
+_MAX_MESSAGE = 200
+"""Characters of PyYAML's message about an error, which may quote the file."""
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.I)
 
@@ -31,12 +31,12 @@ def parse_mapping(text: str, path: Path, kind: str) -> dict[Any, Any]:
 
     Args:
         text: the whole file.
-        path: where it is from, for the error.
-        kind: what the file should be, for the error ("profile").
+        path: its path, for errors.
+        kind: what the file should be ("profile"), for errors.
 
     Raises:
         InputError: it is not YAML, uses more of YAML than is allowed here, is nested too deeply,
-            holds a number or date that there can't be, or is no mapping.
+            holds an impossible number or date, or is no mapping.
     """
     try:
         data = yaml.load(text, Loader=_Loader)  # a SafeLoader, made stricter
@@ -45,16 +45,18 @@ def parse_mapping(text: str, path: Path, kind: str) -> dict[Any, Any]:
         raise InputError(f"{path}:{line}: has a character that YAML does not allow") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = _short(" ".join(str(error.problem or error.context).split()), _MOST_SHOWN)
-        raise InputError(f"{place}: is not a valid {kind}: {problem}") from None
+        position = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = _short(error.problem or error.context)
+        raise InputError(f"{position}: is not a valid {kind}: {problem}") from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
-    except (ValueError, ArithmeticError) as error:  # a date or a number that there can't be
-        problem = _short(" ".join(str(error).split()), _MOST_SHOWN)
+    except (ValueError, ArithmeticError) as error:
+        problem = _short(error)
         raise InputError(f"{path}: has a value that can't be read: {problem}") from None
     if not isinstance(data, dict):
-        raise InputError(f"{path}: is not a {kind}: it holds {shown(data)}, not keys and values")
+        raise InputError(
+            f"{path}: is not a {kind}: it holds {format_value(data)}, not keys and values"
+        )
     return data
 
 
@@ -64,44 +66,37 @@ def dump_mapping(data: dict[str, Any]) -> str:
 
 
 def entry_error(where: str, problem: str) -> PydanticCustomError:
-    """What a validator raises about the entry ``where`` below its field, as in ``mlp.3``.
-
-    :func:`first_problem` tells it as "field.where: problem".
-    """
+    """What a validator raises about the entry ``where`` of its field, as in ``mlp.3``."""
     return PydanticCustomError("entry", "{where}: {problem}", {"where": where, "problem": problem})
 
 
 def first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
-    """The first validation error in one line: key, value, and what is allowed.
-
-    Args:
-        error: raised by ``schema``.
-        schema: the outermost section, whose keys an unknown one is contrasted with.
-    """
+    """The first validation error of ``schema`` in one line: key, value, and what is allowed."""
     details = error.errors(include_url=False)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     return _problem(details[0], schema) + more
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as YAML would have it, short and in one line."""
     if isinstance(value, set):
         return "a set"
     if isinstance(value, dict | list | tuple):
         kind = "keys and values" if isinstance(value, dict) else "a list"
         return kind if value else f"nothing ({kind} without entries)"
-    names: dict[object, str] = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return names[value]
+        return "null" if value is None else str(value).lower()
     try:
         text = ascii(value) if isinstance(value, str) else str(value)
     except ValueError:  # Python's limit on the digits of a number
         return "a number with too many digits"
-    return _short(text, 60)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _short(problem: object) -> str:
+    """PyYAML's message in one line of at most `_MAX_MESSAGE` characters."""
+    text = " ".join(str(problem).split())
+    return text if len(text) <= _MAX_MESSAGE else f"{text[: _MAX_MESSAGE - 1]}…"
 
 
 def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
@@ -116,7 +111,7 @@ def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
         close = get_close_matches(str(detail["loc"][-1]), names, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         return f"{key}: is no known key, {meant}allowed are {', '.join(names)}"
-    value = shown(detail["input"])
+    value = format_value(detail["input"])
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: {value} should be keys and values"
     if kind == "tuple_type":
@@ -128,14 +123,13 @@ def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> str:
 
 def _section_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> type[BaseModel]:
     for part in location:
-        if isinstance(part, str):  # a number is a place in a list, all of one kind
-            section = _section_in(schema.model_fields[part].annotation)
-            schema = section if section is not None else schema
+        if isinstance(part, str):  # a number is a position in a list, all of one kind
+            schema = _section_in(schema.model_fields[part].annotation) or schema
     return schema
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, or null, or a list of it."""
+    """The section type in a field's annotation, which may be optional or a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_section_in(argument) for argument in get_args(annotation))
@@ -145,11 +139,11 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _key(part: int | str) -> str:
     plain = str(part)
     short = len(plain) <= 60 and plain.isascii()
-    return plain if short and (plain.isidentifier() or plain.isdigit()) else shown(plain)
+    return plain if short and (plain.isidentifier() or plain.isdigit()) else format_value(plain)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without what no file of ours needs and a hostile one could use."""
+    """A SafeLoader that refuses more, see the module."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()
@@ -168,9 +162,9 @@ class _Loader(yaml.SafeLoader):
             elif not isinstance(key, yaml.ScalarNode):
                 problem = "a key should be a text, not keys and values or a list"
             elif key.value in seen:
-                problem = f"the key {shown(key.value)} is repeated"
+                problem = f"the key {format_value(key.value)} is repeated"
             elif key.tag != "tag:yaml.org,2002:str" and node.tag == "tag:yaml.org,2002:map":
-                problem = f"the key {shown(key.value)} should be a text: put it in quotes"
+                problem = f"the key {format_value(key.value)} should be a text: put it in quotes"
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
@@ -181,28 +175,27 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.constructor.ConstructorError:
             raise
-        # PyYAML trusts tags: what is not of a tag's form raises whatever it comes to
+        # PyYAML trusts tags: a value that does not fit its tag raises any of these
         except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            problem = f"{shown(node.value)} can't be read: {error}"
+            problem = f"{format_value(node.value)} can't be read: {error}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(self._plain_number(node, _INTEGER))
+        return int(self._check_number(node, _INTEGER))
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        self._plain_number(node, _FLOAT)
+        self._check_number(node, _FLOAT)
         return float(super().construct_yaml_float(node))
 
-    def _plain_number(self, node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
+    def _check_number(self, node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
         text = str(self.construct_scalar(node))
         if not form.fullmatch(text):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{shown(text)} is no plain decimal number", node.start_mark
-            )
+            problem = f"{format_value(text)} is no plain decimal number"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return text
 
 
-# PyYAML's table holds functions, not names: an override has to be entered
+# PyYAML's table holds functions, not names
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 

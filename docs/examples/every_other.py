@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conflayers_cli.search.objective import PAPER, Score, Setting
-from conflayers_cli.search.problem import SearchResult, Task, Trial
+from conflayers_cli.search.objective import PAPER, DraftParams, Score
+from conflayers_cli.search.problem import SearchProblem, SearchResult, Trial
 from conflayers_cli.skip_plan import SkipPlan
 
 
@@ -28,32 +28,29 @@ class EveryOther:
         return "every-other"
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> DraftParams:
         """How to draft where nothing better is known."""
         return PAPER
 
-    def search(self, task: Task) -> SearchResult:
-        """Judge a plan for each stride by the texts that the model wrote itself.
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Score a plan for each stride on texts that the model wrote itself.
 
-        Ctrl-C ends it with the best plan so far, and so does the end of the time there is.
+        Ctrl-C ends it with the best plan so far, and so does the deadline.
         """
         trials: list[Trial] = []
         best: tuple[Trial, Score] | None = None
         reason, interrupted = "all strides tried", False
         try:
             for stride in self.strides:
-                if task.out_of_time:
+                if problem.out_of_time:
                     reason = "out of time"
                     break
                 # The first and the last layer always run.
-                plan = SkipPlan.of_layers(range(1, task.decoder.depth - 1, stride))
-                score = task.objective.score(plan)
+                plan = SkipPlan.of_layers(range(1, problem.decoder.depth - 1, stride))
+                score = problem.objective.score(plan)
                 trial = Trial(
                     iteration=len(trials),
                     plan=plan,
-                    steps=0,  # judged without decoding
-                    drafted=0,
-                    accepted=0,
                     speedup=score.speedup,
                     note=f"stride {stride}",
                     figures={"agreement": score.agreement},
@@ -61,7 +58,7 @@ class EveryOther:
                 if best is None or score.speedup > best[1].speedup:
                     best = trial, score
                 trials.append(trial)
-                task.on_trial(trial, best[0])
+                problem.on_trial(trial, best[0])
         except KeyboardInterrupt:
             reason, interrupted = "interrupted", True
         return SearchResult(

@@ -24,7 +24,7 @@ from conflayers_cli import (
     load,
     stream,
 )
-from conflayers_cli.api.options import settings_of
+from conflayers_cli.api.options import parse_options
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import save_model, save_profile
 
@@ -61,7 +61,7 @@ def ids_of(model: Model, text: str) -> list[int]:
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    with model.opened().decoder.plain() as plain:
+    with model.engine().decoder.plain() as plain:
         mask = torch.ones_like(ids)
         out = plain.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
     new: list[int] = out[0, ids.shape[1] :].tolist()
@@ -95,8 +95,8 @@ def test_a_profile_may_be_an_object_or_a_name(model: Model, profile: Path) -> No
     from_name = generate(model, "Why?", str(profile), max_new_tokens=24)
     assert from_object.token_ids == from_name.token_ids
     assert from_object.stats.drafted == from_name.stats.drafted > 0
-    drafters = {id(each) for each in model.opened().drafters.values() if each is not None}
-    assert len(drafters) == 1  # one profile, one drafter that learns
+    proposers = {id(each) for each in model.engine().proposers.values() if each is not None}
+    assert len(proposers) == 1  # one profile, one drafter that learns
 
 
 def test_a_file_that_changes_is_read_again(model: Model, folder: Path, tmp_path: Path) -> None:
@@ -307,6 +307,6 @@ def load_own(model: Model) -> Any:
 
 def test_lookahead_is_the_old_name_of_the_adaptive_draft_length() -> None:
     with pytest.warns(DeprecationWarning, match="adaptive_draft_length"):
-        assert settings_of({"lookahead": False}).drafting.adaptive_draft_length is False
+        assert parse_options({"lookahead": False}).drafting.adaptive_draft_length is False
     with pytest.raises(InputError, match="give one of them"):
-        settings_of({"lookahead": False, "adaptive_draft_length": True})
+        parse_options({"lookahead": False, "adaptive_draft_length": True})

@@ -20,13 +20,13 @@ from transformers.generation import StoppingCriteria, StopStringCriteria
 from conflayers_cli import ConfLayersError, GenerateError, InputError, conflayers_generate, release
 from conflayers_cli.api import attached_model as borrowing
 from conflayers_cli.api import hf_generate as module
-from conflayers_cli.api.attached_model import borrow
+from conflayers_cli.api.attached_model import attach
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.sequence import Step
-from conflayers_cli.kernels.packed_linear import PackedLinear
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.kernels.packed_linear import MergedLinearPart
+from conflayers_cli.models.config_fingerprint import config_fingerprint
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Draft, SkipProposer
@@ -59,18 +59,20 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """The steps that are taken."""
     taken: list[Step] = []
 
-    def run(generation: Generation) -> Ids:
-        taken.extend(generation)
-        return generation.output
+    step = Generation.step
 
-    monkeypatch.setattr(module, "_run", run)
+    def noted(generation: Generation) -> Step:
+        taken.append(step(generation))
+        return taken[-1]
+
+    monkeypatch.setattr(Generation, "step", noted)
     return taken
 
 
 def profile_for(model: Any) -> Profile:
     """Four tokens at once, whatever they cost."""
     return Profile(
-        model=ModelFingerprint.model_validate({"name": "tiny", **fingerprint(model.config)}),
+        model=ModelFingerprint.model_validate({"name": "tiny", **config_fingerprint(model.config)}),
         skip=SkipSection.of(SkipPlan.of_layers([model.config.num_hidden_layers // 2])),
         draft=DraftSettings(max_tokens=4, stop_probability=0.0, by="skip", lookahead=False),
     )
@@ -103,7 +105,7 @@ def script(monkeypatch: pytest.MonkeyPatch, text: Ids, *, wrong_every: int = 0) 
             for place, token in zip(places, drafted, strict=True)
         ]
 
-    monkeypatch.setattr(module, "drafter_of", lambda *_, **__: tiny.Scripted(propose))
+    monkeypatch.setattr(module, "get_proposer", lambda *_, **__: tiny.Scripted(propose))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -174,7 +176,7 @@ def test_recorded_passes_heed_processors(
     monkeypatch.setattr(borrowing, "Decoder", recorded)
     more = {"profile": None, **PROCESSORS[name]}
     given = asked(model, tiny.prompt(9), True, **more)
-    assert borrow(model).decoder.runner.graphs > 0
+    assert attach(model).decoder.runner.graphs > 0
     del more["profile"]
     assert torch.equal(given, asked(model, tiny.prompt(9), False, **more))
 
@@ -405,20 +407,21 @@ def test_a_batch_drafts_by_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
         text = next(each for each in texts if each[:3] == tokens[:3])
         return text[len(tokens) : len(tokens) + 3]
 
-    monkeypatch.setattr(module, "drafter_of", lambda *_, **__: Rows(propose))
-    made: list[Any] = []
+    monkeypatch.setattr(module, "get_proposer", lambda *_, **__: Rows(propose))
+    accepted = [0, 0]
+    take_step = Batch.step
 
-    class Watched(Batch):
-        def run(self) -> None:
-            made.append(self)
-            super().run()
+    def noted(batch: Batch) -> list[tuple[int, Step]]:
+        decided = take_step(batch)
+        for number, step in decided:
+            accepted[number] += step.accepted
+        return decided
 
-    monkeypatch.setattr(module, "Batch", Watched)
+    monkeypatch.setattr(Batch, "step", noted)
     given = model.generate(
         **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=conflayers_generate
     )
     assert torch.equal(given, expected)
-    accepted = [sum(step.accepted for step in steps) for steps in made[0].steps]
     assert accepted == [17, 17]
 
 
@@ -491,8 +494,8 @@ def drawn(
     """Counts of continuations, with drafts that are drawn from a skipped model."""
     model = copy.deepcopy(law.model())
     monkeypatch.setattr(borrowing, "Decoder", lambda own, exact: law.Remembering(own))
-    drafter = SkipProposer(borrow(model).decoder, law.PLAN, 2, 0.0)
-    monkeypatch.setattr(module, "drafter_of", lambda *_, **__: drafter)
+    proposer = SkipProposer(attach(model).decoder, law.PLAN, 2, 0.0)
+    monkeypatch.setattr(module, "get_proposer", lambda *_, **__: proposer)
     counts: Counter[tuple[int, ...]] = Counter()
     prompt = list(law.PROMPT)
     torch.manual_seed(5)
@@ -530,7 +533,7 @@ def condition(model: Any) -> dict[str, Any]:
         "training": {name: each.training for name, each in model.named_modules()},
         "hooks": {name: len(each._forward_hooks) for name, each in model.named_modules()},
         "attention": model.config._attn_implementation,
-        "attributes": vars(model).keys() - {"conflayers_borrowed"},
+        "attributes": vars(model).keys() - {"conflayers_engine"},
         "settings": model.config.to_dict(),
         "generation": model.generation_config.to_dict(),
     }
@@ -628,7 +631,7 @@ def test_afterwards_a_model_can_be_used_saved_copied_and_trained(
     torch.save(model, tmp_path / "pickle")
     for other in (copy.deepcopy(model), torch.load(tmp_path / "pickle", weights_only=False)):
         assert torch.equal(asked(other, prompt, True), expected)
-        assert borrow(other).decoder is not borrow(model).decoder
+        assert attach(other).decoder is not attach(model).decoder
     model.train()
     model(torch.tensor([prompt]), labels=torch.tensor([prompt])).loss.backward()
     assert all(weight.grad is not None for weight in model.parameters())
@@ -667,7 +670,7 @@ def test_the_engine_is_made_once_and_again_where_the_model_changes(
     asked(model, prompt, True, exact=False)
     assert made[-1] is False
     release(model)
-    assert not hasattr(model, "conflayers_borrowed")
+    assert not hasattr(model, "conflayers_engine")
     assert made_by() == 1
 
 
@@ -703,7 +706,7 @@ def test_in_place_holds_no_weights_twice_and_gives_them_back(model: Any, tmp_pat
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     given = asked(model, prompt, True, in_place=True)
     assert torch.equal(given, expected)
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    packed = [m for m in model.modules() if isinstance(m, MergedLinearPart)]
     if not packed:
         pytest.skip("weights are not packed on this machine")
     assert model.config._attn_implementation != "conflayers"
@@ -711,7 +714,7 @@ def test_in_place_holds_no_weights_twice_and_gives_them_back(model: Any, tmp_pat
     held = sum(weight.numel() for weight in model.parameters())
     assert held < sum(weight.numel() for weight in weights.values()) / 2
     release(model)
-    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert not any(isinstance(m, MergedLinearPart) for m in model.modules())
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(own, weights[name]) for name, own in model.named_parameters())
     model.save_pretrained(tmp_path / "saved")
@@ -794,9 +797,9 @@ def test_n_grams_need_no_profile(model: Any) -> None:
     prompt = [*range(5), *range(5)]
     ours = asked(model, prompt, True, draft="ngram", profile=None)
     assert torch.equal(ours, asked(model, prompt, False))
-    (drafter,) = borrow(model).drafters.values()
-    assert drafter is not None
-    assert drafter.name == "ngram"
+    (proposer,) = attach(model).proposers.values()
+    assert proposer is not None
+    assert proposer.name == "ngram"
 
 
 def test_a_profile_from_a_file(model: Any, tmp_path: Path, steps: list[Step]) -> None:
@@ -805,7 +808,7 @@ def test_a_profile_from_a_file(model: Any, tmp_path: Path, steps: list[Step]) ->
     steps.clear()
     given = asked(model, tiny.prompt(9), True, profile=tmp_path / "own.yaml")
     assert given[0].tolist() == ours == theirs
-    assert {step.drafter for step in steps} >= {"prefill", "skip"}
+    assert {step.proposer for step in steps} >= {"prefill", "skip"}
 
 
 @pytest.mark.parametrize("sampled", [False, True])

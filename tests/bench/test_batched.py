@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from conflayers_cli.bench.batched import measure_batches, split_queues
-from conflayers_cli.bench.runner import BenchResult
-from conflayers_cli.bench.systems import BatchedEngineSystem, BenchPrompt, EngineSystem, Run
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.bench.runner import BenchResult, measure, split_queues
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.generation.stats import DraftCount, GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -24,10 +23,9 @@ class PacedRows:
     name: str
     speeds: list[float]
     log: list[str] = field(default_factory=list)
-    size: int = 2
     tokens: tuple[int, ...] = (1, 2, 3)
 
-    def run_all(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
         self.log.append(f"{self.name} {' '.join(prompt.id for prompt in prompts)}")
         speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
         stats = GenerationStats(0.1, 10 / speed, 11, 10, 5, {"ngram": DraftCount(5, 10, 5)})
@@ -63,11 +61,12 @@ def test_queues_are_decoded_in_turns_and_timed_as_wholes() -> None:
         PacedRows("speculative", [99.0, 20.0, 30.0, 40.0, 20.0], log),
     ]
     told: list[float] = []
-    result = measure_batches(
+    result = measure(
         systems,
         make_prompts(13),
         tiny.decoder("llama"),
         GREEDY,
+        batch_size=2,
         runs=2,
         warmup=1,
         on_progress=lambda message, done: told.append(done),
@@ -92,8 +91,8 @@ def test_queues_are_decoded_in_turns_and_timed_as_wholes() -> None:
 
 def test_every_prompts_output_is_compared() -> None:
     systems = [PacedRows("vanilla", [1.0]), PacedRows("speculative", [1.0], tokens=(1, 9, 3))]
-    greedy = measure_batches(
-        systems, make_prompts(3), tiny.decoder("llama"), GREEDY, runs=1, warmup=0
+    greedy = measure(
+        systems, make_prompts(3), tiny.decoder("llama"), GREEDY, batch_size=2, runs=1, warmup=0
     )
     assert greedy.matches is not None
     identity = greedy.matches["speculative"]
@@ -101,8 +100,8 @@ def test_every_prompts_output_is_compared() -> None:
     assert [parted.id for parted in identity.divergences] == ["p0", "p1", "p2"]
     assert identity.divergences[0].position == 1
     drawing = SamplingParams(temperature=1.0)
-    sampled = measure_batches(
-        systems, make_prompts(3), tiny.decoder("llama"), drawing, runs=1, warmup=0
+    sampled = measure(
+        systems, make_prompts(3), tiny.decoder("llama"), drawing, batch_size=2, runs=1, warmup=0
     )
     assert sampled.matches is None
 
@@ -114,29 +113,27 @@ def test_batch_system_decodes_each_prompt_as_if_alone(temperature: float) -> Non
         BenchPrompt(f"p{i}", None, tuple(tiny.prompt(5 + i, seed=i)), 12 + i, seed=i)
         for i in range(5)
     ]
-    system = BatchedEngineSystem("vanilla", decoder, None, 2, sampling, frozenset())
-    runs = system.run_all(given)
+    system = EngineSystem("vanilla", decoder, None, sampling, frozenset(), batch_size=2)
+    runs = system.run(given)
     alone = EngineSystem("vanilla", decoder, None, sampling, frozenset())
-    assert [run.tokens for run in runs] == [alone.run(prompt).tokens for prompt in given]
+    assert [run.tokens for run in runs] == [run.tokens for run in alone.run(given)]
     assert [run.stats.decode_tokens for run in runs] == [11, 12, 13, 14, 15]
     assert len({run.cache_bytes for run in runs}) == 1
-    one = alone.run(given[-1]).cache_bytes  # the longest: 9 and 16 tokens
+    one = alone.run(given[-1:])[0].cache_bytes  # the longest: 9 and 16 tokens
     assert one is not None
     assert runs[0].cache_bytes == 2 * one
     end = runs[0].tokens[4]
-    ended = replace(system, end_tokens=frozenset({end})).run_all(given)
+    ended = replace(system, end_tokens=frozenset({end})).run(given)
     assert ended[0].tokens == runs[0].tokens[: runs[0].tokens.index(end) + 1]
 
 
 def test_batch_system_drafts() -> None:
     decoder = tiny.decoder("llama")
-    free = Costs({1: 1.0, 30: 1.0}, 0.0, 0.0, 0.0, 1)  # wider passes cost nothing
-    drafter = MixedProposer(decoder, None, CostTable({1: free}, decoder.depth))
+    free = PassCosts({1: 1.0, 30: 1.0}, 0.0, 0.0, 0.0, 1)  # wider passes cost nothing
+    proposer = MixedProposer(decoder, None, CostTable({1: free}, decoder.depth))
     given = [BenchPrompt(f"p{i}", None, tuple(tiny.prompt(6, seed=i) * 4), 30) for i in range(3)]
-    plain = BatchedEngineSystem("vanilla", decoder, None, 2, GREEDY, frozenset()).run_all(given)
-    drafted = BatchedEngineSystem("speculative", decoder, drafter, 2, GREEDY, frozenset()).run_all(
-        given
-    )
+    plain = EngineSystem("vanilla", decoder, None, GREEDY, frozenset(), 2).run(given)
+    drafted = EngineSystem("speculative", decoder, proposer, GREEDY, frozenset(), 2).run(given)
     assert [run.tokens for run in drafted] == [run.tokens for run in plain]
     assert sum(run.stats.drafted for run in drafted) > 0
     assert GenerationStats.total(run.stats for run in plain).by_drafter == {}

@@ -21,8 +21,8 @@ REPEATING = tuple(tiny.prompt(6) * 4)
 
 def run(name: str, prompt: BenchPrompt, sampling: SamplingParams = GREEDY) -> Run:
     return TransformersSystem.baseline(name, tiny.decoder("llama"), sampling, frozenset()).run(
-        prompt
-    )
+        [prompt]
+    )[0]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -33,10 +33,10 @@ def test_transformers_system_is_generate_with_the_same_settings(penalty: float) 
     kept = decoder.model.generation_config
     decoder.model.generation_config.repetition_penalty = 3.0  # must not get in
     try:
-        theirs = TransformersSystem(decoder, sampling, frozenset()).run(prompt)
+        theirs = TransformersSystem(decoder, sampling, frozenset()).run([prompt])[0]
     finally:
         decoder.model.generation_config.repetition_penalty = 1.0
-    ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run(prompt)
+    ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run([prompt])[0]
     assert theirs.tokens == ours.tokens
     assert decoder.model.generation_config is kept
     assert (theirs.stats.tokens, theirs.stats.decode_tokens) == (20, 19)
@@ -44,8 +44,10 @@ def test_transformers_system_is_generate_with_the_same_settings(penalty: float) 
     assert theirs.stats.decode_seconds > 0
     end = frozenset({ours.tokens[5]})
     first = ours.tokens.index(ours.tokens[5]) + 1
-    assert len(TransformersSystem(decoder, sampling, end).run(prompt).tokens) == first
-    assert len(EngineSystem("vanilla", decoder, None, sampling, end).run(prompt).tokens) == first
+    assert len(TransformersSystem(decoder, sampling, end).run([prompt])[0].tokens) == first
+    assert (
+        len(EngineSystem("vanilla", decoder, None, sampling, end).run([prompt])[0].tokens) == first
+    )
 
 
 def test_transformers_system_draws_from_its_seed_and_leaves_torchs_alone() -> None:
@@ -53,7 +55,7 @@ def test_transformers_system_draws_from_its_seed_and_leaves_torchs_alone() -> No
     arm = TransformersSystem(decoder, SamplingParams(temperature=1.0), frozenset())
     tokens = tuple(tiny.prompt(9))
     before = torch.random.get_rng_state()
-    runs = [arm.run(BenchPrompt("p", None, tokens, 20, seed)).tokens for seed in (1, 1, 2)]
+    runs = [arm.run([BenchPrompt("p", None, tokens, 20, seed)])[0].tokens for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -70,7 +72,7 @@ def test_the_command_line_and_the_report_know_all_peers() -> None:
 def test_every_baseline_writes_what_the_model_writes_and_counts_it(name: str) -> None:
     decoder = tiny.decoder("llama")
     prompt = BenchPrompt("p", None, REPEATING, 30)
-    ours = EngineSystem("vanilla", decoder, None, GREEDY, frozenset()).run(prompt)
+    ours = EngineSystem("vanilla", decoder, None, GREEDY, frozenset()).run([prompt])[0]
     theirs = run(name, prompt)
     assert theirs.tokens == ours.tokens
     stats = theirs.stats
@@ -130,6 +132,6 @@ def test_weights_that_are_held_twice_meanwhile_are_told() -> None:
     decoder = Decoder(model)
     held = sum(weight.nbytes for weight in model.parameters())
     done = TransformersSystem(decoder, GREEDY, frozenset()).run(
-        BenchPrompt("p", None, (1, 2, 3), 3)
-    )
+        [BenchPrompt("p", None, (1, 2, 3), 3)]
+    )[0]
     assert done.weights_twice_bytes == plain - held > 0

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from conflayers_cli.bench.runner import measure
-from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run, SkipOnlySystem
+from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.stats import DraftCount, GenerationStats
@@ -21,17 +22,17 @@ GREEDY = SamplingParams()
 
 @dataclass
 class Paced:
-    """An system that takes as long as it is told and notes when it was called."""
+    """A system that takes as long as it should and logs when it was called."""
 
     name: str
     speeds: list[float]
     log: list[str] = field(default_factory=list)
 
-    def run(self, prompt: BenchPrompt) -> Run:
-        self.log.append(f"{self.name} {prompt.id}")
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+        self.log += [f"{self.name} {prompt.id}" for prompt in prompts]
         speed = self.speeds.pop(0) if len(self.speeds) > 1 else self.speeds[0]
         stats = GenerationStats(0.1, 10 / speed, 11, 10, 5, {"skip": DraftCount(5, 10, 5)})
-        return Run((1, 2, 3), stats, 1000)
+        return [Run((1, 2, 3), stats, 1000)]
 
 
 def make_prompts(count: int) -> list[BenchPrompt]:
@@ -92,9 +93,9 @@ def test_interval_needs_ratios() -> None:
 
 def test_an_output_that_ends_early_is_a_divergence() -> None:
     class Short(Paced):
-        def run(self, prompt: BenchPrompt) -> Run:
-            done = super().run(prompt)
-            return Run(done.tokens[:2], done.stats)
+        def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+            (done,) = super().run(prompts)
+            return [Run(done.tokens[:2], done.stats)]
 
     systems = [Paced("vanilla", [1.0]), Short("speculative", [1.0])]
     result = measure(systems, make_prompts(1), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
@@ -108,9 +109,9 @@ def test_an_output_that_ends_early_is_a_divergence() -> None:
 class Lossy(Paced):
     """Writes something else than the systems that only take their time."""
 
-    def run(self, prompt: BenchPrompt) -> Run:
-        done = super().run(prompt)
-        return Run((1, 9, 3), done.stats)
+    def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
+        (done,) = super().run(prompts)
+        return [Run((1, 9, 3), done.stats)]
 
 
 def test_the_lossy_system_is_compared_by_agreement_and_not_by_identity() -> None:
@@ -143,9 +144,10 @@ def test_skip_only_system_decodes_with_its_plan_its_seed_and_its_ends(temperatur
     request = GenerationRequest(prompt.tokens, 20, SamplingParams(temperature=temperature, seed=4))
     batch = Batch(decoder, [request], plan=plan)
     batch.run()
-    done = SkipOnlySystem(decoder, plan, sampling, frozenset()).run(prompt)
+    lossy = EngineSystem("skip-only", decoder, None, sampling, frozenset(), skip_plan=plan)
+    (done,) = lossy.run([prompt])
     assert [list(done.tokens)] == batch.outputs
-    whole = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run(prompt)
+    (whole,) = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run([prompt])
     assert done.tokens[0] == whole.tokens[0]  # decided by the whole model
     assert done.tokens != whole.tokens
     assert (done.stats.tokens, done.stats.decode_tokens, done.stats.steps) == (20, 19, 19)
@@ -153,16 +155,16 @@ def test_skip_only_system_decodes_with_its_plan_its_seed_and_its_ends(temperatur
     assert done.stats.decode_seconds > 0
     assert done.cache_bytes == whole.cache_bytes
     end = done.tokens[5]
-    ended = SkipOnlySystem(decoder, plan, sampling, frozenset({end})).run(prompt)
+    (ended,) = replace(lossy, end_tokens=frozenset({end})).run([prompt])
     assert ended.tokens == done.tokens[: done.tokens.index(end) + 1]
 
 
 @pytest.mark.skipif(PeakMemory(torch.device("cpu")).peak() is None, reason="nothing tells here")
 def test_memory_is_told_apart_by_system() -> None:
     class Greedy(Paced):
-        def run(self, prompt: BenchPrompt) -> Run:
+        def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
             torch.ones(64 * 2**20, dtype=torch.uint8)  # gone again at once
-            return super().run(prompt)
+            return super().run(prompts)
 
     systems = [Paced("vanilla", [1.0]), Greedy("speculative", [1.0]), Paced("transformers", [1.0])]
     result = measure(systems, make_prompts(1), tiny.decoder("llama"), GREEDY, runs=2, warmup=0)

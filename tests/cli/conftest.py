@@ -19,7 +19,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from conflayers_cli.cli.main import main
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.config_fingerprint import config_fingerprint
 from conflayers_cli.profile.schema import DraftSettings, ModelFingerprint, Profile, SkipSection
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
@@ -89,7 +89,11 @@ def save_profile(
     With lookahead false drafts are as long as it says, whatever passes cost: on a tiny model
     nothing ever pays.
     """
-    values = {"name": str(model), **fingerprint(hf.AutoConfig.from_pretrained(model)), **changes}
+    values = {
+        "name": str(model),
+        **config_fingerprint(hf.AutoConfig.from_pretrained(model)),
+        **changes,
+    }
     Profile(
         model=ModelFingerprint.model_validate(values),
         skip=SkipSection.of(SkipPlan.of_layers([2]) if plan is None else plan),

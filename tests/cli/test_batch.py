@@ -153,7 +153,7 @@ def test_the_bar_counts_prompts_that_are_done(
     def bar() -> Iterator[Callable[[str, float], None]]:
         yield lambda message, done: told.append((message, done))
 
-    monkeypatch.setattr("conflayers_cli.cli.answering.progress_bar", bar)
+    monkeypatch.setattr("conflayers_cli.cli.generate_output.progress_bar", bar)
     assert run(*arguments_for(short, prompts, "--batch-size", 4, "-o", "out.jsonl")).code == 0
     assert told == [(f"{n} of {COUNT} prompts", n / COUNT) for n in range(COUNT + 1)]
 

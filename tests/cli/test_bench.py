@@ -9,7 +9,7 @@ import pytest
 
 from conflayers_cli.bench import runner as measuring
 from conflayers_cli.bench.systems import EngineSystem
-from conflayers_cli.bench.systems import Run as ArmRun
+from conflayers_cli.bench.systems import Run as SystemRun
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile, write_prompts
 
@@ -267,12 +267,13 @@ class TestGates:
     ) -> None:
         honest = EngineSystem.run
 
-        def wrong(arm: EngineSystem, case: Any) -> ArmRun:
-            done = honest(arm, case)
-            if arm.name != "speculative" or case.id != "p1":
+        def wrong(system: EngineSystem, queue: Any) -> list[SystemRun]:
+            done = honest(system, queue)
+            if system.name != "speculative" or queue[0].id != "p1":
                 return done
-            tokens = (*done.tokens[:3], (done.tokens[3] + 1) % 256, *done.tokens[4:])
-            return ArmRun(tokens, done.stats, done.cache_bytes)
+            (run,) = done
+            tokens = (*run.tokens[:3], (run.tokens[3] + 1) % 256, *run.tokens[4:])
+            return [SystemRun(tokens, run.stats, run.cache_bytes)]
 
         monkeypatch.setattr(EngineSystem, "run", wrong)
         result = run("bench", "-p", profile, "--data", prompts, *FAST, "--dtype", dtype, "--json")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from conflayers_cli.cli.calibrate import _short_name
+from conflayers_cli.cli.calibrate import default_name
 from conflayers_cli.profile.schema import Profile
 from tests.cli.conftest import Run, finished, save_model, write_prompts
 from tests.processes import start
@@ -109,7 +109,7 @@ def test_bad_input_is_refused_before_any_work(
     ],
 )
 def test_a_profile_is_called_after_its_model(model: str, name: str) -> None:
-    assert _short_name(model) == name
+    assert default_name(model) == name
 
 
 def test_too_shallow_a_model_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_where_there_is_no_kernel_it_says_so(
 ) -> None:
     from conflayers_cli.kernels import int4_linear
 
-    monkeypatch.setattr(int4_linear, "_tried", lambda device, dtype: "there is no kernel here")
+    monkeypatch.setattr(int4_linear, "_try_kernel", lambda device, dtype: "there is no kernel here")
     arguments = ("calibrate", "-m", model, "--data", prompts, "-o", "p.yaml", *QUICK)
     result = run(*arguments, "--draft-weights", "int4")
     assert result.code == 2

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.cli import calibrate as module
-from conflayers_cli.cli.calibrate_journal import temporary_of
 from conflayers_cli.profile.schema import Profile
-from conflayers_cli.search.journal import Journal, parsed
+from conflayers_cli.search.job import CalibrationJob
+from conflayers_cli.search.journal import Journal, parse_journal, temporary_name
 from conflayers_cli.search.memo import Entry
 from tests import processes
 from tests.cli.conftest import Result, Run, save_model, write_prompts
@@ -23,7 +22,7 @@ from tests.disk import limited_to
 from tests.processes import Process, environment
 from tests.ranks import run_ranks
 from tools import kill_calibrate
-from tools.kill_calibrate import at_growth, check_end, hunted
+from tools.kill_calibrate import at_growth, calibrate_with_kills, check_end
 
 QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 8)
 
@@ -75,7 +74,7 @@ def raise_(error: type[BaseException]) -> None:
 
 
 def entries(journal: Path) -> int:
-    return len(parsed(journal, journal.read_bytes()).entries)
+    return len(parse_journal(journal, journal.read_bytes()).entries)
 
 
 def beside(folder: Path) -> set[str]:
@@ -219,7 +218,7 @@ def test_killed_for_real_and_resumed(
     folder.mkdir()
     profile = folder / "found.yaml"
     moments = [("growth", at_growth(random.Random(seed), most=6)) for seed in (1, 2)]
-    fate, answer = hunted(
+    fate, answer = calibrate_with_kills(
         (*asked[1:], "-o", profile), profile, Path(os.environ["CONFLAYERS_CACHE"]), moments
     )
     assert fate.kills == {"growth": 2}
@@ -254,7 +253,7 @@ def test_a_disk_that_fills_up_stops_nothing_but_the_journal(
 def test_a_full_disk_refuses_before_the_model_is_loaded_or_at_once(
     run: Run, asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_run", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(CalibrationJob, "run", lambda *args, **more: pytest.fail("work was begun"))
     with limited_to(0):
         result = run(*asked)
     assert result.code == 1 and "found.journal.jsonl: can't be written" in result.err
@@ -277,7 +276,7 @@ def test_killed_while_the_answer_is_written(
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(Profile, "to_yaml", killed)
         run(*asked)
-    half = tmp_path / temporary_of(tmp_path / "found.yaml")
+    half = tmp_path / temporary_name(tmp_path / "found.yaml")
     half.write_text("model: half")
     assert beside(tmp_path) == {"found.journal.jsonl", "found.safetensors", half.name}
     result = run(*asked, "--resume")

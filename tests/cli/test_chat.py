@@ -95,10 +95,10 @@ def test_piped_lines_are_turns_of_one_conversation(
         said.append({"role": "assistant", "content": answers[-1]})
     assert result.out == "".join(f"{answer}\n" for answer in answers)
     first, second, third = generations
-    assert first.filled == 0
-    assert second.filled >= first.prompt_length
-    assert third.filled >= second.prompt_length
-    assert f"of {third.prompt_length} prompt tokens {third.filled} were there" in result.err
+    assert first.num_cached == 0
+    assert second.num_cached >= first.prompt_length
+    assert third.num_cached >= second.prompt_length
+    assert f"of {third.prompt_length} prompt tokens {third.num_cached} were there" in result.err
 
 
 def test_a_person_at_the_terminal(typed: Type, model: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(
     assert whole.startswith(said[1]["content"].rstrip("\ufffd"))  # perhaps half a character
     _, cut, after = generations
     assert cut.finish is None
-    assert after.filled >= cut.prompt_length
+    assert after.num_cached >= cut.prompt_length
     text = answered(run, model, *said, {"role": "user", "content": "go on"}, folder=tmp_path)
     assert result.out.endswith(after_text := result.out[len(said[1]["content"]) + 1 :])
     assert after_text.startswith(text)
@@ -267,7 +267,7 @@ def test_a_full_context_drops_the_oldest_turns(
     assert "number 0" not in prompts[-1]
     # not at every turn, for each time all is read anew
     shared = len("<system>S\n<user>this is the message number ")
-    again = [each for each in generations[1:] if each.filled <= shared]
+    again = [each for each in generations[1:] if each.num_cached <= shared]
     assert 0 < len(again) <= 3
     long = run("chat", "-m", small, *more, stdin="x" * 200)
     assert long.code == 2
@@ -287,7 +287,7 @@ def test_what_a_template_leaves_out_is_read_anew(
     result = run("chat", "-m", folder, "--dtype", "float32", "-n", 20, stdin="hi\nyou\n")
     assert result.code == 0
     first, second = generations
-    assert first.prompt_length <= second.filled < first.prompt_length + 20
+    assert first.prompt_length <= second.num_cached < first.prompt_length + 20
 
 
 @pytest.mark.parametrize(

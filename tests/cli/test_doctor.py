@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conflayers_cli.doctor import checks, packages, self_test
-from conflayers_cli.doctor.finding import Finding, summary
+from conflayers_cli.doctor.check_result import CheckResult, summary
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
 from tests.cli.conftest import Run
@@ -34,9 +34,9 @@ def test_all_is_well(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "cache folder: ~/kept, new" in result.out
     assert not home.exists()  # looking leaves nothing behind
     assert f"torch: {torch.__version__}" in result.out
-    told = [line for line in result.out.splitlines() if line.startswith("- self test: cpu")]
-    assert len(told) == 2
-    assert all(line.endswith(": the same") for line in told)
+    message = [line for line in result.out.splitlines() if line.startswith("- self test: cpu")]
+    assert len(message) == 2
+    assert all(line.endswith(": the same") for line in message)
 
 
 def test_as_json(run: Run) -> None:
@@ -138,11 +138,10 @@ def test_what_is_needed_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no_such_package_here can't be imported (it is not installed)" in problem
 
 
-def ways(quick: Decoder) -> list[self_test.Outcome]:
+def ways(quick: Decoder) -> list[CheckResult]:
     """As on a GPU, with a stand-in for its graphs."""
     eager = Decoder(self_test.tiny_model(quick.device, quick.dtype), eager="compared with")
-    expected, _ = self_test._decoded(eager, None)
-    return self_test.ways(quick, eager, expected)
+    return self_test.check_gpu_paths(quick, eager)
 
 
 def test_the_quick_ways_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +150,7 @@ def test_the_quick_ways_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     replayed, kernels = ways(quick)
     assert replayed.problem is None
-    assert replayed.told != "passes are replayed (0 recorded)"
+    assert replayed.message != "passes are replayed (0 recorded)"
     assert kernels.problem is None
     quick.disabled_paths = ("KernelForward: no compiler",)
     replay = quick.runner.run
@@ -169,8 +168,8 @@ def test_passes_that_can_not_be_recorded() -> None:
 
 def test_a_finding_without_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
-    finding = Finding("s", "n", "in /home/ada/x", "at /home/ada", None)
-    assert finding.shortened() == Finding("s", "n", "in ~/x", "at ~", None)
+    finding = CheckResult("s", "n", "in /home/ada/x", "at /home/ada", None)
+    assert finding.shortened() == CheckResult("s", "n", "in ~/x", "at ~", None)
     monkeypatch.setenv("HOME", "/")
     assert finding.shortened() == finding
     assert summary(ValueError()) == "ValueError"

@@ -13,9 +13,10 @@ import pytest
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels import int4_linear
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
-from conflayers_cli.profile.build_proposer import build_proposer, rows_drafter
+from conflayers_cli.profile.build_proposer import as_batch_proposer, build_proposer
 from conflayers_cli.profile.schema import DraftSettings, Profile
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.by_context import ContextLengthProposer
@@ -29,7 +30,7 @@ REPEATING = "one two three four five six, one two three four five six, one two t
 
 @pytest.fixture(scope="module")
 def loaded(model: Path) -> LoadedModel:
-    return load_model(str(model), device="cpu", dtype="float32")
+    return load_model(str(model), LoadOptions(device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def test_who_drafts(
     name: str | None,
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, plan, **draft)
-    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
-    assert (drafter.name if drafter else None) == name
-    assert drafter is None or isinstance(drafter, MixedProposer)
+    proposer = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert (proposer.name if proposer else None) == name
+    assert proposer is None or isinstance(proposer, MixedProposer)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_how_far(
     fixed: bool,
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, **draft)
-    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
-    assert isinstance(drafter, SkipProposer if fixed else MixedProposer)
-    if isinstance(drafter, SkipProposer):
-        assert (drafter.max_tokens, drafter.stop_probability) == (4, 0.5)
+    proposer = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert isinstance(proposer, SkipProposer if fixed else MixedProposer)
+    if isinstance(proposer, SkipProposer):
+        assert (proposer.max_tokens, proposer.stop_probability) == (4, 0.5)
         with pytest.raises(InputError, match="one prompt at a time"):
-            rows_drafter(drafter)
+            as_batch_proposer(proposer)
     else:
-        assert rows_drafter(drafter) is drafter
+        assert as_batch_proposer(proposer) is proposer
 
 
 def test_a_fixed_length_means_skipping_alone(
@@ -118,8 +119,8 @@ def test_a_fixed_length_means_skipping_alone(
     """Where the profile says mixed, drafts of a fixed length are still as long as it says."""
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, by="mixed")
     way = DraftOptions(adaptive_draft_length=False)
-    drafter = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
-    assert isinstance(drafter, SkipProposer)
+    proposer = build_proposer(loaded, decoder, profile, tmp_path / "p.yaml", False, way)
+    assert isinstance(proposer, SkipProposer)
 
 
 def test_each_range_has_its_drafter(
@@ -132,13 +133,13 @@ def test_each_range_has_its_drafter(
             "  draft: {max_tokens: 2, stop_probability: 0.0, by: skip, lookahead: false}\n"
         )
     profile = Profile.load(path)
-    drafter = build_proposer(loaded, decoder, profile, path, False, DraftOptions())
-    assert isinstance(drafter, ContextLengthProposer)
-    kinds = [type(each) for _, each in drafter.drafters]
+    proposer = build_proposer(loaded, decoder, profile, path, False, DraftOptions())
+    assert isinstance(proposer, ContextLengthProposer)
+    kinds = [type(each) for _, each in proposer.proposers]
     assert kinds == [MixedProposer, SkipProposer]
     together = build_proposer(loaded, decoder, profile, path, False, DraftOptions(batch_size=2))
     assert isinstance(together, ContextLengthProposer)
-    assert [type(each) for _, each in together.drafters] == [MixedProposer, MixedProposer]
+    assert [type(each) for _, each in together.proposers] == [MixedProposer, MixedProposer]
 
 
 @pytest.mark.parametrize(
@@ -182,13 +183,13 @@ def test_batches_draft_chains_whatever_the_profile_says(
     loaded: LoadedModel, decoder: Decoder, model: Path, tmp_path: Path
 ) -> None:
     profile = profile_with(tmp_path / "p.yaml", model, SKIPS, tree=((0.0, 3),))
-    drafters = [
+    proposers = [
         build_proposer(
             loaded, decoder, profile, tmp_path / "p.yaml", False, DraftOptions(batch_size=rows)
         )
         for rows in (1, 2)
     ]
-    assert [each._tree is not None for each in drafters if isinstance(each, MixedProposer)] == [
+    assert [each._tree is not None for each in proposers if isinstance(each, MixedProposer)] == [
         True,
         False,
     ]
@@ -269,11 +270,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert "what passes cost is measured anew every time" in result.err
 
 
-def test_ranges_of_single_row_drafters_refuse_rows() -> None:
-    drafter = ContextLengthProposer(((0, SimpleNamespace(name="skip")),))
+def test_ranges_of_single_sequence_proposers_refuse_batches() -> None:
+    proposer = ContextLengthProposer(((0, SimpleNamespace(name="skip")),))
     context = SimpleNamespace(tokens=[1, 2])
-    with pytest.raises(TypeError, match="one row at a time"):
-        drafter.propose_batch([context], [1])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="one sequence at a time"):
+        proposer.propose_batch([context], [1])  # type: ignore[list-item]
 
 
 def test_weights_that_are_not_to_be_had_here(
@@ -281,10 +282,10 @@ def test_weights_that_are_not_to_be_had_here(
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Drafts use the model's own then, and somebody says so."""
-    monkeypatch.setattr(int4_linear, "_tried", lambda device, dtype: "there is no kernel here")
+    monkeypatch.setattr(int4_linear, "_try_kernel", lambda device, dtype: "there is no kernel here")
     decoder = Decoder(loaded.model)
     plan = SkipPlan.of_layers([2])
     profile = profile_with(tmp_path / "p.yaml", model, replace(plan, weights="int4"), by="skip")
@@ -294,6 +295,6 @@ def test_weights_that_are_not_to_be_had_here(
         (DraftOptions(method=DraftMethod.NGRAM), False),
     ):
         assert build_proposer(loaded, decoder, profile, path, False, way) is not None
-        err = capsys.readouterr().err
         note = "note: p.yaml: drafts use the model's own weights, not int4, which is slower: there"
-        assert (note in err) == told
+        assert (note in caplog.text) == told
+        caplog.clear()

@@ -9,7 +9,7 @@ import pytest
 
 from conflayers_cli.cli.flags import in_flags, with_flags
 from conflayers_cli.errors import InputError
-from conflayers_cli.utils.notices import collected, on_stderr
+from conflayers_cli.utils.notices import collect_notices, notices_to_stderr
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,15 @@ def test_notes_too(capsys: pytest.CaptureFixture[str]) -> None:
     def note() -> None:
         logger.warning("top_p changes nothing", extra={"names": ("top_p",)})
 
-    with on_stderr(with_flags):
+    with notices_to_stderr(with_flags):
         note()
         assert capsys.readouterr().err == "conflayers: --top-p changes nothing\n"
         heard: list[str] = []
-        with pytest.raises(ZeroDivisionError), collected(heard):
+        with pytest.raises(ZeroDivisionError), collect_notices(heard):
             note()
             raise ZeroDivisionError
         kept: list[str] = []
-        with collected(kept, with_flags):
+        with collect_notices(kept, with_flags):
             note()
     assert heard == ["top_p changes nothing"]
     assert kept == ["--top-p changes nothing"]

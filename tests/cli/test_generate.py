@@ -318,8 +318,8 @@ def test_a_lossy_batch_gives_whole_texts_and_shares_out_its_seconds(
     run: Run, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.count()
-    for module in ("batch", "decode"):
-        name = f"conflayers_cli.engine.{module}.perf_counter"
+    for module in ("batch", "sequence"):
+        name = f"conflayers_cli.generation.{module}.perf_counter"
         monkeypatch.setattr(name, lambda: float(next(ticks)))
     lossy = ("--skip-only", "--target-speedup", "1.7")
     arguments = ("generate", "-m", model, "--data", prompts, *FAST[:-1], 20, *lossy)

@@ -12,7 +12,7 @@ import pytest
 
 from conflayers_cli.cli.models import size
 from conflayers_cli.engine import cost_cache
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.models import inventory, registry
 from tests import tiny
 from tests.cli.conftest import Run
@@ -35,12 +35,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Costs kept of a model of smollm2's shape; what they are does not matter here."""
-    costs = Costs({1: 1.0}, 0.1, 0.0, 0.0, 64)
+    costs = PassCosts({1: 1.0}, 0.1, 0.0, 0.0, 64)
     monkeypatch.setattr(cost_cache, "measure_costs", lambda *arguments, **more: costs)
     sizes = {"depth": tiny.DEPTH, "hidden_size": 32, "vocabulary": tiny.VOCABULARY}
     key = json.dumps({**sizes, "architecture": "LlamaForCausalLM"})
     found = cost_cache.cost_table(tiny.decoder("llama"), model_key=key, cache_folder=cache)
-    assert found.unkept is None
+    assert found.cache_error is None
     return str(found.path)
 
 
@@ -81,7 +81,7 @@ def test_a_converted_model_its_costs_and_an_outdated_one(
 ) -> None:
     llama = tiny.LLAMA_LIKE
     sizes = {key: llama[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
-    folder = convert(registry.CATALOGUE["smollm2"].folder, **sizes)
+    folder = convert(registry.REGISTRY["smollm2"].folder, **sizes)
     convert(cache / "smollm2-v0")
     convert(cache / "smollm2-mine")
     (cache / "latencies" / "broken.json").write_text("{")
@@ -136,7 +136,7 @@ def test_models_of_the_hub_are_told_by_their_configuration(
 
 
 def test_clear_deletes_a_conversion_and_nothing_else(run: Run, cache: Path, hub: Path) -> None:
-    entries = registry.CATALOGUE
+    entries = registry.REGISTRY
     for folder in (entries["smollm2"].folder, entries["smollm2-deep"].folder, cache / "smollm2-v0"):
         convert(folder)
     kept = convert(cache / "mine")
@@ -159,7 +159,7 @@ def test_clear_costs(run: Run, cache: Path, hub: Path, measured: str) -> None:
 def test_clear_leaves_a_linked_folder_alone(run: Run, cache: Path, hub: Path) -> None:
     """Someone keeps it elsewhere: that is theirs."""
     elsewhere = convert(cache / "elsewhere")
-    registry.CATALOGUE["smollm2"].folder.symlink_to(elsewhere)
+    registry.REGISTRY["smollm2"].folder.symlink_to(elsewhere)
     result = run("models", "--clear", "smollm2")
     assert "there is nothing of smollm2" in result.err
     assert (elsewhere / "model.safetensors").is_file()

@@ -82,4 +82,4 @@ def test_keywords_of_the_python_api_are_fields_of_the_same_dataclasses() -> None
     assert LoadKeywords.__optional_keys__ == {field.name for field in fields(LoadOptions)}
     kinds = (SamplingParams, PromptOptions, DraftOptions)
     names = {field.name for kind in kinds for field in fields(kind)}
-    assert Options.__optional_keys__ - {"draft", "stop", "force"} < names
+    assert Options.__optional_keys__ - {"draft", "stop", "force", "lookahead"} < names

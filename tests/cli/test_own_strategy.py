@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.cli import own_strategy
 from conflayers_cli.profile.schema import Profile
+from conflayers_cli.search.strategies import custom
 from tests.cli.conftest import Run, write_prompts
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "every_other.py"
@@ -44,10 +44,10 @@ def test_the_example_of_the_docs_finds_a_plan(
 def test_a_search_is_not_gone_on_with_where_the_file_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     shutil.copy(EXAMPLE, path)
-    before = own_strategy.content_of(f"{path}:EveryOther")
-    assert own_strategy.content_of(f"{EXAMPLE}:EveryOther") == before
+    before = custom.hash_strategy(f"{path}:EveryOther")
+    assert custom.hash_strategy(f"{EXAMPLE}:EveryOther") == before
     path.write_text(path.read_text().replace("(2, 3, 4)", "(2, 3)"))
-    assert own_strategy.content_of(f"{path}:EveryOther") != before
+    assert custom.hash_strategy(f"{path}:EveryOther") != before
 
 
 HEAD = "from dataclasses import dataclass, field\nfrom typing import Any\n"

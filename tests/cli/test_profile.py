@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import save
 
 from conflayers_cli.profile.schema import Profile, SkipSection
-from conflayers_cli.profile.tensors import sha256_of
+from conflayers_cli.profile.tensors import hash_content
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile
 from tests.profile.test_migrations import OLD
@@ -123,7 +123,7 @@ def test_shipped_profiles_are_valid(run: Run) -> None:
 
 
 def test_validate_looks_at_the_tensors(run: Run, tmp_path: Path) -> None:
-    right = sha256_of(TENSORS)
+    right = hash_content(TENSORS)
     for sha256 in (None, right):
         path = with_tensors(tmp_path / "p.yaml", sha256=sha256)
         result = run("profile", "validate", path)

@@ -10,9 +10,10 @@ import pytest
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
-from conflayers_cli.profile.check import environment_of, fingerprint_of
+from conflayers_cli.profile.check import current_environment, fingerprint_model
 from conflayers_cli.profile.schema import (
     DraftSettings,
     Environment,
@@ -43,16 +44,16 @@ MEASURED = Measured(
 
 @pytest.fixture(scope="module")
 def loaded(model: Path) -> LoadedModel:
-    return load_model(str(model), device="cpu", dtype="float32")
+    return load_model(str(model), LoadOptions(device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
 def here(loaded: LoadedModel) -> Environment:
-    return environment_of(loaded)
+    return current_environment(loaded)
 
 
 def written(path: Path, loaded: LoadedModel, **fields: Any) -> Path:
-    values = {"model": fingerprint_of(loaded), "skip": SKIP, "draft": FIXED, **fields}
+    values = {"model": fingerprint_model(loaded), "skip": SKIP, "draft": FIXED, **fields}
     Profile(**values).save(path)
     return path
 

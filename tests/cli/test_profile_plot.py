@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from conflayers_cli.profile.plot_data import drawing_of
-from conflayers_cli.profile.plot_text import MOST_COLUMNS, MOST_ROWS, lines_of
+from conflayers_cli.profile.plot_data import make_drawing
+from conflayers_cli.profile.plot_text import MAX_COLUMNS, MAX_ROWS, render_text
 from conflayers_cli.profile.schema import Profile, SkipSection
-from conflayers_cli.profile.tensors import Tensors, sha256_of
+from conflayers_cli.profile.tensors import Tensors, hash_content
 from tests.cli.conftest import Run
 from tests.profile.test_schema import BARE
 
@@ -55,7 +55,7 @@ def trials(count: int = 4) -> Tensors:
 
 
 def text_of(tensors: Tensors, **options: Any) -> list[str]:
-    return lines_of(drawing_of(PROFILE, tensors), **options)
+    return render_text(make_drawing(PROFILE, tensors), **options)
 
 
 def test_the_plan_is_drawn_whatever_else_there_is() -> None:
@@ -86,14 +86,14 @@ def test_every_proposal_has_a_row_and_of_many_some() -> None:
     assert all(row[1][2] == "·" and row[1].count("·") == 1 for row in rows)
     many = text_of(proposals(500))
     numbers = [line.split()[0] for line in many[many.index("") :] if line[:9].strip().isdigit()]
-    assert numbers[0] == "1" and "500" in numbers and len(numbers) <= MOST_ROWS + 2
+    assert numbers[0] == "1" and "500" in numbers and len(numbers) <= MAX_ROWS + 2
 
 
 def test_the_proposal_shown_is_that_of_the_best_set() -> None:
     """Row k of the proposals is behind set k + 1: the first set is the balanced one."""
-    found = drawing_of(PROFILE, {**proposals(), **trials()})
+    found = make_drawing(PROFILE, {**proposals(), **trials()})
     assert found.proposals is not None and found.proposals.shown == 1
-    assert drawing_of(PROFILE, proposals()).proposals is not None
+    assert make_drawing(PROFILE, proposals()).proposals is not None
 
 
 def test_the_search_has_a_column_for_each_set() -> None:
@@ -105,7 +105,7 @@ def test_the_search_has_a_column_for_each_set() -> None:
     assert speedup.rstrip().endswith("0.50×–1.50×")
     assert "▁" in speedup and "█" in speedup
     wide = text_of(trials(1000))[-1]
-    assert len(wide) < MOST_COLUMNS + 40 and "0.50×–1.50×" in wide
+    assert len(wide) < MAX_COLUMNS + 40 and "0.50×–1.50×" in wide
 
 
 def test_without_blocks_pictures_are_ascii() -> None:
@@ -121,7 +121,7 @@ def test_strategies_that_do_not_decode_show_what_they_judged_by(name: str) -> No
     tensors = trials()
     tensors["trial_drafted"] = np.zeros(4)
     tensors[f"trial_{name}"] = np.linspace(0.2, 0.9, 4)
-    curves = {curve.name: curve for curve in drawing_of(PROFILE, tensors).curves}
+    curves = {curve.name: curve for curve in make_drawing(PROFILE, tensors).curves}
     assert list(curves) == ["skipped share", name, "expected speed-up"]
 
 
@@ -140,10 +140,10 @@ def test_tensors_of_another_shape_are_not_drawn() -> None:
         "trial_attention": np.ones((2, 3)),
         "agreement_without": np.array(["x"]),
     }
-    drawing = drawing_of(PROFILE, wrong)
+    drawing = make_drawing(PROFILE, wrong)
     assert drawing.proposals is None and drawing.alone is None and not drawing.curves
     short = {**proposals(), "z": proposals()["z"][:1]}
-    assert drawing_of(PROFILE, short).proposals is None
+    assert make_drawing(PROFILE, short).proposals is None
 
 
 FULL_TENSORS = {**proposals(), **trials()}
@@ -155,7 +155,7 @@ def written(folder: Path, tensors: Tensors | None = FULL_TENSORS) -> Path:
     if tensors is not None:
         content = save(tensors)
         (folder / "p.safetensors").write_bytes(content)
-        update = {"tensors": "p.safetensors", "tensors_sha256": sha256_of(content)}
+        update = {"tensors": "p.safetensors", "tensors_sha256": hash_content(content)}
     PROFILE.model_copy(update=update).save(path)
     return path
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, save_profile, write_prompts
@@ -24,7 +25,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def by_hand(model: Path, prompt: str, count: int, plan: SkipPlan) -> list[int]:
     """The skipped model alone behind a full prefill, token by token."""
-    loaded = load_model(str(model), dtype="float32")
+    loaded = load_model(str(model), LoadOptions(dtype="float32"))
     decoder = Decoder(loaded.model)
     tokens = loaded.tokenizer(prompt)["input_ids"]
     cache = decoder.new_cache(len(tokens) + count)

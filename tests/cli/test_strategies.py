@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from conflayers_cli.cli.strategies import STRATEGIES
 from conflayers_cli.profile.schema import Profile
+from conflayers_cli.search.strategies.registry import STRATEGIES
 from conflayers_cli.skip_plan import SkipPlan
 from tests.cli.conftest import Run, write_prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import os
 import pty
 import re
@@ -26,14 +27,16 @@ from conflayers_cli.bench.tables import bench_tables
 from conflayers_cli.cli import completion, main
 from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.tables import fitting
+from conflayers_cli.utils.error_text import did_you_mean
 from conflayers_cli.utils.notices import quiet
 from conflayers_cli.utils.progress import progress_bar
-from conflayers_cli.utils.suggest import did_you_mean
 from tests.bench.test_serialize import document, result
 from tests.cli.conftest import Run, start
 
 COMMANDS = {command.name: command for command in main.app.registered_commands}
-PAGES = {"": main.HELP, **{name or "": str(command.help) for name, command in COMMANDS.items()}}
+PAGES = {"": main.HELP} | {
+    name or "": inspect.getdoc(command.callback) or "" for name, command in COMMANDS.items()
+}
 
 
 # --- help ---

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompts import Message, Prompt
-from conflayers_cli.generation.truncation import GAP, cut, fit, texts_of
+from conflayers_cli.generation.truncation import GAP, prompt_texts, shorten, truncate_prompt
 from conflayers_cli.models.tokenization import TooLongError
 from tests.cli.conftest import Run, save_model
 
@@ -105,10 +105,10 @@ def test_a_template_without_room(run: Run, small: Path, tmp_path: Path) -> None:
 def test_messages_lose_their_middle_the_longest_first() -> None:
     texts = {"system": "be brief", "user": "0123456789" * 3}
     prompt = Prompt("1", messages=tuple(Message(*each) for each in texts.items()))
-    assert texts_of(cut(prompt, 11)) == ["be brief", f"012345{GAP}56789"]
-    assert texts_of(cut(prompt, 1)) == [f"b{GAP}", f"0{GAP}"]
-    assert cut(prompt, 30) == prompt
-    assert cut(Prompt("1", text="abcdef"), 2) == Prompt("1", text="ef")
+    assert prompt_texts(shorten(prompt, 11)) == ["be brief", f"012345{GAP}56789"]
+    assert prompt_texts(shorten(prompt, 1)) == [f"b{GAP}", f"0{GAP}"]
+    assert shorten(prompt, 30) == prompt
+    assert shorten(Prompt("1", text="abcdef"), 2) == Prompt("1", text="ef")
 
 
 @settings(max_examples=40)
@@ -117,16 +117,16 @@ def test_as_much_is_kept_as_there_is_room_for(lengths: list[int], most: int) -> 
     prompt = Prompt("1", messages=tuple(Message("user", "x" * length) for length in lengths))
 
     def encode(part: Prompt) -> list[int]:
-        found = [0] * sum(map(len, texts_of(part)))
+        found = [0] * sum(map(len, prompt_texts(part)))
         if len(found) > 2 * most:
             raise TooLongError("is too long")
         return found
 
-    fitted = fit(prompt, encode, most)
+    fitted = truncate_prompt(prompt, encode, most)
     assert len(fitted.tokens) <= most
     if sum(lengths) <= most:
         assert fitted.prompt == prompt
     else:  # a character more of each, or some more for what stands in the gap
         assert len(fitted.tokens) > most - most // 256 - len(lengths) * (1 + len(GAP))
     with pytest.raises(InputError, match="even without"):
-        fit(prompt, lambda part: [0] * (most + 1), most)
+        truncate_prompt(prompt, lambda part: [0] * (most + 1), most)

@@ -15,7 +15,7 @@ import pytest
 # Before anybody imports Ray, as the command does it.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
 
-WORKER = "ray::_Hand"
+WORKER = "ray::_Actor"
 """How Ray names the processes of our workers."""
 
 TOKEN = secrets.token_hex(32)

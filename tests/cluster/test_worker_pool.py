@@ -15,10 +15,15 @@ from typing import Any
 import pytest
 
 from conflayers_cli.cluster import ray_cluster
-from conflayers_cli.cluster.ray_cluster import Cluster, Room, cluster_of, room_for
-from conflayers_cli.cluster.worker_pool import Crew, Place, crew_of
+from conflayers_cli.cluster.ray_cluster import (
+    Cluster,
+    WorkerResources,
+    allocate_workers,
+    parse_cluster,
+)
+from conflayers_cli.cluster.worker_pool import WorkerInfo, WorkerPool, open_worker_pool
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.utils.notices import collected
+from conflayers_cli.utils.notices import collect_notices
 
 LOCAL = Cluster("local", 2)
 
@@ -32,11 +37,11 @@ class Squares:
     notes: tuple[str, ...] = ("squaring",)
 
     @property
-    def place(self) -> Place:
-        return Place("here", "abacus", self.dtype or f"dtype-{os.getpid()}", "2.0")
+    def info(self) -> WorkerInfo:
+        return WorkerInfo("here", "abacus", self.dtype or f"dtype-{os.getpid()}", "2.0")
 
     def __call__(self, share: int) -> tuple[int, int, str]:
-        return os.getpid(), self.work(share), self.place.dtype
+        return os.getpid(), self.work(share), self.info.dtype
 
 
 def opened(work: Callable[[int], int], dtype: str | None) -> Squares:
@@ -74,7 +79,7 @@ class TestCrew:
     def results(
         self, opening: Callable[[str | None], Any], shares: range, told: list[str]
     ) -> list[Any]:
-        with collected(told), crew_of(LOCAL, opening) as crew:
+        with collect_notices(told), open_worker_pool(LOCAL, opening) as crew:
             return list(crew.results(shares))
 
     def test_every_share_is_done_once_by_two_workers_in_one_dtype(self) -> None:
@@ -113,18 +118,18 @@ class TestCrew:
         wide = Cluster("local", 3)
         with (
             pytest.raises(InputError, match="workers 3: the cluster has room for 2"),
-            crew_of(wide, partial(opened, squared)),
+            open_worker_pool(wide, partial(opened, squared)),
         ):
             pass
 
     def test_workers_that_differ_are_told_of(self) -> None:
         told: list[str] = []
-        crew = Crew(Room(2, 1, 0), [], [], several_nodes=True)
-        with collected(told):
+        crew = WorkerPool(WorkerResources(2, 1, 0), [], [], several_nodes=True)
+        with collect_notices(told):
             for device in ("abacus", "slide rule", "slide rule"):
-                place = Place("here", device, "float32", "2.0")
-                crew._compare(place)
-                crew.places.append(place)
+                info = WorkerInfo("here", device, "float32", "2.0")
+                crew._compare(info)
+                crew.workers.append(info)
         (note,) = told
         assert "abacus" in note and "slide rule" in note
 
@@ -133,55 +138,60 @@ class TestRoom:
     @pytest.mark.parametrize(
         ("nodes", "workers", "gpus", "room"),
         [
-            ([(8, 0)], None, True, Room(1, 8, 0)),
-            ([(8, 0), (4, 0)], None, True, Room(2, 4, 0)),
-            ([(8, 0)], 3, True, Room(3, 2, 0)),
-            ([(3, 0), (3, 0)], 3, True, Room(3, 1, 0)),  # two of two CPUs would leave one out
-            ([(0, 0), (4, 0)], None, True, Room(1, 4, 0)),  # a head that does no work
-            ([(16, 4), (8, 0)], None, True, Room(4, 4, 1)),
-            ([(16, 4), (8, 0)], 2, True, Room(2, 8, 1)),
-            ([(16, 4), (8, 0)], None, False, Room(2, 8, 0)),
-            ([(2, 4)], None, True, Room(2, 1, 1)),
+            ([(8, 0)], None, True, WorkerResources(1, 8, 0)),
+            ([(8, 0), (4, 0)], None, True, WorkerResources(2, 4, 0)),
+            ([(8, 0)], 3, True, WorkerResources(3, 2, 0)),
+            (
+                [(3, 0), (3, 0)],
+                3,
+                True,
+                WorkerResources(3, 1, 0),
+            ),  # two of two CPUs would leave one out
+            ([(0, 0), (4, 0)], None, True, WorkerResources(1, 4, 0)),  # a head that does no work
+            ([(16, 4), (8, 0)], None, True, WorkerResources(4, 4, 1)),
+            ([(16, 4), (8, 0)], 2, True, WorkerResources(2, 8, 1)),
+            ([(16, 4), (8, 0)], None, False, WorkerResources(2, 8, 0)),
+            ([(2, 4)], None, True, WorkerResources(2, 1, 1)),
         ],
     )
     def test_workers_get_the_cpus_that_leave_room_for_all(
-        self, nodes: list[tuple[int, int]], workers: int | None, gpus: bool, room: Room
+        self, nodes: list[tuple[int, int]], workers: int | None, gpus: bool, room: WorkerResources
     ) -> None:
-        assert room_for(nodes, workers, gpus) == room
+        assert allocate_workers(nodes, workers, gpus) == room
 
     @pytest.mark.parametrize(
         ("nodes", "workers", "told"),
         [
-            ([(4, 0)], 5, "--workers 5: the cluster has room for 4, with a CPU for"),
+            ([(4, 0)], 5, "workers 5: the cluster has room for 4, with a CPU for"),
             ([(16, 2)], 3, "workers 3: the cluster has room for 2, with a CPU and a GPU for"),
-            ([(0, 0)], None, "--workers 1: the cluster has room for 0"),
+            ([(0, 0)], None, "workers 1: the cluster has room for 0"),
         ],
     )
     def test_where_there_is_none_it_is_told(
         self, nodes: list[tuple[int, int]], workers: int | None, told: str
     ) -> None:
         with pytest.raises(InputError, match=told):
-            room_for(nodes, workers, True)
+            allocate_workers(nodes, workers, True)
 
 
 class TestFlags:
     def test_without_ray_there_is_no_cluster(self) -> None:
-        assert cluster_of(None, None, device="auto", device_map=None) is None
+        assert parse_cluster(None, None, device="auto", device_map=None) is None
 
     def test_on_the_cpu_no_gpu_is_asked_for(self) -> None:
         pytest.importorskip("ray")
-        found = [cluster_of("auto", 2, device=each, device_map=None) for each in ("cpu", "auto")]
+        found = [parse_cluster("auto", 2, device=each, device_map=None) for each in ("cpu", "auto")]
         assert found == [Cluster("auto", 2, gpus=False), Cluster("auto", 2, gpus=True)]
 
     @pytest.mark.parametrize(
         ("address", "more", "told"),
         [
-            (None, {}, "--workers goes with --ray"),
-            ("auto", {"device_map": "auto"}, "leave --device-map out"),
-            ("auto", {"device": "cuda:1"}, "--device cuda:1: Ray gives every worker a GPU"),
-            ("somewhere", {}, "--ray somewhere: allowed is auto, local, or HOST:PORT"),
-            ("host:0", {}, "--ray host:0: allowed is"),
-            ("ray://host:10001", {}, "--ray ray://host:10001: allowed is"),
+            (None, {}, "workers goes with ray auto"),
+            ("auto", {"device_map": "auto"}, "leave device_map out"),
+            ("auto", {"device": "cuda:1"}, "device cuda:1: Ray gives every worker a GPU"),
+            ("somewhere", {}, "ray somewhere: allowed is auto, local, or HOST:PORT"),
+            ("host:0", {}, "ray host:0: allowed is"),
+            ("ray://host:10001", {}, "ray ray://host:10001: allowed is"),
         ],
     )
     def test_what_contradicts_itself_is_refused(
@@ -189,19 +199,19 @@ class TestFlags:
     ) -> None:
         flags: dict[str, Any] = {"device": "auto", "device_map": None, **more}
         with pytest.raises(InputError, match=told):
-            cluster_of(address, 2, **flags)
+            parse_cluster(address, 2, **flags)
 
     def test_beside_torchrun_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         for name, value in {**ranks, "MASTER_PORT": "29500"}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(InputError, match="torchrun a part of every layer: use one"):
-            cluster_of("auto", None, device="auto", device_map=None)
+            parse_cluster("auto", None, device="auto", device_map=None)
 
     def test_a_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
         with pytest.raises(InputError, match=r"ray needs Ray: pip install 'conflayers\[ray\]'"):
-            cluster_of("auto", None, device="auto", device_map=None)
+            parse_cluster("auto", None, device="auto", device_map=None)
 
 
 class TestAddress:
@@ -214,7 +224,7 @@ class TestAddress:
 
     def test_another_service_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("ray")
-        monkeypatch.setattr(ray_cluster, "ANSWERED_S", 4.0)
+        monkeypatch.setattr(ray_cluster, "PROBE_TIMEOUT_S", 4.0)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
             with pytest.raises(InputError, match=f"ray {address}: no Ray cluster answers there"):

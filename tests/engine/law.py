@@ -166,7 +166,7 @@ def start_of(generation: Generation) -> tuple[tuple[int, ...], int, int]:
 
 
 def sample(
-    setting: SamplingParams, drafter: Proposer | None
+    setting: SamplingParams, proposer: Proposer | None
 ) -> tuple[Counter[tuple[int, ...]], float | None]:
     """(counts of the starts, share of drafts kept)."""
     counts: Counter[tuple[int, ...]] = Counter()
@@ -174,7 +174,7 @@ def sample(
     for seed in range(RUNS):
         own_seed = SamplingParams(**{**vars(setting), "seed": seed})
         generation = Generation(
-            remembering(), GenerationRequest(PROMPT, 4, own_seed), drafter=drafter
+            remembering(), GenerationRequest(PROMPT, 4, own_seed), proposer=proposer
         )
         tokens, more_drafted, more_accepted = start_of(generation)
         counts[tokens] += 1

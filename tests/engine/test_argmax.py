@@ -12,8 +12,8 @@ import torch
 from conflayers_cli.engine.argmax import (
     INVALID_TOKEN,
     LogitsError,
-    best_with_probability,
     greedy_tokens,
+    greedy_with_prob,
 )
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.forward import ModelInput
@@ -65,9 +65,9 @@ def opened(recorded: bool, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 def decoded(
-    decoder: Decoder, sampling: SamplingParams, drafter: Proposer | None = None
+    decoder: Decoder, sampling: SamplingParams, proposer: Proposer | None = None
 ) -> list[int]:
-    generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), proposer=proposer)
     tiny.steps_of(generation)
     return generation.output
 
@@ -94,7 +94,7 @@ def test_one_bad_logit_is_enough(bad: float, dtype: torch.dtype) -> None:
     best = greedy_tokens(scores).tolist()
     assert best[0] == int(scores[0].argmax()) and best[3] == int(scores[3, :5].argmax())
     assert best[1:3] == [INVALID_TOKEN, INVALID_TOKEN]
-    tokens, chances = best_with_probability(scores)
+    tokens, chances = greedy_with_prob(scores)
     assert chances.isnan().tolist() == [False, True, True, False]
     assert all(0 <= token < 1000 for token in tokens.tolist())
     for law in LAWS.values():
@@ -113,7 +113,7 @@ def test_a_tiny_temperature_is_greedy_and_no_error(temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_extreme_penalty_is_no_error(penalty: float, temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature, repetition_penalty=penalty), 4, CPU)
-    sampler.saw([0, 1, 2])
+    sampler.mark_seen([0, 1, 2])
     scores = torch.tensor([[0.0, 5.0, -5.0, 1.0]])
     assert sampler.choose(scores) == (1 if penalty < 1 else 3)
 
@@ -148,7 +148,7 @@ def test_a_sampled_text_never_goes_on_behind_the_bad_token(way: str) -> None:
         generation = Generation(
             decoder,
             GenerationRequest(PROMPT, COUNT, SamplingParams(temperature=1.0, seed=seed)),
-            drafter=WAYS[way](decoder),
+            proposer=WAYS[way](decoder),
         )
         with pytest.raises(LogitsError) as caught:
             tiny.steps_of(generation)
@@ -168,7 +168,7 @@ def test_a_bad_token_that_is_only_drafted_changes_nothing(law: str, dtype: torch
     # Certain drafts, which are refused where the model would not have drawn them.
     wrong = tiny.Scripted(lambda text: [bad, bad])
     if not sampling.greedy:
-        generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=wrong)
+        generation = Generation(decoder, GenerationRequest(PROMPT, COUNT, sampling), proposer=wrong)
         with suppress(LogitsError):
             tiny.steps_of(generation)
         # Unless it is drawn the text goes on to its end.
@@ -213,11 +213,11 @@ def test_drafts_that_are_no_numbers_are_none(
     plain = decoded(decoder, sampling)
     spoilt = spoil_drafts(decoder, monkeypatch)
     generation = Generation(
-        decoder, GenerationRequest(PROMPT, COUNT, sampling), drafter=WAYS[way](decoder)
+        decoder, GenerationRequest(PROMPT, COUNT, sampling), proposer=WAYS[way](decoder)
     )
     steps = tiny.steps_of(generation)
     assert spoilt
-    assert not any("skip" in (step.sources or (step.drafter,)) for step in steps)
+    assert not any("skip" in (step.sources or (step.proposer,)) for step in steps)
     if sampling.greedy:
         assert generation.output == plain
 
@@ -225,9 +225,9 @@ def test_drafts_that_are_no_numbers_are_none(
 def batch_of(
     decoder: Decoder, prompts: list[list[int]], way: str, sampling: SamplingParams, size: int = 3
 ) -> Batch:
-    drafter: Any = WAYS[way](decoder)
+    proposer: Any = WAYS[way](decoder)
     requests = [GenerationRequest(prompt, COUNT, sampling) for prompt in prompts]
-    return Batch(decoder, requests, size=size, drafter=drafter)
+    return Batch(decoder, requests, size=size, proposer=proposer)
 
 
 @pytest.mark.parametrize("law", ["greedy", "penalised"])
@@ -249,7 +249,7 @@ def test_a_batch_names_the_text(way: str, law: str) -> None:
         batch_of(decoder, prompts, way, sampling).run()
     assert caught.value.number == 2
     assert f"step {place + 2} (position {len(PROMPT) + place})" in str(caught.value)
-    assert str(caught.value.of("prompt x")).startswith("prompt x: the logits of step")
+    assert str(caught.value.for_prompt("prompt x")).startswith("prompt x: the logits of step")
 
 
 def test_a_batch_names_the_text_whose_prompt_is_bad() -> None:
@@ -299,7 +299,7 @@ def test_a_bad_token_that_is_only_drafted_in_a_batch(law: str) -> None:
     bad = next(token for token in range(tiny.VOCABULARY) if token not in known)
     damage(decoder, bad)
     requests = [GenerationRequest(prompt, COUNT, sampling) for prompt in prompts]
-    batch = Batch(decoder, requests, drafter=Wrong(bad))
+    batch = Batch(decoder, requests, proposer=Wrong(bad))
     batch.run()
     assert all(bad not in output and len(output) == COUNT for output in batch.outputs)
     if sampling.greedy:

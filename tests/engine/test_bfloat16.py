@@ -18,7 +18,7 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.attention import attention_forward
-from conflayers_cli.kernels.kv_cache import KVCache, extent_for
+from conflayers_cli.kernels.kv_cache import KVCache, round_up_kv_len
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
 from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
@@ -59,8 +59,8 @@ def decoder(shape: str = "grouped") -> Decoder:
 def test_speculative_output_is_vanillas(plan: SkipPlan, size: int, length: int, seed: int) -> None:
     prompt = tiny.prompt(length, seed, VOCABULARY)
     vanilla = Generation(decoder(), GenerationRequest(prompt, 24))
-    drafter = SkipProposer(decoder(), plan, size, 0.0)
-    speculative = Generation(decoder(), GenerationRequest(prompt, 24), drafter=drafter)
+    proposer = SkipProposer(decoder(), plan, size, 0.0)
+    speculative = Generation(decoder(), GenerationRequest(prompt, 24), proposer=proposer)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
     assert speculative.output == vanilla.output
@@ -73,8 +73,8 @@ def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
     """A leaf's key lies elsewhere than vanilla's when the token behind it is first guessed."""
     prompt = tiny.prompt(3 + seed % 40, seed, VOCABULARY)
     vanilla = Generation(decoder(shape), GenerationRequest(prompt, 96))
-    drafter = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
-    speculative = Generation(decoder(shape), GenerationRequest(prompt, 96), drafter=drafter)
+    proposer = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
+    speculative = Generation(decoder(shape), GenerationRequest(prompt, 96), proposer=proposer)
     tiny.steps_of(vanilla)
     steps = tiny.steps_of(speculative)
     assert speculative.output == vanilla.output
@@ -101,7 +101,7 @@ def test_what_follows_a_leaf_is_verified_in_the_next_step() -> None:
     lengths = {3: [1, 1], 4: [1, 2], 5: [1, 2, 1], 6: [1, 2, 2], 30: [1, 2, 2]}
     for count, expected in lengths.items():
         asked.clear()
-        one = Generation(decoder(), GenerationRequest([7, 8, 9], count), drafter=OnlyLeaves())
+        one = Generation(decoder(), GenerationRequest([7, 8, 9], count), proposer=OnlyLeaves())
         steps = tiny.steps_of(one)
         assert one.output == text[:count]
         assert [len(step.tokens) for step in steps[1:4]] == expected
@@ -154,18 +154,18 @@ def test_attention_bits_do_not_depend_on_rows_or_extent(further: int, heads: int
 
     for seen in (*range(196, 256, 2), *range(256, 1024, 40)):
         states = draw(heads, 48), draw(8, 2048), draw(8, 2048)
-        alone = attended(states, seen, 1, extent_for(seen))
+        alone = attended(states, seen, 1, round_up_kv_len(seen))
         for tokens in (1, 2, 5, 16, 48):
-            got = attended(states, seen, tokens, extent_for(seen + further))
+            got = attended(states, seen, tokens, round_up_kv_len(seen + further))
             assert torch.equal(got, alone), (seen, tokens)
 
 
 def test_a_dtype_with_fewer_bits_is_really_in_use() -> None:
     """The tests above would hold trivially in float32; and drafts must not all be right."""
     assert decoder().dtype == torch.bfloat16
-    drafter = SkipProposer(decoder(), SkipPlan.of_layers([2]), 4, 0.0)
+    proposer = SkipProposer(decoder(), SkipPlan.of_layers([2]), 4, 0.0)
     generation = Generation(
-        decoder(), GenerationRequest(tiny.prompt(20, 0, VOCABULARY), 40), drafter=drafter
+        decoder(), GenerationRequest(tiny.prompt(20, 0, VOCABULARY), 40), proposer=proposer
     )
     steps = tiny.steps_of(generation)
     assert 0 < sum(step.accepted for step in steps) < sum(step.drafted for step in steps)
@@ -179,15 +179,15 @@ def test_without_exactness_passes_are_as_small_as_they_can_be(
     loose, prompt = Decoder(model, exact=False), tiny.prompt(30)
     assert (loose.invariance.min_rows, loose.invariance.bitwise) == (1, False)
     asked: list[tuple[int, int]] = []
-    right = KVCache.announce
+    right = KVCache.set_slots
 
-    def announce(cache: KVCache, slots: torch.Tensor, extent: int) -> None:
+    def set_slots(cache: KVCache, slots: torch.Tensor, extent: int) -> None:
         asked.append((slots.shape[1], extent))
         right(cache, slots, extent)
 
-    monkeypatch.setattr(KVCache, "announce", announce)
-    drafter = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
-    generation = Generation(loose, GenerationRequest(prompt, 40), drafter=drafter)
+    monkeypatch.setattr(KVCache, "set_slots", set_slots)
+    proposer = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
+    generation = Generation(loose, GenerationRequest(prompt, 40), proposer=proposer)
     tiny.steps_of(generation)
     assert len(generation.output) == 40
     assert {extent for _, extent in asked} == {64, 128}
@@ -203,8 +203,10 @@ def of_family(family: str) -> Decoder:
 def test_every_family_is_exact(family: str, seed: int) -> None:
     prompt = tiny.prompt(5 + 9 * seed, seed)
     vanilla = Generation(of_family(family), GenerationRequest(prompt, 40))
-    drafter = SkipProposer(of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0)
-    speculative = Generation(of_family(family), GenerationRequest(prompt, 40), drafter=drafter)
+    proposer = SkipProposer(
+        of_family(family), SkipPlan.of_layers([1 + seed % 3]), 3 + 2 * seed, 0.0
+    )
+    speculative = Generation(of_family(family), GenerationRequest(prompt, 40), proposer=proposer)
     tiny.steps_of(vanilla)
     tiny.steps_of(speculative)
     assert speculative.output == vanilla.output

@@ -16,12 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from conflayers_cli.engine.cache_pool import CachePool
 from conflayers_cli.engine.model_lock import ModelLock
 from conflayers_cli.kernels import attention
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache, extent_for
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache, KVLayout, round_up_kv_len
 
 HEADS, DIM, LAYERS = 2, 4, 2
 # On both sides of the end of the first extent.
-SLOTS = st.integers(0, 6) | st.integers(EXTENT_MULTIPLE - 3, EXTENT_MULTIPLE + 3)
-CAPACITY = EXTENT_MULTIPLE + 8
+SLOTS = st.integers(0, 6) | st.integers(KV_BLOCK - 3, KV_BLOCK + 3)
+CAPACITY = KV_BLOCK + 8
 Row = dict[int, int]
 """What a row holds by slot: the number of the write that put it there, of which all follows."""
 
@@ -38,8 +38,9 @@ class Slots(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 3), pooled=st.booleans())
     def begin(self, batch: int, pooled: bool) -> None:
         self.batch, self.writes = batch, 0
-        sizes = [((HEADS, DIM), (HEADS, DIM))] * LAYERS
-        pool = CachePool(LAYERS, sizes, torch.empty(0), lambda number: None, ModelLock())
+        sizes = (((HEADS, DIM), (HEADS, DIM)),) * LAYERS
+        layout = KVLayout(sizes, torch.float32, torch.device("cpu"))
+        pool = CachePool(layout, lambda number: None, ModelLock())
         self.pool = pool if pooled else None
         self.take()
 
@@ -58,7 +59,7 @@ class Slots(RuleBasedStateMachine):
         first = self.writes
         numbers = [[first + i * len(slots) + j for j in range(len(slots))] for i in range(len(at))]
         self.writes += len(rows) * len(slots)
-        view.announce(torch.tensor(at), extent_for(max(map(max, at)) + 1))
+        view.set_slots(torch.tensor(at), round_up_kv_len(max(map(max, at)) + 1))
         for layer in layers:
             states = [
                 torch.stack(
@@ -102,7 +103,7 @@ class Slots(RuleBasedStateMachine):
     @rule(source=st.integers(0, 2), goal=st.integers(0, 2), length=SLOTS)
     def a_row_takes_anothers_place(self, source: int, goal: int, length: int) -> None:
         source, goal = source % self.batch, goal % self.batch
-        self.cache.copy_row(source, goal, length)
+        self.cache.copy_sequence(source, goal, length)
         for held in self.held:
             for slot in range(length):
                 self.copy(held[source], held[goal], slot, slot)
@@ -151,8 +152,8 @@ class Slots(RuleBasedStateMachine):
     def check_read(self, row: int, layer: int, slot: int, seen: list[int]) -> None:
         """Attention of one query against the softmax over a list of what it sees."""
         held, view = self.held[layer][row], self.cache.view(row, row + 1)
-        extent = extent_for(max(seen) + 1)
-        view.announce(torch.tensor([[slot]]), extent)
+        extent = round_up_kv_len(max(seen) + 1)
+        view.set_slots(torch.tensor([[slot]]), extent)
         key, value, query = (vector(held[slot], layer, kind)[None, :, None] for kind in range(3))
         keys, values = view.update(key, value, layer)
         mask = torch.zeros(1, 1, 1, extent, dtype=torch.bool)

@@ -233,7 +233,7 @@ class Texts(RuleBasedStateMachine):
         row %= len(self.texts)
         last = self.texts.pop()
         if row < len(self.texts):
-            self.cache.copy_row(len(self.texts), row, len(last) - 1)
+            self.cache.copy_sequence(len(self.texts), row, len(last) - 1)
             self.texts[row] = last
 
     @precondition(lambda self: any(len(text) > self.longest for text in self.texts))

@@ -12,15 +12,20 @@ import pytest
 import torch
 
 from conflayers_cli.engine import cost_cache
-from conflayers_cli.engine.cost_cache import Latencies, cost_table, key_of, sizes_up_to
+from conflayers_cli.engine.cost_cache import (
+    CachedCosts,
+    batch_sizes_up_to,
+    cost_table,
+    make_model_key,
+)
 from conflayers_cli.engine.cost_measurement import measure_costs
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.utils import environment
 from tests import tiny
 
 _VERSIONS: dict[str, str] = environment.versions()
-COSTS = Costs({1: 2.0, 5: 3.0}, 0.5, 0.25, 0.125, 64, 0.001, 0.125, 0.0001)
+COSTS = PassCosts({1: 2.0, 5: 3.0}, 0.5, 0.25, 0.125, 64, 0.001, 0.0001)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows measured, in order; every time gives costs of its own."""
     sizes: list[int] = []
 
-    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> Costs:
+    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> PassCosts:
         assert growth == (batch == 1)
         sizes.append(batch)
         costs = replace(COSTS, floor=COSTS.floor + len(sizes))
@@ -38,7 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def _table(folder: Path | None, *batches: int, key: str = "model") -> Latencies:
+def _table(folder: Path | None, *batches: int, key: str = "model") -> CachedCosts:
     return cost_table(
         tiny.decoder("llama"), batches=batches or (1,), model_key=key, cache_folder=folder
     )
@@ -46,7 +51,7 @@ def _table(folder: Path | None, *batches: int, key: str = "model") -> Latencies:
 
 def test_what_was_measured_is_kept(tmp_path: Path, measured: list[int]) -> None:
     first = _table(tmp_path)
-    assert first.measured == (1,) and first.unkept is None
+    assert first.measured == (1,) and first.cache_error is None
     assert first.path is not None and first.path.parent == tmp_path / "latencies"
     again = _table(tmp_path)
     assert again == replace(first, measured=())
@@ -72,7 +77,7 @@ def test_growth_is_in_proportion_to_the_rows(tmp_path: Path) -> None:
 
 
 def test_real_costs_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> Costs:
+    def measure(decoder: Decoder, *, batch: int, growth: bool, int4: bool) -> PassCosts:
         return measure_costs(decoder, context=8, rounds=1, batch=batch, growth=growth)
 
     monkeypatch.setattr(cost_cache, "measure_costs", measure)
@@ -159,7 +164,7 @@ def _changed(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         _changed(floor="0.1"),
         _changed(floor=True),
         _changed(floor=10**400),
-        _changed(head=None),
+        _changed(mlp=None),
         _changed(context=-1),
     ],
 )
@@ -192,13 +197,13 @@ def test_a_cut_file_is_measured_anew(tmp_path: Path) -> None:
 def test_without_a_place_it_is_measured_every_time(tmp_path: Path, measured: list[int]) -> None:
     for _ in range(2):
         nowhere = _table(None)
-        assert nowhere.path is None and nowhere.unkept is None and nowhere.measured == (1,)
+        assert nowhere.path is None and nowhere.cache_error is None and nowhere.measured == (1,)
     occupied = tmp_path / "file"
     occupied.write_text("")
     for _ in range(2):
         found = _table(occupied)
         assert found.measured == (1,)
-        assert found.unkept is not None and str(occupied) in found.unkept
+        assert found.cache_error is not None and str(occupied) in found.cache_error
     assert measured == [1] * 4
 
 
@@ -209,7 +214,7 @@ def test_a_folder_in_the_files_place_is_no_error(tmp_path: Path) -> None:
     path.mkdir()
     found = _table(tmp_path)
     assert found.measured == (1,)
-    assert found.unkept is not None and str(path) in found.unkept
+    assert found.cache_error is not None and str(path) in found.cache_error
 
 
 def test_progress_is_told_only_where_something_is_measured(tmp_path: Path) -> None:
@@ -229,9 +234,9 @@ def test_keys_tell_models_apart() -> None:
     model = tiny.build(tiny.CONFIGS["llama"]())
     same = tiny.build(tiny.CONFIGS["llama"](), seed=1)
     other = tiny.build(tiny.CONFIGS["qwen2"]())
-    assert key_of(model) == key_of(same) != key_of(other)
+    assert make_model_key(model) == make_model_key(same) != make_model_key(other)
     same.model.layers[2].mlp.up_proj = torch.nn.Bilinear(1, 1, 1)  # another kind of module
-    assert key_of(model) != key_of(same)
+    assert make_model_key(model) != make_model_key(same)
 
 
 @pytest.mark.parametrize(
@@ -239,4 +244,4 @@ def test_keys_tell_models_apart() -> None:
     [(1, (1,)), (2, (1, 2)), (4, (1, 4)), (5, (1, 4, 5)), (16, (1, 4, 16)), (20, (1, 4, 16, 20))],
 )
 def test_sizes_up_to(rows: int, sizes: tuple[int, ...]) -> None:
-    assert sizes_up_to(rows) == sizes
+    assert batch_sizes_up_to(rows) == sizes

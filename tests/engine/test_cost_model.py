@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +11,14 @@ import torch
 import transformers as hf
 
 from conflayers_cli.engine import cost_measurement
-from conflayers_cli.engine.cost_measurement import LEAST_ROUNDS, WIDTHS, measure_costs, widths_for
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_measurement import MIN_ROUNDS, WIDTHS, measure_costs, widths_for
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
-COSTS = Costs({1: 2.0, 4: 5.0, 8: 7.0}, floor=0.5, attention=0.25, mlp=0.125, context=64)
+COSTS = PassCosts({1: 2.0, 4: 5.0, 8: 7.0}, floor=0.5, attention=0.25, mlp=0.125, context=64)
 
 
 @pytest.mark.parametrize(
@@ -31,15 +30,15 @@ def test_verify_cost_is_linear_between_widths(width: int, seconds: float) -> Non
 
 
 def test_verify_cost_does_not_depend_on_the_order_of_the_widths() -> None:
-    backwards = Costs({8: 7.0, 4: 5.0, 1: 2.0}, 0.5, 0.25, 0.125, 64)
+    backwards = PassCosts({8: 7.0, 4: 5.0, 1: 2.0}, 0.5, 0.25, 0.125, 64)
     assert [backwards.verify_cost(w) for w in range(1, 20)] == [
         COSTS.verify_cost(w) for w in range(1, 20)
     ]
 
 
 def test_verify_cost_of_a_single_width() -> None:
-    assert Costs({2: 3.0}, 0, 0, 0, 1).verify_cost(1) == 3.0
-    assert Costs({2: 3.0}, 0, 0, 0, 1).verify_cost(4) == 6.0
+    assert PassCosts({2: 3.0}, 0, 0, 0, 1).verify_cost(1) == 3.0
+    assert PassCosts({2: 3.0}, 0, 0, 0, 1).verify_cost(4) == 6.0
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_draft_cost_is_what_is_left(plan: SkipPlan, seconds: float) -> None:
 
 
 def test_costs_at_another_context() -> None:
-    costs = Costs({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, attention_per_position=0.001)
+    costs = PassCosts({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, attention_per_position=0.001)
     longer = costs.at(164, depth=8)
     assert longer.attention == pytest.approx(0.35)
     assert longer.verify_cost(1) == pytest.approx(2.8)
@@ -66,7 +65,7 @@ def test_costs_at_another_context() -> None:
 
 
 def test_wider_passes_grow_more_with_the_context() -> None:
-    costs = Costs(
+    costs = PassCosts(
         {1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, 0.001, attention_per_position_and_token=0.0001
     )
     longer = costs.at(164, depth=8)
@@ -78,28 +77,23 @@ def test_wider_passes_grow_more_with_the_context() -> None:
 
 
 def test_wider_is_not_cheaper_at_a_shorter_context() -> None:
-    costs = Costs({1: 2.0, 9: 2.1}, 0.5, 0.25, 0.125, 100, attention_per_position_and_token=0.001)
+    costs = PassCosts(
+        {1: 2.0, 9: 2.1}, 0.5, 0.25, 0.125, 100, attention_per_position_and_token=0.001
+    )
     assert costs.at(0, depth=8).verify == {1: 2.0, 9: 2.0}
 
 
 def test_a_table_is_linear_between_numbers_of_rows() -> None:
-    one = Costs({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, 0.001, 0.0625, 0.0001)
-    four = Costs({1: 4.0, 2: 6.0}, 1.0, 0.5, 0.25, 64, 0.004, 0.125, 0.0004)
+    one = PassCosts({1: 2.0, 4: 5.0}, 0.5, 0.25, 0.125, 64, 0.001, 0.0001)
+    four = PassCosts({1: 4.0, 2: 6.0}, 1.0, 0.5, 0.25, 64, 0.004, 0.0004)
     table = CostTable({4: four, 1: one}, depth=8)
     assert table.at(1, 64) == one
     assert table.at(4, 64) == table.at(9, 64) == four
     between = table.at(2, 64)
     assert between.verify == pytest.approx({1: 8 / 3, 2: 4.0, 4: (2 * 5.0 + 12.0) / 3})
     assert between.floor == pytest.approx(2 / 3)
-    assert between.head == pytest.approx(0.25 / 3)
     assert between.attention_per_position_and_token == pytest.approx(0.0002)
     assert table.at(1, 164) == one.at(164, 8)
-
-
-def test_a_smaller_vocabulary_takes_off_its_share_of_the_head() -> None:
-    costs = replace(COSTS, head=0.4)
-    assert costs.draft_cost(SkipPlan(), 8, 0.25) == pytest.approx(0.2 + 8 * 0.375)
-    assert replace(COSTS, head=0.9).draft_cost(SkipPlan(), 8, 0.25) == pytest.approx(8 * 0.375)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +125,7 @@ def test_measured_costs_are_whole(family: str, batch: int) -> None:
     ordered = list(costs.verify.values())
     assert ordered == sorted(ordered)
     assert ordered[0] > 0 and math.isfinite(ordered[-1])
-    assert min(costs.floor, costs.attention, costs.mlp, costs.head) >= 0
-    assert costs.head <= costs.floor
+    assert min(costs.floor, costs.attention, costs.mlp) >= 0
     assert costs.context == 40
     if family == "opt":  # its sub-layers can't be told apart
         assert costs.attention == costs.mlp
@@ -141,7 +134,7 @@ def test_measured_costs_are_whole(family: str, batch: int) -> None:
 class Clockwork:
     """Seconds by what a pass contains, and by how often it was run."""
 
-    FLOOR, ATTENTION, MLP, ROW, HEAD = 0.5, 0.25, 0.125, 0.01, 0.0625
+    FLOOR, ATTENTION, MLP, ROW = 0.5, 0.25, 0.125, 0.01
     POSITION, BOTH = 2e-4, 1e-5
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, depth: int = tiny.DEPTH) -> None:
@@ -149,7 +142,6 @@ class Clockwork:
         self.runs: list[tuple[int, int, int]] = []
         self.late: dict[int, float] = {}
         monkeypatch.setattr(cost_measurement, "_time", self.time)
-        monkeypatch.setattr(cost_measurement, "_time_head", self.head)
 
     def time(
         self, decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int
@@ -162,9 +154,6 @@ class Clockwork:
         disturbance = self.late.get(width, 0.0) if not plan and context == 8 else 0.0
         return self.FLOOR + layers + self.ROW * (width - 1) + disturbance
 
-    def head(self, head: torch.nn.Module, states: torch.Tensor) -> float:
-        return self.HEAD
-
 
 def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that runs by what a pass contains, the figures come out as put in."""
@@ -173,8 +162,8 @@ def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny.build(hf.LlamaConfig(**tiny.LLAMA_LIKE | {"max_position_embeddings": 2048}))
     )
     costs = measure_costs(decoder, context=8, rounds=1)
-    got = (costs.floor, costs.attention, costs.mlp, costs.head)
-    expected = (clockwork.FLOOR, clockwork.ATTENTION, clockwork.MLP, clockwork.HEAD)
+    got = (costs.floor, costs.attention, costs.mlp)
+    expected = (clockwork.FLOOR, clockwork.ATTENTION, clockwork.MLP)
     assert got == pytest.approx(expected)
     assert costs.attention_per_position == pytest.approx(clockwork.POSITION)
     assert costs.attention_per_position_and_token == pytest.approx(clockwork.BOTH)
@@ -182,7 +171,7 @@ def test_costs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs.verify == pytest.approx({w: full + clockwork.ROW * (w - 1) for w in WIDTHS})
     assert costs.draft_cost(SkipPlan(), tiny.DEPTH) == pytest.approx(costs.verify_cost(1))
     # at the same place of its extent, whole extents further on
-    assert {at for _, at, _ in clockwork.runs} == {8, 8 + EXTENT_MULTIPLE}
+    assert {at for _, at, _ in clockwork.runs} == {8, 8 + KV_BLOCK}
 
 
 def test_growth_is_left_out_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +202,7 @@ def test_measuring_ends_when_nothing_changes_any_more(monkeypatch: pytest.Monkey
     clockwork = Clockwork(monkeypatch)
     measure_costs(tiny.decoder("llama"), context=8, rounds=50)
     rounds = clockwork.runs.count((1, 8, 26))
-    assert rounds == LEAST_ROUNDS + 2  # one warms up, one confirms
+    assert rounds == MIN_ROUNDS + 2  # one warms up, one confirms
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_prefill_in_chunks(family: str, chunk: int, monkeypatch: pytest.MonkeyPa
     decoder = tiny.decoder(family)
     expected = forward(decoder)[:, -1:]
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", chunk)
-    monkeypatch.setattr(decoder_module, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(decoder_module, "MIN_CHUNK", 1)
     assert decoder.chunk_for(24) == chunk
     logits = decoder.prefill(TOKENS, decoder.new_cache(24))
     assert logits.shape == (1, 1, tiny.VOCABULARY)
@@ -126,7 +126,7 @@ def test_long_prompts_go_in_smaller_chunks() -> None:
     decoder = tiny.decoder("llama")  # two query heads per key head
     assert decoder.chunk_for(1) == decoder.chunk_for(4096) == decoder_module.PREFILL_CHUNK
     assert decoder.chunk_for(16_384) == 128
-    assert decoder.chunk_for(1_000_000) == decoder_module.LEAST_CHUNK
+    assert decoder.chunk_for(1_000_000) == decoder_module.MIN_CHUNK
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

@@ -64,8 +64,8 @@ def test_greedy_output_is_generates(family: str, length: int) -> None:
     for i, plan in enumerate(WHOLE if family in WHOLE_ONLY else WHOLE + PARTIAL):
         # every plan with drafts of both sizes, one of them behind each prompt
         size = (1, 4)[(i + LENGTHS.index(length)) % 2]
-        drafter = SkipProposer(decoder, plan, max_tokens=size, stop_probability=0.0)
-        generation = Generation(decoder, GenerationRequest(prompt, COUNT), drafter=drafter)
+        proposer = SkipProposer(decoder, plan, max_tokens=size, stop_probability=0.0)
+        generation = Generation(decoder, GenerationRequest(prompt, COUNT), proposer=proposer)
         for step in generation:
             drafted += step.drafted
             accepted += step.accepted

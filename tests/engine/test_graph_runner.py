@@ -12,21 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
+from conflayers_cli.engine.cuda_graphs import DeviceWork
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.graph_runner import (
     EAGER_FIRST,
-    MOST_GRAPHS,
+    MAX_GRAPHS,
     WIDTHS,
-    ForwardSpec,
     GraphRunner,
-    Work,
-    bucket_for,
+    bucket_kv_len,
 )
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -61,7 +60,7 @@ def tapes(decoder: Decoder) -> int:
 
 def free(turnaround: float = 0.0) -> CostTable:
     """Costs that make every draft pay."""
-    one = Costs(
+    one = PassCosts(
         {width: 1.0 + 0.001 * width for width in range(1, 30)},
         floor=0.01,
         attention=0.0,
@@ -96,8 +95,8 @@ def test_every_family(family: str) -> None:
     plan = PLAN
     for _ in range(2):
         assert output(decoder, prompt) == output(plain, prompt)
-        drafter = SkipProposer(decoder, plan, 3, 0.0)
-        assert output(decoder, prompt, drafter=drafter) == output(plain, prompt)
+        proposer = SkipProposer(decoder, plan, 3, 0.0)
+        assert output(decoder, prompt, proposer=proposer) == output(plain, prompt)
     if decoder.runner.reason is None:
         assert decoder.runner.graphs > 0
     else:
@@ -119,11 +118,11 @@ def test_most_families_can_be_recorded() -> None:
 @pytest.mark.parametrize("kind", ["vanilla", "chain", "tree", "mixed", "ahead"])
 def test_every_way_of_drafting(kind: str, dtype: torch.dtype) -> None:
     decoder = recording(dtype=dtype)
-    drafter = drafters(decoder)[kind]
+    proposer = drafters(decoder)[kind]
     for seed in range(3):
         prompt = tiny.prompt(5 + seed, seed)
         eager = Decoder(decoder.model)
-        assert output(decoder, prompt, drafter=drafter) == output(eager, prompt)
+        assert output(decoder, prompt, proposer=proposer) == output(eager, prompt)
     assert tapes(decoder) > 0
     assert decoder.runner.reason is None
 
@@ -208,9 +207,9 @@ def test_a_changed_plan_leaves_the_whole_models_graphs() -> None:
     decoder = recording()
     prompt = tiny.prompt(6)
     for _ in range(EAGER_FIRST + 2):
-        output(decoder, prompt, drafter=SkipProposer(decoder, PLAN, 3, 0.0))
+        output(decoder, prompt, proposer=SkipProposer(decoder, PLAN, 3, 0.0))
     before = tapes(decoder)
-    output(decoder, prompt, drafter=SkipProposer(decoder, PLAN, 3, 0.0))
+    output(decoder, prompt, proposer=SkipProposer(decoder, PLAN, 3, 0.0))
     assert tapes(decoder) == before  # nothing new in the same text
     other = SkipPlan.of_layers([2])
     cache = decoder.new_cache(64)
@@ -232,7 +231,7 @@ def test_passes_tried_once_or_twice_are_not_recorded() -> None:
 
 
 def test_only_the_latest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conflayers_cli.engine.graph_runner.MOST_GRAPHS", 2)
+    monkeypatch.setattr("conflayers_cli.engine.graph_runner.MAX_GRAPHS", 2)
     decoder = recording()
     cache = decoder.new_cache(64)
 
@@ -247,7 +246,7 @@ def test_only_the_latest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     run(3)
     run(2)
     assert tapes(decoder) == 3  # these were kept
-    assert MOST_GRAPHS > 2
+    assert MAX_GRAPHS > 2
 
 
 def test_long_passes_are_not_recorded() -> None:
@@ -258,17 +257,17 @@ def test_long_passes_are_not_recorded() -> None:
 
 
 class _Refuses(TapeRecorder):
-    def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
+    def record(self, work: DeviceWork) -> tuple[torch.Tensor, Callable[[], None]]:
         raise RuntimeError("no graph for you\nand a long story")
 
 
 def test_what_cant_be_recorded_is_run_and_told() -> None:
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()), recorder=_Refuses())
-    drafter = MixedProposer(decoder, PLAN, free(turnaround=9.0))
+    proposer = MixedProposer(decoder, PLAN, free(turnaround=9.0))
     prompt = tiny.prompt(9)
     expected = output(tiny.decoder("llama"), prompt)
     assert output(decoder, prompt) == expected
-    assert output(decoder, prompt, drafter=drafter) == expected
+    assert output(decoder, prompt, proposer=proposer) == expected
     assert decoder.runner.reason == "recording a pass failed: no graph for you"
     assert decoder.decode_ahead(1, 0, decoder.new_cache(9)) is None
 
@@ -303,8 +302,8 @@ def test_batches() -> None:
     requests = [
         GenerationRequest(tiny.prompt(4 + 3 * i, i), 6 + 5 * i, SamplingParams()) for i in range(5)
     ]
-    for drafter in (None, MixedProposer(decoder, PLAN, free())):
-        batch = Batch(decoder, requests, size=3, drafter=drafter)
+    for proposer in (None, MixedProposer(decoder, PLAN, free())):
+        batch = Batch(decoder, requests, size=3, proposer=proposer)
         batch.run()
         for request, tokens in zip(requests, batch.outputs, strict=True):
             assert tokens == output(plain, list(request.prompt), request.max_new_tokens)
@@ -313,16 +312,16 @@ def test_batches() -> None:
 
 @given(length=st.integers(1, 200_000))
 def test_buckets(length: int) -> None:
-    bucket = bucket_for(length)
+    bucket = bucket_kv_len(length)
     assert bucket >= length
-    assert bucket % EXTENT_MULTIPLE == 0
-    assert bucket_for(bucket) == bucket
-    assert bucket <= max(EXTENT_MULTIPLE, 2 * length)
+    assert bucket % KV_BLOCK == 0
+    assert bucket_kv_len(bucket) == bucket
+    assert bucket <= max(KV_BLOCK, 2 * length)
 
 
 def test_extents_are_few() -> None:
-    assert len({bucket_for(length) for length in range(1, 131_072)}) <= 2 * 9
-    assert [bucket_for(n) // EXTENT_MULTIPLE for n in (1, 513, 1025, 1537, 2049, 3073)] == [
+    assert len({bucket_kv_len(length) for length in range(1, 131_072)}) <= 2 * 9
+    assert [bucket_kv_len(n) // KV_BLOCK for n in (1, 513, 1025, 1537, 2049, 3073)] == [
         *(1, 2, 3, 4, 6, 8)
     ]
 
@@ -349,7 +348,7 @@ class TestFeed:
         assert feed is not None
         token = first
         for place in range(len(prompt), len(prompt) + 20):
-            assert feed.goes_on_from(token, place)
+            assert feed.continues_from(token, place)
             feed.launch(ahead - feed.ahead)
             choice = feed.read()
             logits = plain.forward(torch.tensor([[token]]), torch.tensor([[place]]), other, plan)
@@ -384,9 +383,9 @@ class TestFeed:
         prompt = tiny.prompt(7)
         expected = output(tiny.decoder("llama"), prompt, 30)
         generation = Generation(decoder, GenerationRequest(prompt, 30))
-        drafter = SkipProposer(decoder, SkipPlan.of(mlp=[2]), 3, 0.0)
+        proposer = SkipProposer(decoder, SkipPlan.of(mlp=[2]), 3, 0.0)
         for number, _ in enumerate(generation):
-            generation.drafter = drafter if number in (3, 4, 9) else None
+            generation.proposer = proposer if number in (3, 4, 9) else None
         assert generation.output == expected
 
     def test_no_more_passes_than_tokens(self) -> None:
@@ -404,9 +403,9 @@ class TestFeed:
         counts = {}
         for turnaround in (0.0, 9.0):
             costs = free(turnaround=turnaround)
-            drafter = MixedProposer(decoder, SkipPlan.of(mlp=[2]), costs, ngram=False)
+            proposer = MixedProposer(decoder, SkipPlan.of(mlp=[2]), costs, ngram=False)
             before = decoder.draft_passes
-            generation = Generation(decoder, GenerationRequest(prompt, 40), drafter=drafter)
+            generation = Generation(decoder, GenerationRequest(prompt, 40), proposer=proposer)
             steps = tiny.steps_of(generation)
             assert generation.output == expected
             counts[turnaround] = (
@@ -424,10 +423,10 @@ class TestFeed:
             SamplingParams(repetition_penalty=1.3),
         ):
             prompt = tiny.prompt(9)
-            drafter = MixedProposer(decoder, PLAN, free(turnaround=9.0))
-            got = output(decoder, prompt, sampling=sampling, drafter=drafter)
+            proposer = MixedProposer(decoder, PLAN, free(turnaround=9.0))
+            got = output(decoder, prompt, sampling=sampling, proposer=proposer)
             same = MixedProposer(plain, PLAN, free())
-            assert got == output(plain, prompt, sampling=sampling, drafter=same)
+            assert got == output(plain, prompt, sampling=sampling, proposer=same)
 
 
 class TestPool:
@@ -436,37 +435,37 @@ class TestPool:
     def test_memory_comes_back(self) -> None:
         decoder = recording()
         cache = decoder.new_cache(100)
-        number, keys = cache.place.number, cache.layers[0].keys.data_ptr()
+        number, keys = cache.buffer.number, cache.layers[0].keys.data_ptr()
         cache.layers[0].keys.fill_(7)
         del cache
         again = decoder.new_cache(90)
-        assert again.place.number == number
+        assert again.buffer.number == number
         assert again.layers[0].keys.data_ptr() == keys
         assert not again.layers[0].keys.any()
 
     def test_it_may_be_taken_in_inference_mode_first(self) -> None:
         decoder = recording()
         with torch.inference_mode():
-            number = decoder.new_cache(100).place.number
+            number = decoder.new_cache(100).buffer.number
         cache = decoder.new_cache(100)
-        assert cache.place.number == number
+        assert cache.buffer.number == number
         cache.layers[0].keys.fill_(7)
 
     def test_two_caches_at_once_have_memory_of_their_own(self) -> None:
         decoder = recording()
         one, other = decoder.new_cache(100), decoder.new_cache(100)
-        assert one.place.number != other.place.number
+        assert one.buffer.number != other.buffer.number
         assert one.layers[0].keys.data_ptr() != other.layers[0].keys.data_ptr()
 
     def test_a_view_holds_on_to_it(self) -> None:
         decoder = recording()
         cache = decoder.new_cache(100, 3)
-        view, number = cache.view(1, 3), cache.place.number
-        assert view.place == (number, 1, 3)
-        assert view.view(1, 2).place == (number, 2, 3)
+        view, number = cache.view(1, 3), cache.buffer.number
+        assert view.buffer == (number, 1, 3)
+        assert view.view(1, 2).buffer == (number, 2, 3)
         del cache
         gc.collect()
-        assert decoder.new_cache(100, 3).place.number != number
+        assert decoder.new_cache(100, 3).buffer.number != number
 
     def test_longer_texts_take_other_memory_and_give_up_the_graphs(self) -> None:
         decoder = recording()
@@ -474,16 +473,23 @@ class TestPool:
         for _ in range(2):
             output(decoder, prompt)
         assert decoder.runner.graphs > 0
-        big = decoder.new_cache(5 * EXTENT_MULTIPLE)
-        assert big.capacity == 6 * EXTENT_MULTIPLE
+        big = decoder.new_cache(5 * KV_BLOCK)
+        assert big.capacity == 6 * KV_BLOCK
         assert decoder.runner.graphs == 0
         assert output(decoder, prompt) == output(tiny.decoder("llama"), prompt)
 
     def test_memory_much_too_long_is_not_taken(self) -> None:
         decoder = recording()
-        number = decoder.new_cache(100 * EXTENT_MULTIPLE).place.number
-        assert decoder.new_cache(10).place.number != number
+        number = decoder.new_cache(100 * KV_BLOCK).buffer.number
+        assert decoder.new_cache(10).buffer.number != number
 
 
 def test_kinds_of_passes_are_told_apart() -> None:
-    assert len({ForwardSpec(FULL), ForwardSpec(PLAN), ForwardSpec(FULL, 1)}) == 3
+    """A pass under a plan, or with fewer logits, has a recording of its own."""
+    decoder = recording()
+    tokens = torch.tensor([[1, 2]])
+    cache = decoder.new_cache(8)
+    for number, (plan, last_only) in enumerate([(FULL, False), (PLAN, False), (FULL, True)], 1):
+        for _ in range(EAGER_FIRST + 1):
+            decoder.forward(tokens, torch.tensor([[0, 1]]), cache, plan, last_only=last_only)
+        assert tapes(decoder) == number

@@ -16,14 +16,14 @@ from conflayers_cli.engine.kernel_choice import (
     pack_weights,
 )
 from conflayers_cli.kernels.fused_forward import FusedForward
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE
-from conflayers_cli.kernels.packed_linear import Packed, Packing
+from conflayers_cli.kernels.kv_cache import KV_BLOCK
+from conflayers_cli.kernels.packed_linear import PackedWeight, Packing
 from tests import tiny
 
 
 @pytest.fixture
 def attached() -> Attachment:
-    return attach(tiny.build(tiny.CONFIGS["llama"]()), EXTENT_MULTIPLE)
+    return attach(tiny.build(tiny.CONFIGS["llama"]()), KV_BLOCK)
 
 
 def test_a_known_family_is_packed_and_fused(attached: Attachment) -> None:
@@ -31,12 +31,12 @@ def test_a_known_family_is_packed_and_fused(attached: Attachment) -> None:
     assert type(kernels.fused) is FusedForward
     assert not kernels.flash  # there is no GPU
     assert kernels.disabled_paths == ()
-    assert (kernels.packing is None) == (Packing.earlier(attached.model) is None)
+    assert (kernels.packing is None) == (Packing.existing(attached.model) is None)
     assert attached.passes.fused is None  # using them is the caller's matter
 
 
 def test_one_that_is_not_known_runs_its_modules() -> None:
-    other = attach(tiny.build(tiny.CONFIGS["gpt2"]()), EXTENT_MULTIPLE)
+    other = attach(tiny.build(tiny.CONFIGS["gpt2"]()), KV_BLOCK)
     assert choose_forward(other) == (None, False, ())
 
 
@@ -56,7 +56,7 @@ def test_a_forward_with_other_logits_is_not_used(
 ) -> None:
     fused, _, _ = choose_forward(attached)
     assert fused is not None and gives_modules_logits(attached, fused, flash=False)
-    monkeypatch.setattr(kernel_choice, "similar", lambda model, one, other: False)
+    monkeypatch.setattr(kernel_choice, "logits_match", lambda model, one, other: False)
     assert choose_forward(attached) == (None, False, ())
 
 
@@ -64,14 +64,14 @@ def test_a_forward_with_other_logits_is_not_used(
 def test_packed_weights_that_are_wrong_are_taken_back(
     attached: Attachment, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def product(self: Packed, rows: torch.Tensor) -> torch.Tensor:
+    def product(self: PackedWeight, rows: torch.Tensor) -> torch.Tensor:
         if fault == "raises":
             raise RuntimeError("no such product")
         return torch.ones((*rows.shape[:-1], sum(self.sizes)), dtype=rows.dtype)
 
     if pack_weights(attached) is None:
         pytest.skip("weights can't be packed here")
-    monkeypatch.setattr(Packed, "__call__", product)
+    monkeypatch.setattr(PackedWeight, "__call__", product)
     assert pack_weights(attached) is None
-    assert Packing.earlier(attached.model) is None
+    assert Packing.existing(attached.model) is None
     torch.testing.assert_close(attached.sample_logits(), attached.expected, rtol=1e-4, atol=1e-4)

@@ -55,8 +55,8 @@ def test_skip_drafts(
 ) -> None:
     decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
     sampling = SamplingParams(repetition_penalty=penalty)
-    drafter = SkipProposer(decoder, plan, size, stop)
-    got = output(decoder, prompt, count, sampling=sampling, drafter=drafter)
+    proposer = SkipProposer(decoder, plan, size, stop)
+    got = output(decoder, prompt, count, sampling=sampling, proposer=proposer)
     assert got == output(decoder, prompt, count, sampling=sampling)
     assert len(got) == count
 
@@ -81,8 +81,8 @@ def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], penalty: float) 
             for i, token in enumerate(ahead)
         ]
 
-    drafter = tiny.Scripted(propose)
-    assert output(decoder, prompt, count, sampling=sampling, drafter=drafter) == expected
+    proposer = tiny.Scripted(propose)
+    assert output(decoder, prompt, count, sampling=sampling, proposer=proposer) == expected
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -101,11 +101,11 @@ def test_rotations_that_depend_on_the_length_of_a_pass(kind: str) -> None:
     assert decoder.exact_positions == trained
     for seed in range(3):
         prompt = tiny.prompt(8, seed)
-        drafter = SkipProposer(decoder, SkipPlan.of_layers([2]), 7, 0.0)
-        speculative = output(decoder, prompt, trained - 8, drafter=drafter)
+        proposer = SkipProposer(decoder, SkipPlan.of_layers([2]), 7, 0.0)
+        speculative = output(decoder, prompt, trained - 8, proposer=proposer)
         assert speculative == tiny.generated(decoder, prompt, trained - 8)
         with pytest.raises(InputError, match="beyond 32"):
-            Generation(decoder, GenerationRequest(prompt, trained - 7), drafter=drafter)
+            Generation(decoder, GenerationRequest(prompt, trained - 7), proposer=proposer)
 
 
 def assert_cache_is_fresh(generation: Generation) -> None:
@@ -126,9 +126,9 @@ def assert_cache_is_fresh(generation: Generation) -> None:
 @pytest.mark.parametrize("plan", [SkipPlan.of_layers([1, 3]), SkipPlan.of([2], [1, 2])])
 def test_the_cache_after_every_step(family: str, plan: SkipPlan, sampling: SamplingParams) -> None:
     decoder = tiny.decoder(family)
-    drafter = SkipProposer(decoder, plan, 4, 0.0)
+    proposer = SkipProposer(decoder, plan, 4, 0.0)
     generation = Generation(
-        decoder, GenerationRequest(tiny.prompt(9, 4), 24, sampling), drafter=drafter
+        decoder, GenerationRequest(tiny.prompt(9, 4), 24, sampling), proposer=proposer
     )
     drafted = accepted = 0
     for step in generation:
@@ -146,8 +146,8 @@ def test_the_cache_after_drafts_all_kept_and_all_refused() -> None:
             at = len(text) - len(prompt)
             return [(t + offset) % tiny.VOCABULARY for t in expected[at : at + 5]]
 
-        drafter: Proposer = tiny.Scripted(propose)
-        generation = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
+        proposer: Proposer = tiny.Scripted(propose)
+        generation = Generation(decoder, GenerationRequest(prompt, 24), proposer=proposer)
         for step in generation:
             assert step.accepted == (step.drafted if kept else 0)
             assert_cache_is_fresh(generation)

@@ -96,7 +96,7 @@ def test_the_remembering_decoder_changes_nothing(name: str) -> None:
                 Generation(
                     decoder,
                     GenerationRequest(PROMPT, 4, setting),
-                    drafter=SkipProposer(decoder, PLAN, 2, 0.0),
+                    proposer=SkipProposer(decoder, PLAN, 2, 0.0),
                 )
             )
             for decoder in (plain, remembering())

@@ -53,7 +53,7 @@ def random_logits(seed: int, rows: int = 3, vocabulary: int = VOCABULARY) -> tor
 
 def sampler(setting: SamplingParams, seen: list[int] | None = None) -> Sampler:
     one = Sampler(setting, VOCABULARY, CPU)
-    one.saw(seen or [])
+    one.mark_seen(seen or [])
     return one
 
 
@@ -177,19 +177,19 @@ def test_a_seed_settles_everything() -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"temperature": -0.1}, "--temperature -0.1"),
-        ({"temperature": math.inf}, "--temperature inf"),
-        ({"temperature": math.nan}, "--temperature nan"),
-        ({"top_k": 0}, "--top-k 0: allowed is 1 or more"),
-        ({"top_k": -5}, "--top-k -5"),
-        ({"top_p": 0.0}, "--top-p 0.0"),
-        ({"top_p": 1.1}, "--top-p 1.1"),
-        ({"top_p": math.nan}, "--top-p nan"),
-        ({"min_p": -0.1}, "--min-p -0.1"),
-        ({"min_p": 1.1}, "--min-p 1.1"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0"),
-        ({"repetition_penalty": -1.0}, "--repetition-penalty -1.0"),
-        ({"repetition_penalty": math.inf}, "--repetition-penalty inf"),
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"top_k": 0}, "top_k 0: allowed is 1 or more"),
+        ({"top_k": -5}, "top_k -5"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"top_p": math.nan}, "top_p nan"),
+        ({"min_p": -0.1}, "min_p -0.1"),
+        ({"min_p": 1.1}, "min_p 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty -1.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty inf"),
     ],
 )
 def test_values_outside_their_range(values: dict[str, Any], reason: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.engine.model_lock import lock_of
+from conflayers_cli.engine.model_lock import get_lock
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
@@ -36,13 +36,13 @@ def plan(number: int) -> SkipPlan:
 
 
 def single(
-    number: int, drafter: Callable[[Decoder], Proposer | None], sampling: SamplingParams
+    number: int, proposer: Callable[[Decoder], Proposer | None], sampling: SamplingParams
 ) -> Work:
     def work(decoder: Decoder) -> list[list[int]]:
         generation = Generation(
             decoder,
             GenerationRequest(tiny.prompt(5 + number, number), COUNT, sampling),
-            drafter=drafter(decoder),
+            proposer=proposer(decoder),
         )
         tiny.steps_of(generation)
         return [generation.output]
@@ -55,7 +55,7 @@ def several(number: int, sampling: SamplingParams) -> Work:
         requests = [
             GenerationRequest(tiny.prompt(4 + i, 10 * number + i), 12, sampling) for i in (1, 2)
         ]
-        batch = Batch(decoder, requests, drafter=MixedProposer(decoder, plan(number), free()))
+        batch = Batch(decoder, requests, proposer=MixedProposer(decoder, plan(number), free()))
         batch.run()
         return batch.outputs
 
@@ -152,7 +152,7 @@ def test_what_fails_in_one_thread_leaves_the_others_right() -> None:
             generation = Generation(
                 decoder,
                 GenerationRequest(tiny.prompt(8), 8),
-                drafter=SkipProposer(decoder, draft, 4, 0.0),
+                proposer=SkipProposer(decoder, draft, 4, 0.0),
             )
             with pytest.raises(BrokenError):
                 generation.step()
@@ -189,6 +189,6 @@ def test_a_pass_waits_for_whoever_watches() -> None:
 
 def test_a_copy_of_a_model_has_a_lock_of_its_own() -> None:
     model = tiny.build(tiny.CONFIGS["llama"]())
-    lock = lock_of(model)
-    assert lock_of(model) is lock
-    assert lock_of(copy.deepcopy(model)) is not lock
+    lock = get_lock(model)
+    assert get_lock(model) is lock
+    assert get_lock(copy.deepcopy(model)) is not lock

@@ -159,8 +159,8 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         Batch(decoder, [GenerationRequest([1], 0, GREEDY)])
     with pytest.raises(InputError, match="never"):
         Batch(decoder, [request(3, 5)], plan=SkipPlan.of_layers([0]))
-    with pytest.raises(ValueError, match="0 rows"):
+    with pytest.raises(ValueError, match="batch size 0"):
         Batch(decoder, [request(3, 5)], size=0)
     plan = SkipPlan.of_layers([2])
     with pytest.raises(ValueError, match="left out for good"):
-        Batch(decoder, [request(3, 5)], drafter=SkipRows(decoder, plan, 2), plan=plan)
+        Batch(decoder, [request(3, 5)], proposer=SkipRows(decoder, plan, 2), plan=plan)

@@ -16,7 +16,7 @@ from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE
+from conflayers_cli.kernels.kv_cache import KV_BLOCK
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Context, Draft
@@ -86,14 +86,14 @@ def test_drafts_right_and_wrong_of_any_length(
 ) -> None:
     model = tiny.decoder(family)
     requests = requests_of(rows, SamplingParams(repetition_penalty=penalty))
-    drafter = guessing(model, requests, seed)
-    batch = Batch(model, requests, size=size, drafter=drafter)
+    proposer = guessing(model, requests, seed)
+    batch = Batch(model, requests, size=size, proposer=proposer)
     batch.run()
-    for output, request, text in zip(batch.outputs, requests, drafter.texts, strict=True):
+    for output, request, text in zip(batch.outputs, requests, proposer.texts, strict=True):
         begin = len(request.prompt)
         assert output == text[begin : begin + request.max_new_tokens]
     assert batch.finishes == ["length"] * len(requests)
-    assert all(len(lengths) <= size for lengths, _ in drafter.seen)
+    assert all(len(lengths) <= size for lengths, _ in proposer.seen)
 
 
 @settings(max_examples=10)
@@ -103,7 +103,7 @@ def test_the_cache_before_every_draft_is_that_of_a_fresh_pass(
 ) -> None:
     model = tiny.decoder(family)
     requests = requests_of(rows)
-    batch = Batch(model, requests, size=size, drafter=guessing(model, requests, seed, check=True))
+    batch = Batch(model, requests, size=size, proposer=guessing(model, requests, seed, check=True))
     batch.run()
     assert [len(output) for output in batch.outputs] == [budget for _, budget in rows]
 
@@ -122,8 +122,8 @@ def test_drafts_by_the_skipped_model(
     """They write to the cache that the rows share, behind the texts."""
     model = tiny.decoder(family)
     requests = requests_of(rows)
-    drafter = SkipRows(model, SkipPlan.of_layers(layers), drafts)
-    batch = Batch(model, requests, size=size, drafter=drafter)
+    proposer = SkipRows(model, SkipPlan.of_layers(layers), drafts)
+    batch = Batch(model, requests, size=size, proposer=proposer)
     batch.run()
     assert batch.outputs == [alone(model, request) for request in requests]
 
@@ -131,7 +131,7 @@ def test_drafts_by_the_skipped_model(
 def test_steps_are_told_of_the_right_request_and_add_up() -> None:
     model = tiny.decoder("llama")
     requests = requests_of([(5, 12), (9, 1), (2, 20), (14, 7), (1, 9)])
-    batch = Batch(model, requests, size=2, drafter=guessing(model, requests))
+    batch = Batch(model, requests, size=2, proposer=guessing(model, requests))
     told: list[list[Step]] = [[] for _ in requests]
     for number, step in batch:
         told[number].append(step)
@@ -139,16 +139,16 @@ def test_steps_are_told_of_the_right_request_and_add_up() -> None:
     for steps, request in zip(told, requests, strict=True):
         tokens = [token for step in steps for token in step.tokens]
         assert tokens == alone(model, request)
-        assert (steps[0].drafter, steps[0].drafted, len(steps[0].tokens)) == ("prefill", 0, 1)
+        assert (steps[0].proposer, steps[0].drafted, len(steps[0].tokens)) == ("prefill", 0, 1)
         assert [step.finish for step in steps] == [None] * (len(steps) - 1) + ["length"]
         for step in steps[1:]:
             assert len(step.tokens) == step.accepted + 1
             assert 0 <= step.accepted <= step.drafted
             assert step.leaves == 0
-            assert step.drafter == ("guesses" if step.drafted else "none")
+            assert step.proposer == ("guesses" if step.drafted else "none")
     every = [step for steps in told for step in steps]
     assert 0 < sum(step.accepted for step in every) < sum(step.drafted for step in every)
-    assert any(step.drafted == 0 for step in every if step.drafter != "prefill")
+    assert any(step.drafted == 0 for step in every if step.proposer != "prefill")
 
 
 def test_rows_are_filled_from_the_queue_and_fall_away() -> None:
@@ -186,7 +186,7 @@ def test_limits_leave_a_place_for_the_models_own_token() -> None:
             return super().propose_batch(contexts, limits)
 
     counting = Counting(guesses.texts, guesses.prompts, model)
-    Batch(model, requests, drafter=counting).run()
+    Batch(model, requests, proposer=counting).run()
     assert any(0 in limits and any(limits) for _, limits in counting.seen)
     assert all(any(limits) for _, limits in counting.seen)  # nobody is asked for nothing
 
@@ -207,7 +207,7 @@ def test_an_end_token_and_a_watch_end_their_own_row(at: int) -> None:
     batch = Batch(
         *(model, requests),
         size=2,
-        drafter=guessing(model, requests),
+        proposer=guessing(model, requests),
         end_tokens=frozenset([end]),
     )
     batch.run()
@@ -223,8 +223,8 @@ def test_an_end_token_inside_a_draft_cuts_the_draft() -> None:
     model, requests = tiny.decoder("llama"), requests_of([(5, 20), (9, 20)])
     one, other = (alone(model, request) for request in requests)
     at = next(i for i in range(2, 8) if one[i] not in (*one[:i], *other[:10]))
-    drafter = Ahead([(requests[0].prompt, one), (requests[1].prompt, other)], 8)
-    batch = Batch(model, requests, drafter=drafter, end_tokens=frozenset([one[at]]))
+    proposer = Ahead([(requests[0].prompt, one), (requests[1].prompt, other)], 8)
+    batch = Batch(model, requests, proposer=proposer, end_tokens=frozenset([one[at]]))
     decided = [batch.step() for _ in range(3)][-1]
     assert [step.tokens for _, step in decided] == [tuple(one[1 : at + 1]), tuple(other[1:10])]
     assert [(step.drafted, step.accepted) for _, step in decided] == [(8, at), (8, 8)]
@@ -234,12 +234,12 @@ def test_an_end_token_inside_a_draft_cuts_the_draft() -> None:
 def test_a_full_row_beside_one_with_a_longer_draft() -> None:
     """What fills up the shorter row must not reach beyond the cache."""
     model = half("grouped")
-    requests = half_requests([(EXTENT_MULTIPLE - 13, 12), (20, 100)], 3)
+    requests = half_requests([(KV_BLOCK - 13, 12), (20, 100)], 3)
     texts = [alone(model, request) for request in requests]
-    drafter = Ahead([(requests[0].prompt, []), (requests[1].prompt, texts[1])], 6)
-    batch = Batch(model, requests, drafter=drafter)
+    proposer = Ahead([(requests[0].prompt, []), (requests[1].prompt, texts[1])], 6)
+    batch = Batch(model, requests, proposer=proposer)
     batch.run()
-    assert batch.cache.capacity == EXTENT_MULTIPLE
+    assert batch.cache.capacity == KV_BLOCK
     assert batch.outputs == texts
     assert [step.drafted for step in batch.steps[0]] == [0] * 12
     assert [step.accepted for step in batch.steps[1][1:12]] == [6] * 11  # all the while
@@ -258,7 +258,7 @@ def test_an_interruption_leaves_what_is_finished() -> None:
         return False
 
     requests[1] = GenerationRequest(requests[1].prompt, 20, GREEDY, on_token=interrupted)
-    batch = Batch(model, requests, size=2, drafter=guessing(model, requests))
+    batch = Batch(model, requests, size=2, proposer=guessing(model, requests))
     with pytest.raises(KeyboardInterrupt):
         batch.run()
     assert batch.finishes == ["length", None, "length"]
@@ -301,10 +301,10 @@ def test_in_bfloat16_too(
     shape: str, rows: list[tuple[int, int]], size: int, drafts: int, seed: int
 ) -> None:
     model, requests = half(shape), half_requests(rows, seed)
-    drafter: BatchProposer | None = None
+    proposer: BatchProposer | None = None
     if drafts:
-        drafter = SkipRows(model, SkipPlan.of_layers([2]), drafts)
-    batch = Batch(model, requests, size=size, drafter=drafter)
+        proposer = SkipRows(model, SkipPlan.of_layers([2]), drafts)
+    batch = Batch(model, requests, size=size, proposer=proposer)
     batch.run()
     assert batch.outputs == [alone(model, request) for request in requests]
 
@@ -313,10 +313,10 @@ def test_in_bfloat16_too(
 def test_in_bfloat16_beside_a_longer_text(shape: str) -> None:
     """Which makes the other rows' keys be read in longer extents, and crosses a border itself."""
     model = half(shape)
-    rows = [(12, 60), (EXTENT_MULTIPLE - 20, 60), (33, 60), (EXTENT_MULTIPLE + 40, 20), (2, 60)]
+    rows = [(12, 60), (KV_BLOCK - 20, 60), (33, 60), (KV_BLOCK + 40, 20), (2, 60)]
     requests = half_requests(rows, 5)
-    for drafter in (None, SkipRows(model, SkipPlan.of_layers([2]), 4)):
-        batch = Batch(model, requests, size=3, drafter=drafter)
+    for proposer in (None, SkipRows(model, SkipPlan.of_layers([2]), 4)):
+        batch = Batch(model, requests, size=3, proposer=proposer)
         batch.run()
         assert batch.outputs == [alone(model, request) for request in requests]
 

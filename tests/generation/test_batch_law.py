@@ -74,7 +74,7 @@ def sample(setting: SamplingParams) -> tuple[Counter[tuple[int, ...]], float]:
         )
         for seed in range(RUNS)
     ]
-    batch = Batch(decoder(), requests, size=ROWS, drafter=SkipRows(decoder(), PLAN, 1))
+    batch = Batch(decoder(), requests, size=ROWS, proposer=SkipRows(decoder(), PLAN, 1))
     batch.run()
     counts = Counter(
         tuple(output[:LENGTH])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conflayers_cli.generation.detokenizer import TextStream
+from conflayers_cli.generation.detokenizer import Detokenizer
 
 END = "<end>"
 SAMPLE = ["the cat and the dog and the end of the day", "stop here", "naïve café", "🙂 日本語"]
@@ -47,7 +47,7 @@ def decoded(tokens: list[int]) -> str:
     return text
 
 
-def parts(stream: TextStream, tokens: list[int]) -> list[str]:
+def parts(stream: Detokenizer, tokens: list[int]) -> list[str]:
     """What is taken after each token, and the rest; ends at a stop string, as decoding would."""
     taken = []
     for token in tokens:
@@ -61,7 +61,7 @@ def parts(stream: TextStream, tokens: list[int]) -> list[str]:
 @settings(max_examples=300)
 @given(TEXTS, st.booleans())
 def test_parts_are_the_text_and_never_half_a_character(text: str, merges: bool) -> None:
-    stream = TextStream(tokenizer(merges))
+    stream = Detokenizer(tokenizer(merges))
     taken = parts(stream, ids(text, merges))
     assert "".join(taken) == stream.text == text
     assert not any("\ufffd" in part for part in taken)
@@ -71,18 +71,18 @@ def test_parts_are_the_text_and_never_half_a_character(text: str, merges: bool) 
 def test_text_comes_as_soon_as_it_is_certain() -> None:
     tokens = ids("a🙂b", merges=False)
     assert len(tokens) == 6
-    assert parts(TextStream(tokenizer(False)), tokens) == ["a", "", "", "", "🙂", "b", ""]
+    assert parts(Detokenizer(tokenizer(False)), tokens) == ["a", "", "", "", "🙂", "b", ""]
 
 
 def test_half_a_character_at_the_end_is_a_replacement_character() -> None:
     tokens = ids("a🙂", merges=False)[:-2]
-    assert parts(TextStream(tokenizer(False)), tokens) == ["a", "", "", "\ufffd"]
+    assert parts(Detokenizer(tokenizer(False)), tokens) == ["a", "", "", "\ufffd"]
 
 
 def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
     """A run of continuation bytes never becomes a character."""
     byte = ids("é", merges=False)[1]
-    taken = parts(TextStream(tokenizer(False)), [byte] * 20 + ids("x", merges=False))
+    taken = parts(Detokenizer(tokenizer(False)), [byte] * 20 + ids("x", merges=False))
     assert "".join(taken) == "\ufffd" * 20 + "x"
     assert "\ufffd" in "".join(taken[:10])
 
@@ -90,7 +90,7 @@ def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
 def test_a_character_behind_a_run_of_such_bytes_is_whole() -> None:
     first, second = ids("é", merges=False)
     tokens = [second] * 7 + [first, second, *ids("x", merges=False)]
-    assert "".join(parts(TextStream(tokenizer(False)), tokens)) == "\ufffd" * 7 + "éx"
+    assert "".join(parts(Detokenizer(tokenizer(False)), tokens)) == "\ufffd" * 7 + "éx"
 
 
 # Starts and ends of characters, so that at random some become whole after a run of rubbish.
@@ -101,7 +101,7 @@ PIECES = ids("éé🙂", merges=False)
 @given(st.lists(st.integers(0, 256) | st.sampled_from(PIECES), max_size=30))
 def test_any_tokens_give_what_decoding_gives_at_once(tokens: list[int]) -> None:
     """Bytes at random: most are no text, some are half a character."""
-    stream = TextStream(tokenizer(False))
+    stream = Detokenizer(tokenizer(False))
     whole: str = tokenizer(False).decode(tokens, skip_special_tokens=True)
     assert "".join(parts(stream, tokens)) == whole
 
@@ -109,7 +109,7 @@ def test_any_tokens_give_what_decoding_gives_at_once(tokens: list[int]) -> None:
 def test_special_tokens_give_no_text() -> None:
     end = tokenizer().convert_tokens_to_ids(END)
     tokens = [end, *ids("the 🙂"), end, *ids("dog"), end]
-    assert "".join(parts(TextStream(tokenizer()), tokens)) == "the 🙂dog"
+    assert "".join(parts(Detokenizer(tokenizer()), tokens)) == "the 🙂dog"
 
 
 @settings(max_examples=300)
@@ -126,7 +126,7 @@ def test_a_stop_string_and_what_follows_is_cut(
 ) -> None:
     text = before + stop + after
     tokens = ids(text, merges)
-    stream = TextStream(tokenizer(merges), [stop])
+    stream = Detokenizer(tokenizer(merges), [stop])
     taken = parts(stream, tokens)
     assert stream.stopped
     assert "".join(taken) == stream.text == text[: text.index(stop)]
@@ -139,7 +139,7 @@ def test_a_stop_string_and_what_follows_is_cut(
 @given(TEXTS, st.text(st.sampled_from(LETTERS), min_size=1, max_size=4))
 def test_a_stop_string_that_never_comes_withholds_nothing(text: str, stop: str) -> None:
     assume(stop not in text)
-    stream = TextStream(tokenizer(), [stop])
+    stream = Detokenizer(tokenizer(), [stop])
     assert "".join(parts(stream, ids(text))) == text
     assert not stream.stopped
 
@@ -156,13 +156,13 @@ def test_of_several_stop_strings_the_first_to_be_complete(text: str, stops: list
     expected = text
     if ends:
         expected = min((ends[0].removesuffix(s) for s in stops if ends[0].endswith(s)), key=len)
-    stream = TextStream(tokenizer(False), stops)
+    stream = Detokenizer(tokenizer(False), stops)
     assert "".join(parts(stream, ids(text, merges=False))) == expected
     assert stream.stopped == bool(ends)
 
 
 def test_stop_strings_across_tokens() -> None:
-    stream = TextStream(tokenizer(False), ["STOP"])
+    stream = Detokenizer(tokenizer(False), ["STOP"])
     assert [stream.feed(token) for token in ids("aSTSTOPb", merges=False)] == [False] * 6 + [
         True
     ] * 2
@@ -170,12 +170,12 @@ def test_stop_strings_across_tokens() -> None:
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
-    stream = TextStream(tokenizer(False), ["STOP", "\n\n"])
+    stream = Detokenizer(tokenizer(False), ["STOP", "\n\n"])
     taken = parts(stream, ids("xSTa\nb", merges=False))
     assert taken == ["x", "", "", "STa", "", "\nb", ""]
 
 
 @pytest.mark.parametrize("stops", [(), ("",)])
 def test_an_empty_stop_string_is_none(stops: tuple[str, ...]) -> None:
-    stream = TextStream(tokenizer(), stops)
+    stream = Detokenizer(tokenizer(), stops)
     assert "".join(parts(stream, ids("the end"))) == "the end"

@@ -29,7 +29,7 @@ def ask(
         decoder,
         Bytes(),
         end_tokens=ends,
-        drafter=SkipProposer(decoder, SkipPlan.of_layers([2]), 4, 0.0),
+        proposer=SkipProposer(decoder, SkipPlan.of_layers([2]), 4, 0.0),
     )
     responses = list(generator.stream([GenerationRequest(tiny.prompt(9), 20, stop=stops)]))
     (given,) = (each.result for each in responses if each.result is not None)
@@ -74,7 +74,7 @@ def test_a_stop_text_is_cut_off() -> None:
 
 
 def test_nothing_decoded_has_no_rates() -> None:
-    stats = GenerationStats.of([Step((1,), 0, 0, "prefill", 0.0, 0.5, "length")])
+    stats = GenerationStats.from_steps([Step((1,), 0, 0, "prefill", 0.0, 0.5, "length")])
     assert (stats.tokens, stats.decode_tokens, stats.prefill_seconds) == (1, 0, 0.5)
     assert stats.tokens_per_second is stats.tokens_per_step is stats.acceptance_rate is None
 
@@ -84,7 +84,7 @@ def test_a_step_with_several_sources_counts_for_each() -> None:
     sources = ("ngram", "ngram", "skip", "skip")
     mixed = Step((1, 2, 3, 4), 4, 3, "mixed", 0.0, 0.5, None, sources=sources)
     plain = Step((5, 6), 2, 1, "mixed", 0.0, 0.5, "length", sources=("ngram", "ngram"))
-    stats = GenerationStats.of([mixed, plain])
+    stats = GenerationStats.from_steps([mixed, plain])
     assert stats.by_drafter == {"ngram": DraftCount(2, 4, 3), "skip": DraftCount(1, 2, 1)}
     assert (stats.drafted, stats.accepted, stats.steps) == (6, 4, 2)
 

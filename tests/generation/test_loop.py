@@ -22,13 +22,13 @@ def generation(
     count: int = 20,
     *,
     sampling: SamplingParams | None = None,
-    drafter: Proposer | None = None,
+    proposer: Proposer | None = None,
     end_tokens: frozenset[int] = frozenset(),
 ) -> Generation:
     return Generation(
         tiny.decoder("llama"),
         GenerationRequest(PROMPT, count, sampling or SamplingParams()),
-        drafter=drafter,
+        proposer=proposer,
         end_tokens=end_tokens,
     )
 
@@ -56,19 +56,19 @@ def skip(size: int = 4) -> SkipProposer:
     right=st.booleans(),
 )
 def test_budget_and_bookkeeping(count: int, size: int, temperature: float, right: bool) -> None:
-    drafter = oracle(size) if right else skip(size)
-    one = generation(count, sampling=SamplingParams(temperature), drafter=drafter)
+    proposer = oracle(size) if right else skip(size)
+    one = generation(count, sampling=SamplingParams(temperature), proposer=proposer)
     steps = tiny.steps_of(one)
     assert len(one.output) == count
     assert [token for step in steps for token in step.tokens] == one.output
     assert one.tokens == PROMPT + one.output
     assert one.finish == "length"
     assert [step.finish for step in steps] == [None] * (len(steps) - 1) + ["length"]
-    assert (steps[0].drafter, steps[0].drafted, len(steps[0].tokens)) == ("prefill", 0, 1)
+    assert (steps[0].proposer, steps[0].drafted, len(steps[0].tokens)) == ("prefill", 0, 1)
     for step in steps[1:]:
         assert 0 <= step.accepted <= step.drafted <= size
         assert len(step.tokens) == step.accepted + 1
-        assert step.drafter == (drafter.name if step.drafted else "none")
+        assert step.proposer == (proposer.name if step.drafted else "none")
         assert step.seconds == step.draft_seconds + step.verify_seconds
 
 
@@ -79,7 +79,7 @@ def test_an_end_token_cuts_what_follows(at: int, size: int) -> None:
     text = finished(generation(20))
     end = text[at]
     expected = text[: text.index(end) + 1]
-    one = generation(20, drafter=oracle(size) if size else None, end_tokens=frozenset((end, 999)))
+    one = generation(20, proposer=oracle(size) if size else None, end_tokens=frozenset((end, 999)))
     steps = tiny.steps_of(one)
     assert one.output == expected
     assert one.finish == steps[-1].finish == "stop"
@@ -91,7 +91,7 @@ def test_an_end_token_cuts_what_follows(at: int, size: int) -> None:
 def test_an_end_token_inside_a_draft_cuts_the_draft() -> None:
     text = finished(generation(20))
     assert text[3] not in text[:3]
-    one = generation(20, drafter=oracle(8), end_tokens=frozenset([text[3]]))
+    one = generation(20, proposer=oracle(8), end_tokens=frozenset([text[3]]))
     last = tiny.steps_of(one)[-1]
     assert last.tokens == tuple(text[1:4])
     assert (last.drafted, last.accepted) == (8, 3)
@@ -118,7 +118,7 @@ def test_watch_sees_every_token_and_ends_the_output(stop_at: int, size: int) -> 
     one = Generation(
         tiny.decoder("llama"),
         GenerationRequest(PROMPT, 20, on_token=watch),
-        drafter=oracle(size) if size else None,
+        proposer=oracle(size) if size else None,
     )
     assert finished(one) == seen == text[:stop_at]
     assert one.finish == "stop"
@@ -129,8 +129,8 @@ def test_watch_sees_every_token_and_ends_the_output(stop_at: int, size: int) -> 
 def test_stopping_early_and_going_on(steps: int, temperature: float) -> None:
     """Whoever stops consuming, by break or by closing the iterator, can go on where it ended."""
     sampling = SamplingParams(temperature, repetition_penalty=1.2, seed=5)
-    expected = finished(generation(24, sampling=sampling, drafter=skip()))
-    one = generation(24, sampling=sampling, drafter=skip())
+    expected = finished(generation(24, sampling=sampling, proposer=skip()))
+    one = generation(24, sampling=sampling, proposer=skip())
     for count, _ in enumerate(one, 1):
         if count == steps:
             break
@@ -147,7 +147,7 @@ def test_the_drafter_may_be_exchanged_between_steps() -> None:
     one = generation(24)
     choices: list[Proposer | None] = [None, skip(), oracle(3), tiny.Scripted(lambda _: [])]
     for count, _ in enumerate(one):
-        one.drafter = choices[count % 4]
+        one.proposer = choices[count % 4]
     assert one.output == expected
 
 
@@ -162,7 +162,7 @@ def test_drafts_end_with_the_budget() -> None:
 
     text = finished(generation(40))
     right = Greedy(lambda tokens: text[len(tokens) - len(PROMPT) :][:4])
-    assert finished(generation(8, drafter=right)) == text[:8]
+    assert finished(generation(8, proposer=right)) == text[:8]
     assert limits == [6, 1]
 
 

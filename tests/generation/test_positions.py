@@ -3,7 +3,7 @@ from __future__ import annotations
 from conflayers_cli.generation.positions import AcceptedPerPosition, count_positions
 from conflayers_cli.generation.sequence import Step
 from conflayers_cli.generation.stats import GenerationStats
-from conflayers_cli.utils.bars import bar, marks
+from conflayers_cli.utils.bars import horizontal_bar, vertical_bars
 
 
 def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:
@@ -11,7 +11,7 @@ def step(accepted: int, drafted: int, sources: tuple[str, ...] = ()) -> Step:
 
 
 def test_places_are_counted_from_the_draft_s_first() -> None:
-    stats = GenerationStats.of([step(2, 3), step(0, 2), step(0, 0)])
+    stats = GenerationStats.from_steps([step(2, 3), step(0, 2), step(0, 0)])
     assert stats.by_position == {"skip": AcceptedPerPosition((2, 2, 1), (1, 1, 0))}
     assert stats.by_position["skip"].rates == (0.5, 0.5, 0.0)
     assert sum(stats.by_position["skip"].accepted) == stats.accepted
@@ -29,7 +29,7 @@ def test_who_drafts_behind_another_keeps_the_chain_s_places() -> None:
 
 
 def test_bars() -> None:
-    assert [bar(share, 2) for share in (-1, 0, 0.5, 0.75, 1, 9)] == [
+    assert [horizontal_bar(share, 2) for share in (-1, 0, 0.5, 0.75, 1, 9)] == [
         *("", "", "█", "█▌", "██", "██")
     ]
-    assert marks([0.0, None, 0.5, 0.99, 1.0]) == "▁ ▅██"
+    assert vertical_bars([0.0, None, 0.5, 0.99, 1.0]) == "▁ ▅██"

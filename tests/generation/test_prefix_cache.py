@@ -43,7 +43,7 @@ def fresh(decoder: Decoder, prompt: list[int], count: int, **more: Any) -> list[
     return generation.output
 
 
-def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: int = 4) -> int:
+def check_turns(decoder: Decoder, proposer: Proposer | None, seed: int, turns: int = 4) -> int:
     """Turns of a chat, some left early, some with earlier parts rendered anew; tokens kept."""
     conversation = PrefixCache(decoder)
     vocabulary = decoder.vocabulary
@@ -53,8 +53,8 @@ def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: in
         if turn == 2:  # as a template does that leaves thoughts out
             text = text[: len(text) // 2] + text[len(text) // 2 + 2 :]
         text = [*text, *tiny.prompt(7 + turn, seed + turn, vocabulary)]
-        generation = conversation.begin(GenerationRequest(text, 16), drafter=drafter)
-        kept += generation.filled
+        generation = conversation.begin(GenerationRequest(text, 16), proposer=proposer)
+        kept += generation.num_cached
         for _ in islice(generation, 3 if turn == 1 else None):
             pass
         expected = fresh(decoder, text, 16)
@@ -65,18 +65,18 @@ def check_turns(decoder: Decoder, drafter: Proposer | None, seed: int, turns: in
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "gpt-oss", "qwen2-mixed"])
-@pytest.mark.parametrize("drafter", DRAFTERS)
-def test_every_turn_is_that_of_a_fresh_decode(family: str, drafter: str) -> None:
+@pytest.mark.parametrize("proposer", DRAFTERS)
+def test_every_turn_is_that_of_a_fresh_decode(family: str, proposer: str) -> None:
     decoder = tiny.decoder(family)
     # all but what is new and the last token, and in the third turn what was rendered anew
-    assert check_turns(decoder, DRAFTERS[drafter](decoder), seed=5) > 60
+    assert check_turns(decoder, DRAFTERS[proposer](decoder), seed=5) > 60
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 1000), drafter=st.sampled_from(list(DRAFTERS)))
-def test_in_bfloat16_to_the_bit(seed: int, drafter: str) -> None:
+@given(seed=st.integers(0, 1000), proposer=st.sampled_from(list(DRAFTERS)))
+def test_in_bfloat16_to_the_bit(seed: int, proposer: str) -> None:
     decoder = test_bfloat16.decoder()
-    check_turns(decoder, DRAFTERS[drafter](decoder), seed)
+    check_turns(decoder, DRAFTERS[proposer](decoder), seed)
 
 
 def test_with_recorded_passes_while_the_cache_grows() -> None:
@@ -84,12 +84,12 @@ def test_with_recorded_passes_while_the_cache_grows() -> None:
     config = LlamaConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 2048})
     decoder = Decoder(tiny.build(config), recorder=TapeRecorder())
     conversation = PrefixCache(decoder)
-    drafter = SkipProposer(decoder, PLAN, 4, 0.0)
+    proposer = SkipProposer(decoder, PLAN, 4, 0.0)
     text: list[int] = []
     capacities = []
     for turn in range(4):
         text = [*text, *tiny.prompt(220, turn)]
-        generation = conversation.begin(GenerationRequest(text, 40), drafter=drafter)
+        generation = conversation.begin(GenerationRequest(text, 40), proposer=proposer)
         tiny.steps_of(generation)
         assert generation.output == fresh(decoder, text, 40)
         text = generation.tokens
@@ -107,15 +107,15 @@ def test_a_longer_text_than_the_cache_holds() -> None:
     second = conversation.begin(GenerationRequest(text, 8))
     tiny.steps_of(second)
     assert second.cache.capacity > first.cache.capacity
-    assert second.filled == 487
+    assert second.num_cached == 487
     assert second.output == fresh(decoder, text, 8)
 
 
-@pytest.mark.parametrize("drafter", ["none", "skip", "mixed"])
+@pytest.mark.parametrize("proposer", ["none", "skip", "mixed"])
 @pytest.mark.parametrize("passes", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("written", [False, True])
 def test_an_interruption_around_a_pass(
-    monkeypatch: pytest.MonkeyPatch, drafter: str, passes: int, written: bool
+    monkeypatch: pytest.MonkeyPatch, proposer: str, passes: int, written: bool
 ) -> None:
     """Whatever Ctrl-C cut off, what is said to be held is held: nothing wrong is built upon it."""
     decoder = tiny.decoder("gemma2")
@@ -123,7 +123,7 @@ def test_an_interruption_around_a_pass(
     text = tiny.prompt(9, passes)
     tiny.steps_of(conversation.begin(GenerationRequest(text, 6)))
     text = [*conversation.cached_tokens, *tiny.prompt(11, passes + 1)]
-    left, drafts = passes, DRAFTERS[drafter](decoder)
+    left, drafts = passes, DRAFTERS[proposer](decoder)
     run = decoder.runner.run
 
     def interrupted(*arguments: object, **more: object) -> torch.Tensor:
@@ -138,13 +138,13 @@ def test_an_interruption_around_a_pass(
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder.runner, "run", interrupted)
-        cut = conversation.begin(GenerationRequest(text, 40), drafter=drafts)
+        cut = conversation.begin(GenerationRequest(text, 40), proposer=drafts)
         with pytest.raises(KeyboardInterrupt):
             tiny.steps_of(cut)
-    assert conversation.cached_tokens == cut.tokens[:-1] if cut.output else text[: cut.filled]
+    assert conversation.cached_tokens == cut.tokens[:-1] if cut.output else text[: cut.num_cached]
     text = [*text, *cut.output, *tiny.prompt(5, passes + 2)]
-    assert cut.filled > 0
-    again = conversation.begin(GenerationRequest(text, 12), drafter=drafts)
+    assert cut.num_cached > 0
+    again = conversation.begin(GenerationRequest(text, 12), proposer=drafts)
     tiny.steps_of(again)
     assert again.output == fresh(decoder, text, 12)
 
@@ -177,7 +177,7 @@ def test_sampled_answers_and_penalties_know_the_whole_text() -> None:
     text = [*first.tokens, 3, 4]
     second = conversation.begin(GenerationRequest(text, 20, sampling))
     tiny.steps_of(second)
-    assert second.filled > 20
+    assert second.num_cached > 20
     assert second.output == fresh(decoder, text, 20, sampling=sampling)
 
 
@@ -195,9 +195,9 @@ def test_a_refused_text_costs_nothing_of_what_is_held() -> None:
 def test_a_cache_that_does_not_fit() -> None:
     decoder = tiny.decoder("llama")
     cache = decoder.new_cache(100)
-    for filled, memory in ((5, cache), (-1, cache), (1, None)):
+    for num_cached, memory in ((5, cache), (-1, cache), (1, None)):
         with pytest.raises(ValueError, match="of 5 prompt tokens"):
-            Generation(decoder, GenerationRequest([1] * 5, 2), cache=memory, filled=filled)
+            Generation(decoder, GenerationRequest([1] * 5, 2), cache=memory, num_cached=num_cached)
     with pytest.raises(ValueError, match="positions for a text of"):
         Generation(decoder, GenerationRequest([1] * 5, cache.capacity), cache=cache)
 

@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.generation.detokenizer import TextStream
+from conflayers_cli.generation.detokenizer import Detokenizer
 from tests.generation.test_detokenizer import LETTERS, TEXTS, decoded, ids, parts, tokenizer
 
 STOPS = st.lists(st.text(st.sampled_from(LETTERS), min_size=1, max_size=4), max_size=3)
@@ -44,7 +44,7 @@ def test_any_cuts_give_the_text_up_to_the_first_stop_string(
     if part := text[own[0] : own[0] + 1 + own[1] % 5]:
         stops = [*stops, part]
     tokens = cut_anywhere(text, seed)
-    stream = TextStream(tokenizer(), stops)
+    stream = Detokenizer(tokenizer(), stops)
     taken = parts(stream, tokens)
     assert ("".join(taken), stream.stopped) == expected_of(tokens, stops)
     assert stream.text == "".join(taken)
@@ -56,5 +56,5 @@ def test_any_cuts_give_the_text_up_to_the_first_stop_string(
 def test_cut_off_anywhere_it_is_what_decoding_says(text: str, seed: int, keep: int) -> None:
     """In the middle of a character, too, as where the token budget ends it."""
     tokens = cut_anywhere(text, seed)[:keep]
-    stream = TextStream(tokenizer())
+    stream = Detokenizer(tokenizer())
     assert "".join(parts(stream, tokens)) == stream.text == decoded(tokens)

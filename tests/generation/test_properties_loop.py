@@ -119,18 +119,18 @@ def test_nothing_is_kept_behind_what_ends_a_text(
         seen.append(token)
         return len(seen) == watched
 
-    drafter = Patterned(length, text, pattern, leaf)
+    proposer = Patterned(length, text, pattern, leaf)
     model, steps = tiny.decoder("llama"), list[Step]()
     if batched:
         request = GenerationRequest(prompt, budget, SamplingParams(), on_token=watch)
-        batch = Batch(model, [request], drafter=drafter, end_tokens=end_tokens)
+        batch = Batch(model, [request], proposer=proposer, end_tokens=end_tokens)
         batch.run()
         (output,), (finish,), (steps,) = batch.outputs, batch.finishes, batch.steps
     else:
         one = Generation(
             model,
             GenerationRequest(prompt, budget, on_token=watch),
-            drafter=drafter,
+            proposer=proposer,
             end_tokens=end_tokens,
         )
         steps = tiny.steps_of(one)
@@ -139,7 +139,7 @@ def test_nothing_is_kept_behind_what_ends_a_text(
     assert [token for step in steps for token in step.tokens] == expected
     assert all(step.accepted <= min(step.drafted, len(step.tokens)) for step in steps)
     assert [step.finish for step in steps] == [None] * (len(steps) - 1) + [reason]
-    for limit, known in drafter.asked:
+    for limit, known in proposer.asked:
         assert 1 <= limit == budget - (known - length) - 1  # the last place is the model's own
 
 
@@ -164,7 +164,9 @@ def test_a_stop_string_in_the_middle_of_a_draft(
         if any(stop in text[:n] for stop in stops)
     ]
     kept, end = done[0] if done else (budget, budget)
-    generator = TextGenerator(tiny.decoder("llama"), Plain(), drafter=Patterned(9, tokens, pattern))
+    generator = TextGenerator(
+        tiny.decoder("llama"), Plain(), proposer=Patterned(9, tokens, pattern)
+    )
     (given,) = generator.generate([GenerationRequest(prompt, budget, stop=stops)])
     assert list(given.token_ids) == tokens[:kept]
     assert given.text == text[:end]
@@ -207,7 +209,7 @@ def test_chains_keep_to_their_limit_and_end_at_end_tokens(
 ) -> None:
     decoder, text = tiny.decoder("llama"), tiny.prompt(9, seed)
     tree = TreeShape(((0.0, 2),)) if leaves else None
-    drafter = SkipProposer(decoder, SkipPlan.of_layers(layers), most, 0.0, tree)
+    proposer = SkipProposer(decoder, SkipPlan.of_layers(layers), most, 0.0, tree)
 
     def draft(end_tokens: frozenset[int]) -> Draft:
         cache = decoder.new_cache(40)
@@ -215,7 +217,7 @@ def test_chains_keep_to_their_limit_and_end_at_end_tokens(
         sampler = Sampler(
             SamplingParams(temperature, seed=seed), decoder.vocabulary, decoder.device
         )
-        return drafter.propose(Context(list(text), cache, sampler, end_tokens), limit)
+        return proposer.propose(Context(list(text), cache, sampler, end_tokens), limit)
 
     whole = draft(frozenset()).tokens
     assert len(whole) == min(limit, most)
@@ -256,7 +258,7 @@ def test_it_keeps_to_the_room_and_never_drafts_behind_an_end_token(
         text.tokens[:] = [text.tokens[i % period] % 9 for i in range(len(text.tokens))]
     plan = simulated.PLAN if skip else None
     model = simulated.Model(texts)
-    drafter = MixedProposer(model, plan, table, ngram=ngram, max_tokens=most)  # type: ignore[arg-type]
+    proposer = MixedProposer(model, plan, table, ngram=ngram, max_tokens=most)  # type: ignore[arg-type]
     sampling = SamplingParams(temperature, seed=seed)
     samplers = [Sampler(sampling, simulated.VOCABULARY, simulated.CPU) for _ in texts]
     known = [list(text.tokens[:12]) for text in texts]
@@ -266,7 +268,7 @@ def test_it_keeps_to_the_room_and_never_drafts_behind_an_end_token(
             Context(own, None, sampler, ends)  # type: ignore[arg-type]
             for own, sampler in zip(known, samplers, strict=True)
         ]
-        drafts = drafter.propose_batch(contexts, room)
+        drafts = proposer.propose_batch(contexts, room)
         for text, own, draft, limit in zip(texts, known, drafts, room, strict=True):
             check_draft(draft, limit, most, ends)
             assert len(draft.sources) == len(draft.tokens)

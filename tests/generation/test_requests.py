@@ -14,12 +14,12 @@ from conflayers_cli.engine.argmax import LogitsError
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch
-from conflayers_cli.generation.generator import TextGenerator, naming_prompts
+from conflayers_cli.generation.generator import TextGenerator, name_failed_prompt
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.prefix_cache import PrefixCache
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse, GenerationResult
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -60,9 +60,9 @@ def same(one: GenerationResult, other: GenerationResult) -> bool:
 
 def generators(decoder: Decoder) -> dict[str, TextGenerator]:
     return {
-        "one by one": TextGenerator(decoder, Bytes(), drafter=SkipProposer(decoder, PLAN, 3, 0.0)),
+        "one by one": TextGenerator(decoder, Bytes(), proposer=SkipProposer(decoder, PLAN, 3, 0.0)),
         "together": TextGenerator(
-            decoder, Bytes(), drafter=SkipRows(decoder, PLAN, 3), batch_size=3
+            decoder, Bytes(), proposer=SkipRows(decoder, PLAN, 3), batch_size=3
         ),
         "together, vanilla": TextGenerator(decoder, Bytes(), batch_size=2),
     }
@@ -118,7 +118,7 @@ def test_any_order_of_adding_stepping_and_cancelling(
         GenerationRequest([n, *tiny.prompt(length, n, VOCABULARY)], count)
         for n, (length, count, _, _) in enumerate(script)
     ]
-    batch = Batch(decoder, size=size, drafter=SkipRows(decoder, PLAN, 2))
+    batch = Batch(decoder, size=size, proposer=SkipRows(decoder, PLAN, 2))
     cancelled = set()
     for number, (each, (_, _, steps, cancel)) in enumerate(zip(requests, script, strict=True)):
         assert batch.add(each) == number
@@ -183,7 +183,7 @@ def test_rows_are_used_again_and_the_cache_grows_only_where_it_must() -> None:
 
 def test_a_longer_request_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.CONFIGS["llama"]()
-    config.max_position_embeddings = 4 * EXTENT_MULTIPLE
+    config.max_position_embeddings = 4 * KV_BLOCK
     decoder = Decoder(tiny.build(config))
     made: list[KVCache] = []
     make = decoder.new_cache
@@ -194,13 +194,13 @@ def test_a_longer_request_while_others_are_decoded(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(decoder, "new_cache", making)
     batch = Batch(decoder, size=3)
-    requests = [request(1, 30), request(2, 30), request(3, 20, EXTENT_MULTIPLE)]
+    requests = [request(1, 30), request(2, 30), request(3, 20, KV_BLOCK)]
     for each in requests:
         batch.add(each)
         batch.step()
         batch.step()
     batch.run()
-    assert [(cache.batch, cache.capacity // EXTENT_MULTIPLE) for cache in made] == [
+    assert [(cache.batch, cache.capacity // KV_BLOCK) for cache in made] == [
         (1, 1),
         (2, 1),
         (3, 2),
@@ -300,7 +300,7 @@ def test_what_cannot_be_decoded_is_refused_and_disturbs_nobody() -> None:
     with pytest.raises(ValueError, match="need a tokenizer"):
         TextGenerator(decoder).add(GenerationRequest([1], 1, stop=("a",)))
     with pytest.raises(ValueError, match="one sequence at a time"):
-        TextGenerator(decoder, drafter=SkipProposer(decoder, PLAN, 3, 0.0), batch_size=2)
+        TextGenerator(decoder, proposer=SkipProposer(decoder, PLAN, 3, 0.0), batch_size=2)
 
 
 def test_without_a_tokenizer_there_are_tokens_alone() -> None:
@@ -322,7 +322,10 @@ def test_an_error_names_the_prompt_where_there_are_several() -> None:
     requests = [request(n, id=f"p{n}") for n in range(3)]
     error = LogitsError.at(4, 9, torch.float32)
     error.number = 1
-    with pytest.raises(LogitsError, match=r"^prompt p2: the logits"), naming_prompts(requests, 1):
+    with (
+        pytest.raises(LogitsError, match=r"^prompt p2: the logits"),
+        name_failed_prompt(requests, 1),
+    ):
         raise error
-    with pytest.raises(LogitsError, match=r"^the logits"), naming_prompts(requests[:1]):
+    with pytest.raises(LogitsError, match=r"^the logits"), name_failed_prompt(requests[:1]):
         raise error

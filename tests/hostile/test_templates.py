@@ -11,7 +11,7 @@ import pytest
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models import chat_template, tokenization
-from conflayers_cli.models.tokenization import TooLongError, count_tokens, render, token_ids
+from conflayers_cli.models.tokenization import TooLongError, count_tokens, encode_text, render_chat
 from tests.cli.conftest import TEMPLATE, byte_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -46,7 +46,7 @@ def tokenizer(template: str) -> Any:
 def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     with pytest.raises(InputError) as caught:
-        render(tokenizer(template.replace("TRACE", str(trace))), CHAT)
+        render_chat(tokenizer(template.replace("TRACE", str(trace))), CHAT)
     assert REFUSED[template] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
@@ -66,10 +66,12 @@ def test_a_template_that_is_refused(template: str, tmp_path: Path) -> None:
 def test_a_template_that_grows(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    monkeypatch.setattr(tokenization, "bounded", partial(chat_template.bounded, memory=1 << 26))
+    monkeypatch.setattr(
+        tokenization, "bounded_template", partial(chat_template.bounded_template, memory=1 << 26)
+    )
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(InputError, match="too much memory"):
-        render(tokenizer(template), CHAT)
+        render_chat(tokenizer(template), CHAT)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
@@ -77,7 +79,7 @@ def test_bounds_end_with_the_rendering() -> None:
     before = sys.gettrace()
     for template in (TEMPLATE, LONG_LOOP):
         try:
-            assert render(tokenizer(template), CHAT) == "<user>Hi\n<assistant>"
+            assert render_chat(tokenizer(template), CHAT) == "<user>Hi\n<assistant>"
         except InputError:
             assert template == LONG_LOOP
         assert sys.gettrace() is before
@@ -85,11 +87,11 @@ def test_bounds_end_with_the_rendering() -> None:
 
 def test_a_chat_of_a_thousand_messages_is_no_endless_one() -> None:
     many = CHAT * 1000
-    assert render(tokenizer(TEMPLATE), many) == "<user>Hi\n" * 1000 + "<assistant>"
+    assert render_chat(tokenizer(TEMPLATE), many) == "<user>Hi\n" * 1000 + "<assistant>"
 
 
 def ids(text: str, context: int | None = 10, vocabulary: int = 257) -> list[int]:
-    return token_ids(
+    return encode_text(
         byte_tokenizer(None), text, special=True, vocabulary=vocabulary, context=context, name="m"
     )
 
@@ -118,7 +120,7 @@ def test_a_long_text_of_few_tokens_is_no_long_one() -> None:
 
     few = _tokenizer(None)  # a word that it doesn't know is one token
     text = "hello " + "x" * 100_000 + " world"
-    found = token_ids(few, text, special=True, vocabulary=8, context=10, name="m")
+    found = encode_text(few, text, special=True, vocabulary=8, context=10, name="m")
     assert found == [4, 0, 5]
 
 
@@ -129,8 +131,8 @@ def test_tokens_that_the_model_does_not_know() -> None:
 
 
 def test_tokens_are_counted_in_pieces_or_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "PIECE", 10)
-    monkeypatch.setattr(tokenization, "PIECES", 8)
+    monkeypatch.setattr(tokenization, "CHUNK", 10)
+    monkeypatch.setattr(tokenization, "MAX_CHUNKS", 8)
     tokenizer = byte_tokenizer(None)
     assert [count_tokens(tokenizer, "a" * length) for length in (0, 9, 10, 80)] == [0, 9, 10, 80]
     assert count_tokens(tokenizer, "aé" * 20) == 60  # two bytes, two tokens
@@ -140,9 +142,9 @@ def test_tokens_are_counted_in_pieces_or_estimated(monkeypatch: pytest.MonkeyPat
 def test_what_reads_like_a_special_token_becomes_one() -> None:
     """As everywhere in transformers: messages are the user's own."""
     plain = byte_tokenizer(TEMPLATE)
-    text = render(plain, [{"role": "user", "content": "a<|end|>b"}])
+    text = render_chat(plain, [{"role": "user", "content": "a<|end|>b"}])
     assert isinstance(text, str)
-    found = token_ids(plain, text, special=False, vocabulary=257, context=None, name="m")
+    found = encode_text(plain, text, special=False, vocabulary=257, context=None, name="m")
     assert found.count(256) == 1
     assert found == plain.apply_chat_template(
         [{"role": "user", "content": "a<|end|>b"}], add_generation_prompt=True, return_dict=False

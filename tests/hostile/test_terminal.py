@@ -15,7 +15,7 @@ import pytest
 
 from conflayers_cli.cli import terminal
 from conflayers_cli.cli.main import main
-from conflayers_cli.utils.notices import LOGGER, on_stderr, terminal_safe
+from conflayers_cli.utils.notices import LOGGER, notices_to_stderr, terminal_safe
 from conflayers_cli.utils.progress import progress_bar
 from tests.cli.conftest import save_profile
 
@@ -128,7 +128,7 @@ def test_json_in_a_pipe_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_messages_are_one_line_of_some_length(screen: Callable[..., str]) -> None:
-    with on_stderr():
+    with notices_to_stderr():
         shown = screen(lambda: logging.getLogger(LOGGER).info(f"a\n{HARM}\n{'x' * 5000}b"))
     assert harmless(shown)
     assert shown.count("\n") == 1

@@ -5,6 +5,7 @@ The interpreter has to be chosen before triton is imported, hence in a process o
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -21,6 +22,8 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+KERNELS = Path(__file__).parents[2] / "conflayers_cli" / "kernels"
 
 RUNS = DEVICE == "cuda" or INTERPRETED
 """Whether this process can run kernels."""
@@ -68,3 +71,39 @@ def rounding_as_gpus_do() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounded)
         yield
+
+
+def runtime_arguments(file: str, kernel: str) -> set[str]:
+    """The parameters of a kernel's function that are not known when it is compiled.
+
+    Read from the source: importing it needs triton.
+    """
+    tree = ast.parse((KERNELS / file).read_text(encoding="utf-8"))
+    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == kernel)
+    each = ((arg.arg, ast.unparse(arg.annotation or ast.Constant(None))) for arg in found.args.args)
+    return {name for name, kind in each if kind != "tl.constexpr"}
+
+
+class Recorder:
+    """Stands for a kernel, and keeps what it is launched with.
+
+    Attributes:
+        grid: of the launch.
+        compiled_for: the arguments whose every value has a kernel of its own.
+
+    Args:
+        file: of the kernels' folder, where the kernel is.
+        kernel: its function's name.
+    """
+
+    def __init__(self, file: str, kernel: str) -> None:
+        self.grid: tuple[int, ...] = ()
+        self.compiled_for: dict[str, Any] = {}
+        self._runtime = runtime_arguments(file, kernel)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: Any, **named: Any) -> None:
+            self.grid = grid
+            self.compiled_for = {k: v for k, v in named.items() if k not in self._runtime}
+
+        return launch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conflayers_cli.engine.graph_runner import Read, Work
+from conflayers_cli.engine.cuda_graphs import DeviceWork, PendingRead
 
 _FORBIDDEN = {
     "aten::_local_scalar_dense": "a value is read by the host",
@@ -107,7 +107,7 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.tapes = 0
 
-    def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
+    def record(self, work: DeviceWork) -> tuple[torch.Tensor, Callable[[], None]]:
         tape = Tape()
         with tape:
             output = work()
@@ -115,6 +115,6 @@ class TapeRecorder:
         self.tapes += 1
         return output, tape.replay
 
-    def send(self, values: torch.Tensor) -> Read:
+    def send(self, values: torch.Tensor) -> PendingRead:
         kept = values.clone()
         return lambda: kept.tolist()

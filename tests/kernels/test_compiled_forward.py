@@ -18,7 +18,7 @@ from conflayers_cli.engine.compile import compile_forward, use_forward
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.kernels.compiled_forward import MOST_SHAPES, CompiledForward
+from conflayers_cli.kernels.compiled_forward import MAX_SHAPES, CompiledForward
 from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -33,7 +33,7 @@ PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS)
 
 @pytest.fixture(autouse=True)
 def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Packing, "of", staticmethod(lambda model, layers: None))
+    monkeypatch.setattr(Packing, "create", staticmethod(lambda model, layers: None))
 
 
 def decoder_of(family: str, dtype: torch.dtype = torch.float32, **more: object) -> Decoder:
@@ -50,8 +50,8 @@ def compiled(decoder: Decoder) -> CompiledForward:
 
 
 def output(decoder: Decoder, prompt: list[int], plan: SkipPlan | None = None) -> list[int]:
-    drafter = None if plan is None else SkipProposer(decoder, plan, 3, 0.0)
-    generation = Generation(decoder, GenerationRequest(prompt, 16), drafter=drafter)
+    proposer = None if plan is None else SkipProposer(decoder, plan, 3, 0.0)
+    generation = Generation(decoder, GenerationRequest(prompt, 16), proposer=proposer)
     tiny.steps_of(generation)
     return generation.output
 
@@ -103,13 +103,13 @@ def _one() -> Decoder:
 def test_shapes_beyond_the_most_run_as_they_are() -> None:
     decoder, plain = decoder_of("llama"), tiny.decoder("llama")
     forward = compiled(decoder)
-    for width in range(1, MOST_SHAPES + 4):
+    for width in range(1, MAX_SHAPES + 4):
         tokens = torch.arange(width)[None]
         got, expected = (
             each.forward(tokens, tokens, each.new_cache(32)) for each in (decoder, plain)
         )
         assert torch.allclose(got, expected, atol=2e-5)
-    assert len(forward._shapes) == MOST_SHAPES
+    assert len(forward._shapes) == MAX_SHAPES
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo2"])
@@ -153,7 +153,8 @@ def test_a_wrong_forward_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         "conflayers_cli.kernels.compiled_forward._mlp", lambda x, norm, gate_up, down: x.neg()
     )
     monkeypatch.setattr(
-        "conflayers_cli.kernels.compiled_forward._leave_through_mlp", lambda x, *more: x.neg()
+        "conflayers_cli.kernels.compiled_forward._after_attention_with_mlp",
+        lambda x, *more: x.neg(),
     )
     decoder = decoder_of("llama")
     compilation = compile_forward(decoder, BACKEND)

@@ -64,7 +64,7 @@ def test_fused_is_what_the_modules_say(
 
 
 def test_plain_weights_are_joined_without_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Packing, "of", staticmethod(lambda model, layers: None))
+    monkeypatch.setattr(Packing, "create", staticmethod(lambda model, layers: None))
     decoder = Decoder(tiny.build(tiny.CONFIGS["qwen2"]()))  # with biases
     attention = decoder.model.model.layers[0].self_attn
     storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.v_proj)}

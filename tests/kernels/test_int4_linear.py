@@ -19,10 +19,16 @@ from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels import int4_linear
-from conflayers_cli.kernels.int4_linear import GROUP, LEVELS, Int4, Int4Head, rounded
+from conflayers_cli.kernels.int4_linear import (
+    GROUP_SIZE,
+    LEVELS,
+    Int4Head,
+    Int4Linear,
+    quantize_int4,
+)
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.kernels.packed_linear import Packing
-from conflayers_cli.models.structure import find_layers
+from conflayers_cli.models.support import find_layers
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -37,9 +43,9 @@ WITH_LINEARS = tuple(family for family in tiny.FAMILIES if family != "gpt2")
 
 def decoded(weight: torch.Tensor) -> torch.Tensor:
     """What the codes of a weight stand for."""
-    codes, scales = rounded(weight)
+    codes, scales = quantize_int4(weight)
     scale, zero = scales.transpose(0, 1).unbind(-1)
-    levels = codes.unflatten(1, (-1, GROUP)) - LEVELS // 2
+    levels = codes.unflatten(1, (-1, GROUP_SIZE)) - LEVELS // 2
     return (levels * scale[..., None] + zero[..., None]).flatten(1)
 
 
@@ -54,21 +60,21 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_no_weight_moves_by_more_than_half_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = drawn(48, 3 * GROUP) * torch.logspace(-3, 2, 48)[:, None]
+    weight = drawn(48, 3 * GROUP_SIZE) * torch.logspace(-3, 2, 48)[:, None]
     before = weight.clone()
-    groups = weight.unflatten(1, (-1, GROUP))
+    groups = weight.unflatten(1, (-1, GROUP_SIZE))
     steps = (groups.amax(-1) - groups.amin(-1)) / (LEVELS - 1)
-    moved = (decoded(weight) - weight).unflatten(1, (-1, GROUP)).abs().amax(-1)
+    moved = (decoded(weight) - weight).unflatten(1, (-1, GROUP_SIZE)).abs().amax(-1)
     assert bool((moved <= steps * 0.501 + 1e-6).all())
     assert torch.equal(weight, before)  # it stays in use
-    whole = rounded(weight)
+    whole = quantize_int4(weight)
     monkeypatch.setattr(int4_linear, "_ROWS", 7)  # a large weight is rounded in parts
-    for one, other in zip(whole, rounded(weight), strict=True):
+    for one, other in zip(whole, quantize_int4(weight), strict=True):
         assert torch.equal(one, other)
 
 
 def test_weights_that_are_all_one_value() -> None:
-    weight = torch.full((16, GROUP), 0.25)
+    weight = torch.full((16, GROUP_SIZE), 0.25)
     torch.testing.assert_close(decoded(weight), weight)
 
 
@@ -77,9 +83,9 @@ def test_weights_that_are_all_one_value() -> None:
 def test_the_product_is_that_with_the_rounded_weight(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    weight, bias = drawn(64, 4 * GROUP).to(dtype), drawn(64, seed=1).to(dtype)
-    rows = drawn(*shape, 4 * GROUP, seed=2).to(dtype)
-    product = Int4(weight, bias, [16, 48])(rows)
+    weight, bias = drawn(64, 4 * GROUP_SIZE).to(dtype), drawn(64, seed=1).to(dtype)
+    rows = drawn(*shape, 4 * GROUP_SIZE, seed=2).to(dtype)
+    product = Int4Linear(weight, bias, [16, 48])(rows)
     expected = rows.float() @ decoded(weight).float().T + bias.float()
     assert product.dtype == dtype and product.shape == (*shape, 64)
     rtol, atol = (1e-3, 1e-3) if dtype == torch.float32 else (0.03, 0.1)
@@ -87,12 +93,12 @@ def test_the_product_is_that_with_the_rounded_weight(
 
 
 def test_the_heads_likeliest_tokens_get_their_own_logits() -> None:
-    weight = drawn(3200, 2 * GROUP)
-    rows = drawn(8, 50, 2 * GROUP, seed=1)
+    weight = drawn(3200, 2 * GROUP_SIZE)
+    rows = drawn(8, 50, 2 * GROUP_SIZE, seed=1)
     found, own = Int4Head(weight)(rows), rows @ weight.T
     exact = torch.isclose(found, own, rtol=1e-5, atol=1e-5)
-    assert bool((exact.sum(-1) >= int4_linear.SCREENED).all()) and not bool(exact.all())
-    rough = Int4(weight, None, [3200])(rows)
+    assert bool((exact.sum(-1) >= int4_linear.RESCORED_TOKENS).all()) and not bool(exact.all())
+    rough = Int4Linear(weight, None, [3200])(rows)
     right, roughly = (
         float((each.argmax(-1) == own.argmax(-1)).float().mean()) for each in (found, rough)
     )
@@ -122,7 +128,6 @@ def test_drafts_are_those_of_the_rounded_model(family: str) -> None:
             by_modules = logits(decoder, plan, tokens)
         torch.testing.assert_close(by_modules, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected, logits(decoder, SkipPlan.of_layers([2]), tokens), atol=0.01)
-    assert decoder.stack.int4.nbytes > 0
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -132,7 +137,7 @@ def test_with_the_output_embedding(
 ) -> None:
     """Whose rows can be had where it is not packed, or is the input embedding, too."""
     if not packed:
-        monkeypatch.setattr(Packing, "of", staticmethod(lambda model, layers: None))
+        monkeypatch.setattr(Packing, "create", staticmethod(lambda model, layers: None))
     config = tiny.CONFIGS["llama"]()
     config.vocab_size, config.tie_word_embeddings = 1600, tied
     decoder = Decoder(tiny.build(config))
@@ -144,7 +149,7 @@ def test_with_the_output_embedding(
     heads = [each for each in decoder.stack.int4._made.values() if isinstance(each, Int4Head)]
     assert len(heads) == (1 if tied or not packed else 0)
     text = Generation(
-        decoder, GenerationRequest(tokens, 16), drafter=SkipProposer(decoder, INT4, 4, 0.0)
+        decoder, GenerationRequest(tokens, 16), proposer=SkipProposer(decoder, INT4, 4, 0.0)
     )
     accepted = sum(step.accepted for step in tiny.steps_of(text))
     assert text.output == tiny.generated(decoder, tokens, 16)
@@ -169,11 +174,11 @@ def test_texts_stay_the_models_own(
 
 def test_in_bfloat16_and_in_batches() -> None:
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"](), dtype=torch.bfloat16))
-    drafter = MixedProposer(decoder, INT4, simulated.costs(0.05, 0.001), ngram=False, max_tokens=5)
+    proposer = MixedProposer(decoder, INT4, simulated.costs(0.05, 0.001), ngram=False, max_tokens=5)
     prompts = [tiny.prompt(length, length) for length in (3, 9, 5)]
     vanilla, batch = (
-        Batch(decoder, [GenerationRequest(p, 16, SamplingParams()) for p in prompts], drafter=each)
-        for each in (None, drafter)
+        Batch(decoder, [GenerationRequest(p, 16, SamplingParams()) for p in prompts], proposer=each)
+        for each in (None, proposer)
     )
     vanilla.run()
     batch.run()
@@ -188,7 +193,7 @@ def test_what_decides_never_uses_them() -> None:
     make = decoder.new_cache
     decoder.new_cache = lambda *sizes: kept.append(make(*sizes)) or kept[-1]  # type: ignore
     text = Generation(
-        decoder, GenerationRequest(prompt, 12), drafter=SkipProposer(decoder, INT4, 3, 0.0)
+        decoder, GenerationRequest(prompt, 12), proposer=SkipProposer(decoder, INT4, 3, 0.0)
     )
     tiny.steps_of(text)
     whole = [*prompt, *text.output][:-1]
@@ -212,7 +217,7 @@ def _no_kernel(*arguments: object) -> None:
 
 
 def test_without_a_kernel_drafts_use_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_linear, "_laid_out", _no_kernel)
+    monkeypatch.setattr(int4_linear, "_pack_codes", _no_kernel)
     decoder, tokens = Decoder(tiny.build(tiny.CONFIGS["llama"]())), tiny.prompt(9)
     assert decoder.stack.int4.reason == (
         "PyTorch's kernel for four-bit weights does not run here: no such kernel"
@@ -226,13 +231,13 @@ def test_without_a_kernel_drafts_use_the_models_own(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(logits(decoder, rounded_plan, tokens), expected)
     decoder.stack.watched = 0
     costs = measure_costs(decoder, context=8, rounds=1, int4=True)
-    assert not costs.knows_int4
+    assert not costs.has_int4
     assert costs.draft_cost(INT4, 5) == costs.draft_cost(SkipPlan(), 5) > 0
 
 
 def test_a_kernel_that_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = int4_linear._laid_out
-    monkeypatch.setattr(int4_linear, "_laid_out", lambda codes, cpu: right(codes ^ 1, cpu))
+    right = int4_linear._pack_codes
+    monkeypatch.setattr(int4_linear, "_pack_codes", lambda codes, cpu: right(codes ^ 1, cpu))
     reason = Decoder(tiny.build(tiny.CONFIGS["llama"]())).stack.int4.reason
     assert reason == "PyTorch's kernel for four-bit weights gives something else here"
 
@@ -260,14 +265,14 @@ def test_devices_that_have_no_kernel(device: str, dtype: torch.dtype, word: str)
 def test_only_large_models_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny.decoder("llama")
     assert not decoder.stack.int4.worthwhile
-    monkeypatch.setattr(int4_linear, "WORTHWHILE", 1000)
+    monkeypatch.setattr(int4_linear, "MIN_MODEL_BYTES", 1000)
     assert decoder.stack.int4.worthwhile
 
 
 def test_their_costs_are_measured_where_somebody_asks(tmp_path: Any) -> None:
     decoder = tiny.decoder("llama")
     costs = measure_costs(decoder, context=8, rounds=2, int4=True)
-    assert costs.knows_int4 and costs.int4_floor > 0
+    assert costs.has_int4 and costs.int4_floor > 0
     whole = costs.draft_cost(INT4, tiny.DEPTH)
     layers = tiny.DEPTH * (costs.int4_attention + costs.int4_mlp)
     assert whole == pytest.approx(costs.int4_floor + layers)
@@ -280,7 +285,7 @@ def test_their_costs_are_measured_where_somebody_asks(tmp_path: Any) -> None:
 
     def asked(wanted: bool) -> tuple[tuple[int, ...], bool]:
         found = cost_table(decoder, model_key="m", cache_folder=tmp_path, int4=wanted)
-        return found.measured, found.table.by_batch[1].knows_int4
+        return found.measured, found.table.by_batch[1].has_int4
 
     assert asked(False) == ((1,), False)
     assert asked(True) == ((1,), True)  # they were not known

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE as EXTENT
-from conflayers_cli.kernels.kv_cache import KVCache, extent_for
+from conflayers_cli.kernels.kv_cache import KV_BLOCK as EXTENT
+from conflayers_cli.kernels.kv_cache import KVCache, round_up_kv_len
 from tests import tiny
 
 HEADS, DIM = 2, 4
@@ -23,7 +23,7 @@ def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     [(0, 1), (1, 1), (EXTENT, 1), (EXTENT + 1, 2), (2 * EXTENT, 2), (2 * EXTENT + 1, 3)],
 )
 def test_extents_hold_the_length(length: int, extents: int) -> None:
-    assert extent_for(length) == extents * EXTENT
+    assert round_up_kv_len(length) == extents * EXTENT
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -34,7 +34,7 @@ def test_rows_are_written_at_their_own_slots(batch: int) -> None:
     second = torch.tensor([[3, 1]]) + torch.arange(batch)[:, None]
     wanted = torch.zeros(2, batch, HEADS, EXTENT, DIM)
     for slots, seed in ((first, 1), (second, 2)):
-        cache.announce(slots, EXTENT)
+        cache.set_slots(slots, EXTENT)
         keys, values = states(batch, slots.shape[1], seed)
         read = cache.update(keys, values, 1)
         for row in range(batch):
@@ -49,7 +49,7 @@ def test_rows_are_written_at_their_own_slots(batch: int) -> None:
 
 def test_layers_share_the_announcement_but_not_the_memory() -> None:
     cache = KVCache(2, 1, 10)
-    cache.announce(torch.tensor([[0]]), EXTENT)
+    cache.set_slots(torch.tensor([[0]]), EXTENT)
     one, other = states(1, 1, 1), states(1, 1, 2)
     cache.update(*one, 0)
     assert cache.bytes == 2 * EXTENT * HEADS * DIM * 4  # only layers in use hold memory
@@ -62,9 +62,9 @@ def test_layers_share_the_announcement_but_not_the_memory() -> None:
 def test_an_extent_beyond_the_capacity_is_refused() -> None:
     cache = KVCache(1, 1, EXTENT + 1)
     assert cache.capacity == 2 * EXTENT
-    cache.announce(torch.tensor([[2 * EXTENT - 1]]), 2 * EXTENT)
+    cache.set_slots(torch.tensor([[2 * EXTENT - 1]]), 2 * EXTENT)
     with pytest.raises(ValueError, match=f"capacity {2 * EXTENT}"):
-        cache.announce(torch.tensor([[2 * EXTENT]]), 3 * EXTENT)
+        cache.set_slots(torch.tensor([[2 * EXTENT]]), 3 * EXTENT)
 
 
 def test_rows_of_a_batch_have_their_own_lengths() -> None:
@@ -87,7 +87,7 @@ def test_rows_of_a_batch_have_their_own_lengths() -> None:
 def write(cache: KVCache, slots: list[list[int]], seed: int) -> torch.Tensor:
     """Write keys to layer 1 at these slots; returns the keys."""
     keys, values = states(len(slots), len(slots[0]), seed)
-    cache.announce(torch.tensor(slots), EXTENT)
+    cache.set_slots(torch.tensor(slots), EXTENT)
     cache.update(keys, values, 1)
     return keys
 
@@ -119,12 +119,12 @@ def test_a_view_is_some_rows_in_the_same_memory(first: str) -> None:
 
 def test_what_is_written_within_unchanged_is_undone() -> None:
     cache = KVCache(2, 1, 10)
-    cache.announce(torch.arange(6)[None], EXTENT)
+    cache.set_slots(torch.arange(6)[None], EXTENT)
     for layer in range(2):
         cache.update(torch.randn(1, HEADS, 6, DIM), torch.randn(1, HEADS, 6, DIM), layer)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     with pytest.raises(ZeroDivisionError), cache.unchanged(2, 6):
-        cache.announce(torch.arange(2, 6)[None], EXTENT)
+        cache.set_slots(torch.arange(2, 6)[None], EXTENT)
         cache.update(torch.randn(1, HEADS, 4, DIM), torch.randn(1, HEADS, 4, DIM), 1)
         assert not torch.equal(cache.layers[1].keys, before[1][0])
         raise ZeroDivisionError
@@ -144,7 +144,7 @@ def test_a_row_is_copied_as_far_as_it_is_filled() -> None:
     write(cache, [[0, 1, 2, 3]] * 3, 1)
     before = cache.layers[1].keys.clone()
     values = cache.layers[1].values.clone()
-    cache.copy_row(2, 0, 3)  # layer 0 holds nothing yet
+    cache.copy_sequence(2, 0, 3)  # layer 0 holds nothing yet
     for now, then in ((cache.layers[1].keys, before), (cache.layers[1].values, values)):
         assert torch.equal(now[0, :, :3], then[2, :, :3])
         assert torch.equal(now[0, :, 3:], then[0, :, 3:])

@@ -13,7 +13,7 @@ from torch import nn
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels import packed_linear
-from conflayers_cli.kernels.packed_linear import Packed, PackedLinear, Packing
+from conflayers_cli.kernels.packed_linear import MergedLinearPart, PackedWeight, Packing
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -30,8 +30,8 @@ def test_merged_products_are_each_layers_own() -> None:
     layers = linears(32, 16, 16, bias=True)
     x, y = torch.randn(3, 48), torch.randn(3, 48)
     expected = [[layer(rows) for layer in layers] for rows in (x, y)]
-    packed = Packed(layers)
-    stand_ins = [PackedLinear(packed, i) for i in range(3)]
+    packed = PackedWeight(layers)
+    stand_ins = [MergedLinearPart(packed, i) for i in range(3)]
     torch.testing.assert_close([s(x) for s in stand_ins], expected[0])
     # in any order, for other rows each time, or one of them alone
     assert torch.allclose(stand_ins[2](y), expected[1][2], atol=1e-6)
@@ -41,7 +41,7 @@ def test_merged_products_are_each_layers_own() -> None:
 
 
 def test_the_last_layer_asked_leaves_no_product_behind() -> None:
-    packed = Packed(linears(32, 16))
+    packed = PackedWeight(linears(32, 16))
     x = torch.randn(2, 48)
     packed.part(x, 0)
     packed.part(x, 1)
@@ -61,7 +61,7 @@ def test_a_rows_bits_do_not_depend_on_the_others(
 ) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("no bfloat16 products here")
-    packed = Packed([layer.to(dtype) for layer in linears(outputs, inputs=inputs)])
+    packed = PackedWeight([layer.to(dtype) for layer in linears(outputs, inputs=inputs)])
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(48, inputs, generator=generator).to(dtype)
     part = x[first : first + rows].contiguous()
@@ -80,10 +80,10 @@ def test_the_weights_come_back_to_the_bit_and_go_again(tied: bool) -> None:
     before = weights(model)
     decoder = Decoder(model)
     layer = model.model.layers[1]
-    assert isinstance(layer.self_attn.q_proj, PackedLinear)
-    assert isinstance(model.lm_head, PackedLinear)
+    assert isinstance(layer.self_attn.q_proj, MergedLinearPart)
+    assert isinstance(model.lm_head, MergedLinearPart)
     held = sum(p.numel() for p in model.parameters())
-    packed = [layer.self_attn.q_proj.joint, layer.mlp.down_proj.joint]
+    packed = [layer.self_attn.q_proj.merged, layer.mlp.down_proj.merged]
     assert all(linear.weight.numel() == 0 for each in packed for linear in each.linears)
     assert held < sum(weight.numel() for weight in before.values()) / 3
     with decoder.plain():
@@ -92,7 +92,7 @@ def test_the_weights_come_back_to_the_bit_and_go_again(tied: bool) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
         if tied:
             assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert isinstance(layer.self_attn.q_proj, PackedLinear)
+    assert isinstance(layer.self_attn.q_proj, MergedLinearPart)
     assert sum(p.numel() for p in model.parameters()) == held
 
 
@@ -100,7 +100,7 @@ def test_an_error_while_unpacked_leaves_the_model_packed() -> None:
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
     with pytest.raises(ZeroDivisionError), decoder.plain():
         raise ZeroDivisionError
-    assert isinstance(decoder.model.model.layers[0].mlp.up_proj, PackedLinear)
+    assert isinstance(decoder.model.model.layers[0].mlp.up_proj, MergedLinearPart)
     assert len(tiny.generated(decoder, [1, 2, 3], 4)) == 4
 
 
@@ -130,7 +130,7 @@ def test_layers_that_are_more_than_their_weights_are_left_alone() -> None:
     with torch.inference_mode():
         expected = model(torch.arange(9)[None]).logits
     decoder = Decoder(model)
-    assert isinstance(attention.q_proj, Scaled) and isinstance(attention.o_proj, PackedLinear)
+    assert isinstance(attention.q_proj, Scaled) and isinstance(attention.o_proj, MergedLinearPart)
     assert decoder.passes.fused is not None  # which runs them as they are
     positions = torch.arange(9)[None]
     logits = decoder.forward(positions, positions, decoder.new_cache(9))
@@ -172,7 +172,7 @@ def test_a_packed_model_can_be_copied() -> None:
     other = Decoder(copy.deepcopy(model))
     with other.plain():
         assert all(torch.equal(before[name], w) for name, w in weights(other.model).items())
-        assert isinstance(decoder.model.model.layers[0].mlp.up_proj, PackedLinear)
+        assert isinstance(decoder.model.model.layers[0].mlp.up_proj, MergedLinearPart)
     assert tiny.generated(other, [1, 2, 3], 6) == tiny.generated(decoder, [1, 2, 3], 6)
 
 
@@ -182,7 +182,7 @@ def test_a_model_that_is_slower_packed_stays_as_it_is(monkeypatch: pytest.Monkey
 
     def seconds(products: Any, rows: Any) -> float:
         next(clock)
-        return 1.0 + 0.2 * isinstance(products[0], Packed)
+        return 1.0 + 0.2 * isinstance(products[0], PackedWeight)
 
     monkeypatch.setattr(packed_linear, "_seconds", seconds)
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
@@ -194,11 +194,11 @@ def test_a_model_that_is_slower_packed_stays_as_it_is(monkeypatch: pytest.Monkey
 def test_a_model_whose_packed_products_are_wrong_gets_its_own_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = Packed.__call__
-    monkeypatch.setattr(Packed, "__call__", lambda self, rows: right(self, rows).neg())
+    right = PackedWeight.__call__
+    monkeypatch.setattr(PackedWeight, "__call__", lambda self, rows: right(self, rows).neg())
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
     assert isinstance(decoder.model.model.layers[0].mlp.up_proj, nn.Linear)
-    assert Packing.of(decoder.model, ()) is None
+    assert Packing.create(decoder.model, ()) is None
     cache = decoder.new_cache(8)
     logits = decoder.prefill(torch.tensor([[1, 2, 3]]), cache)
     with decoder.plain() as model, torch.inference_mode():

@@ -243,7 +243,7 @@ def test_another_activation_than_silu() -> None:
 @kernels_run
 def test_norms_behind_the_sub_layers_are_left_to_the_fused_forward() -> None:
     for family in FAMILIES:
-        assert models(family)[2]._known == (family != BEHIND)
+        assert models(family)[2]._supported == (family != BEHIND)
 
 
 def _no_delta(forward: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ FAULTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "norms exchanged": lambda forward: {"_norms": tuple(n[::-1] for n in forward._norms)},
     "heads aren't normed": lambda forward: {"_head_norms": (None,) * tiny.DEPTH},
     "another gate": lambda forward: {
-        "_gated": lambda product: F.gelu(product.chunk(2, -1)[0]) * product.chunk(2, -1)[1]
+        "_silu_and_mul": lambda product: F.gelu(product.chunk(2, -1)[0]) * product.chunk(2, -1)[1]
     },
 }
 
@@ -286,18 +286,18 @@ def test_a_fault_would_be_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, half = torch.device("cuda"), torch.bfloat16
     config = SimpleNamespace(hidden_size=4096)
-    why_not = KernelForward.why_not
+    unsupported_reason = KernelForward.unsupported_reason
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "GPU" in str(why_not(torch.device("cpu"), half, config))
-    assert "float64" in str(why_not(cuda, torch.float64, config))
-    assert "not 20000" in str(why_not(cuda, half, SimpleNamespace(hidden_size=20000)))
-    assert "triton" in str(why_not(cuda, half, config))
+    assert "GPU" in str(unsupported_reason(torch.device("cpu"), half, config))
+    assert "float64" in str(unsupported_reason(cuda, torch.float64, config))
+    assert "not 20000" in str(unsupported_reason(cuda, half, SimpleNamespace(hidden_size=20000)))
+    assert "triton" in str(unsupported_reason(cuda, half, config))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0" in str(why_not(cuda, half, config))
+    assert "8.0" in str(unsupported_reason(cuda, half, config))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert why_not(cuda, half, config) is None
+    assert unsupported_reason(cuda, half, config) is None
 
 
 @elsewhere

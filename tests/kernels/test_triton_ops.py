@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from conflayers_cli.kernels.fused_forward import Norm
+from conflayers_cli.kernels.fused_forward import RMSNorm
 from tests.kernels.interpreted import (
     DEVICE,
     RUNS,
+    Recorder,
     elsewhere,
     kernels_run,
     native,
@@ -102,14 +103,14 @@ class Adding:
         """(what becomes of x, the normed rows)"""
         x = self.x.clone()
         return x, kernels.add_norm(
-            x, self.delta, kernels.Norm(self.weight, self.epsilon), self.keep
+            x, self.delta, kernels.NormParams(self.weight, self.epsilon), self.keep
         )
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.x.clone()
         if self.delta is not None:
             x[:, self.kept] += self.delta[:, self.kept]
-        norm = Norm(rms_norm(self.weight, self.epsilon))
+        norm = RMSNorm(rms_norm(self.weight, self.epsilon))
         return x, norm(x[:, self.kept])
 
 
@@ -221,7 +222,7 @@ class Turning:
         norms = None
         if self.weights is not None:
             both = zip(self.weights, self.epsilons, strict=True)
-            norms = tuple(kernels.Norm(*norm) for norm in both)
+            norms = tuple(kernels.NormParams(*norm) for norm in both)
         queries = kernels.rotate_and_write(
             *(self.product, self.cos, self.sin, self.slots, keys, values, self.heads, norms)
         )
@@ -236,7 +237,7 @@ class Turning:
         parts = list(states.split((self.heads, shared, shared), dim=1))
         if self.weights is not None:
             for i, (weight, epsilon) in enumerate(zip(self.weights, self.epsilons, strict=True)):
-                norm = Norm(rms_norm(weight, epsilon))
+                norm = RMSNorm(rms_norm(weight, epsilon))
                 parts[i] = norm(parts[i])
         queries, key = (
             torch.addcmul(part * self.cos, part.roll(size // 2, -1), self.sin) for part in parts[:2]
@@ -398,10 +399,10 @@ def test_gated(seed: int, rows: int, inner: int, spread: float, dtype: torch.dty
     product = Chance(seed, dtype).normal(2, rows, 2 * inner)
     product[..., :inner] *= spread
     gate, up = product.chunk(2, dim=-1)
-    got = kernels.gated(product)
+    got = kernels.silu_and_mul(product)
     assert got.is_contiguous() and got.dtype == dtype
     assert_near(got / spread, F.silu(gate).mul_(up) / spread)
-    alone = kernels.gated(product[1:, -1:])
+    alone = kernels.silu_and_mul(product[1:, -1:])
     assert torch.equal(bits(alone), bits(got[1:, -1:]))
 
 
@@ -418,7 +419,7 @@ def test_gated_in_pieces(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
     gate, up = product.chunk(2, dim=-1)
-    assert_near(kernels.gated(product), F.silu(gate) * up)
+    assert_near(kernels.silu_and_mul(product), F.silu(gate) * up)
     assert beyond[:, 2].isnan().all()
 
 
@@ -428,7 +429,7 @@ def test_silu_is_rounded_before_it_multiplies(dtype: torch.dtype) -> None:
     product = Chance(5, dtype).normal(1, 1, 2000)
     gate, up = product.chunk(2, dim=-1)
     exact = (F.silu(gate.float()) * up.float()).to(dtype)
-    got = kernels.gated(product)
+    got = kernels.silu_and_mul(product)
     assert (got == F.silu(gate) * up).double().mean() > 0.99
     assert (got == exact).double().mean() < 0.9
 
@@ -437,49 +438,37 @@ def test_silu_is_rounded_before_it_multiplies(dtype: torch.dtype) -> None:
 def test_a_wrong_activation_would_be_found() -> None:
     product = Chance(6, torch.float32).normal(1, 2, 128)
     gate, up = product.chunk(2, dim=-1)
-    got = kernels.gated(product)
+    got = kernels.silu_and_mul(product)
     for wrong in (F.silu(up) * gate, F.gelu(gate) * up, F.silu(gate)):
         with pytest.raises(AssertionError, match="not close"):
             assert_near(got, wrong)
 
 
-class Recorder:
-    """Stands for a kernel, and keeps what it is launched with."""
-
-    def __init__(self) -> None:
-        self.grid: tuple[int, ...] = ()
-        self.named: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*_: Any, **named: Any) -> None:
-            self.grid, self.named = grid, named
-
-        return launch
-
-
 def launched(batch: int, tokens: int) -> list[Recorder]:
     """The launches of calls whose tensors have no values at all."""
     half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
-    names = ("add_norm_kernel", "rotate_and_write_kernel", "gated_kernel")
-    recorders = [Recorder() for _ in names]
+    names = ("add_norm_kernel", "rotate_and_write_kernel", "silu_and_mul_kernel")
+    functions = ("add_norm_row", "rotate_and_write_head", "silu_and_mul_piece")
+    recorders = [Recorder("triton_ops.py", function) for function in functions]
     with pytest.MonkeyPatch.context() as patch:
         for name, recorder in zip(names, recorders, strict=True):
             patch.setattr(kernels, name, recorder)
         x = torch.empty(batch, tokens, 4096, **half)
-        kernels.add_norm(x, x, kernels.Norm(x[0, 0], 1e-5))
+        kernels.add_norm(x, x, kernels.NormParams(x[0, 0], 1e-5))
         product = torch.empty(batch, tokens, 6144, **half)
         cache = torch.empty(batch, 8, 1024, 128, **half)
         cos = torch.empty(batch, tokens, 128, **half)
         slots = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
         kernels.rotate_and_write(product, cos, cos, slots, cache, cache, 32)
-        kernels.gated(torch.empty(batch, tokens, 28672, **half))
+        kernels.silu_and_mul(torch.empty(batch, tokens, 28672, **half))
     return recorders
 
 
 @kernels_run
 def test_one_kernel_serves_any_number_of_rows() -> None:
     one, many = launched(1, 1), launched(3, 26)
-    assert [each.named for each in one] == [each.named for each in many]
+    assert [each.compiled_for for each in one] == [each.compiled_for for each in many]
+    assert all("num_warps" in each.compiled_for for each in one)
     assert [each.grid for each in one] == [(1,), (1, 48), (1, 14)]
     assert [each.grid for each in many] == [(78,), (78, 48), (78, 14)]
 
@@ -487,12 +476,12 @@ def test_one_kernel_serves_any_number_of_rows() -> None:
 @native
 def test_captured_in_a_graph() -> None:
     call, turn = adding(6, hidden=1024, dtype=torch.float16), turning(6, dtype=torch.float16)
-    norm = kernels.Norm(call.weight, call.epsilon)
+    norm = kernels.NormParams(call.weight, call.epsilon)
 
     def work() -> list[torch.Tensor]:
         arguments = (turn.product, turn.cos, turn.sin, turn.slots, turn.keys, turn.values)
         query = kernels.rotate_and_write(*arguments, turn.heads)
-        return [kernels.add_norm(call.x, None, norm), query, kernels.gated(call.x)]
+        return [kernels.add_norm(call.x, None, norm), query, kernels.silu_and_mul(call.x)]
 
     work()
     graph = torch.cuda.CUDAGraph()
@@ -533,12 +522,12 @@ def test_refusals(changes: dict[str, torch.Tensor], message: str) -> None:
 @kernels_run
 def test_refusals_of_rows() -> None:
     call = adding()
-    norm = kernels.Norm(call.weight, 1e-5)
+    norm = kernels.NormParams(call.weight, 1e-5)
     with pytest.raises(ValueError, match="strides"):
         kernels.add_norm(call.x.transpose(0, 1), None, norm)
     with pytest.raises(ValueError, match="weight"):
-        kernels.add_norm(call.x, None, kernels.Norm(call.weight[1:], 1e-5))
+        kernels.add_norm(call.x, None, kernels.NormParams(call.weight[1:], 1e-5))
     with pytest.raises(ValueError, match="delta"):
         kernels.add_norm(call.x, call.x[:, :1], norm)
     with pytest.raises(ValueError, match="47 features"):
-        kernels.gated(call.x[..., :47])
+        kernels.silu_and_mul(call.x[..., :47])

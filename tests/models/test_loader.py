@@ -17,7 +17,8 @@ from tokenizers import models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.config_fingerprint import config_fingerprint
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
@@ -73,7 +74,7 @@ def _edit_config(folder: Path, **changes: Any) -> None:
 def _refusal(source: str | Path, **options: Any) -> str:
     """The error's text, which must be one line."""
     with pytest.raises(InputError) as caught:
-        load_model(str(source), **options)
+        load_model(str(source), LoadOptions(**options))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -82,7 +83,9 @@ def _refusal(source: str | Path, **options: Any) -> str:
 def test_loads_a_folder(folder: Path) -> None:
     told: list[float] = []
     loaded = load_model(
-        str(folder), device="cpu", dtype="float32", progress=lambda _, done: told.append(done)
+        str(folder),
+        LoadOptions(device="cpu", dtype="float32"),
+        progress=lambda _, done: told.append(done),
     )
     assert loaded.name == str(folder)
     assert loaded.device == torch.device("cpu")
@@ -102,7 +105,7 @@ def test_loading_is_silent_and_restores_settings(
     capfd.readouterr()
     before = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    load_model(str(folder), dtype="float32")
+    load_model(str(folder), LoadOptions(dtype="float32"))
     assert capfd.readouterr() == ("", "")
     assert transformers_logging.get_verbosity() == before
     assert transformers_logging.is_progress_bar_enabled() == bars
@@ -110,7 +113,7 @@ def test_loading_is_silent_and_restores_settings(
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_dtype_as_asked(folder: Path, name: str) -> None:
-    loaded = load_model(str(folder), device="cpu", dtype=name)
+    loaded = load_model(str(folder), LoadOptions(device="cpu", dtype=name))
     assert loaded.dtype == loaded.model.dtype == getattr(torch, name)
     assert name in loaded.dtype_reason
 
@@ -125,8 +128,8 @@ def test_dtype_is_chosen_for_the_models_sizes(
         seen.append(config.hidden_size)
         return 0.5
 
-    monkeypatch.setattr("conflayers_cli.models.dtype.time_products", measure)
-    loaded = load_model(str(folder), device="cpu")
+    monkeypatch.setattr("conflayers_cli.models.dtype.measure_bfloat16_ratio", measure)
+    loaded = load_model(str(folder), LoadOptions(device="cpu"))
     assert loaded.dtype == loaded.model.dtype == torch.bfloat16
     assert loaded.dtype_reason.startswith("bfloat16: the processor has amx_bf16")
     assert seen == [16]
@@ -201,7 +204,7 @@ def test_broken_gguf(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
         ({"architectures": ["LlamaModel"]}, "not a causal language model"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "not a causal language model"),
-        ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "--trust-remote-code"),
+        ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "trust_remote_code lets it run"),
     ],
 )
 def test_refused_configs(folder: Path, changes: dict[str, Any], expected: str) -> None:
@@ -242,7 +245,7 @@ def test_encode_without_template(folder: Path) -> None:
 
 
 def test_fingerprint_names_the_shape(folder: Path) -> None:
-    shape = fingerprint(load_model(str(folder)).model.config)
+    shape = config_fingerprint(load_model(str(folder)).model.config)
     digest = str(shape.pop("config_hash"))
     assert re.fullmatch("[0-9a-f]{16}", digest)
     assert shape == {
@@ -258,10 +261,10 @@ def test_fingerprint_names_the_shape(folder: Path) -> None:
 
 def test_fingerprint_is_about_what_is_computed(folder: Path) -> None:
     def digest(loaded: LoadedModel) -> object:
-        return fingerprint(loaded.model.config)["config_hash"]
+        return config_fingerprint(loaded.model.config)["config_hash"]
 
-    whole = digest(load_model(str(folder), dtype="float32"))
-    assert digest(load_model(str(folder), dtype="bfloat16")) == whole
+    whole = digest(load_model(str(folder), LoadOptions(dtype="float32")))
+    assert digest(load_model(str(folder), LoadOptions(dtype="bfloat16"))) == whole
     _edit_config(
         folder,
         transformers_version="5.0.0",
@@ -290,7 +293,10 @@ def test_fingerprint_is_about_what_is_computed(folder: Path) -> None:
     ],
 )
 def test_fingerprint_sees_every_change(change: dict[str, Any]) -> None:
-    assert fingerprint(_config(**change))["config_hash"] != fingerprint(_config())["config_hash"]
+    assert (
+        config_fingerprint(_config(**change))["config_hash"]
+        != config_fingerprint(_config())["config_hash"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +325,6 @@ def test_fingerprint_sees_every_change(change: dict[str, Any]) -> None:
     ],
 )
 def test_fingerprint_of_families(make: Callable[[], Any], expected: tuple[int | None, ...]) -> None:
-    shape = fingerprint(make())
+    shape = config_fingerprint(make())
     names = ("depth", "hidden_size", "attention_heads", "key_value_heads", "intermediate_size")
     assert tuple(shape[name] for name in names) == expected

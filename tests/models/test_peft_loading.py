@@ -15,19 +15,20 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from conflayers_cli.api.attached_model import borrow, release
+from conflayers_cli.api.attached_model import attach, release
 from conflayers_cli.api.hf_generate import conflayers_generate
-from conflayers_cli.engine.cost_cache import key_of
+from conflayers_cli.engine.cost_cache import make_model_key
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.kernels.packed_linear import PackedLinear
+from conflayers_cli.kernels.packed_linear import MergedLinearPart
 from conflayers_cli.models import peft_loading
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.config_fingerprint import config_fingerprint
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loader import load_model
-from conflayers_cli.models.peft_modules import signature
-from conflayers_cli.models.weight_sketch import sketch_of
+from conflayers_cli.models.peft_modules import adapter_key
+from conflayers_cli.models.weight_sketch import sketch_weights
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -94,9 +95,9 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     return model
 
 
-def greedy(decoder: Decoder, prompt: list[int], drafter: Any = None) -> tuple[list[int], int]:
+def greedy(decoder: Decoder, prompt: list[int], proposer: Any = None) -> tuple[list[int], int]:
     """A text, and how many of its tokens were drafted."""
-    generation = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, 24), proposer=proposer)
     steps = tiny.steps_of(generation)
     return generation.output, sum(step.accepted for step in steps)
 
@@ -108,12 +109,12 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
         prompt = tiny.prompt(6 + 29 * seed, seed, VOCABULARY) * 2
         expected, _ = greedy(decoder, prompt)
         seen.update(expected)
-        for drafter in (
+        for proposer in (
             *(SkipProposer(decoder, plan, 5, 0.0) for plan in PLANS),
             SkipProposer(decoder, PLANS[0], 3, 0.0, GREEDY_SHAPE),
             MixedProposer(decoder, None, mixed_costs()),
         ):
-            text, stood = greedy(decoder, prompt, drafter)
+            text, stood = greedy(decoder, prompt, proposer)
             assert text == expected
             accepted += stood
     assert accepted > 20
@@ -187,8 +188,8 @@ def test_what_an_adapter_only_calls_is_packed() -> None:
     if not decoder.packed:
         pytest.skip("no packing on this machine")
     attention: Any = decoder.stack.layers[1].get_submodule("self_attn")
-    assert isinstance(attention.q_proj.base_layer, PackedLinear)
-    assert isinstance(attention.k_proj, PackedLinear)
+    assert isinstance(attention.q_proj.base_layer, MergedLinearPart)
+    assert isinstance(attention.k_proj, MergedLinearPart)
     assert type(attention.q_proj.lora_A.default) is torch.nn.Linear
     with decoder.plain() as model:  # and it can be merged when the weights are its own again
         assert type(model.model.layers[1].self_attn.q_proj.base_layer) is torch.nn.Linear
@@ -239,13 +240,13 @@ def test_generate_of_a_peft_model_takes_the_engine(named: bool) -> None:
 
 def test_a_peft_model_is_borrowed_and_given_back() -> None:
     model = adapted("lora-some")
-    borrowed = borrow(model)
-    assert borrow(model.get_base_model()) is borrowed
-    with borrowed.at_work() as decoder:
+    attached = attach(model)
+    assert attach(model.get_base_model()) is attached
+    with attached.active() as decoder:
         before = greedy(decoder, [1, 2, 3])[0]
     model.merge_adapter()
-    assert borrow(model) is not borrowed
-    with borrow(model).at_work() as decoder:
+    assert attach(model) is not attached
+    with attach(model).active() as decoder:
         assert greedy(decoder, [1, 2, 3])[0] == before
     release(model)
 
@@ -285,27 +286,27 @@ def test_adapters_that_cannot_be_decoded_with_are_refused(what: str) -> None:
 
 
 def test_a_sketch_is_of_the_weights_with_what_is_added_to_them() -> None:
-    plain = sketch_of(base())
+    plain = sketch_weights(base())
     model = adapted("lora-some")
-    beside = sketch_of(model.get_base_model())
+    beside = sketch_weights(model.get_base_model())
     with model.disable_adapter():
-        assert sketch_of(model.get_base_model()) == plain
-    merged = sketch_of(model.merge_and_unload())
+        assert sketch_weights(model.get_base_model()) == plain
+    merged = sketch_weights(model.merge_and_unload())
     assert plain is not None and beside is not None and merged is not None
     apart = [
         torch.dist(torch.tensor(one.projections), torch.tensor(merged.projections)).item()
         for one in (plain, beside)
     ]
     assert apart[1] < 1e-3 < 0.02 < apart[0]
-    assert sketch_of(adapted("ia3").get_base_model()) is None
+    assert sketch_weights(adapted("ia3").get_base_model()) is None
 
 
 def test_costs_of_a_model_are_its_own_with_an_adapter() -> None:
     models = [base(), adapted("lora-some").get_base_model()]
     models.append(peft.get_peft_model(base(), lora(r=8)).get_base_model())
     models.append(adapted("lora-all").get_base_model())
-    assert len(set(map(key_of, models))) == 4
-    assert signature(models[0]) is None
+    assert len(set(map(make_model_key, models))) == 4
+    assert adapter_key(models[0]) is None
 
 
 # --- from disk
@@ -356,7 +357,9 @@ def test_an_adapter_is_loaded_with_its_base(
 ) -> None:
     folder = save_adapter(tmp_path / "adapter", folders[0], KINDS[kind]())
     ids = torch.tensor([tiny.prompt(30, 3, VOCABULARY)])
-    loaded = load_model(str(folder), device="cpu", dtype="float32", merge_adapter=merge)
+    loaded = load_model(
+        str(folder), LoadOptions(device="cpu", dtype="float32", merge_adapter=merge)
+    )
     assert loaded.name == str(folder)
     assert ("merged into" if merge else "beside the") in loaded.dtype_reason
     assert any("lora" in type(m).__module__ for m in loaded.model.modules()) <= (not merge)
@@ -365,21 +368,23 @@ def test_an_adapter_is_loaded_with_its_base(
     torch.testing.assert_close(
         logits, expected_logits(folder, folders[0], ids), rtol=1e-3, atol=1e-3
     )
-    assert fingerprint(loaded.model.config) == fingerprint(
+    assert config_fingerprint(loaded.model.config) == config_fingerprint(
         hf.AutoConfig.from_pretrained(folders[0])
     )
 
 
 def test_adapters_are_merged_unless_told_otherwise(folders: tuple[Path, Path]) -> None:
-    loaded = load_model(str(folders[1]), device="cpu", dtype="bfloat16")
+    loaded = load_model(str(folders[1]), LoadOptions(device="cpu", dtype="bfloat16"))
     assert "merged into the weights" in loaded.dtype_reason
-    assert signature(loaded.model) is None
+    assert adapter_key(loaded.model) is None
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
     assert loaded.sketch is not None
 
 
 def test_weights_beside_are_in_the_model_s_dtype(folders: tuple[Path, Path]) -> None:
-    loaded = load_model(str(folders[1]), device="cpu", dtype="bfloat16", merge_adapter=False)
+    loaded = load_model(
+        str(folders[1]), LoadOptions(device="cpu", dtype="bfloat16", merge_adapter=False)
+    )
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
     decoder = Decoder(loaded.model)
     assert decoder.exactness_note is None
@@ -395,31 +400,35 @@ def test_embeddings_that_share_a_weight_are_adapted_apart(
     config = lora(target_modules=[*SOME, target])
     folder = save_adapter(tmp_path / "adapter", whole, config)
     ids = torch.tensor([tiny.prompt(30, 3, VOCABULARY)])
-    loaded = load_model(str(folder), device="cpu", dtype="float32", merge_adapter=merge)
+    loaded = load_model(
+        str(folder), LoadOptions(device="cpu", dtype="float32", merge_adapter=merge)
+    )
     with torch.inference_mode():
         logits = loaded.model(ids).logits
     torch.testing.assert_close(logits, expected_logits(folder, whole, ids), rtol=1e-3, atol=1e-3)
-    assert fingerprint(loaded.model.config) == fingerprint(hf.AutoConfig.from_pretrained(whole))
+    assert config_fingerprint(loaded.model.config) == config_fingerprint(
+        hf.AutoConfig.from_pretrained(whole)
+    )
 
 
 def test_an_adapter_s_own_tokenizer_is_taken(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    assert load_model(str(folders[1]), device="cpu", dtype="float32").has_chat_template
+    assert load_model(str(folders[1]), LoadOptions(device="cpu", dtype="float32")).has_chat_template
     folder = copied(folders[1], tmp_path / "adapter")
     byte_tokenizer(None).save_pretrained(folder)
-    assert not load_model(str(folder), device="cpu", dtype="float32").has_chat_template
+    assert not load_model(str(folder), LoadOptions(device="cpu", dtype="float32")).has_chat_template
 
 
 def test_loading_is_silent(folders: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     for merge in (True, False):
-        load_model(str(folders[1]), device="cpu", dtype="float32", merge_adapter=merge)
+        load_model(str(folders[1]), LoadOptions(device="cpu", dtype="float32", merge_adapter=merge))
     assert capfd.readouterr() == ("", "")
 
 
 def refusal(folder: Path, **options: Any) -> str:
     """The error's text, which must be one line."""
     with pytest.raises(InputError) as caught:
-        load_model(str(folder), **{"device": "cpu", "dtype": "float32", **options})
+        load_model(str(folder), LoadOptions(**{"device": "cpu", "dtype": "float32", **options}))
     message = str(caught.value)
     assert "\n" not in message
     assert str(folder) in message
@@ -507,6 +516,6 @@ def test_weights_that_are_no_numbers_are_told(folders: tuple[Path, Path], tmp_pa
     tensors = load_file(folder / peft_loading.WEIGHTS)
     next(iter(tensors.values())).fill_(float("nan"))
     save_file(tensors, folder / peft_loading.WEIGHTS)
-    loaded = load_model(str(folder), device="cpu", dtype="float32")
+    loaded = load_model(str(folder), LoadOptions(device="cpu", dtype="float32"))
     with pytest.raises(Exception, match="NaN"):
         Decoder(copy.deepcopy(loaded.model))

@@ -22,7 +22,7 @@ from torch import nn
 from conflayers_cli.cli.main import main
 from conflayers_cli.engine import batch_invariance, cost_measurement
 from conflayers_cli.engine.batch_invariance import rows_mix
-from conflayers_cli.engine.cost_cache import key_of
+from conflayers_cli.engine.cost_cache import make_model_key
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
@@ -31,10 +31,11 @@ from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.packed_linear import Packing, is_plain
 from conflayers_cli.models import quantization
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.config_fingerprint import config_fingerprint
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
-from conflayers_cli.models.quantization import method_of
+from conflayers_cli.models.quantization import quantization_method
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
@@ -72,7 +73,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def even_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits cost nothing here: what they really cost is noise on models as small as these."""
     ticks = itertools.count()
-    monkeypatch.setattr(batch_invariance, "_now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(batch_invariance, "device_clock", lambda device: float(next(ticks)))
 
 
 Load = Callable[[str, str], LoadedModel]
@@ -84,14 +85,14 @@ def load(plain: Path) -> Load:
     pytest.importorskip("torchao")
 
     def read(bits: str, dtype: str) -> LoadedModel:
-        return load_model(str(plain), device="cpu", dtype=dtype, quantize=bits)
+        return load_model(str(plain), LoadOptions(device="cpu", dtype=dtype, quantize=bits))
 
     return functools.cache(read)
 
 
-def greedy(decoder: Decoder, prompt: list[int], drafter: Any = None) -> tuple[list[int], int]:
+def greedy(decoder: Decoder, prompt: list[int], proposer: Any = None) -> tuple[list[int], int]:
     """A text, and how many of its tokens were drafted."""
-    generation = Generation(decoder, GenerationRequest(prompt, 32), drafter=drafter)
+    generation = Generation(decoder, GenerationRequest(prompt, 32), proposer=proposer)
     steps = tiny.steps_of(generation)
     return generation.output, sum(step.accepted for step in steps)
 
@@ -103,12 +104,12 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
         prompt = tiny.prompt(6 + 29 * seed, seed, VOCABULARY) * 2
         expected, _ = greedy(decoder, prompt)
         assert len(set(expected)) > 5
-        for drafter in (
+        for proposer in (
             SkipProposer(decoder, PLAN, 5, 0.0),
             SkipProposer(decoder, PLAN, 3, 0.0, GREEDY_SHAPE),
             MixedProposer(decoder, None, mixed_costs()),
         ):
-            text, stood = greedy(decoder, prompt, drafter)
+            text, stood = greedy(decoder, prompt, proposer)
             assert text == expected
             accepted += stood
     assert accepted > 20
@@ -125,7 +126,7 @@ def linears(model: Any) -> list[Any]:
 
 
 def test_weights_are_quantised_as_they_are_loaded(load: Load, plain: Path) -> None:
-    whole = load_model(str(plain), device="cpu", dtype="bfloat16")
+    whole = load_model(str(plain), LoadOptions(device="cpu", dtype="bfloat16"))
     for bits, share in (("int8", 0.55), ("int4", 0.35)):
         loaded = load(bits, "bfloat16")
         model: Any = loaded.model
@@ -167,27 +168,27 @@ def test_quantised_layers_are_neither_packed_nor_joined(load: Load) -> None:
     model = load("int8", "float32").model
     before = [layer.weight for layer in linears(model)]
     Decoder(model)
-    assert Packing.earlier(model) is None
+    assert Packing.existing(model) is None
     assert all(a.weight is b for a, b in zip(linears(model), before, strict=True))
 
 
 def test_a_profile_fits_the_model_however_it_is_quantised(load: Load, plain: Path) -> None:
-    expected = fingerprint(hf.AutoConfig.from_pretrained(plain))
-    assert fingerprint(load("int8", "float32").model.config) == expected
+    expected = config_fingerprint(hf.AutoConfig.from_pretrained(plain))
+    assert config_fingerprint(load("int8", "float32").model.config) == expected
     for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
         config = hf.AutoConfig.from_pretrained(plain)
         config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 128}
         config.dtype = "float16"
-        assert fingerprint(config) == expected
+        assert config_fingerprint(config) == expected
 
 
 def test_costs_of_a_model_are_its_own_however_it_is_quantised(load: Load, plain: Path) -> None:
     """torchao's weights are in ordinary linear layers: modules alone don't tell them from plain."""
-    models = [load_model(str(plain), device="cpu", dtype="bfloat16").model]
+    models = [load_model(str(plain), LoadOptions(device="cpu", dtype="bfloat16")).model]
     models += [load(bits, "bfloat16").model for bits in quantization.BITS]
-    assert len(set(map(key_of, models))) == 3
-    again = load_model(str(plain), device="cpu", dtype="bfloat16", quantize="int8")
-    assert key_of(again.model) == key_of(models[1])
+    assert len(set(map(make_model_key, models))) == 3
+    again = load_model(str(plain), LoadOptions(device="cpu", dtype="bfloat16", quantize="int8"))
+    assert make_model_key(again.model) == make_model_key(models[1])
 
 
 def test_a_checkpoint_of_torchao_is_safetensors_and_loads_as_it_is(
@@ -200,21 +201,21 @@ def test_a_checkpoint_of_torchao_is_safetensors_and_loads_as_it_is(
     assert not list(folder.glob("*.bin"))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert any(name.endswith("_qdata") for name in file.keys())  # noqa: SIM118
-    read = load_model(str(folder), device="cpu", dtype="bfloat16")
-    assert method_of(read.model.config) == "torchao"
+    read = load_model(str(folder), LoadOptions(device="cpu", dtype="bfloat16"))
+    assert quantization_method(read.model.config) == "torchao"
     assert "torchao" in read.dtype_reason
     ids = torch.tensor([tiny.prompt(9, 1, VOCABULARY)])
     decoder, other = Decoder(read.model), Decoder(made.model)
     assert greedy(decoder, ids[0].tolist()) == greedy(other, ids[0].tolist())
     with pytest.raises(InputError, match="torchao already"):
-        load_model(str(folder), device="cpu", quantize="int8")
+        load_model(str(folder), LoadOptions(device="cpu", quantize="int8"))
 
 
 def test_loading_a_quantised_model_is_silent(
     load: Load, plain: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
-    load_model(str(plain), device="cpu", dtype="bfloat16", quantize="int8")
+    load_model(str(plain), LoadOptions(device="cpu", dtype="bfloat16", quantize="int8"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -238,7 +239,7 @@ def test_bitsandbytes_checkpoints(
     model.save_pretrained(folder)
     byte_tokenizer(None).save_pretrained(folder)
     capfd.readouterr()
-    loaded = load_model(str(folder), device="cpu", dtype=dtype)
+    loaded = load_model(str(folder), LoadOptions(device="cpu", dtype=dtype))
     assert "bitsandbytes" in loaded.dtype_reason
     assert not any(map(is_plain, linears(loaded.model)))
     assert not rows_mix(loaded.model)
@@ -315,7 +316,7 @@ def replaced(model: Any, make: Callable[[nn.Linear], nn.Module]) -> Any:
 def test_layers_without_a_weight_are_decoded_with_as_they_are(dtype: str) -> None:
     model = tiny.build(hf.LlamaConfig(**SIZES), dtype=getattr(torch, dtype), gain=0.5)
     decoder = Decoder(replaced(model, Grouped))
-    assert Packing.earlier(model) is None
+    assert Packing.existing(model) is None
     assert all(isinstance(layer, Grouped) for layer in linears(model))
     assert_drafts_change_nothing(decoder)
 
@@ -347,7 +348,7 @@ def test_layers_that_compute_more_than_their_weight_says_are_not_plain(
     ids = torch.tensor([tiny.prompt(20, 0, VOCABULARY)])
     expected = model(ids).logits
     decoder = Decoder(model)
-    assert Packing.earlier(model) is None
+    assert Packing.existing(model) is None
     positions = torch.arange(20)[None]
     logits = decoder.forward(ids, positions, decoder.new_cache(20))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
@@ -391,8 +392,8 @@ def drafted(monkeypatch: pytest.MonkeyPatch, wide: float) -> tuple[int, list[int
     costs = measure_costs(decoder, context=32, rounds=2)
     table = CostTable({1: costs}, decoder.depth)
     plan = SkipPlan.of_layers(skipped)
-    drafter = MixedProposer(decoder, plan, table, ngram=False, prior=0.95)
-    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 60), drafter=drafter)
+    proposer = MixedProposer(decoder, plan, table, ngram=False, prior=0.95)
+    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 60), proposer=proposer)
     steps = tiny.steps_of(generation)
     ratio = costs.verify_cost(2) / costs.verify_cost(1)
     return sum(step.drafted for step in steps), generation.output, ratio
@@ -409,10 +410,10 @@ def test_where_wider_passes_cost_more_less_is_drafted(monkeypatch: pytest.Monkey
     assert few <= 2  # what it takes to find out whether it pays now
 
 
-def refusal(*arguments: Any, **options: Any) -> str:
+def refusal(source: str, **options: Any) -> str:
     """The error's text, which must be one line."""
     with pytest.raises(InputError) as caught:
-        load_model(*arguments, **options)
+        load_model(source, LoadOptions(**options))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -476,7 +477,7 @@ def test_sizes_that_int4_does_not_take(tmp_path: Path) -> None:
 def test_devices_that_int4_does_not_take(device: str, dtype: torch.dtype, reason: str) -> None:
     pytest.importorskip("torchao")
     with pytest.raises(InputError, match=reason):
-        quantization.weight_only("int4", torch.device(device), dtype, [128])
+        quantization.torchao_config("int4", torch.device(device), dtype, [128])
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_devices_that_int4_does_not_take(device: str, dtype: torch.dtype, reason
 def test_int4_groups_are_as_large_as_the_sizes_allow(sizes: list[int], group: int) -> None:
     pytest.importorskip("torchao")
     for device in ("cpu", "cuda"):
-        made = quantization.weight_only("int4", torch.device(device), torch.bfloat16, sizes)
+        made = quantization.torchao_config("int4", torch.device(device), torch.bfloat16, sizes)
         assert made.quant_type.group_size == group
 
 

@@ -9,7 +9,7 @@ import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.structure import find_layers
+from conflayers_cli.models.support import find_layers
 from tests import tiny
 
 SIZES: dict[str, Any] = {

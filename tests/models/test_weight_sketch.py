@@ -14,9 +14,10 @@ import torch
 import transformers as hf
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loader import load_model
-from conflayers_cli.models.weight_sketch import PROJECTIONS, _signs, sketch_of
-from conflayers_cli.profile.schema import WeightSketch
+from conflayers_cli.models.weight_sketch import PROJECTIONS, _signs, sketch_weights
+from conflayers_cli.profile.schema import WeightSketchSection
 from tests import rounding, tiny
 from tests.cli.conftest import byte_tokenizer
 
@@ -30,10 +31,10 @@ def model() -> Any:
     return tiny.build(tiny.CONFIGS["llama"]())
 
 
-def taken(model: Any) -> WeightSketch:
-    sketch = sketch_of(model)
+def taken(model: Any) -> WeightSketchSection:
+    sketch = sketch_weights(model)
     assert sketch is not None
-    return WeightSketch(**asdict(sketch))
+    return WeightSketchSection(**asdict(sketch))
 
 
 def apart(one: Any, other: Any) -> float:
@@ -55,7 +56,7 @@ def test_its_numbers_are_these(model: Any) -> None:
     def fill(weight: torch.Tensor) -> torch.Tensor:
         return (torch.arange(weight.numel()) * 37 % 101 - 50.0).reshape(weight.shape)
 
-    sketch = sketch_of(rounding.changed(model, fill))
+    sketch = sketch_weights(rounding.changed(model, fill))
     assert sketch is not None
     assert sketch.projections[:4] == FIRST
 
@@ -120,11 +121,11 @@ def test_other_weights_of_the_same_sizes_are_far(model: Any) -> None:
 
 def test_a_file_shards_and_a_decoder_at_work_give_the_same(tmp_path: Path, model: Any) -> None:
     model = tiny.build(hf.LlamaConfig(**{**tiny.LLAMA_LIKE, "vocab_size": 257}))
-    sketch = sketch_of(model)
+    sketch = sketch_weights(model)
     for name, size in (("one", "1GB"), ("shards", "50KB")):
         model.save_pretrained(tmp_path / name, max_shard_size=size)
         byte_tokenizer(None).save_pretrained(tmp_path / name)
-        loaded = load_model(str(tmp_path / name), device="cpu", dtype="float32")
+        loaded = load_model(str(tmp_path / name), LoadOptions(device="cpu", dtype="float32"))
         Decoder(loaded.model)  # which packs the weights
         assert loaded.sketch == sketch
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
@@ -169,9 +170,9 @@ def _of_another_kind(model: Any) -> Any:
 def test_weights_that_are_not_plain_and_here_have_none(
     model: Any, change: Callable[[Any], Any]
 ) -> None:
-    assert sketch_of(change(copy.deepcopy(model))) is None
+    assert sketch_weights(change(copy.deepcopy(model))) is None
 
 
 def test_sketches_of_other_lengths_are_not_compared() -> None:
-    one, other = (WeightSketch(rounding=0.0, projections=(0.1,) * n) for n in (8, 16))
+    one, other = (WeightSketchSection(rounding=0.0, projections=(0.1,) * n) for n in (8, 16))
     assert one.distance(other) is None and not one.differs(other)

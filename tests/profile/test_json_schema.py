@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conflayers_cli.profile.json_schema import committed, generated
+from conflayers_cli.profile.json_schema import generate_schema, packaged_schema
 from conflayers_cli.profile.schema import Profile
 from tests.profile.test_schema import BARE, FULL, HAND_WRITTEN, edited
 
@@ -20,14 +20,14 @@ SHIPPED = sorted((Path(__file__).parents[2] / "profiles").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    schema = json.loads(committed())
+    schema = json.loads(packaged_schema())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 
 
 def test_the_one_in_the_package_is_the_newest() -> None:
     """Otherwise: python -m conflayers_cli.profile.json_schema > conflayers_cli/data/…"""
-    assert json.loads(committed()) == json.loads(generated())
+    assert json.loads(packaged_schema()) == json.loads(generate_schema())
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -71,7 +71,7 @@ def test_the_version_is_asked_for(validator: Any) -> None:
 
 
 def test_every_key_is_there_and_no_other_allowed() -> None:
-    schema = json.loads(committed())
+    schema = json.loads(packaged_schema())
     assert list(schema["properties"]) == list(Profile.model_fields)
     sections = [s for s in _objects(schema) if "properties" in s]
     assert len(sections) > 8

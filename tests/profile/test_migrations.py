@@ -14,8 +14,8 @@ from conflayers_cli.profile.migrations import (
     MIGRATIONS,
     SCHEMA_VERSION,
     from_flat,
+    read_version,
     to_newest,
-    version_of,
 )
 from conflayers_cli.profile.schema import DraftSettings, Profile, SkipSection
 
@@ -63,7 +63,7 @@ def test_migrating_is_pure_and_ends_at_the_newest() -> None:
     given = copy.deepcopy(LEAST)
     newest = to_newest(given)
     assert given == LEAST
-    assert version_of(newest) == SCHEMA_VERSION and to_newest(newest) == newest
+    assert read_version(newest) == SCHEMA_VERSION and to_newest(newest) == newest
     newest["skip"]["attention"].append(3)
     assert given == LEAST
 

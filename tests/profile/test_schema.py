@@ -27,7 +27,7 @@ from conflayers_cli.profile.schema import (
     PromptsUsed,
     RangeSection,
     SkipSection,
-    WeightSketch,
+    WeightSketchSection,
 )
 from conflayers_cli.skip_plan import SkipPlan
 
@@ -41,7 +41,9 @@ MODEL = ModelFingerprint(
     intermediate_size=1536,
     vocabulary=49152,
     config_hash="ab" * 32,
-    sketch=WeightSketch(rounding=0.083, projections=(0.25, -0.5, 0.125, 0.0, 1.0, -1.0, 0.3, -0.1)),
+    sketch=WeightSketchSection(
+        rounding=0.083, projections=(0.25, -0.5, 0.125, 0.0, 1.0, -1.0, 0.3, -0.1)
+    ),
 )
 FULL = Profile(
     model=MODEL,
@@ -708,7 +710,7 @@ def profiles(draw: st.DrawFn) -> Profile:
             vocabulary=SIZES,
             config_hash=st.none() | TEXTS,
             sketch=optional(
-                WeightSketch,
+                WeightSketchSection,
                 rounding=st.floats(0, 1),
                 projections=st.lists(st.floats(-1e3, 1e3), min_size=8, max_size=40).map(tuple),
             ),

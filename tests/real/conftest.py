@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.models.builtin import BUILTIN
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.registry import WHEEL_COMMAND, WHEEL_PACKAGE
@@ -34,10 +35,10 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2(real_cache: Path) -> LoadedModel:
     """``smollm2`` in float32 on the CPU."""
-    return load_model("smollm2", device="cpu", dtype="float32")
+    return load_model("smollm2", LoadOptions(device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="session")
 def smollm2_deep(real_cache: Path) -> LoadedModel:
     """``smollm2-deep`` in float32 on the CPU."""
-    return load_model("smollm2-deep", device="cpu", dtype="float32")
+    return load_model("smollm2-deep", LoadOptions(device="cpu", dtype="float32"))

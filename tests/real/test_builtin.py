@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 from conflayers_cli.models import builtin
-from conflayers_cli.models.builtin import BUILTIN, ensure
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.builtin import BUILTIN, ensure_built
+from conflayers_cli.models.config_fingerprint import config_fingerprint
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tokenization import encode
@@ -115,7 +116,7 @@ def texts(smollm2_deep: LoadedModel) -> _Texts:
 
 @pytest.mark.parametrize("name", ["smollm2", "smollm2-deep"])
 def test_folder_holds_a_plain_float32_model(real_cache: Path, name: str) -> None:
-    folder = ensure(name)
+    folder = ensure_built(name)
     assert folder.parent == real_cache
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == BUILTIN[name].depth
@@ -160,7 +161,7 @@ def test_it_is_converted_once(
 
     known = {name: replace(model, make=make) for name, model in BUILTIN.items()}
     monkeypatch.setattr(builtin, "BUILTIN", known)
-    again = load_model("smollm2", device="cpu", dtype="float32")
+    again = load_model("smollm2", LoadOptions(device="cpu", dtype="float32"))
     assert torch.equal(again.model.lm_head.weight, smollm2.model.lm_head.weight)
 
 
@@ -197,7 +198,7 @@ def test_the_balanced_set_is_not_the_answer(texts: _Texts) -> None:
 
 
 def test_fingerprints(smollm2: LoadedModel, smollm2_deep: LoadedModel) -> None:
-    shape = fingerprint(smollm2.model.config)
+    shape = config_fingerprint(smollm2.model.config)
     assert shape == {
         "architecture": "LlamaForCausalLM",
         "depth": 30,
@@ -209,6 +210,6 @@ def test_fingerprints(smollm2: LoadedModel, smollm2_deep: LoadedModel) -> None:
         # Profiles carry this: it may change only on purpose.
         "config_hash": "be5bdb364a43bef2",
     }
-    deep = fingerprint(smollm2_deep.model.config)
+    deep = config_fingerprint(smollm2_deep.model.config)
     assert deep["depth"] == 60
     assert deep["config_hash"] != shape["config_hash"]

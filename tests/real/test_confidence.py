@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.search.strategies.layer_confidence import measure_confidence, select_layers
@@ -24,7 +25,7 @@ def test_confidence_equals_the_worked_example(smollm2: LoadedModel) -> None:
 
 
 def test_bfloat16_logits_of_a_token_do_not_depend_on_the_others(real_cache: Path) -> None:
-    decoder = Decoder(load_model("smollm2", device="cpu", dtype="bfloat16").model)
+    decoder = Decoder(load_model("smollm2", LoadOptions(device="cpu", dtype="bfloat16")).model)
     tokens = torch.tensor([EXAMPLE["token_ids"][:64]])
     cache = decoder.new_cache(64)
     decoder.prefill(tokens[:, :40], cache)

@@ -9,7 +9,7 @@ from conflayers_cli.cli.main import main
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.models.builtin import ensure
+from conflayers_cli.models.builtin import ensure_built
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.tokenization import encode
 from conflayers_cli.profile.schema import Profile
@@ -29,7 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, st
 
 
 def planted() -> set[int]:
-    config = json.loads((ensure("smollm2-deep") / "config.json").read_text())
+    config = json.loads((ensure_built("smollm2-deep") / "config.json").read_text())
     return set(config["conflayers_planted"])
 
 
@@ -71,8 +71,8 @@ def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: Skip
     prompt = encode(smollm2, QUESTION, None)
     vanilla = Generation(decoder, GenerationRequest(prompt, 24))
     list(vanilla)
-    drafter = SkipProposer(decoder, plan, 5, 0.0)
-    speculative = Generation(decoder, GenerationRequest(prompt, 24), drafter=drafter)
+    proposer = SkipProposer(decoder, plan, 5, 0.0)
+    speculative = Generation(decoder, GenerationRequest(prompt, 24), proposer=proposer)
     steps = list(speculative)
     assert speculative.output == vanilla.output
     assert 0 < sum(s.accepted for s in steps) < sum(s.drafted for s in steps)

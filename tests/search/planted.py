@@ -6,14 +6,14 @@ import functools
 
 import transformers as hf
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.search.problem import OnTrial, Task, nobody
+from conflayers_cli.search.problem import OnTrial, SearchProblem, ignore_trial
 from tests import tiny
 
 DEPTH = 12
 PLANTED = (2, 3, 6, 7, 9)
-COSTS = Costs({1: 12.0, 2: 12.2, 26: 15.0}, floor=0.5, attention=0.5, mlp=0.5, context=256)
+COSTS = PassCosts({1: 12.0, 2: 12.2, 26: 15.0}, floor=0.5, attention=0.5, mlp=0.5, context=256)
 
 
 @functools.cache
@@ -27,6 +27,8 @@ def decoder() -> Decoder:
     return Decoder(model)
 
 
-def task(on_trial: OnTrial = nobody, costs: Costs = COSTS, prompts: int = 4) -> Task:
+def problem(
+    on_trial: OnTrial = ignore_trial, costs: PassCosts = COSTS, prompts: int = 4
+) -> SearchProblem:
     texts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(prompts))
-    return Task(decoder(), texts, costs, 48, frozenset(), on_trial)
+    return SearchProblem(decoder(), texts, costs, 48, frozenset(), on_trial)

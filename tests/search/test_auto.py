@@ -8,8 +8,8 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.search import auto as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration
-from conflayers_cli.search.objective import Setting
-from conflayers_cli.search.problem import SearchResult, Strategy, Task
+from conflayers_cli.search.objective import DraftParams
+from conflayers_cli.search.problem import SearchProblem, SearchResult, Strategy
 from conflayers_cli.search.strategies.greedy import Greedy
 from conflayers_cli.search.strategies.unified import Unified
 from conflayers_cli.search.validate import Check
@@ -20,7 +20,7 @@ from tests.search import planted
 def run(strategies: Sequence[Strategy], budget: float = 1000.0, refine: int = 0) -> Calibration:
     return auto(
         strategies,
-        planted.task(),
+        planted.problem(),
         (),
         budget=budget,
         refine=refine,
@@ -31,13 +31,13 @@ def run(strategies: Sequence[Strategy], budget: float = 1000.0, refine: int = 0)
 
 def checks_by_size(
     monkeypatch: pytest.MonkeyPatch, worth: dict[int, float]
-) -> list[list[tuple[SkipPlan, Setting]]]:
+) -> list[list[tuple[SkipPlan, DraftParams]]]:
     """Real decoding of tiny models is all overhead: set what it would measure, by plan size."""
-    asked: list[list[tuple[SkipPlan, Setting]]] = []
+    asked: list[list[tuple[SkipPlan, DraftParams]]] = []
 
     def check(
-        task: Task,
-        candidates: list[tuple[SkipPlan, Setting]],
+        problem: SearchProblem,
+        candidates: list[tuple[SkipPlan, DraftParams]],
         held_out: object,
         *,
         adaptive_draft_length: bool,
@@ -52,14 +52,14 @@ def checks_by_size(
 class Fixed:
     """A strategy that says what it is told to."""
 
-    setting = Setting(4, 0.3)
+    setting = DraftParams(4, 0.3)
 
     def __init__(self, name: str, plan: SkipPlan, interrupts: bool = False) -> None:
         self.name, self.plan, self.interrupts = name, plan, interrupts
         self.deadline: float | None = None
 
-    def search(self, task: Task) -> SearchResult:
-        self.deadline = task.deadline
+    def search(self, problem: SearchProblem) -> SearchResult:
+        self.deadline = problem.deadline
         return SearchResult(self.plan, (), {}, self.interrupts, "said")
 
 
@@ -73,7 +73,9 @@ def test_keeps_what_decodes_fastest_and_reports_all(monkeypatch: pytest.MonkeyPa
     done = run([Fixed("one", WHOLE), Fixed("two", PART)])
     assert done.plan == PART
     assert done.candidate.strategy == "two"
-    assert [(each.strategy, check.speedup if check else None) for each, check in done.others] == [
+    assert [
+        (each.strategy, check.speedup if check else None) for each, check in done.candidates
+    ] == [
         ("one", 1.3),
         ("two", 1.5),
     ]
@@ -83,7 +85,7 @@ def test_equal_plans_are_decoded_with_once(monkeypatch: pytest.MonkeyPatch) -> N
     asked = checks_by_size(monkeypatch, {10: 1.4})
     done = run([Fixed("one", WHOLE), Fixed("two", WHOLE)])
     assert asked == [[(WHOLE, Fixed.setting)]]
-    assert all(check is not None for _, check in done.others)
+    assert all(check is not None for _, check in done.candidates)
 
 
 def test_plans_without_a_chance_are_not_decoded_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +93,14 @@ def test_plans_without_a_chance_are_not_decoded_with(monkeypatch: pytest.MonkeyP
     hopeless = SkipPlan.of_layers([1, 4, 5])
     done = run([Fixed("good", WHOLE), Fixed("hopeless", hopeless)])
     assert [plan for plan, _ in asked[0]] == [WHOLE]
-    assert done.others[1][1] is None
+    assert done.candidates[1][1] is None
 
 
 def test_the_budget_is_shared_and_ends_the_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     checks_by_size(monkeypatch, {10: 1.4})
     one, two = Fixed("one", WHOLE), Fixed("two", PART)
     done = run([one, two], budget=1e-9)
-    assert [each.strategy for each, _ in done.others] == ["one"]
+    assert [each.strategy for each, _ in done.candidates] == ["one"]
     run([one, two], budget=1000.0)
     assert one.deadline is not None and two.deadline is not None
     assert one.deadline < two.deadline  # what the first did not use goes to the second
@@ -111,7 +113,7 @@ def test_an_interrupt_keeps_the_best_found(refine: int) -> None:
     assert done.interrupted
     assert done.plan == WHOLE
     assert "interrupted" in done.conclusion or not refine
-    assert [each.strategy for each, _ in done.others] == ["one", "two"]
+    assert [each.strategy for each, _ in done.candidates] == ["one", "two"]
 
 
 def test_an_interrupt_of_the_check_keeps_the_best_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +129,9 @@ class Refused:
     """A strategy that is not for this model."""
 
     name = "refused"
-    setting = Setting(4, 0.3)
+    setting = DraftParams(4, 0.3)
 
-    def search(self, task: Task) -> SearchResult:
+    def search(self, problem: SearchProblem) -> SearchResult:
         raise InputError("not for this model")
 
 
@@ -145,4 +147,4 @@ def test_real_strategies_together(monkeypatch: pytest.MonkeyPatch) -> None:
     checks_by_size(monkeypatch, {})
     done = run([Unified(1.5), Greedy()], refine=300)
     assert done.plan == WHOLE
-    assert {each.strategy for each, _ in done.others} == {"unified", "greedy"}
+    assert {each.strategy for each, _ in done.candidates} == {"unified", "greedy"}

@@ -4,27 +4,27 @@ from itertools import pairwise
 
 import pytest
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.calibrate import Calibration, calibrate, split_prompts
-from conflayers_cli.search.objective import PAPER, VANILLA, Setting
-from conflayers_cli.search.problem import RangePlan, SearchResult, Task
+from conflayers_cli.search.objective import PAPER, VANILLA, DraftParams
+from conflayers_cli.search.problem import RangePlan, SearchProblem, SearchResult
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.unified import Unified
-from conflayers_cli.search.validate import Check, check_by_decoding, drafter_of
+from conflayers_cli.search.validate import Check, check_by_decoding, make_proposer
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 
-CHEAP_DRAFTS = Costs({1: 10.0, 26: 11.0}, floor=0.01, attention=0.01, mlp=0.01, context=256)
-DEAR_DRAFTS = Costs({1: 10.0, 26: 40.0}, floor=9.0, attention=0.1, mlp=0.1, context=256)
+CHEAP_DRAFTS = PassCosts({1: 10.0, 26: 11.0}, floor=0.01, attention=0.01, mlp=0.01, context=256)
+DEAR_DRAFTS = PassCosts({1: 10.0, 26: 40.0}, floor=9.0, attention=0.1, mlp=0.1, context=256)
 
 
-def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibration:
+def run(costs: PassCosts, *, refine: bool = True, interrupt_at: str = "") -> Calibration:
     decoder = tiny.decoder("llama")
     prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(4))
-    task = Task(decoder, prompts[:3], costs, 40, frozenset())
+    problem = SearchProblem(decoder, prompts[:3], costs, 40, frozenset())
 
     def stage(name: str) -> None:
         if interrupt_at and interrupt_at in name:
@@ -32,7 +32,7 @@ def run(costs: Costs, *, refine: bool = True, interrupt_at: str = "") -> Calibra
 
     return calibrate(
         ConfLayers(search_interval=6, max_iterations=4, skip_ratio=0.1),
-        task,
+        problem,
         prompts[3:],
         refine=500 if refine else 0,
         on_stage=stage,
@@ -95,16 +95,16 @@ def test_an_interrupt_keeps_the_best_so_far(stage: str) -> None:
     assert "interrupted" in done.conclusion
 
 
-def small_task(prompts: int = 2, costs: Costs = CHEAP_DRAFTS) -> Task:
+def small_task(prompts: int = 2, costs: PassCosts = CHEAP_DRAFTS) -> SearchProblem:
     texts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(prompts))
-    return Task(tiny.decoder("llama"), texts, costs, 30, frozenset())
+    return SearchProblem(tiny.decoder("llama"), texts, costs, 30, frozenset())
 
 
 def test_the_check_decodes_every_arm() -> None:
     candidates = [
-        (SkipPlan.of_layers([2]), Setting(3, 0.0)),
+        (SkipPlan.of_layers([2]), DraftParams(3, 0.0)),
         (SkipPlan(), VANILLA),
-        (SkipPlan.of_layers([1, 2, 3]), Setting(5, 0.0)),
+        (SkipPlan.of_layers([1, 2, 3]), DraftParams(5, 0.0)),
     ]
     one, none, bad = check_by_decoding(small_task(), candidates, ())
     assert one is not None and none is None and bad is not None
@@ -116,15 +116,15 @@ def test_the_check_decodes_every_arm() -> None:
 
 
 def test_with_an_adaptive_length_the_check_drafts_as_far_as_it_pays() -> None:
-    task, setting = small_task(), Setting(3, 0.0)
+    problem, setting = small_task(), DraftParams(3, 0.0)
     plan = SkipPlan.of_layers([2])
     fixed, ahead = (
-        drafter_of(task, plan, setting, adaptive_draft_length=way) for way in (False, True)
+        make_proposer(problem, plan, setting, adaptive_draft_length=way) for way in (False, True)
     )
     assert isinstance(fixed, SkipProposer)
     assert isinstance(ahead, MixedProposer) and ahead.name == "skip"
-    assert drafter_of(task, SkipPlan(), setting, adaptive_draft_length=True) is None
-    (check,) = check_by_decoding(task, [(plan, setting)], (), adaptive_draft_length=True)
+    assert make_proposer(problem, SkipPlan(), setting, adaptive_draft_length=True) is None
+    (check,) = check_by_decoding(problem, [(plan, setting)], (), adaptive_draft_length=True)
     assert check is not None and check.speedup > 0
     # drafts are as good as free by these costs, so more than three are drafted at once
     assert check.tokens_per_step is not None and check.tokens_per_step > 1
@@ -134,19 +134,21 @@ class WithRanges:
     """A strategy that finds a bad plan for short texts, and others for longer ones."""
 
     name = "ranges"
-    setting = Setting(4, 0.5)
+    setting = DraftParams(4, 0.5)
 
-    def search(self, task: Task) -> SearchResult:
+    def search(self, problem: SearchProblem) -> SearchResult:
         ranges = (RangePlan(512, SkipPlan.of_layers([1])), RangePlan(2048, SkipPlan.of_layers([3])))
         return SearchResult(
-            SkipPlan.of_layers([1, 2, 3]), (), {}, False, "done", Setting(7, 0.1), ranges
+            SkipPlan.of_layers([1, 2, 3]), (), {}, False, "done", DraftParams(7, 0.1), ranges
         )
 
 
 def test_ranges_are_refined_at_their_context_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     checked(monkeypatch, 1.4)
     # attention grows dear with the context: the longer, the more of it is worth leaving out
-    costs = Costs({1: 10.0, 26: 11.0}, 0.01, 0.01, 3.0, context=256, attention_per_position=0.02)
+    costs = PassCosts(
+        {1: 10.0, 26: 11.0}, 0.01, 0.01, 3.0, context=256, attention_per_position=0.02
+    )
 
     def nothing(*args: object) -> None:
         pass
@@ -160,7 +162,7 @@ def test_ranges_are_refined_at_their_context_and_merged(monkeypatch: pytest.Monk
     unrefined = calibrate(
         WithRanges(), small_task(3, costs), (), refine=0, on_stage=nothing, on_better=nothing
     )
-    assert unrefined.setting == Setting(7, 0.1)
+    assert unrefined.setting == DraftParams(7, 0.1)
     assert [each.from_context for each in unrefined.ranges] == [512, 2048]
 
 
@@ -169,8 +171,10 @@ def test_outputs_too_short_are_no_verdict(refine: int) -> None:
     def nothing(*args: object) -> None:
         pass
 
-    task = Task(tiny.decoder("llama"), (tuple(tiny.prompt(9)),), CHEAP_DRAFTS, 8, frozenset())
-    done = calibrate(Unified(1.5), task, (), refine=refine, on_stage=nothing, on_better=nothing)
+    problem = SearchProblem(
+        tiny.decoder("llama"), (tuple(tiny.prompt(9)),), CHEAP_DRAFTS, 8, frozenset()
+    )
+    done = calibrate(Unified(1.5), problem, (), refine=refine, on_stage=nothing, on_better=nothing)
     assert "no plan can be judged" in done.conclusion
     assert bool(done.plan) is not bool(refine)
     assert done.setting.max_tokens > 0 or not done.plan

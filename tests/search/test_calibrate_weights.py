@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.search import auto as auto_module
 from conflayers_cli.search import calibrate as module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, calibrate
-from conflayers_cli.search.objective import Setting
-from conflayers_cli.search.problem import RangePlan, SearchResult, Task
+from conflayers_cli.search.objective import DraftParams
+from conflayers_cli.search.problem import RangePlan, SearchProblem, SearchResult
 from conflayers_cli.search.validate import Check
 from conflayers_cli.skip_plan import SkipPlan, Weights
 from tests.search import planted
@@ -27,12 +27,12 @@ class Fixed:
     """A strategy that knows its answer, two layers."""
 
     name = "fixed"
-    setting = Setting(4, 0.5)
+    setting = DraftParams(4, 0.5)
 
     def __init__(self, ranges: tuple[RangePlan, ...] = ()) -> None:
         self._ranges = ranges
 
-    def search(self, task: Task) -> SearchResult:
+    def search(self, problem: SearchProblem) -> SearchResult:
         plan = SkipPlan.of_layers([1, 8])
         return SearchResult(plan, (), {}, False, "done", None, self._ranges)
 
@@ -42,7 +42,7 @@ def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real decoding of a tiny model is all overhead: set what it would measure."""
 
     def check(
-        task: Task, candidates: Sequence[object], *more: object, **how: object
+        problem: SearchProblem, candidates: Sequence[object], *more: object, **how: object
     ) -> list[Check]:
         return [Check(1.4, 0.9, 3.0, 1, True) for _ in candidates]
 
@@ -50,10 +50,10 @@ def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_module, "check_by_decoding", check)
 
 
-def run(costs: Costs, weights: Sequence[Weights | None], *, refine: int = 200) -> Calibration:
+def run(costs: PassCosts, weights: Sequence[Weights | None], *, refine: int = 200) -> Calibration:
     return calibrate(
         Fixed(),
-        planted.task(costs=costs),
+        planted.problem(costs=costs),
         (),
         refine=refine,
         weights=weights,
@@ -96,7 +96,7 @@ def test_of_several_strategies_and_of_ranges() -> None:
     ranges = (RangePlan(600, SkipPlan.of_layers([2]), Fixed.setting),)
     done = auto(
         [Fixed(ranges), Fixed()],
-        planted.task(costs=HALF),
+        planted.problem(costs=HALF),
         (),
         budget=1e6,
         refine=60,
@@ -104,5 +104,5 @@ def test_of_several_strategies_and_of_ranges() -> None:
         on_stage=lambda name: None,
         on_better=lambda score, judged: None,
     )
-    assert all(candidate.plan.weights == "int4" for candidate, _ in done.others)
-    assert all(each.plan.weights == "int4" for each in done.others[0][0].ranges)
+    assert all(candidate.plan.weights == "int4" for candidate, _ in done.candidates)
+    assert all(each.plan.weights == "int4" for each in done.candidates[0][0].ranges)

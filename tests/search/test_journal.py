@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conflayers_cli.errors import ConfLayersError, InputError
-from conflayers_cli.search.journal import Journal, parsed
+from conflayers_cli.search.journal import Journal, parse_journal
 from conflayers_cli.search.memo import Entry, Usage
 from tests.disk import limited_to
 
@@ -39,9 +39,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "found.journal.jsonl"
 
 
-def opened(path: Path, resume: bool | None = None, told: list[str] | None = None) -> Journal:
-    notify = pytest.fail if told is None else told.append
-    return Journal.open(path, path.with_name("found.yaml"), resume=resume, notify=notify)
+def opened(path: Path, resume: bool | None = None, messages: list[str] | None = None) -> Journal:
+    notify = pytest.fail if messages is None else messages.append
+    return Journal(path, path.with_name("found.yaml"), resume=resume, notify=notify)
 
 
 def written(path: Path, count: int = 3) -> bytes:
@@ -67,7 +67,7 @@ def test_entries_are_read_as_they_were_written(path: Path) -> None:
             arrays = [value for value in found.value[0] if isinstance(value, np.ndarray)]
             assert [a.dtype for a in arrays] == [v.dtype for v in VALUES[:-1]]
         append(journal, 4)
-    assert len(parsed(path, path.read_bytes()).entries) == 4
+    assert len(parse_journal(path, path.read_bytes()).entries) == 4
 
 
 def test_cut_off_anywhere_what_is_whole_is_gone_on_with(path: Path) -> None:
@@ -75,7 +75,7 @@ def test_cut_off_anywhere_what_is_whole_is_gone_on_with(path: Path) -> None:
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for size in range(len(whole)):
         lines = sum(end <= size for end in ends)
-        assert len(parsed(path, whole[:size]).entries) == max(lines - 1, 0), size
+        assert len(parse_journal(path, whole[:size]).entries) == max(lines - 1, 0), size
     for size in (ends[0] + 5, ends[1], ends[2] + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
         with opened(path, resume=True) as journal:
@@ -112,7 +112,7 @@ def test_a_journal_is_not_begun_over_another_one(path: Path) -> None:
     with opened(path, resume=False) as journal:
         journal.begin(HEADER)
         append(journal, 1)
-    assert len(parsed(path, path.read_bytes()).entries) == 1
+    assert len(parse_journal(path, path.read_bytes()).entries) == 1
 
 
 def test_another_calibration_is_not_gone_on_with(path: Path) -> None:
@@ -120,10 +120,10 @@ def test_another_calibration_is_not_gone_on_with(path: Path) -> None:
     other = {**HEADER, "settings": {"patience": 5, "more": 1}}
     with opened(path, resume=True) as journal, pytest.raises(InputError) as refused:
         journal.begin(other)
-    told = (
+    difference = (
         "settings.patience 3 there, 5 here; settings.ratios [0.1, 0.3333333333333333] there, none"
     )
-    assert told in str(refused.value)
+    assert difference in str(refused.value)
     assert path.read_bytes() == whole
 
 
@@ -146,7 +146,9 @@ def test_another_version_is_refused_and_begun_anew_where_that_is_wanted(
     old = written(path).replace(b'journal":2', f'journal":{version}'.encode())
     path.write_bytes(old)
     for resume in (None, True):
-        with pytest.raises(InputError, match=r"another version.* anew with --no-resume") as refused:
+        with pytest.raises(
+            InputError, match=r"another version.* anew with resume=False"
+        ) as refused:
             opened(path, resume=resume)
         assert "\n" not in str(refused.value)
     assert path.read_bytes() == old
@@ -156,7 +158,7 @@ def test_another_version_is_refused_and_begun_anew_where_that_is_wanted(
     with opened(path, resume=False) as journal:
         journal.begin(HEADER)
         append(journal, 1)
-    assert len(parsed(path, path.read_bytes()).entries) == 1
+    assert len(parse_journal(path, path.read_bytes()).entries) == 1
 
 
 def test_nothing_to_resume(path: Path) -> None:
@@ -204,27 +206,27 @@ def test_what_is_being_written_beside_it_is_known(path: Path) -> None:
     with opened(path) as journal:
         journal.begin(HEADER)
         append(journal, 1)
-        journal.will_write("found.safetensors")
+        journal.set_pending_file("found.safetensors")
     with opened(path, resume=True) as journal:
-        assert journal.writes == "found.safetensors"
+        assert journal.pending_file == "found.safetensors"
         journal.begin(HEADER)
         append(journal, 2)
-    assert list(parsed(path, path.read_bytes()).entries) == ["step 1", "writes", "step 2"]
+    assert list(parse_journal(path, path.read_bytes()).entries) == ["step 1", "writes", "step 2"]
 
 
 def test_a_full_disk_is_told_once_and_the_lines_stay_whole(path: Path) -> None:
-    told: list[str] = []
-    with opened(path, told=told) as journal:
+    messages: list[str] = []
+    with opened(path, messages=messages) as journal:
         journal.begin(HEADER)
         append(journal, 1)
         before = path.read_bytes()
         with limited_to(len(before) + 10):
             append(journal, 2)
         append(journal, 3)  # there may be room again, but a line is missing
-        assert journal.goes_on
+        assert journal.resumable
     assert path.read_bytes() == before
-    assert len(told) == 1
-    assert "can't be written" in told[0] and "the search goes on" in told[0]
+    assert len(messages) == 1
+    assert "can't be written" in messages[0] and "the search goes on" in messages[0]
 
 
 def test_where_nothing_can_be_written_no_work_is_begun(path: Path) -> None:
@@ -237,8 +239,8 @@ def test_where_nothing_can_be_written_no_work_is_begun(path: Path) -> None:
 def test_a_line_is_written_whole_or_not(
     path: Path, monkeypatch: pytest.MonkeyPatch, failing: BaseException
 ) -> None:
-    told: list[str] = []
-    with opened(path, told=told) as journal:
+    messages: list[str] = []
+    with opened(path, messages=messages) as journal:
         journal.begin(HEADER)
         append(journal, 1)
         before = path.read_bytes()
@@ -254,7 +256,7 @@ def test_a_line_is_written_whole_or_not(
             else:
                 append(journal, 2)
         assert path.read_bytes() == before
-    assert len(told) == isinstance(failing, OSError)
+    assert len(messages) == isinstance(failing, OSError)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import cast
 
 import pytest
 
-from conflayers_cli.search.local_search import Move, Refiner
-from conflayers_cli.search.objective import Objective, Replay, Score, Setting
+from conflayers_cli.search.local_search import LocalSearch, Move
+from conflayers_cli.search.objective import DraftParams, Objective, Replay, Score
 from conflayers_cli.skip_plan import SkipPlan
 
 DEPTH = 20
@@ -22,7 +22,7 @@ class Landscape:
         self.bonus = bonus or {}
         self.asked = 0
 
-    def knows(self, plan: SkipPlan, texts: int | None = None) -> bool:
+    def is_cached(self, plan: SkipPlan, texts: int | None = None) -> bool:
         return False
 
     def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
@@ -35,15 +35,15 @@ class Landscape:
             for i in indices:
                 gain = self.bonus.get((kind, i), 0.01 if i in PLANTED else -0.03)
                 speedup += gain
-        return Score(plan, 0.9, Setting(4, 0.0), speedup, Replay(1, 1, 1, 2, 1.0))
+        return Score(plan, 0.9, DraftParams(4, 0.0), speedup, Replay(1, 1, 1, 2, 1.0))
 
 
-def refiner(landscape: Landscape, single: bool = False, most: int = 10_000) -> Refiner:
-    return Refiner(
+def refiner(landscape: Landscape, single: bool = False, most: int = 10_000) -> LocalSearch:
+    return LocalSearch(
         cast(Objective, landscape),
         single_sub_layers=single,
         on_progress=lambda score, judged: None,
-        most_plans=most,
+        max_plans=most,
     )
 
 

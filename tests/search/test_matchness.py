@@ -4,7 +4,7 @@ import torch
 
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.search.matchness import LEAST_WINDOW, matchness, window_of
+from conflayers_cli.search.matchness import MIN_WINDOW, matchness, window_size
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
@@ -53,11 +53,11 @@ def test_the_text_goes_on_as_if_nothing_had_been_measured() -> None:
 
 def test_a_window_needs_text_before_and_room_behind_it() -> None:
     text = generation()
-    assert window_of(text, 30) == 30
-    assert window_of(text, 100) == len(text.output) - 1
-    assert window_of(generation(done=LEAST_WINDOW), 30) == 0
+    assert window_size(text, 30) == 30
+    assert window_size(text, 100) == len(text.output) - 1
+    assert window_size(generation(done=MIN_WINDOW), 30) == 0
     full = Generation(tiny.decoder("llama"), GenerationRequest(tiny.prompt(470), 40))
     while len(full.output) < 35:
         full.step()
     assert full.cache.capacity == 512
-    assert window_of(full, 30) == 0
+    assert window_size(full, 30) == 0

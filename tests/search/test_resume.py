@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search import validate as check_module
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, Candidate, calibrate
-from conflayers_cli.search.journal import Journal, parsed
+from conflayers_cli.search.journal import Journal, parse_journal
 from conflayers_cli.search.memo import Entry, Memo
-from conflayers_cli.search.problem import Strategy, Task, Trial
+from conflayers_cli.search.problem import SearchProblem, Strategy, Trial
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.greedy import Greedy
 from conflayers_cli.search.strategies.knapsack import Knapsack
@@ -28,7 +28,7 @@ from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
 from tests import tiny
 
 # drafts are cheap, so that plans pay; attention grows with the context, so that ranges differ
-COSTS = Costs({1: 10.0, 26: 11.0}, 0.01, 0.01, 3.0, context=8, attention_per_position=0.02)
+COSTS = PassCosts({1: 10.0, 26: 11.0}, 0.01, 0.01, 3.0, context=8, attention_per_position=0.02)
 CONFLAYERS = ConfLayers(search_interval=4, max_iterations=6, skip_ratio=0.1, stop_probability=0.0)
 GREEDY = Greedy(patience=2, hopeless=0.0)
 SWIFT = Swift(context_window=20, max_steps=8, max_score=1.0, bayes_interval=3)
@@ -91,14 +91,16 @@ class Case:
         decoder = tiny.decoder("llama")
         prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(3))
         profile = self.path.with_name("found.yaml")
-        with Journal.open(self.path, profile, resume=resume, notify=pytest.fail) as journal:
+        with Journal(self.path, profile, resume=resume, notify=pytest.fail) as journal:
             journal.begin({"name": self.name})
             memo = Ticking(decoder, journal, die_after)
             return self._calibrated(
-                Task(decoder, prompts, COSTS, 24, frozenset(), self.on_trial, shared_memo=memo)
+                SearchProblem(
+                    decoder, prompts, COSTS, 24, frozenset(), self.on_trial, shared_memo=memo
+                )
             )
 
-    def _calibrated(self, task: Task) -> Calibration:
+    def _calibrated(self, problem: SearchProblem) -> Calibration:
         strategy = STRATEGIES[self.name]
         how: dict[str, Any] = {
             "refine": 12,
@@ -107,12 +109,12 @@ class Case:
             "on_better": lambda score, judged: None,
         }
         if isinstance(strategy, list):
-            return auto(strategy, task, (), budget=BUDGETS[self.name], **how)
-        return calibrate(strategy, task, (), **how)
+            return auto(strategy, problem, (), budget=BUDGETS[self.name], **how)
+        return calibrate(strategy, problem, (), **how)
 
     @property
     def entries(self) -> dict[str, Entry]:
-        return parsed(self.path, self.path.read_bytes()).entries
+        return parse_journal(self.path, self.path.read_bytes()).entries
 
     @property
     def lines(self) -> int:
@@ -124,7 +126,7 @@ class Case:
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real decoding of a tiny model is all overhead: set what it would measure."""
 
-    def checks(task: Task, candidates: list[Any], *args: object) -> list[Check]:
+    def checks(problem: SearchProblem, candidates: list[Any], *args: object) -> list[Check]:
         return [Check(1.1 + 0.01 * len(plan), 0.9, 3.0, 1, True) for plan, _ in candidates]
 
     monkeypatch.setattr(check_module, "_checks", checks)
@@ -162,10 +164,10 @@ def facts(candidate: Candidate) -> list[object]:
 
 
 def told(done: Calibration) -> list[object]:
-    checks = [done.check, *(check for _, check in done.others)]
+    checks = [done.check, *(check for _, check in done.candidates)]
     return [
         *(done.plan, done.setting, done.conclusion, done.seconds, facts(done.candidate)),
-        *([facts(candidate) for candidate, _ in done.others], checks),
+        *([facts(candidate) for candidate, _ in done.candidates], checks),
     ]
 
 
@@ -209,8 +211,8 @@ def test_dying_once_anywhere(name: str, tmp_path: Path) -> None:
 
 def test_time_runs_out_where_it_does_uninterrupted(tmp_path: Path) -> None:
     done, _ = run_whole("auto out of time", tmp_path / "whole")
-    assert "out of time" in [each.result.stopped_because for each, _ in done.others]
-    assert len(done.others) < len(list(STRATEGIES["auto out of time"]))  # type: ignore[arg-type]
+    assert "out of time" in [each.result.stopped_because for each, _ in done.candidates]
+    assert len(done.candidates) < len(list(STRATEGIES["auto out of time"]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["conflayers", "swift", "greedy", "knapsack"])

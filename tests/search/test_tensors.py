@@ -7,7 +7,7 @@ import math
 import torch
 
 from conflayers_cli.search.problem import SearchResult, Trial
-from conflayers_cli.search.tensors import tensors_of, trial_tensors
+from conflayers_cli.search.tensors import collect_tensors, trial_tensors
 from conflayers_cli.skip_plan import SkipPlan
 
 TRIALS = (
@@ -32,6 +32,6 @@ def test_a_row_for_each_set() -> None:
 def test_the_strategys_own_tensors_stay_and_a_search_without_sets_has_none() -> None:
     own = {"z": torch.ones(2, 3)}
     result = SearchResult(SkipPlan(), TRIALS, own, False, "")
-    assert tensors_of(result, 5).keys() == {"z", *trial_tensors(TRIALS, 5)}
-    assert tensors_of(SearchResult(SkipPlan(), (), own, False, ""), 5) == own
+    assert collect_tensors(result, 5).keys() == {"z", *trial_tensors(TRIALS, 5)}
+    assert collect_tensors(SearchResult(SkipPlan(), (), own, False, ""), 5) == own
     assert trial_tensors((), 5) == {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -35,7 +35,7 @@ def costs(draft: float, slope: float, steps: Sequence[tuple[int, float]] = ()) -
         width: 1.0 + slope * (width - 1) + sum(more for start, more in steps if width >= start)
         for width in widths
     }
-    one = Costs(verify, floor=draft, attention=0.0, mlp=0.0, context=64)
+    one = PassCosts(verify, floor=draft, attention=0.0, mlp=0.0, context=64)
     return CostTable({1: one}, depth=3)
 
 
@@ -109,13 +109,13 @@ class Run:
         return (end - begin) / (self.at[end] - self.at[begin])
 
 
-def decode(table: CostTable, text: Text, drafter: MixedProposer, model: Model) -> Run:
+def decode(table: CostTable, text: Text, proposer: MixedProposer, model: Model) -> Run:
     """Decode a text to its end, one row."""
-    return decode_rows(table, [text], drafter, model)
+    return decode_rows(table, [text], proposer, model)
 
 
 def decode_rows(
-    table: CostTable, texts: Sequence[Text], drafter: MixedProposer, model: Model
+    table: CostTable, texts: Sequence[Text], proposer: MixedProposer, model: Model
 ) -> Run:
     """Decode several at once, rows that have come to the end waiting for the others."""
     sampler = Sampler(SamplingParams(), VOCABULARY, CPU)
@@ -130,7 +130,7 @@ def decode_rows(
         limits = [
             max(len(text.tokens) - len(own) - 1, 0) for own, text in zip(known, texts, strict=True)
         ]
-        drafts = drafter.propose_batch(contexts, limits)
+        drafts = proposer.propose_batch(contexts, limits)
         width = 1 + max(len(each.tokens) for each in drafts)
         for pass_ in model.widths:
             seconds += draft * price.verify_cost(pass_) / price.verify_cost(1)

@@ -15,8 +15,8 @@ def test_the_length_of_the_text_decides_who_drafts() -> None:
     short, long = (
         SkipProposer(decoder, SkipPlan.of_layers([i]), n, 0.0) for i, n in ((2, 3), (1, 5))
     )
-    drafter = ContextLengthProposer(((0, short), (20, None), (30, long)))
-    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 50), drafter=drafter)
+    proposer = ContextLengthProposer(((0, short), (20, None), (30, long)))
+    generation = Generation(decoder, GenerationRequest(tiny.prompt(9), 50), proposer=proposer)
     plain = Generation(decoder, GenerationRequest(tiny.prompt(9), 50))
     seen = set()
     generation.step()  # reads the prompt

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.spec_decode.acceptance import AcceptanceModel, TextBias
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.ngram import Match
@@ -35,8 +35,8 @@ def run(
 ) -> Run:
     model = Model([text])
     plan = PLAN if skip else None
-    drafter = MixedProposer(model, plan, table, ngram=ngram, **more)  # type: ignore[arg-type]
-    return decode(table, text, drafter, model)
+    proposer = MixedProposer(model, plan, table, ngram=ngram, **more)  # type: ignore[arg-type]
+    return decode(table, text, proposer, model)
 
 
 @pytest.mark.parametrize("chance", [0.5, 0.7, 0.85, 0.95])
@@ -173,16 +173,16 @@ def of_batches(linear: bool) -> CostTable:
     """Sixteen rows cost more than one; wider ones in proportion, or next to nothing."""
     single = costs(0.4, 0.02).by_batch[1]
     slope = 1.0 if linear else 0.02
-    many = Costs({w: 4.0 * (1 + slope * (w - 1)) for w in range(1, 64)}, 1.6, 0.0, 0.0, 64)
+    many = PassCosts({w: 4.0 * (1 + slope * (w - 1)) for w in range(1, 64)}, 1.6, 0.0, 0.0, 64)
     return CostTable({1: single, 16: many}, depth=3)
 
 
 def of_rows(table: CostTable, count: int, chance: float) -> float:
     texts = [random_text(500, independent(chance), seed=i) for i in range(count)]
     model = Model(texts)
-    drafter = MixedProposer(model, PLAN, table, ngram=False, prior=0.9)  # type: ignore[arg-type]
+    proposer = MixedProposer(model, PLAN, table, ngram=False, prior=0.9)  # type: ignore[arg-type]
     vanilla = 1 / table.at(count, 64).verify_cost(1)
-    return decode_rows(table, texts, drafter, model).rate(0, 300) / vanilla
+    return decode_rows(table, texts, proposer, model).rate(0, 300) / vanilla
 
 
 def test_batches_draft_while_that_pays() -> None:
@@ -194,7 +194,7 @@ def test_batches_draft_while_that_pays() -> None:
 @pytest.mark.parametrize("slope", [0.1, 0.2])
 def test_rows_of_a_batch_draft_together(rows: int, slope: float) -> None:
     """A pass costs the same whoever takes part; rows that sat one out would need another."""
-    many = Costs({w: 1 + slope * (w - 1) for w in range(1, 64)}, 0.35, 0.0, 0.0, 64)
+    many = PassCosts({w: 1 + slope * (w - 1) for w in range(1, 64)}, 0.35, 0.0, 0.0, 64)
     chance, table = 0.95, CostTable({rows: many}, depth=3)
     reached = [sum(chance**i for i in range(length + 1)) for length in range(8)]
     best = max(
@@ -215,12 +215,12 @@ def test_batches_find_back_to_drafting(rows: int) -> None:
             for _ in range(400):
                 yield float(torch.rand((), generator=generator)) < chance, 0.9
 
-    many = Costs({w: 1 + 0.02 * (w - 1) for w in range(1, 64)}, 0.4, 0.0, 0.0, 64)
+    many = PassCosts({w: 1 + 0.02 * (w - 1) for w in range(1, 64)}, 0.4, 0.0, 0.0, 64)
     texts = [random_text(2000, bad_then_good, seed=i) for i in range(rows)]
     model = Model(texts)
     table = CostTable({rows: many}, depth=3)
-    drafter = MixedProposer(model, PLAN, table, ngram=False, prior=0.9)  # type: ignore[arg-type]
-    decoded = decode_rows(table, texts, drafter, model)
+    proposer = MixedProposer(model, PLAN, table, ngram=False, prior=0.9)  # type: ignore[arg-type]
+    decoded = decode_rows(table, texts, proposer, model)
     assert decoded.rate(0, 380) >= 0.95
     assert decoded.rate(1200, 1900) >= 1.3
 
@@ -228,16 +228,16 @@ def test_batches_find_back_to_drafting(rows: int) -> None:
 def test_a_prior_of_nothing_is_no_verdict() -> None:
     table, text = costs(0.3, 0.02), random_text(3000, independent(0.95), seed=12)
     model = Model([text])
-    drafter = MixedProposer(model, PLAN, table, ngram=False, prior=0.0)  # type: ignore[arg-type]
-    assert decode(table, text, drafter, model).rate(1000) >= 1.3
+    proposer = MixedProposer(model, PLAN, table, ngram=False, prior=0.0)  # type: ignore[arg-type]
+    assert decode(table, text, proposer, model).rate(1000) >= 1.3
 
 
 def test_the_estimates_come_to_what_is_so() -> None:
     table, text = costs(0.3, 0.02), random_text(2000, independent(0.8, 0.93), seed=11)
     model = Model([text])
-    drafter = MixedProposer(model, PLAN, table, ngram=False)  # type: ignore[arg-type]
-    decode(table, text, drafter, model)
-    acceptance, policy = drafter.policy.acceptance, drafter.policy
+    proposer = MixedProposer(model, PLAN, table, ngram=False)  # type: ignore[arg-type]
+    decode(table, text, proposer, model)
+    acceptance, policy = proposer.policy.acceptance, proposer.policy
     assert acceptance.later_token(TextBias()) == pytest.approx(0.8, abs=0.08)
     assert acceptance.drafted_token(0.93, TextBias()) == pytest.approx(0.8, abs=0.08)
     assert policy.rate > 1.2 * policy.costs.vanilla_rate

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
-from conflayers_cli.engine.token_choice import Asked, Choice, choices
+from conflayers_cli.engine.token_choice import TokenChoice, TokenRequest, choose_tokens
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
@@ -45,7 +45,7 @@ PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
 def costs(draft: float = 0.1, slope: float = 0.01) -> CostTable:
     """A full pass takes a second; drafts and further tokens next to nothing."""
     verify = {width: 1.0 + slope * (width - 1) for width in (1, 2, 64)}
-    return CostTable({1: Costs(verify, draft, 0.0, 0.0, 64)}, tiny.DEPTH)
+    return CostTable({1: PassCosts(verify, draft, 0.0, 0.0, 64)}, tiny.DEPTH)
 
 
 def repetitive(length: int, seed: int, vocabulary: int = tiny.VOCABULARY) -> list[int]:
@@ -91,9 +91,9 @@ def test_greedy_output_is_vanillas(
 ) -> None:
     decoder, prompt = tiny.decoder(family), repetitive(length, seed)
     sampling = SamplingParams(repetition_penalty=penalty)
-    drafter = mixed(decoder, plan, ngram=ngram, tree=tree, max_tokens=most)
+    proposer = mixed(decoder, plan, ngram=ngram, tree=tree, max_tokens=most)
     for _ in range(2):  # the second time it knows more
-        got, steps = decoded(decoder, prompt, count, sampling=sampling, drafter=drafter)
+        got, steps = decoded(decoder, prompt, count, sampling=sampling, proposer=proposer)
         assert got == decoded(decoder, prompt, count, sampling=sampling)[0]
         assert len(got) == count
         assert all(step.accepted <= step.drafted <= most for step in steps)
@@ -109,8 +109,8 @@ def test_greedy_output_is_vanillas(
 def test_in_bfloat16_too(plan: SkipPlan, tree: TreeShape | None, length: int, seed: int) -> None:
     decoder = test_bfloat16.decoder()
     prompt = repetitive(length, seed, test_bfloat16.VOCABULARY)
-    drafter = mixed(decoder, plan, tree=tree)
-    got, _ = decoded(decoder, prompt, 30, drafter=drafter)
+    proposer = mixed(decoder, plan, tree=tree)
+    got, _ = decoded(decoder, prompt, 30, proposer=proposer)
     assert got == decoded(decoder, prompt, 30)[0]
 
 
@@ -118,8 +118,8 @@ def test_end_tokens_and_budget() -> None:
     decoder, prompt = tiny.decoder("llama"), repetitive(18, 1)
     text, _ = decoded(decoder, prompt, 40)
     for end in set(text[5:30]):
-        drafter = mixed(decoder, SkipPlan.of_layers([2]))
-        got, steps = decoded(decoder, prompt, 40, drafter=drafter, end_tokens=frozenset([end]))
+        proposer = mixed(decoder, SkipPlan.of_layers([2]))
+        got, steps = decoded(decoder, prompt, 40, proposer=proposer, end_tokens=frozenset([end]))
         assert got == text[: text.index(end) + 1]
         assert steps[-1].finish == "stop"
 
@@ -144,14 +144,14 @@ def law_drafter(tree: bool = False) -> Recorded:
     return Recorded(remembering(), PLAN, costs(0.01, 0.12), tree=shape)
 
 
-def drawn(setting: SamplingParams, drafter: MixedProposer) -> Counter[tuple[int, ...]]:
+def drawn(setting: SamplingParams, proposer: MixedProposer) -> Counter[tuple[int, ...]]:
     """The first three tokens of many texts that could be longer."""
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(RUNS):
         generation = Generation(
             remembering(),
             GenerationRequest(enumerated.PROMPT, 7, replace(setting, seed=seed)),
-            drafter=drafter,
+            proposer=proposer,
         )
         counts[enumerated.start_of(generation)[0]] += 1
     return counts
@@ -170,9 +170,9 @@ def repeating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("tree", [False, True], ids=["chains", "trees"])
 @pytest.mark.usefixtures("repeating")
 def test_sampled_output_has_the_targets_law(name: str, tree: bool) -> None:
-    drafter = law_drafter(tree)
-    assert chi_square(drawn(SETTINGS[name], drafter), law(SETTINGS[name])) > 1e-4
-    by = [draft.sources for draft in drafter.drafts if draft.tokens]
+    proposer = law_drafter(tree)
+    assert chi_square(drawn(SETTINGS[name], proposer), law(SETTINGS[name])) > 1e-4
+    by = [draft.sources for draft in proposer.drafts if draft.tokens]
     judged = sum(each[0] == "ngram" and "skip" in each for each in by)
     assert min(judged, sum(each[0] == "skip" for each in by)) > 100
 
@@ -182,15 +182,15 @@ def test_a_wrong_law_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """n-grams' tokens passed off as drawn by the skipped model."""
 
     def taken(
-        logits: torch.Tensor, asked: Sequence[Asked], *, rows: bool = False
-    ) -> list[Iterator[Choice]]:
+        logits: torch.Tensor, asked: Sequence[TokenRequest], *, with_probs: bool = False
+    ) -> list[Iterator[TokenChoice]]:
         each = asked[0]
-        chosen = list(choices(logits, asked, rows=rows)[0])
+        chosen = list(choose_tokens(logits, asked, with_probs=with_probs)[0])
         for i, token in enumerate(each.drafted[len(each.drafted) - each.count + 1 :]):
             chosen[i] = replace(chosen[i], token=token)
         return [iter(chosen)]
 
-    monkeypatch.setattr(mixed_drafts, "choices", taken)
+    monkeypatch.setattr(mixed_drafts, "choose_tokens", taken)
     counts = drawn(SETTINGS["temperature 0.7"], law_drafter())
     assert chi_square(counts, law(SETTINGS["temperature 0.7"])) < 1e-8
 
@@ -200,11 +200,11 @@ def test_a_wrong_law_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_both_draft_and_say_so(sampling: SamplingParams) -> None:
     decoder = tiny.decoder("llama")
-    drafter = Recorded(decoder, SkipPlan.of_layers([2]), costs(), prior=0.9)
+    proposer = Recorded(decoder, SkipPlan.of_layers([2]), costs(), prior=0.9)
     for seed in range(4):
-        decoded(decoder, repetitive(24, seed), 40, sampling=sampling, drafter=drafter)
-    drafts = [draft for draft in drafter.drafts if draft.tokens]
-    assert drafter.name == "mixed"
+        decoded(decoder, repetitive(24, seed), 40, sampling=sampling, proposer=proposer)
+    drafts = [draft for draft in proposer.drafts if draft.tokens]
+    assert proposer.name == "mixed"
     sources = {source for draft in drafts for source in draft.sources}
     assert sources == {"skip", "ngram"}
     assert any(len(set(draft.sources)) == 2 for draft in drafts)
@@ -231,16 +231,16 @@ def test_names() -> None:
 def test_nothing_drafted_is_vanilla() -> None:
     """Where drafts cost more than they can gain, no pass of the skipped model is run."""
     decoder = tiny.decoder("llama")
-    drafter = MixedProposer(decoder, SkipPlan.of_layers([2]), costs(2.0, 1.0), ngram=False)
+    proposer = MixedProposer(decoder, SkipPlan.of_layers([2]), costs(2.0, 1.0), ngram=False)
     before = decoder.draft_passes
-    _, steps = decoded(decoder, tiny.prompt(9), 40, drafter=drafter)
+    _, steps = decoded(decoder, tiny.prompt(9), 40, proposer=proposer)
     assert decoder.draft_passes == before
-    assert all(step.drafter in ("prefill", "none") for step in steps)
+    assert all(step.proposer in ("prefill", "none") for step in steps)
 
 
 def row_of(decoder: Decoder, cache: object, text: list[int], sampling: SamplingParams) -> Context:
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.saw(text)
+    sampler.mark_seen(text)
     return Context(list(text), cache, sampler)  # type: ignore[arg-type]
 
 
@@ -289,13 +289,14 @@ def check_chain(decoder: Decoder, plan: SkipPlan, context: Context, draft: Draft
 
 def test_texts_are_forgotten_but_those_at_hand() -> None:
     decoder = tiny.decoder("llama")
-    drafter = mixed(decoder, None)
+    proposer = mixed(decoder, None)
     contexts = [
         row_of(decoder, decoder.new_cache(64), tiny.prompt(6, i), SamplingParams())
         for i in range(40)
     ]
     for context in contexts:
-        drafter.propose(context, 4)
-    assert len(drafter._histories) == MIN_REMEMBERED
-    drafter.propose_batch(contexts[:20], [4] * 20)
-    assert all(context.tokens in drafter._histories for context in contexts[:20])
+        proposer.propose(context, 4)
+    assert len(proposer._histories.by_id) == MIN_REMEMBERED
+    proposer.propose_batch(contexts[:20], [4] * 20)
+    known = {id(each.tokens) for each in proposer._histories.by_id.values()}
+    assert all(id(context.tokens) in known for context in contexts[:20])

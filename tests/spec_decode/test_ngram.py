@@ -5,9 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conflayers_cli.spec_decode.ngram import KEPT, LONGEST, NO_MATCH, Match, NgramIndex
+from conflayers_cli.spec_decode.ngram import (
+    MAX_MATCH_LENGTH,
+    MAX_POSITIONS,
+    NO_MATCH,
+    Match,
+    NgramIndex,
+)
 
-TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=KEPT)
+TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=MAX_POSITIONS)
 
 
 def index_of(text: list[int]) -> NgramIndex:
@@ -22,7 +28,11 @@ def searched(text: list[int], drafted: list[int], count: int) -> list[Match]:
     found: list[tuple[int, int]] = []
     for end in range(len(text) - 1):
         length = 0
-        while length <= end and length < LONGEST and whole[end - length] == whole[-1 - length]:
+        while (
+            length <= end
+            and length < MAX_MATCH_LENGTH
+            and whole[end - length] == whole[-1 - length]
+        ):
             length += 1
         if length:
             found.append((length, end))
@@ -85,5 +95,5 @@ def test_no_match() -> None:
 
 def test_a_long_match_is_found_among_many_short_ones() -> None:
     """Only the latest places of an n-gram are remembered, those of longer ones apart from it."""
-    text = [3, 4, 5, 6, 7, 8, *([6, 0] * (2 * KEPT)), 3, 4, 5, 6]
+    text = [3, 4, 5, 6, 7, 8, *([6, 0] * (2 * MAX_POSITIONS)), 3, 4, 5, 6]
     assert index_of(text).lookup(text, [], 2) == Match(4, (7, 8))

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.spec_decode.ngram import KEPT, LONGEST, NO_MATCH, SIZES, Match, NgramIndex
+from conflayers_cli.spec_decode.ngram import (
+    MAX_MATCH_LENGTH,
+    MAX_POSITIONS,
+    NGRAM_SIZES,
+    NO_MATCH,
+    Match,
+    NgramIndex,
+)
 
 PARTS = st.lists(
     st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 8)),
@@ -16,7 +23,7 @@ PARTS = st.lists(
 
 def places_of(text: list[int], tail: list[int]) -> list[int]:
     """Where the first size of n-gram that was there before ended, the latest places."""
-    for size in SIZES:
+    for size in NGRAM_SIZES:
         if size > len(tail):
             continue
         ends = [
@@ -25,14 +32,14 @@ def places_of(text: list[int], tail: list[int]) -> list[int]:
             if text[end + 1 - size : end + 1] == tail[-size:]
         ]
         if ends:
-            return ends[-KEPT:]
+            return ends[-MAX_POSITIONS:]
     return []
 
 
 def searched(text: list[int], drafted: list[int], count: int) -> Match:
     """By the documented rule: the longest match, then what followed most often, then the latest."""
     whole = text + drafted
-    tail = whole[-LONGEST:]
+    tail = whole[-MAX_MATCH_LENGTH:]
     lengths = {
         end: next(
             (i for i in range(len(tail)) if i > end or text[end - i] != tail[-1 - i]), len(tail)

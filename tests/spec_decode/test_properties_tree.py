@@ -92,8 +92,8 @@ def test_a_tree_is_verified_in_its_places(draft: Draft, length: int) -> None:
         seen.append([each[0].tolist() for each in places])
         return forward(tokens, positions, cache, **more)
 
-    drafter = Once(draft)
-    one = Generation(decoder, GenerationRequest(tiny.prompt(length), 20), drafter=drafter)
+    proposer = Once(draft)
+    one = Generation(decoder, GenerationRequest(tiny.prompt(length), 20), proposer=proposer)
     one.step()
     filled, pending = len(one.tokens) - 1, one.tokens[-1]
     with pytest.MonkeyPatch.context() as patch:
@@ -113,12 +113,12 @@ def test_a_tree_is_verified_in_its_places(draft: Draft, length: int) -> None:
         min_size=1,
         max_size=4,
     ),
-    rungs=st.tuples(st.integers(0, 4), st.integers(0, 10)),
+    thresholds=st.tuples(st.integers(0, 4), st.integers(0, 10)),
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 99),
 )
 def test_leaves_are_others_of_the_draft(
-    weights: list[list[int]], rungs: tuple[int, int], temperature: float, seed: int
+    weights: list[list[int]], thresholds: tuple[int, int], temperature: float, seed: int
 ) -> None:
     """As many as the shape wants and the draft has; greedy ones are its next best, in order."""
     rows = torch.tensor([[w / sum(own) for w in own] for own in weights])
@@ -127,11 +127,11 @@ def test_leaves_are_others_of_the_draft(
         max(range(SIZE), key=own.__getitem__) if temperature == 0 else sampler.draw(row)
         for own, row in zip(weights, rows, strict=True)
     ]
-    shape = TreeShape(((0.5, rungs[0]), (0.0, rungs[1])))
+    shape = TreeShape(((0.5, thresholds[0]), (0.0, thresholds[1])))
     for token, side, own in zip(
         chain, leaves_beside(chain, rows, sampler, shape), weights, strict=True
     ):
-        wanted = rungs[0] if max(own) / sum(own) > 0.5 else rungs[1]
+        wanted = thresholds[0] if max(own) / sum(own) > 0.5 else thresholds[1]
         possible = [t for t in range(SIZE) if own[t] and t != token]
         assert len(side) == len(set(side)) == min(wanted, len(possible))
         assert set(side) <= set(possible)

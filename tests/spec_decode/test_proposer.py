@@ -30,7 +30,7 @@ def context(decoder: Decoder, sampling: SamplingParams) -> Context:
     cache = decoder.new_cache(64)
     decoder.prefill(torch.tensor([TEXT[:-1]]), cache)
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.saw(TEXT)
+    sampler.mark_seen(TEXT)
     return Context(list(TEXT), cache, sampler)
 
 
@@ -101,7 +101,7 @@ def test_the_full_model_drafts_without_fault(family: str, penalty: float) -> Non
     generation = Generation(
         decoder,
         GenerationRequest(TEXT, 30, SamplingParams(repetition_penalty=penalty)),
-        drafter=SkipProposer(decoder, FULL, 4, 0.0),
+        proposer=SkipProposer(decoder, FULL, 4, 0.0),
     )
     steps = tiny.steps_of(generation)
     assert sum(step.drafted for step in steps) > 20

@@ -18,7 +18,7 @@ from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import Step
-from conflayers_cli.kernels.kv_cache import EXTENT_MULTIPLE, KVCache
+from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, Proposer, SkipProposer
@@ -39,7 +39,7 @@ FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "mixtral"]
 
 
 @pytest.mark.parametrize(
-    "rungs",
+    "thresholds",
     [
         (),
         ((0.5, 3),),
@@ -52,9 +52,9 @@ FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "mixtral"]
         ((0.0, True),),
     ],
 )
-def test_shapes_that_make_no_sense_are_refused(rungs: tuple[tuple[float, int], ...]) -> None:
-    with pytest.raises(ValueError, match="rungs"):
-        TreeShape(rungs)
+def test_shapes_that_make_no_sense_are_refused(thresholds: tuple[tuple[float, int], ...]) -> None:
+    with pytest.raises(ValueError, match="thresholds"):
+        TreeShape(thresholds)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_shapes_that_make_no_sense_are_refused(rungs: tuple[tuple[float, int], .
 def test_the_papers_counts(top: float, greedy: int, sampling: int) -> None:
     assert GREEDY_SHAPE.leaves(top) == greedy
     assert SAMPLING_SHAPE.leaves(top) == sampling
-    assert GREEDY_SHAPE.most == SAMPLING_SHAPE.most == 10
+    assert GREEDY_SHAPE.max_leaves == SAMPLING_SHAPE.max_leaves == 10
 
 
 # How many leaves stand
@@ -190,9 +190,9 @@ def test_a_node_sees_its_ancestors_and_itself_only(family: str) -> None:
 
 def test_the_extent_covers_slots_far_behind() -> None:
     decoder = tiny.decoder("gemma2")
-    cache = prefilled(decoder, TEXT, EXTENT_MULTIPLE + 10)
+    cache = prefilled(decoder, TEXT, KV_BLOCK + 10)
     tokens, position = torch.tensor([[7]]), torch.tensor([[len(TEXT)]])
-    far = decoder.forward(tokens, position, cache, slots=torch.tensor([[EXTENT_MULTIPLE + 3]]))
+    far = decoder.forward(tokens, position, cache, slots=torch.tensor([[KV_BLOCK + 3]]))
     near = decoder.forward(tokens, position, cache)
     torch.testing.assert_close(far, near, rtol=1e-4, atol=1e-4)
 
@@ -200,7 +200,7 @@ def test_the_extent_covers_slots_far_behind() -> None:
 def test_moving_touches_one_slot_of_the_layers_in_use() -> None:
     cache = KVCache(2, 2, 10)
     keys, values = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    cache.announce(torch.arange(4).expand(2, -1), EXTENT_MULTIPLE)
+    cache.set_slots(torch.arange(4).expand(2, -1), KV_BLOCK)
     cache.update(keys, values, 1)
     cache.move(3, 1)
     order = [0, 3, 2, 3]
@@ -212,8 +212,8 @@ def test_moving_touches_one_slot_of_the_layers_in_use() -> None:
 def test_passes_are_counted() -> None:
     decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
     assert (decoder.full_passes, decoder.draft_passes) == (0, 0)
-    drafter = SkipProposer(decoder, PLAN, 3, 0.0, TWO)
-    steps = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 20), drafter=drafter))
+    proposer = SkipProposer(decoder, PLAN, 3, 0.0, TWO)
+    steps = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 20), proposer=proposer))
     assert decoder.full_passes == len(steps)
     assert decoder.draft_passes == sum(step.drafted for step in steps) > 0
 
@@ -234,14 +234,14 @@ def test_rows_are_penalised_for_their_ancestors(
     parents = [min(parent, row) for row, (_, parent) in enumerate(nodes)]
     logits = torch.randn(len(nodes) + 1, 20, generator=torch.Generator().manual_seed(seed))
     sampler = Sampler(setting, 20, CPU)
-    sampler.saw(seen)
+    sampler.mark_seen(seen)
     together = sampler.scores(logits, drafted, parents)
     paths = [list(seen)]
     for token, parent in zip(drafted, parents, strict=True):
         paths.append([*paths[parent], token])
     for row, path in enumerate(paths):
         alone = Sampler(setting, 20, CPU)
-        alone.saw(path)
+        alone.mark_seen(path)
         assert torch.equal(together[row], alone.scores(logits[row : row + 1])[0])
 
 
@@ -252,7 +252,7 @@ def context(decoder: Decoder, sampling: SamplingParams, capacity: int = 64) -> C
     """A text whose tokens but the last are in the cache, by the full model."""
     cache = prefilled(decoder, TEXT[:-1], capacity)
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.saw(TEXT)
+    sampler.mark_seen(TEXT)
     return Context(list(TEXT), cache, sampler)
 
 
@@ -278,8 +278,8 @@ def test_sampled_leaves_are_others_that_the_draft_could_have_drawn() -> None:
     for seed in range(20):
         sampling = SamplingParams(1.0, top_p=0.5, seed=seed)
         chain = SkipProposer(decoder, PLAN, 5, 0.0).propose(context(decoder, sampling), 20)
-        drafter = SkipProposer(decoder, PLAN, 5, 0.0, SAMPLING_SHAPE)
-        draft = drafter.propose(context(decoder, sampling), 20)
+        proposer = SkipProposer(decoder, PLAN, 5, 0.0, SAMPLING_SHAPE)
+        draft = proposer.propose(context(decoder, sampling), 20)
         assert draft.tokens == chain.tokens  # leaves are drawn behind the whole chain
         assert draft.distribution is not None
         for token, side, q in zip(draft.tokens, draft.leaves, draft.distribution, strict=True):
@@ -296,15 +296,15 @@ def test_sampled_leaves_are_others_that_the_draft_could_have_drawn() -> None:
 )
 def test_leaves_keep_to_the_room_in_the_cache(sampling: SamplingParams) -> None:
     decoder = tiny.decoder("llama")
-    text = tiny.prompt(EXTENT_MULTIPLE - 10, 1)
-    cache = prefilled(decoder, text[:-1], EXTENT_MULTIPLE)
+    text = tiny.prompt(KV_BLOCK - 10, 1)
+    cache = prefilled(decoder, text[:-1], KV_BLOCK)
     sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    drafter = SkipProposer(decoder, PLAN, 4, 0.0, TreeShape(((0.0, 10),)))
-    draft = drafter.propose(Context(text, cache, sampler), 20)
+    proposer = SkipProposer(decoder, PLAN, 4, 0.0, TreeShape(((0.0, 10),)))
+    draft = proposer.propose(Context(text, cache, sampler), 20)
     # Slots of the pending token, the chain, and the leaves: the last one is the cache's last.
-    assert len(text) + draft.width == cache.capacity == EXTENT_MULTIPLE
-    drafter = SkipProposer(decoder, PLAN, 10, 0.0, TreeShape(((0.0, 10),)))
-    assert drafter.propose(Context(text, cache, sampler), 20).width == 10
+    assert len(text) + draft.width == cache.capacity == KV_BLOCK
+    proposer = SkipProposer(decoder, PLAN, 10, 0.0, TreeShape(((0.0, 10),)))
+    assert proposer.propose(Context(text, cache, sampler), 20).width == 10
 
 
 def test_costs_reach_the_drafter() -> None:
@@ -315,8 +315,8 @@ def test_costs_reach_the_drafter() -> None:
         widths.append(width)
         return 1.0 if width <= 7 else 100.0
 
-    drafter = SkipProposer(decoder, PLAN, 4, 0.0, GREEDY_SHAPE, cost, 0.5)
-    draft = drafter.propose(context(decoder, SamplingParams()), 20)
+    proposer = SkipProposer(decoder, PLAN, 4, 0.0, GREEDY_SHAPE, cost, 0.5)
+    draft = proposer.propose(context(decoder, SamplingParams()), 20)
     assert draft.width + 1 == 7
     assert min(widths) == 5
 
@@ -357,8 +357,8 @@ def test_greedy_output_is_vanillas(
     decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
     sampling = SamplingParams(repetition_penalty=penalty)
     cost = None if slope is None else lambda width: 1 + slope * width
-    drafter = SkipProposer(decoder, plan, size, stop, shape, cost, 0.3)
-    got = output(decoder, prompt, count, sampling=sampling, drafter=drafter)
+    proposer = SkipProposer(decoder, plan, size, stop, shape, cost, 0.3)
+    got = output(decoder, prompt, count, sampling=sampling, proposer=proposer)
     assert got == output(decoder, prompt, count, sampling=sampling)
     assert len(got) == count
 
@@ -367,9 +367,9 @@ def test_greedy_output_is_vanillas(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_after_every_step(family: str, sampling: SamplingParams) -> None:
     decoder = tiny.decoder(family)
-    drafter = SkipProposer(decoder, SkipPlan.of([2], [1, 2]), 4, 0.0, GREEDY_SHAPE)
+    proposer = SkipProposer(decoder, SkipPlan.of([2], [1, 2]), 4, 0.0, GREEDY_SHAPE)
     generation = Generation(
-        decoder, GenerationRequest(tiny.prompt(9, 4), 40, sampling), drafter=drafter
+        decoder, GenerationRequest(tiny.prompt(9, 4), 40, sampling), proposer=proposer
     )
     moves = counted_moves(generation)
     for step in generation:
@@ -396,8 +396,8 @@ def test_leaves_gain_tokens() -> None:
     steps: dict[bool, int] = {}
     for tree in (False, True):
         plan = SkipPlan.of_layers([1, 3])
-        drafter = SkipProposer(decoder, plan, 4, 0.0, GREEDY_SHAPE if tree else None)
-        taken = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 60), drafter=drafter))
+        proposer = SkipProposer(decoder, plan, 4, 0.0, GREEDY_SHAPE if tree else None)
+        taken = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 60), proposer=proposer))
         assert any(step.leaves for step in taken) == tree
         steps[tree] = len(taken)
     assert steps[True] < 0.8 * steps[False]
@@ -432,16 +432,16 @@ def missing(size: int, miss: int, count: int = 24, place: int = 1) -> tuple[list
     return text[:count], Missing(text, len(TEXT), size, miss, place)
 
 
-def steps_with(drafter: Proposer, count: int = 24, **more: Any) -> tuple[Generation, list[Step]]:
-    generation = tiny.generation(tiny.decoder("llama"), TEXT, count, drafter=drafter, **more)
+def steps_with(proposer: Proposer, count: int = 24, **more: Any) -> tuple[Generation, list[Step]]:
+    generation = tiny.generation(tiny.decoder("llama"), TEXT, count, proposer=proposer, **more)
     return generation, tiny.steps_of(generation)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize(("size", "miss"), [(1, 0), (4, 0), (4, 2), (4, 3)])
 def test_an_accepted_leaf_brings_the_token_behind_it(size: int, miss: int, place: int) -> None:
-    text, drafter = missing(size, miss, place=place)
-    generation, steps = steps_with(drafter)
+    text, proposer = missing(size, miss, place=place)
+    generation, steps = steps_with(proposer)
     assert generation.output == text
     whole = [step for step in steps if step.drafted == size]  # the last ones find less room
     assert len(whole) > 3
@@ -451,8 +451,8 @@ def test_an_accepted_leaf_brings_the_token_behind_it(size: int, miss: int, place
 
 @pytest.mark.parametrize("count", range(2, 12))
 def test_the_budget_is_exact(count: int) -> None:
-    text, drafter = missing(4, 3, count)
-    generation, steps = steps_with(drafter, count)
+    text, proposer = missing(4, 3, count)
+    generation, steps = steps_with(proposer, count)
     assert generation.output == text
     assert generation.finish == "length"
     assert all(len(step.tokens) == step.accepted + 1 for step in steps)
@@ -461,23 +461,23 @@ def test_the_budget_is_exact(count: int) -> None:
 @pytest.mark.parametrize("at", range(1, 8))
 def test_an_end_token_cuts_what_follows(at: int) -> None:
     """As an accepted leaf, before one, or right behind it."""
-    text, drafter = missing(4, 2)
+    text, proposer = missing(4, 2)
     end = text[at]
-    generation, steps = steps_with(drafter, end_tokens=frozenset([end]))
+    generation, steps = steps_with(proposer, end_tokens=frozenset([end]))
     assert generation.output == text[: text.index(end) + 1]
     assert generation.finish == "stop"
     assert all(step.accepted <= len(step.tokens) for step in steps)
 
 
 def test_watch_sees_every_token_once() -> None:
-    text, drafter = missing(4, 2)
+    text, proposer = missing(4, 2)
     seen: list[int] = []
 
     def watch(token: int) -> bool:
         seen.append(token)
         return False
 
-    generation, _ = steps_with(drafter, watch=watch)
+    generation, _ = steps_with(proposer, on_token=watch)
     assert seen == generation.output == text
 
 
@@ -486,11 +486,11 @@ def test_watch_sees_every_token_once() -> None:
 )
 def test_to_the_last_slot_and_the_last_learned_position(sampling: SamplingParams) -> None:
     """Chain and leaves find their slots, and no position the model hasn't learned is asked for."""
-    for family, length in (("gpt2", 256), ("llama", EXTENT_MULTIPLE)):
+    for family, length in (("gpt2", 256), ("llama", KV_BLOCK)):
         decoder = tiny.decoder(family)
         prompt = tiny.prompt(length - 30, 2)
-        drafter = SkipProposer(decoder, PLAN, 25, 0.0, GREEDY_SHAPE)
-        got = output(decoder, prompt, 30, sampling=sampling, drafter=drafter)
+        proposer = SkipProposer(decoder, PLAN, 25, 0.0, GREEDY_SHAPE)
+        got = output(decoder, prompt, 30, sampling=sampling, proposer=proposer)
         assert len(got) == 30
         if sampling.greedy:
             assert got == output(decoder, prompt, 30)

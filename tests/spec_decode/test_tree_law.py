@@ -190,12 +190,12 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class Noting:
     """A drafter, and how many leaves stood beside the drafts it made."""
 
-    drafter: Proposer
+    proposer: Proposer
     leaves: Counter[int] = field(default_factory=Counter)
     name: str = "noting"
 
     def propose(self, context: Context, limit: int) -> Draft:
-        draft = self.drafter.propose(context, limit)
+        draft = self.proposer.propose(context, limit)
         self.leaves.update(map(len, draft.leaves))
         return draft
 
@@ -219,9 +219,9 @@ def test_with_a_layer_left_out(name: str, moves: list[int]) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_with_few_leaves_or_all_there_are(count: int, moves: list[int]) -> None:
-    setting, drafter = SETTINGS["temperature 0.7"], skip(wanting(count))
-    counts, _ = sample(setting, drafter)
-    assert set(drafter.leaves) == {min(count, VOCABULARY - 1)}
+    setting, proposer = SETTINGS["temperature 0.7"], skip(wanting(count))
+    counts, _ = sample(setting, proposer)
+    assert set(proposer.leaves) == {min(count, VOCABULARY - 1)}
     assert len(moves) > enumerated.RUNS / 20
     assert chi_square(counts, enumerated.law(setting)) > 1e-3
 
@@ -233,10 +233,10 @@ def test_with_leaves_trimmed_by_cost(name: str, moves: list[int]) -> None:
     def cost(width: int) -> float:
         return 1.0 + 0.03 * width + 0.1 * (width > 5)
 
-    drafter = skip(SAMPLING_SHAPE, cost=cost)
-    counts, _ = sample(SETTINGS[name], drafter)
-    assert len(drafter.leaves) > 3  # none at some places, several at others
-    assert 0 in drafter.leaves
+    proposer = skip(SAMPLING_SHAPE, cost=cost)
+    counts, _ = sample(SETTINGS[name], proposer)
+    assert len(proposer.leaves) > 3  # none at some places, several at others
+    assert 0 in proposer.leaves
     assert len(moves) > 20
     assert chi_square(counts, enumerated.law(SETTINGS[name])) > 1e-3
 
@@ -303,8 +303,8 @@ def test_the_remembering_decoder_changes_nothing(name: str, moves: list[int]) ->
         setting = SamplingParams(**{**vars(SETTINGS[name]), "seed": seed})
         outputs = []
         for decoder in (plain, remembering()):
-            drafter = SkipProposer(decoder, PLAN, 3, 0.0, SAMPLING_SHAPE)
-            one = Generation(decoder, GenerationRequest(PROMPT, 8, setting), drafter=drafter)
+            proposer = SkipProposer(decoder, PLAN, 3, 0.0, SAMPLING_SHAPE)
+            one = Generation(decoder, GenerationRequest(PROMPT, 8, setting), proposer=proposer)
             outputs.append([(step.tokens, step.leaves) for step in one])
         assert outputs[0] == outputs[1]
     assert moves

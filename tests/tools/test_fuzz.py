@@ -33,7 +33,7 @@ def test_the_files_that_are_mutated_are_valid(reader: fuzz.Reader, tmp_path: Pat
         for suffix in reader.suffixes:
             path = tmp_path / f"x{suffix}"
             path.write_bytes(data)
-            kinds.append(fuzz.judged(reader, path))
+            kinds.append(fuzz.judge(reader, path))
         assert (True, None) in kinds
         assert not [wrong for _, wrong in kinds if wrong]
 
@@ -59,7 +59,7 @@ def test_what_is_a_finding(tmp_path: Path, error: Exception, expected: str | Non
         raise type(error)(str(error).replace("PATH", str(path)))
 
     reader = fuzz.Reader("x", read, fuzz.sound_prompts, (".txt",), (b"a",))
-    accepted, wrong = fuzz.judged(reader, tmp_path / "x.txt")
+    accepted, wrong = fuzz.judge(reader, tmp_path / "x.txt")
     assert not accepted
     assert (wrong is None) if expected is None else (expected in (wrong or ""))
 
@@ -75,7 +75,7 @@ def test_what_is_accepted_must_be_sound(tmp_path: Path) -> None:
 def test_a_slow_input_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fuzz, "SECONDS", -1.0)
+    monkeypatch.setattr(fuzz, "MAX_SECONDS", -1.0)
     monkeypatch.setattr(fuzz.fuzz, "__defaults__", (-1.0,))
     output, findings = tmp_path / "out.json", tmp_path / "found"
     fuzz.main(["--inputs", "4", "--output", str(output), "--findings", str(findings)])

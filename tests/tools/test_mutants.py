@@ -105,7 +105,7 @@ def test_a_fault_that_takes_for_ever_is_told_apart(
     (repository / "tests" / "conftest.py").write_text(
         "import time\n\nwhile True:\n" + ("    time.sleep(1)\n" if waits else "    pass\n")
     )
-    found = script.verdict(repository, ["tests/test_sums.py"], 1)
+    found = script.run_tests(repository, ["tests/test_sums.py"], 1)
     assert (found.status, found.test) == ("timeout", None)
     script.report([(ALL[0], found)])  # killed, as it were
     assert "timeout" in capsys.readouterr().out
@@ -130,10 +130,10 @@ def test_a_text_that_is_not_there_once_is_told(
 
 def test_tests_that_cannot_be_run_kill_nothing(repository: Path, capsys: Captured) -> None:
     with pytest.raises(ConfLayersError, match="ended with 4"):
-        script.verdict(repository, ["tests/test_none.py"], 60)
+        script.run_tests(repository, ["tests/test_none.py"], 60)
     (repository / "tests" / "test_sums.py").write_text("import nothing_of_the_kind\n")
     with pytest.raises(ConfLayersError, match="ended with 2"):
-        script.verdict(repository, ["tests/test_sums.py"], 60)
+        script.run_tests(repository, ["tests/test_sums.py"], 60)
 
 
 def test_wrong_usage(repository: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -148,7 +148,7 @@ def test_the_list_runs_nothing(
     def refuse(*given: object) -> Verdict:
         raise AssertionError
 
-    monkeypatch.setattr(script, "verdict", refuse)
+    monkeypatch.setattr(script, "run_tests", refuse)
     assert main(["--list"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[1:4]] == ["difference", "product", "unseen"]

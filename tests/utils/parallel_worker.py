@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from conflayers_cli.engine.cost_measurement import measure_costs
-from conflayers_cli.engine.cost_model import Costs, CostTable
+from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.sampling_params import SamplingParams
@@ -24,7 +25,7 @@ from conflayers_cli.search.strategies.layer_confidence import measure_confidence
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
-from conflayers_cli.utils.distributed import Voice, agreed, on_first, world
+from conflayers_cli.utils.distributed import RankOutput, broadcast_rank0, run_on_rank0, world
 from conflayers_cli.utils.files import JsonLines, write_json
 
 PLAN = SkipPlan.of_layers([2])
@@ -35,12 +36,12 @@ SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=3)
 
 def decoded(
     decoder: Decoder,
-    drafter: Proposer | None,
+    proposer: Proposer | None,
     sampling: SamplingParams | None = None,
     count: int = TOKENS,
 ) -> list[int]:
     generation = Generation(
-        decoder, GenerationRequest(PROMPT, count, sampling or SamplingParams()), drafter=drafter
+        decoder, GenerationRequest(PROMPT, count, sampling or SamplingParams()), proposer=proposer
     )
     list(generation)
     return generation.output
@@ -64,12 +65,12 @@ def in_more_ways(decoder: Decoder) -> dict[str, Any]:
     """Drafted by all kinds of drafters, sampled, in a batch; and what passes cost."""
     costs = measure_costs(decoder, context=16, rounds=5, growth=False, seconds=0.1)
     # Drafts would never pay for a model so small: its passes are made to cost as large ones'.
-    prices = Costs({1: 1.01, 26: 1.26}, floor=0.05, attention=0.01, mlp=0.01, context=16)
+    prices = PassCosts({1: 1.01, 26: 1.26}, floor=0.05, attention=0.01, mlp=0.01, context=16)
     table = CostTable({1: prices}, decoder.depth)
     batch = Batch(
         decoder,
         [GenerationRequest(PROMPT[n:], TOKENS, SamplingParams()) for n in (0, 3)],
-        drafter=MixedProposer(decoder, PLAN, table),
+        proposer=MixedProposer(decoder, PLAN, table),
     )
     batch.run()
     return {
@@ -90,15 +91,15 @@ def in_agreement() -> dict[str, Any]:
         raise InputError(f"rank {rank} can't")
 
     try:
-        on_first(refused)
+        run_on_rank0(refused)
     except InputError as error:
         refusal = str(error)
     return {
-        "number": agreed(0.1 + rank),
-        "object": agreed({"rank": rank, "text": "×" * (rank + 1)}),
-        "tensor": agreed(torch.full((2, 3), rank).t()).tolist(),
-        "truth": agreed(rank == 0),
-        "first": on_first(lambda: f"rank {world().rank}"),
+        "number": broadcast_rank0(0.1 + rank),
+        "object": broadcast_rank0({"rank": rank, "text": "×" * (rank + 1)}),
+        "tensor": broadcast_rank0(torch.full((2, 3), rank).t()).tolist(),
+        "truth": broadcast_rank0(rank == 0),
+        "first": run_on_rank0(lambda: f"rank {world().rank}"),
         "refusal": refusal,
     }
 
@@ -114,16 +115,16 @@ def in_one_file(path: Path) -> int:
 
 
 def main(folder: str, output: str) -> int:
-    voice = Voice()
+    rank_output = RankOutput()
     found = in_agreement()
     found["done"] = in_one_file(Path(output).with_name("lines.jsonl"))
-    loaded = load_model(folder, dtype="float32")
+    loaded = load_model(folder, LoadOptions(dtype="float32"))
     decoder = Decoder(loaded.model)
     found |= in_some_ways(loaded, decoder)
     if world().size == 2:  # with more, processes wait for each other most of the time
         found |= in_more_ways(decoder)
     Path(output).write_text(json.dumps(found))
-    return voice.ended(0)
+    return rank_output.common_exit_code(0)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,28 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.packed_linear import is_plain
-from conflayers_cli.models.device import check_device_map, device_of, find_device, spread_of
-from conflayers_cli.models.fingerprint import fingerprint
+from conflayers_cli.models.config_fingerprint import config_fingerprint
+from conflayers_cli.models.device import (
+    check_device_map,
+    describe_spread,
+    find_device,
+    input_device,
+)
+from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loader import load_model
 from conflayers_cli.models.tensor_parallel import sharding
-from conflayers_cli.search.corpus import Sample
-from conflayers_cli.search.strategies.knapsack_window import Window
+from conflayers_cli.search.corpus import Continuation
+from conflayers_cli.search.strategies.knapsack_window import TokenWindow
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
-from conflayers_cli.utils.distributed import Voice, World, agreed, is_first, on_first, world
+from conflayers_cli.utils.distributed import (
+    RankOutput,
+    World,
+    broadcast_rank0,
+    is_rank0,
+    run_on_rank0,
+    world,
+)
 from tests.cli.conftest import save_model
 from tests.ranks import run_ranks
 from tests.utils.parallel_worker import PROMPT, decoded, in_some_ways
@@ -73,7 +86,7 @@ def test_ranks_decode_what_one_process_does(size: int, tmp_path: Path) -> None:
     assert [(each.code, each.out) for each in ended] == [(0, "")] * size, ended
     found = [json.loads(file.read_text()) for file in files]
     assert found[1:] == found[:1] * (size - 1)
-    loaded = load_model(str(model), dtype="float32")
+    loaded = load_model(str(model), LoadOptions(dtype="float32"))
     ours, alone = found[0], in_some_ways(loaded, Decoder(loaded.model))
     assert ours["spread"] == f"a part of every layer on each of {size} processes"
     assert alone["spread"] is None
@@ -97,16 +110,16 @@ def test_ranks_decode_what_one_process_does(size: int, tmp_path: Path) -> None:
 def test_alone_everything_is_ones_own() -> None:
     tensor = torch.ones(2)
 
-    assert world() == World() and is_first()
-    assert agreed(tensor) is tensor
-    assert on_first(lambda: 3) == 3
+    assert world() == World() and is_rank0()
+    assert broadcast_rank0(tensor) is tensor
+    assert run_on_rank0(lambda: 3) == 3
     assert sharding(hf.LlamaConfig(), "tiny") == {}
-    assert Voice().ended(2) == 2
+    assert RankOutput().common_exit_code(2) == 2
 
 
 def test_torchruns_environment(torchrun: pytest.MonkeyPatch) -> None:
     assert world() == World(size=4, rank=3, local_rank=1, local_size=2)
-    assert not is_first()
+    assert not is_rank0()
 
     torchrun.delenv("LOCAL_WORLD_SIZE")
     assert world().local_size == 2
@@ -162,24 +175,23 @@ def _mapped(**places: Any) -> Any:
 def test_where_a_spread_model_takes_its_tokens() -> None:
     cpu = torch.device("cpu")
 
-    assert device_of(SimpleNamespace(device=cpu)) == cpu
-    assert device_of(_mapped(embed=0, layers=1)) == torch.device("cuda", 0)
-    assert device_of(_mapped(embed="cpu", layers=1)) == torch.device("cuda", 1)
-    assert device_of(_mapped(embed="cpu", layers="disk")) == cpu
+    assert input_device(SimpleNamespace(device=cpu)) == cpu
+    assert input_device(_mapped(embed=0, layers=1)) == torch.device("cuda", 0)
+    assert input_device(_mapped(embed="cpu", layers=1)) == torch.device("cuda", 1)
+    assert input_device(_mapped(embed="cpu", layers="disk")) == cpu
 
 
 def test_how_a_model_is_spread_in_words() -> None:
-    assert spread_of(SimpleNamespace()) is None
-    assert spread_of(_mapped(all=0)) is None
-    assert spread_of(_mapped(a=0, b=0, c=1, d="cpu")) == (
+    assert describe_spread(SimpleNamespace()) is None
+    assert describe_spread(_mapped(all=0)) is None
+    assert describe_spread(_mapped(a=0, b=0, c=1, d="cpu")) == (
         "whole layers on cuda:0 (2), cuda:1 (1), cpu (1)"
     )
-    assert spread_of(_mapped(all="disk")) == "whole layers on disk (1)"
+    assert describe_spread(_mapped(all="disk")) == "whole layers on disk (1)"
 
 
 def _sharding(size: int, monkeypatch: pytest.MonkeyPatch, config: Any) -> dict[str, Any]:
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    monkeypatch.setattr("conflayers_cli.utils.distributed.begin", lambda: None)
     return sharding(config, "tiny")
 
 
@@ -203,11 +215,11 @@ def test_a_sharded_models_profile_is_the_models(folder: Path) -> None:
     from transformers.distributed import DistributedConfig
 
     config = hf.AutoConfig.from_pretrained(folder)
-    before = fingerprint(config)
+    before = config_fingerprint(config)
 
     config.distributed_config = DistributedConfig(tp_plan="auto", tp_size=2)
 
-    assert fingerprint(config) == before
+    assert config_fingerprint(config) == before
 
 
 def _on_disk_from(folder: Path, layer: int, offload: Path) -> Any:
@@ -222,10 +234,10 @@ def _on_disk_from(folder: Path, layer: int, offload: Path) -> Any:
 
 def test_layers_on_the_disk_decode_the_same(folder: Path, tmp_path: Path) -> None:
     decoder = Decoder(_on_disk_from(folder, 3, tmp_path))
-    plain = Decoder(load_model(str(folder), dtype="float32").model)
+    plain = Decoder(load_model(str(folder), LoadOptions(dtype="float32")).model)
     expected = decoded(plain, None, count=8)
 
-    assert spread_of(decoder.model) == "whole layers on cpu (7), disk (2)"
+    assert describe_spread(decoder.model) == "whole layers on cpu (7), disk (2)"
     plan = SkipPlan.of(attention=[1, 3, 4], mlp=[2, 3])
     assert decoded(decoder, SkipProposer(decoder, plan, 4, 0.0), count=8) == expected
 
@@ -234,7 +246,7 @@ def test_a_window_over_layers_on_the_disk(folder: Path, tmp_path: Path) -> None:
     decoder = Decoder(_on_disk_from(folder, 2, tmp_path))
     generation = Generation(decoder, GenerationRequest(PROMPT, 8))
     list(generation)
-    window = Window(decoder, [Sample(tuple(PROMPT), tuple(generation.output))], 8)
+    window = TokenWindow(decoder, [Continuation(tuple(PROMPT), tuple(generation.output))], 8)
     last: list[torch.Tensor] = []
 
     def run(i: int, hidden: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -253,8 +265,8 @@ def test_linear_layers_with_hooks_are_not_plain(folder: Path, tmp_path: Path) ->
 
 
 def test_a_device_map_where_there_is_one_device(folder: Path) -> None:
-    loaded = load_model(str(folder), dtype="float32", device_map="auto")
+    loaded = load_model(str(folder), LoadOptions(dtype="float32", device_map="auto"))
 
     assert loaded.device == torch.device("cpu") and loaded.spread is None
-    plain = load_model(str(folder), dtype="float32")
+    plain = load_model(str(folder), LoadOptions(dtype="float32"))
     assert decoded(Decoder(loaded.model), None) == decoded(Decoder(plain.model), None)

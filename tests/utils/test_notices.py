@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from conflayers_cli.utils.notices import LOGGER, collected, on_stderr, quiet
+from conflayers_cli.utils.notices import LOGGER, collect_notices, notices_to_stderr, quiet
 
 logger = logging.getLogger(f"{LOGGER}.some.module")
 
@@ -34,11 +34,11 @@ def test_on_stderr_for_the_time_of_a_command(
 ) -> None:
     package = logging.getLogger(LOGGER)
     before = package.level, package.propagate, list(package.handlers)
-    with on_stderr():
+    with notices_to_stderr():
         logger.info("100 % of\nall")
         logger.error("error: \x1b[31m")
     assert capsys.readouterr().err == "conflayers: 100 % of all\nconflayers: error: ␛[31m\n"
-    with quiet(True), on_stderr():
+    with quiet(True), notices_to_stderr():
         logger.error("error: not heard")
     assert capsys.readouterr().err == ""
     assert (package.level, package.propagate, package.handlers) == before
@@ -46,7 +46,7 @@ def test_on_stderr_for_the_time_of_a_command(
 
 
 def test_threads_are_quiet_along(capsys: pytest.CaptureFixture[str]) -> None:
-    with quiet(True), on_stderr():
+    with quiet(True), notices_to_stderr():
         thread = threading.Thread(target=logger.info, args=("from a thread",))
         thread.start()
         thread.join()
@@ -56,9 +56,9 @@ def test_threads_are_quiet_along(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_collected_is_said_nowhere_else(capsys: pytest.CaptureFixture[str]) -> None:
     outer: list[str] = []
     inner: list[str] = []
-    with on_stderr(), collected(outer):
+    with notices_to_stderr(), collect_notices(outer):
         logger.warning("one")
-        with collected(inner):
+        with collect_notices(inner):
             logger.warning("two\nlines")
         logger.warning("three")
     assert (outer, inner) == (["one", "three"], ["two lines"])
@@ -70,7 +70,7 @@ def test_each_thread_collects_its_own() -> None:
     found: dict[str, list[str]] = {"a": [], "b": []}
 
     def work(name: str) -> None:
-        with collected(found[name]):
+        with collect_notices(found[name]):
             both.wait()
             logger.warning(name)
             both.wait()

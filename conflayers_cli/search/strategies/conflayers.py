@@ -1,26 +1,33 @@
 """ConfLayers: iterative confidence-based layer skipping (arXiv 2604.14612), over sample prompts.
 
-The loop of the paper, with slips of the authors' release set right: the context window is fed at
-its own positions, confidences are float32, a plan is never "restored" to an empty one, and λ falls
-for every set too small to be evaluated (else a set one layer short would be proposed for ever).
+The paper's loop, with corrections to the authors' release: the context window is fed at its own
+positions, confidences are float32, a plan is never "restored" to an empty one, and λ falls for
+every set too small to be evaluated (else a set one layer short would be proposed for ever).
 Evaluation drafts a chain; the paper's also verifies side branches beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.errors import InputError
-from conflayers_cli.search.corpus import Stream
-from conflayers_cli.search.matchness import Passage
+from conflayers_cli.search.corpus import PromptStream
+from conflayers_cli.search.matchness import SequenceView
 from conflayers_cli.search.memo import Memo
-from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.problem import OnTrial, SearchResult, Task, Trial, nobody
+from conflayers_cli.search.objective import PAPER, DraftParams
+from conflayers_cli.search.problem import (
+    OnTrial,
+    SearchProblem,
+    SearchResult,
+    Trial,
+    ignore_trial,
+)
+from conflayers_cli.search.strategies.base import DecodingSearch
 from conflayers_cli.search.strategies.layer_confidence import (
     Confidence,
     Selection,
@@ -45,6 +52,7 @@ class ConfLayers:
         max_draft, stop_probability: the chain drafted, as long as in the paper.
     """
 
+    name: ClassVar[str] = "conflayers"
     skip_ratio: float = 0.4
     search_interval: int = 30
     max_iterations: int = 100
@@ -55,186 +63,117 @@ class ConfLayers:
     stop_probability: float = PAPER.stop_probability
 
     @property
-    def name(self) -> str:
-        return "conflayers"
+    def setting(self) -> DraftParams:
+        return DraftParams(self.max_draft, self.stop_probability)
 
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.max_draft, self.stop_probability)
-
-    def search(self, task: Task) -> SearchResult:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Run the loop until it stops improving, reaches its end, or is interrupted.
 
         Raises:
             InputError: the model is too shallow.
         """
-        loop = ConfLayersLoop(self, task.decoder, task.costs, task.on_trial, memo=task.memo)
-        stream = Stream(task.texts, task.prompts, self.name)
-        interrupted = False
-        try:
-            while not loop.stopped_because:
-                step = stream.step(self.drafter(task.decoder, loop.plan))
-                if loop.observe(step.drafted, step.accepted):
-                    loop.propose(stream.window_source(self.context_window))
-                if task.out_of_time:
-                    loop.stop("out of time")
-        except KeyboardInterrupt:
-            interrupted = True
-            loop.stop("interrupted")
-        stream.note()
-        return SearchResult(
-            plan=loop.best.plan if loop.best else loop.plan,
-            trials=tuple(loop.trials),
-            tensors=loop.tensors,
-            interrupted=interrupted,
-            stopped_because=loop.stopped_because,
-        )
+        decoder = problem.decoder
+        loop = ConfLayersLoop(self, decoder, problem.costs, problem.on_trial, memo=problem.memo)
 
-    def drafter(self, decoder: Decoder, plan: SkipPlan) -> SkipProposer:
-        """The drafter that a set is evaluated with."""
-        return SkipProposer(decoder, plan, self.max_draft, self.stop_probability)
+        def step(stream: PromptStream) -> None:
+            taken = stream.step(
+                SkipProposer(decoder, loop.plan, self.max_draft, self.stop_probability)
+            )
+            if loop.observe(taken.drafted, taken.accepted):
+                loop.propose(stream.window_source(self.context_window))
+
+        return loop.run(problem, self.name, step)
 
 
 @dataclass
-class _Tally:
+class _Counts:
+    """Of the decode steps with a plan."""
+
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
 
     @property
-    def per_step(self) -> float:
+    def accepted_per_step(self) -> float:
         return self.accepted / self.steps if self.steps else 0.0
 
-    @property
-    def rate(self) -> float:
-        return self.accepted / self.drafted if self.drafted else 0.0
 
+class ConfLayersLoop(DecodingSearch):
+    """The paper's loop: call `observe` after each step, and `propose` when it returns True.
 
-@dataclass
-class _Proposals:
-    """The tensors of all proposals, row by row."""
-
-    lam: list[float] = field(default_factory=list)
-    confidences: list[Confidence] = field(default_factory=list)
-    selections: list[Selection] = field(default_factory=list)
-
-    def add(self, lam: float, confidence: Confidence, selection: Selection) -> None:
-        self.lam.append(lam)
-        self.confidences.append(confidence)
-        self.selections.append(selection)
-
-    def tensors(self, depth: int) -> dict[str, torch.Tensor]:
-        if not self.lam:
-            return {}
-        skipped = np.zeros((len(self.lam), depth), dtype=np.uint8)
-        for row, selection in zip(skipped, self.selections, strict=True):
-            row[list(selection.layers)] = 1
-        stacked = {
-            "lambda": np.array(self.lam),
-            "attention_confidence": np.stack([c.attention for c in self.confidences]),
-            "mlp_confidence": np.stack([c.mlp for c in self.confidences]),
-            "z": np.stack([s.z for s in self.selections]),
-            "gradient": np.stack([s.gradient for s in self.selections]),
-            "window": np.stack([s.window for s in self.selections]),
-            "threshold": np.stack([s.threshold for s in self.selections]),
-            "selected": skipped,
-        }
-        return {name: torch.from_numpy(values) for name, values in stacked.items()}
-
-
-class ConfLayersLoop:
-    """The paper's loop, driven from outside: told what each step brought, asked for proposals.
-
-    Args:
-        settings: of the search.
-        decoder: the model.
-        costs: measured passes, for the trials' predicted speed; None: it is not predicted.
-        on_trial: told about every trial, with the best one so far.
-        start: the set to start from; by default the balanced one.
-        memo: has the confidences measured; None: one of its own.
-
-    Attributes:
-        confidence: of the layers, as last measured; None before.
-        plan: the set under evaluation; decode with it.
-        best: the trial with most accepted drafts a step.
-        trials: all sets looked at.
-        stopped_because: one phrase once the search is over, empty before.
-
-    Raises:
-        InputError: the model is too shallow.
+    ``best`` is the trial with most accepted drafts a step, ``confidence`` that of the layers as
+    last measured. Without ``costs`` the trials' speed is not predicted. ``start``: the set to start
+    from; None: the balanced one. The rest as for `DecodingSearch`.
     """
 
     def __init__(
         self,
         settings: ConfLayers,
         decoder: Decoder,
-        costs: Costs | None = None,
-        on_trial: OnTrial = nobody,
+        costs: PassCosts | None = None,
+        on_trial: OnTrial = ignore_trial,
         start: SkipPlan | None = None,
         memo: Memo | None = None,
     ) -> None:
-        if decoder.depth < 4:
-            raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
+        super().__init__(decoder, start or SkipPlan.balanced(decoder.depth), on_trial, memo)
         self._settings = settings
-        self._decoder = decoder
         self._costs = costs
-        self._on_trial = on_trial
-        self._memo = memo or Memo(decoder)
-        self._proposals = _Proposals()
-        self._tally = _Tally()
-        self._since_best = 0
+        self._proposals: list[tuple[float, Confidence, Selection]] = []
+        self._counts = _Counts()
         self._lam = 0.0
-        self._used_lam = 0.0  # the one behind the plan at hand
+        self._used_lam = 0.0  # the one behind the current plan
         self._qwen = "qwen" in str(getattr(decoder.config, "model_type", "")).lower()
-        self.plan = start or SkipPlan.balanced(decoder.depth)
         self.confidence: Confidence | None = None
-        self.trials: list[Trial] = []
-        self.best: Trial | None = None
-        self.stopped_because = ""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the proposals were made from, a row each."""
-        return self._proposals.tensors(self._decoder.depth)
-
-    def stop(self, reason: str) -> None:
-        """End the search with what it has."""
-        self.stopped_because = self.stopped_because or reason
+        if not self._proposals:
+            return {}
+        lam, confidences, selections = zip(*self._proposals, strict=True)
+        selected = np.zeros((len(lam), self._decoder.depth), dtype=np.uint8)
+        for i, selection in enumerate(selections):
+            selected[i, list(selection.layers)] = 1
+        stacked = {
+            "lambda": np.array(lam),
+            "attention_confidence": np.stack([c.attention for c in confidences]),
+            "mlp_confidence": np.stack([c.mlp for c in confidences]),
+            "z": np.stack([s.z for s in selections]),
+            "gradient": np.stack([s.gradient for s in selections]),
+            "window": np.stack([s.window for s in selections]),
+            "threshold": np.stack([s.threshold for s in selections]),
+            "selected": selected,
+        }
+        return {name: torch.from_numpy(values) for name, values in stacked.items()}
 
     def observe(self, drafted: int, accepted: int) -> bool:
-        """Note a decode step with the plan; True when its evaluation is over.
-
-        Then :meth:`propose` gives the next one, unless the search has come to its end.
-        """
-        settings, tally = self._settings, self._tally
-        tally.steps += 1
-        tally.drafted += drafted
-        tally.accepted += accepted
-        early = tally.steps >= settings.search_interval / 2 and tally.per_step < 1
-        if not early and tally.steps < settings.search_interval:
+        """Count a decode step with the plan; True when its evaluation is over."""
+        settings, counts = self._settings, self._counts
+        counts.steps += 1
+        counts.drafted += drafted
+        counts.accepted += accepted
+        per_step = counts.accepted_per_step
+        early = counts.steps >= settings.search_interval / 2 and per_step < 1
+        if not early and counts.steps < settings.search_interval:
             return False
-        best_before = self.best.accepted / self.best.steps if self.best else -1.0
-        improved = tally.per_step > best_before
+        improved = self.best is None or per_step > self.best.accepted / self.best.steps
         note = "best so far" if improved else "given up early" if early else ""
-        trial = self._note(self.plan, tally, note)
+        trial = self._note(self.plan, counts, note)
         if improved:
             self.best, self._since_best = trial, 0
         else:
             self._since_best += 1
-        self._tally = _Tally()
+        self._counts = _Counts()
         self._on_trial(trial, self.best)
-        if tally.per_step > 4 and tally.rate > settings.max_score:
-            self.stop(f"acceptance {tally.rate:.2f} with {tally.per_step:.1f} drafts kept a step")
+        rate = trial.acceptance_rate or 0.0
+        if per_step > 4 and rate > settings.max_score:
+            self.stop(f"acceptance {rate:.2f} with {per_step:.1f} drafts kept a step")
         else:
             self.stop(self._limit())
         return True
 
-    def propose(self, source: Passage) -> None:
-        """Set the next plan worth evaluating, or end the search where a limit comes first.
-
-        Args:
-            source: the text whose last tokens tell the layers' confidence.
-        """
+    def propose(self, source: SequenceView) -> None:
+        """Set the next plan worth evaluating by the layers' confidence on the last tokens of
+        ``source``, or end the search where a limit comes first."""
         if self.stopped_because:
             return
         decoder, settings = self._decoder, self._settings
@@ -248,11 +187,11 @@ class ConfLayersLoop:
         inner = decoder.depth - 2
         while not self._limit():
             selection = select_layers(confidence.total, self._lam, decoder.depth, qwen=self._qwen)
-            self._proposals.add(self._lam, confidence, selection)
-            share = len(selection.layers) / inner
+            self._proposals.append((self._lam, confidence, selection))
+            count = len(selection.layers)
             self._used_lam = self._lam
-            too_few = len(selection.layers) < settings.skip_ratio * inner + 1
-            if share > settings.skip_ratio + 0.25:
+            too_few = count < settings.skip_ratio * inner + 1
+            if count / inner > settings.skip_ratio + 0.25:
                 self._lam += 0.05
             elif too_few:
                 self._lam -= 0.05
@@ -260,7 +199,7 @@ class ConfLayersLoop:
             if not too_few:
                 self.plan = plan
                 return
-            self._on_trial(self._note(plan, _Tally(), "too few layers"), self.best)
+            self._on_trial(self._note(plan, _Counts(), "too few layers"), self.best)
         self.stop(self._limit())
 
     def _limit(self) -> str:
@@ -271,27 +210,20 @@ class ConfLayersLoop:
             return f"no improvement in {self._since_best} proposals"
         return ""
 
-    def _note(self, plan: SkipPlan, tally: _Tally, note: str) -> Trial:
+    def _note(self, plan: SkipPlan, counts: _Counts, note: str) -> Trial:
+        speedup = None
+        if counts.steps and self._costs is not None:
+            costs, drafted = self._costs, counts.drafted / counts.steps
+            draft = drafted * costs.draft_cost(plan, self._decoder.depth)
+            step = draft + costs.verify_cost(round(drafted) + 1)
+            speedup = (1 + counts.accepted_per_step) * costs.verify_cost(1) / step
         trial = Trial(
             iteration=len(self.trials),
             plan=plan,
-            steps=tally.steps,
-            drafted=tally.drafted,
-            accepted=tally.accepted,
-            speedup=_observed_speedup(self._costs, plan, self._decoder.depth, tally),
+            **vars(counts),
+            speedup=speedup,
             note=note,
             figures={"lambda": self._used_lam},
         )
         self.trials.append(trial)
         return trial
-
-
-def _observed_speedup(
-    costs: Costs | None, plan: SkipPlan, depth: int, tally: _Tally
-) -> float | None:
-    """Tokens per second over vanilla, from what was accepted and what passes cost."""
-    if not tally.steps or costs is None:
-        return None
-    drafted = tally.drafted / tally.steps
-    cost = drafted * costs.draft_cost(plan, depth) + costs.verify_cost(round(drafted) + 1)
-    return (1 + tally.per_step) * costs.verify_cost(1) / cost

@@ -33,10 +33,10 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the adaptive threshold selects, and from what.
+    """The layers selected by the adaptive threshold; all arrays ``[L−2]``.
 
     Attributes:
-        z: standardised confidence ``[L−2]``.
+        z: standardised confidence.
         gradient: its second-order gradient, rescaled to [0, 1] about a mean of 0.5.
         window: neighbourhood size of each value.
         threshold: a layer is skipped where z is under it.
@@ -77,15 +77,14 @@ def measure_confidence(
     def observe(kind: SubLayer, layer: int, output: torch.Tensor) -> None:
         values[kind][layer] = certainty(output)
 
-    device = decoder.device
-    fed = torch.tensor([tokens[start:]], device=device)
-    positions = torch.arange(start, len(tokens), device=device)[None]
+    input_ids = torch.tensor([tokens[start:]], device=decoder.device)
+    positions = torch.arange(start, len(tokens), device=decoder.device)[None]
     with (
         torch.inference_mode(),
         cache.unchanged(start, len(tokens)),
         decoder.observing(observe),
     ):
-        decoder.forward(fed, positions, cache, last_only=True)
+        decoder.forward(input_ids, positions, cache, last_only=True)
     return Confidence(values["attention"][1:-1], values["mlp"][1:-1])
 
 
@@ -106,17 +105,14 @@ def select_layers(confidence: Values, lam: float, depth: int, *, qwen: bool = Fa
     z = (confidence - confidence.mean()) / (confidence.std() + 1e-6)
     raw: Values = np.gradient(np.gradient(z))
     differs = np.flatnonzero(raw != raw[0])
-    leading = int(differs[0]) if len(differs) else len(raw)
-    gradient = _rescale(raw)
-    amplitude = 5 * leading
+    amplitude = 5 * (int(differs[0]) if len(differs) else len(raw))
     if qwen:
         amplitude = min(depth // 3, amplitude)
+    gradient = _rescale(raw)
     k = np.arange(len(z))
     window = (2 + np.floor(amplitude * gradient * (k + 1) / depth)).astype(np.int64)
-    threshold = np.array(
-        [_threshold(z, int(i), int(w), lam) for i, w in zip(k, window, strict=True)]
-    )
-    layers = tuple(int(i) + 1 for i in np.flatnonzero(z < threshold))
+    threshold = np.array([_threshold(z, i, w, lam) for i, w in enumerate(window.tolist())])
+    layers = tuple((np.flatnonzero(z < threshold) + 1).tolist())
     return Selection(z, gradient, window, threshold, layers)
 
 

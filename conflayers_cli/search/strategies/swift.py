@@ -4,10 +4,10 @@ Source: SWIFT, arXiv 2410.06916 §4. Before a decoding step a set of sub-layers 
 scored by *matchness*: one parallel draft pass over the last generated tokens, and the share of
 positions where the draft's choice is the token that follows. The better set is kept.
 
-Set right against the authors' release: the starting set is scored before it can be replaced, and a
-set that seems better must beat the kept one on the same tokens too, or luck with an easy passage
-would decide. The passage's tokens are fed on the full model's keys, each seeing its own draft key
-only, as the first token of a real draft would.
+Corrections to the authors' release: the starting set is scored before it can be replaced, and a
+set that seems better must beat the kept one on the same tokens too, or luck with easy tokens would
+decide. The tokens are fed on the full model's keys, each seeing its own draft key only, as the
+first token of a real draft would.
 
 The Gaussian process is scikit-learn's: the paper's acquisition (upper confidence bound, κ = 2.5,
 noise 1e-2) can be had exactly with it, where optuna's sampler brings an acquisition of its own.
@@ -19,7 +19,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +28,22 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.search.corpus import Stream
-from conflayers_cli.search.matchness import LEAST_WINDOW, Passage, matchness, window_of
-from conflayers_cli.search.memo import Memo, label_of
-from conflayers_cli.search.objective import PAPER, Setting
-from conflayers_cli.search.problem import OnTrial, SearchResult, Task, Trial, nobody
+from conflayers_cli.search.corpus import PromptStream
+from conflayers_cli.search.matchness import MIN_WINDOW, SequenceView, matchness, window_size
+from conflayers_cli.search.memo import Memo, plan_label
+from conflayers_cli.search.objective import PAPER, DraftParams
+from conflayers_cli.search.problem import (
+    OnTrial,
+    SearchProblem,
+    SearchResult,
+    Trial,
+    ignore_trial,
+)
+from conflayers_cli.search.strategies.base import DecodingSearch
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 
-CANDIDATES = 2000
-"""Sets that the acquisition is evaluated at."""
+CANDIDATES = 2000  # sets that the acquisition is evaluated at
 Point = npt.NDArray[np.float64]
 
 
@@ -54,6 +61,8 @@ class Swift:
         kappa, noise: of the upper confidence bound and the process.
     """
 
+    name: ClassVar[str] = "swift"
+    setting: ClassVar[DraftParams] = PAPER
     skip_ratio: float = 0.45
     context_window: int = 50
     max_steps: int = 1000
@@ -63,62 +72,32 @@ class Swift:
     kappa: float = 2.5
     noise: float = 1e-2
 
-    @property
-    def name(self) -> str:
-        return "swift"
-
-    @property
-    def setting(self) -> Setting:
-        return PAPER
-
-    def search(self, task: Task) -> SearchResult:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Optimise along the decoding of the prompts, a step each.
 
         Raises:
             InputError: scikit-learn is missing, or the model is too shallow.
         """
-        loop = SwiftLoop(self, task.decoder, task.seed, task.on_trial, memo=task.memo)
-        stream = Stream(task.texts, task.prompts, self.name)
-        interrupted, idle, most_idle = False, 0, 2 * LEAST_WINDOW * (len(task.prompts) + 1)
-        try:
-            while not loop.stopped_because:
-                stream.step(SkipProposer(task.decoder, loop.plan))
-                known = len(loop.trials)
-                loop.consider(stream.current)
-                idle = 0 if len(loop.trials) > known else idle + 1
-                if idle > most_idle:
-                    loop.stop(f"no output has more than {LEAST_WINDOW} tokens to judge by")
-                if task.out_of_time:
-                    loop.stop("out of time")
-        except KeyboardInterrupt:
-            interrupted = True
-            loop.stop("interrupted")
-        stream.note()
-        return SearchResult(
-            plan=loop.plan,
-            trials=tuple(loop.trials),
-            tensors=loop.tensors,
-            interrupted=interrupted,
-            stopped_because=loop.stopped_because,
-        )
+        loop = SwiftLoop(self, problem.decoder, problem.seed, problem.on_trial, memo=problem.memo)
+        idle, max_idle = 0, 2 * MIN_WINDOW * (len(problem.prompts) + 1)
+
+        def step(stream: PromptStream) -> None:
+            nonlocal idle
+            stream.step(SkipProposer(problem.decoder, loop.plan))
+            before = len(loop.trials)
+            loop.consider(stream.current)
+            idle = 0 if len(loop.trials) > before else idle + 1
+            if idle > max_idle:
+                loop.stop(f"no output has more than {MIN_WINDOW} tokens to judge by")
+
+        return loop.run(problem, self.name, step)
 
 
-class SwiftLoop:
-    """The search, driven from outside: asked to consider one more set between decoding steps.
+class SwiftLoop(DecodingSearch):
+    """The paper's loop: call `consider` between decode steps.
 
-    Args:
-        settings: of the search.
-        decoder: the model.
-        seed: of the random sets.
-        on_trial: told about every set scored, with the best one so far.
-        start: the set to start from; by default evenly spread layers.
-        memo: has what was scored; None: one of its own.
-
-    Attributes:
-        plan: the set kept; the starting set until a better one is found.
-        best: its trial, None before it is scored.
-        trials: all sets scored.
-        stopped_because: one phrase once the search is over, empty before.
+    ``plan`` is the best set found; ``best`` its trial, None before it is scored. ``start``: the set
+    to start from; None: evenly spread layers. The rest as for `DecodingSearch`.
 
     Raises:
         InputError: scikit-learn is missing, or the model is too shallow.
@@ -129,66 +108,55 @@ class SwiftLoop:
         settings: Swift,
         decoder: Decoder,
         seed: int = 0,
-        on_trial: OnTrial = nobody,
+        on_trial: OnTrial = ignore_trial,
         start: SkipPlan | None = None,
         memo: Memo | None = None,
     ) -> None:
-        if decoder.depth < 4:
-            raise InputError(f"{decoder.depth} layers are too few to choose among: 4 at least")
+        super().__init__(decoder, SkipPlan(), on_trial, memo)
         require_sklearn()
-        _load_sklearn()
+        import_module("sklearn.gaussian_process")  # takes a second: before anything is timed
         self._settings = settings
-        self._decoder = decoder
         self._seed = seed
         self._random = np.random.default_rng(seed)
-        self._memo = memo or Memo(decoder)
-        self._on_trial = on_trial
         self._single = len(decoder.sub_layers) == 2
-        self._size = (decoder.depth - 2) * (2 if self._single else 1)
+        self._inner = decoder.depth - 2
+        self._size = self._inner * (2 if self._single else 1)
         self._count = max(1, int(settings.skip_ratio * self._size))
-        self._drawn = self._random_point()  # the next set at random
-        self._points: list[Point] = []
-        self._since_best = 0
-        self._looks = 0
-        self.plan = start or self._start()
-        self.best: Trial | None = None
-        self.trials: list[Trial] = []
-        self.stopped_because = ""
+        self._next_random = self._random_point()
+        self._considered = 0
+        self.plan = start or self._spread_plan()
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The sets scored, ``[n, size]``, and their matchness ``[n]``."""
+        """The sets scored, uint8 ``[n, size]``, and their matchness, float32 ``[n]``."""
         if not self.trials:
             return {}
         scores = [trial.figures["matchness"] for trial in self.trials]
         return {
-            "skipped": torch.from_numpy(np.stack(self._points).astype(np.uint8)),
+            "skipped": torch.from_numpy(self._points().astype(np.uint8)),
             "matchness": torch.tensor(scores),
         }
 
-    def stop(self, reason: str) -> None:
-        """End the search with what it has."""
-        self.stopped_because = self.stopped_because or reason
+    def consider(self, source: SequenceView) -> None:
+        """Propose a set, score it on a sequence's last tokens, and keep the better one.
 
-    def consider(self, source: Passage) -> None:
-        """Propose a set, score it on a text's last tokens, and keep the better one.
-
-        Nothing happens while the text is too short, or once the search is over.
+        Nothing happens while the sequence is too short, or once the search is over.
         """
         if self.stopped_because:
             return
-        self._looks += 1
+        self._considered += 1
         found = self._memo.cached(
-            f"swift: look {self._looks}, set {len(self.trials)} beside {label_of(self.plan)}",
-            lambda: self._look(source),
+            f"swift: look {self._considered}, set {len(self.trials)} "
+            f"beside {plan_label(self.plan)}",
+            lambda: self._score_next(source),
         )
         if found is not None:
             self._take(**found)
 
-    def _look(self, source: Passage) -> dict[str, Any] | None:
-        """The next set, its matchness on the text's last tokens, and where that beats the best
-        one's, the kept set's on the same tokens; None where the text is too short."""
-        window = window_of(source, self._settings.context_window)
+    def _score_next(self, source: SequenceView) -> dict[str, Any] | None:
+        """The next set and its matchness; where that beats the best one's, also the kept set's on
+        the same tokens. None: the sequence is too short."""
+        window = window_size(source, self._settings.context_window)
         if not window:
             return None
         step = len(self.trials)
@@ -198,7 +166,7 @@ class SwiftLoop:
         elif step % self._settings.bayes_interval == 0:
             point = self._suggestion(step)
         else:
-            point = self._drawn
+            point = self._next_random
         plan = self.plan if self.best is None else self._plan_of(point)
         score = matchness(self._decoder, plan, source, window)
         kept = None
@@ -207,82 +175,68 @@ class SwiftLoop:
         return {"point": point, "score": score, "kept": kept}
 
     def _take(self, point: Point, score: float, kept: float | None) -> None:
-        """Note the set that was looked at, and keep it where it is better."""
-        if self.best is None:
-            self._keep(self._note(self.plan, score))
-            return
-        if len(self.trials) % self._settings.bayes_interval:
-            self._drawn = self._random_point()
-        trial = self._note(self._plan_of(point), score)
-        if kept is not None and score > kept:
-            self._keep(trial)
+        """Note the scored set, and keep it where it is better."""
+        settings, first = self._settings, self.best is None
+        if not first and len(self.trials) % settings.bayes_interval:
+            self._next_random = self._random_point()
+        trial = self._note(self.plan if first else self._plan_of(point), score)
+        if first or (kept is not None and score > kept):
+            self.best, self.plan, self._since_best = trial, trial.plan, 0
         else:
             self._since_best += 1
-            self._on_trial(trial, self.best)
-        if len(self.trials) >= self._settings.max_steps:
-            self.stop(f"reached {self._settings.max_steps} steps")
-        elif self._since_best >= self._settings.patience:
+        self._on_trial(trial, self.best)
+        if trial is self.best and score > settings.max_score:
+            self.stop(f"matchness {score:.2f}")
+        if first:
+            return
+        if len(self.trials) >= settings.max_steps:
+            self.stop(f"reached {settings.max_steps} steps")
+        elif self._since_best >= settings.patience:
             self.stop(f"no better set in {self._since_best} steps")
 
-    def _keep(self, trial: Trial) -> None:
-        self.best, self.plan, self._since_best = trial, trial.plan, 0
-        self._on_trial(trial, trial)
-        if trial.figures["matchness"] > self._settings.max_score:
-            self.stop(f"matchness {trial.figures['matchness']:.2f}")
-
     def _note(self, plan: SkipPlan, score: float) -> Trial:
-        trial = Trial(
-            iteration=len(self.trials),
-            plan=plan,
-            steps=0,
-            drafted=0,
-            accepted=0,
-            speedup=None,
-            note="start" if not self.trials else "",
-            figures={"matchness": score},
-        )
+        number = len(self.trials)
+        note = "" if number else "start"
+        trial = Trial(number, plan, note=note, figures={"matchness": score})
         self.trials.append(trial)
-        self._points.append(self._point_of(plan))
         return trial
 
-    def _start(self) -> SkipPlan:
-        inner = self._decoder.depth - 2
+    def _spread_plan(self) -> SkipPlan:
+        """Evenly spread layers."""
         layers = self._count // 2 if self._single else self._count
-        spread = np.linspace(1, inner, max(layers, 1)).round().astype(int)
-        return SkipPlan.of_layers(int(layer) for layer in spread)
+        spread = np.linspace(1, self._inner, max(layers, 1)).round().astype(int)
+        return SkipPlan.of_layers(spread.tolist())
 
     def _random_point(self) -> Point:
         return self._random.random(self._size)
 
     def _plan_of(self, point: Point) -> SkipPlan:
-        """The set whose coordinates are greatest: attention sub-layers first, then the MLPs."""
-        chosen = np.argsort(-point, kind="stable")[: self._count]
-        inner = self._decoder.depth - 2
-        layers = [int(i) % inner + 1 for i in chosen]
+        """The set with the greatest coordinates: attention sub-layers first, then the MLPs."""
+        chosen = np.argsort(-point, kind="stable")[: self._count].tolist()
         if not self._single:
-            return SkipPlan.of_layers(layers)
-        marks = zip(chosen, layers, strict=True)
-        named = [(int(i) < inner, layer) for i, layer in marks]
+            return SkipPlan.of_layers(i + 1 for i in chosen)
         return SkipPlan.of(
-            attention=(layer for first, layer in named if first),
-            mlp=(layer for first, layer in named if not first),
+            attention=(i + 1 for i in chosen if i < self._inner),
+            mlp=(i - self._inner + 1 for i in chosen if i >= self._inner),
         )
 
     def _point_of(self, plan: SkipPlan) -> Point:
         point = np.zeros(self._size)
-        inner = self._decoder.depth - 2
         point[[layer - 1 for layer in plan.attention]] = 1.0
         if self._single:
-            point[[inner + layer - 1 for layer in plan.mlp]] = 1.0
+            point[[self._inner + layer - 1 for layer in plan.mlp]] = 1.0
         return point
+
+    def _points(self) -> Point:
+        """The sets scored, ``[n, size]``."""
+        return np.stack([self._point_of(trial.plan) for trial in self.trials])
 
     def _suggestion(self, step: int) -> Point:
         """The set with the greatest upper confidence bound among random ones and the neighbours of
         the best."""
         random = np.random.default_rng([self._seed, step])
-        process = _fitted(
-            self._points, [t.figures["matchness"] for t in self.trials], self._settings.noise
-        )
+        scores = [trial.figures["matchness"] for trial in self.trials]
+        process = _fit_process(self._points(), scores, self._settings.noise)
         candidates = np.stack([self._candidate(random, i % 2 == 0) for i in range(CANDIDATES)])
         mean, deviation = process.predict(candidates, return_std=True)
         suggested: Point = candidates[int(np.argmax(mean + self._settings.kappa * deviation))]
@@ -300,7 +254,7 @@ class SwiftLoop:
         return point
 
 
-def _fitted(points: Sequence[Point], scores: Sequence[float], noise: float) -> Any:
+def _fit_process(points: Point, scores: Sequence[float], noise: float) -> Any:
     """A Gaussian process (Matérn 5/2) over the sets scored."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -312,25 +266,17 @@ def _fitted(points: Sequence[Point], scores: Sequence[float], noise: float) -> A
     with warnings.catch_warnings():
         # A length scale at its bound is no fault here: few sets say little about it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return process.fit(np.stack(points), np.asarray(scores))
+        return process.fit(points, np.asarray(scores))
 
 
 def require_sklearn() -> None:
     """Raise InputError with what to do where scikit-learn is missing."""
-    if not sklearn_there():
+    if not has_sklearn():
         raise InputError(
             "swift needs scikit-learn for its Bayesian optimisation: "
             "pip install scikit-learn (this package's extra `swift`)"
         )
 
 
-def _load_sklearn() -> None:
-    """Import what proposals need, which takes a second, before anything is timed."""
-    import_module("sklearn.gaussian_process")
-
-
-def sklearn_there() -> bool:
-    """Whether scikit-learn is installed."""
-    from importlib.util import find_spec
-
+def has_sklearn() -> bool:
     return find_spec("sklearn") is not None

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from conflayers_cli.engine.cost_model import Costs
+from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.search.problem import SearchResult, Task, Trial
+from conflayers_cli.search.problem import SearchProblem, SearchResult, Trial
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.layer_confidence import certainty, measure_confidence
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
-COSTS = Costs({1: 10.0, 26: 20.0}, floor=1.0, attention=0.5, mlp=0.5, context=256)
+COSTS = PassCosts({1: 10.0, 26: 20.0}, floor=1.0, attention=0.5, mlp=0.5, context=256)
 DEPTH = 12
 
 
@@ -28,18 +28,18 @@ def deep() -> Decoder:
     return Decoder(tiny.build(config, seed=4))
 
 
-def task(
+def problem(
     decoder: Decoder, on_trial: Callable[[Trial, Trial | None], None] = lambda trial, best: None
-) -> Task:
+) -> SearchProblem:
     prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(3))
-    return Task(decoder, prompts, COSTS, 40, frozenset(), on_trial)
+    return SearchProblem(decoder, prompts, COSTS, 40, frozenset(), on_trial)
 
 
-def search(on: Task | None = None, **settings: int | float) -> SearchResult:
+def search(on: SearchProblem | None = None, **settings: int | float) -> SearchResult:
     method = ConfLayers(
         **{"search_interval": 6, "max_iterations": 8, "stop_probability": 0.0, **settings}  # type: ignore[arg-type]
     )
-    return method.search(on or task(deep()))
+    return method.search(on or problem(deep()))
 
 
 def test_starts_balanced_and_ends_with_the_best_it_decoded_with() -> None:
@@ -98,9 +98,9 @@ def test_tensors_tell_every_proposal() -> None:
 
 def test_texts_are_the_models_own() -> None:
     decoder = deep()
-    work = task(decoder)
+    work = problem(decoder)
     search(work)
-    samples = work.texts.enough(3)
+    samples = work.continuations.get(3)
     assert len(samples) == 3
     for sample in samples:
         vanilla = Generation(decoder, GenerationRequest(sample.prompt, len(sample.output)))
@@ -117,7 +117,7 @@ def test_an_interrupt_keeps_the_best_so_far() -> None:
             raise KeyboardInterrupt
 
     method = ConfLayers(search_interval=6, stop_probability=0.0)
-    result = method.search(task(deep(), interrupt))
+    result = method.search(problem(deep(), interrupt))
     assert result.interrupted
     assert result.plan == max(seen, key=lambda t: t.accepted / t.steps).plan
 
@@ -138,13 +138,13 @@ def test_interrupted_before_anything_was_decoded() -> None:
         return forward(*args, **kwargs)  # type: ignore[arg-type]
 
     decoder.forward = interrupted  # type: ignore[method-assign]
-    result = ConfLayers().search(task(decoder, never))
+    result = ConfLayers().search(problem(decoder, never))
     assert result.interrupted
     assert result.plan == SkipPlan.balanced(DEPTH)
 
 
 def test_ends_when_the_time_is_over() -> None:
-    work = task(deep())
+    work = problem(deep())
     work.deadline = 0.0
     result = search(work)
     assert result.stopped_because == "out of time"
@@ -156,7 +156,7 @@ def test_too_shallow_a_model_is_refused() -> None:
 
     config = hf.LlamaConfig(**{**tiny.LLAMA_LIKE, "num_hidden_layers": 3})
     with pytest.raises(InputError, match="3 layers are too few"):
-        ConfLayers().search(task(Decoder(tiny.build(config))))
+        ConfLayers().search(problem(Decoder(tiny.build(config))))
 
 
 def test_confidence_is_taken_at_the_tokens_own_positions() -> None:

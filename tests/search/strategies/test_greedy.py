@@ -7,14 +7,14 @@ from tests.search import planted
 
 
 def test_finds_the_planted_layers_and_nothing_else() -> None:
-    result = Greedy().search(planted.task())
+    result = Greedy().search(planted.problem())
     assert result.plan == SkipPlan.of_layers(planted.PLANTED)
     assert result.setting is not None and result.setting.max_tokens > 1
     assert not result.interrupted
 
 
 def test_every_drop_takes_one_more_sub_layer() -> None:
-    result = Greedy().search(planted.task())
+    result = Greedy().search(planted.problem())
     sizes = [len(trial.plan) for trial in result.trials]
     assert sizes == list(range(1, len(sizes) + 1))
     best = max(result.trials, key=lambda trial: trial.speedup or 0.0)
@@ -23,15 +23,15 @@ def test_every_drop_takes_one_more_sub_layer() -> None:
 
 def test_the_hopeless_are_not_tried_again() -> None:
     judged = []
-    task = planted.task()
-    score = task.objective.score
+    problem = planted.problem()
+    score = problem.objective.score
 
     def noted(plan: SkipPlan, texts: int | None = None) -> object:
         judged.append(plan)
         return score(plan, texts)
 
-    task.objective.score = noted  # type: ignore[method-assign, assignment]
-    result = Greedy(hopeless=0.9).search(task)
+    problem.objective.score = noted  # type: ignore[method-assign, assignment]
+    result = Greedy(hopeless=0.9).search(problem)
     alone = result.tensors["agreement_without"]
     hopeless = {i for i in range(1, planted.DEPTH - 1) if float(alone[0, i]) < 0.9}
     assert hopeless, "the case must arise for the test to mean anything"
@@ -39,7 +39,7 @@ def test_the_hopeless_are_not_tried_again() -> None:
 
 
 def test_gives_up_where_no_sub_layer_can_be_spared() -> None:
-    result = Greedy(hopeless=1.01).search(planted.task())
+    result = Greedy(hopeless=1.01).search(planted.problem())
     assert not result.plan
     assert "no sub-layer alone" in result.stopped_because
 
@@ -52,14 +52,14 @@ def test_an_interrupt_keeps_the_best_so_far() -> None:
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    result = Greedy().search(planted.task(interrupt))
+    result = Greedy().search(planted.problem(interrupt))
     assert result.interrupted
     assert result.plan in [trial.plan for trial in seen]
 
 
 def test_ends_when_the_time_is_over() -> None:
-    task = planted.task()
-    task.deadline = 0.0
-    result = Greedy().search(task)
+    problem = planted.problem()
+    problem.deadline = 0.0
+    result = Greedy().search(problem)
     assert result.stopped_because == "out of time"
     assert not result.plan

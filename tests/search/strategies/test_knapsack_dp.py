@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.search.corpus import Sample
+from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.search.strategies import knapsack_window as window_module
-from conflayers_cli.search.strategies.knapsack_dp import Path, Programme, Weights
-from conflayers_cli.search.strategies.knapsack_window import Window
+from conflayers_cli.search.strategies.knapsack_dp import DynamicProgram, KnapsackWeights, SkipPath
+from conflayers_cli.search.strategies.knapsack_window import TokenWindow
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted
@@ -22,9 +22,9 @@ from tests.search import planted
 SIZE = 8
 
 
-def text_of(decoder: Decoder) -> Sample:
+def text_of(decoder: Decoder) -> Continuation:
     prompt = tiny.prompt(13, 1)
-    return Sample(tuple(prompt), tuple(tiny.generated(decoder, prompt, 20)))
+    return Continuation(tuple(prompt), tuple(tiny.generated(decoder, prompt, 20)))
 
 
 class Drafts:
@@ -32,7 +32,7 @@ class Drafts:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, text = decoder, text_of(decoder)
-        self.window = Window(decoder, [text], SIZE)
+        self.window = TokenWindow(decoder, [text], SIZE)
         self.tokens = (*text.prompt, *text.output)
         self._known: dict[SkipPlan, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -80,10 +80,10 @@ def drafts(family: str) -> Drafts:
 
 
 def fill(
-    real: Drafts, weights: Weights, most_saved: int = 100, least: float = -1.0
-) -> tuple[Programme, tuple[Path, ...]]:
-    programme = Programme(
-        real.decoder, real.window, weights, most_saved=most_saved, least_similarity=least
+    real: Drafts, weights: KnapsackWeights, most_saved: int = 100, least: float = -1.0
+) -> tuple[DynamicProgram, tuple[SkipPath, ...]]:
+    programme = DynamicProgram(
+        real.decoder, real.window, weights, max_saved=most_saved, min_similarity=least
     )
     return programme, programme.run()
 
@@ -91,10 +91,10 @@ def fill(
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_path_is_what_a_real_draft_does(family: str) -> None:
     real = drafts(family)
-    weights = Weights.of(1, 1) if real.decoder.sub_layers else Weights.whole()
+    weights = KnapsackWeights.of(1, 1) if real.decoder.sub_layers else KnapsackWeights.whole()
     _, paths = fill(real, weights)
     assert len(paths) == (tiny.DEPTH - 2) * weights.layer + 1
-    assert paths[0] == Path(SkipPlan(), 0, 1.0, 1.0)
+    assert paths[0] == SkipPath(SkipPlan(), 0, 1.0, 1.0)
     for path in paths:
         assert path.similarity == pytest.approx(real.similarity(path.plan, -1), abs=1e-5)
         assert path.agreement == pytest.approx(real.agreement(path.plan))
@@ -103,7 +103,7 @@ def test_every_path_is_what_a_real_draft_does(family: str) -> None:
 Extension = tuple[SkipPlan, int]
 
 
-def extensions(plan: SkipPlan, layer: int, weights: Weights) -> Iterable[Extension]:
+def extensions(plan: SkipPlan, layer: int, weights: KnapsackWeights) -> Iterable[Extension]:
     """A plan with the layer's sub-layers added in all ways, and the units that saves."""
     yield plan, 0
     yield SkipPlan.of((*plan.attention, layer), (*plan.mlp, layer)), weights.layer
@@ -112,7 +112,7 @@ def extensions(plan: SkipPlan, layer: int, weights: Weights) -> Iterable[Extensi
         yield SkipPlan.of(plan.attention, (*plan.mlp, layer)), weights.mlp
 
 
-def by_hand(real: Drafts, weights: Weights) -> list[dict[int, tuple[float, SkipPlan]]]:
+def by_hand(real: Drafts, weights: KnapsackWeights) -> list[dict[int, tuple[float, SkipPlan]]]:
     """The programme, plan by plan with real drafts: best (similarity, plan) by layer and budget."""
     table = [{0: (1.0, SkipPlan())}]
     for i in range(1, real.decoder.depth):
@@ -128,9 +128,11 @@ def by_hand(real: Drafts, weights: Weights) -> list[dict[int, tuple[float, SkipP
     return table
 
 
-@pytest.mark.parametrize("weights", [Weights.whole(), Weights.of(1, 1), Weights.of(2, 3)])
+@pytest.mark.parametrize(
+    "weights", [KnapsackWeights.whole(), KnapsackWeights.of(1, 1), KnapsackWeights.of(2, 3)]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma2"])
-def test_keeps_the_closest_of_all_that_arrive(family: str, weights: Weights) -> None:
+def test_keeps_the_closest_of_all_that_arrive(family: str, weights: KnapsackWeights) -> None:
     real = drafts(family)
     programme, paths = fill(real, weights)
     table = by_hand(real, weights)
@@ -145,7 +147,7 @@ def test_keeps_the_closest_of_all_that_arrive(family: str, weights: Weights) -> 
 def test_planted_layers_are_the_best_answer_of_all() -> None:
     """Of all sets of as many whole layers none is closer than the programme's, which is them."""
     real = Drafts(planted.decoder())
-    _, paths = fill(real, Weights.whole())
+    _, paths = fill(real, KnapsackWeights.whole())
     count = len(planted.PLANTED)
     (path,) = [path for path in paths if path.saved == count]
     assert path.plan == SkipPlan.of_layers(planted.PLANTED)
@@ -156,15 +158,15 @@ def test_planted_layers_are_the_best_answer_of_all() -> None:
 
 def test_paths_end_under_the_least_similarity() -> None:
     real = drafts("llama")
-    free, all_paths = fill(real, Weights.of(1, 1))
+    free, all_paths = fill(real, KnapsackWeights.of(1, 1))
     least = float(free.similarity[-1].nan_to_num(2).sort().values[3])
-    programme, paths = fill(real, Weights.of(1, 1), least=least)
+    programme, paths = fill(real, KnapsackWeights.of(1, 1), least=least)
     assert 1 < len(paths) < len(all_paths)
     assert float(programme.similarity[~programme.similarity.isnan()].min()) >= least - 1e-6
 
 
 def test_saves_no_more_than_it_may_and_never_at_the_ends() -> None:
-    _, paths = fill(drafts("llama"), Weights.of(2, 3), most_saved=9)
+    _, paths = fill(drafts("llama"), KnapsackWeights.of(2, 3), most_saved=9)
     assert [path.saved for path in paths] == [0, 2, 3, 4, 5, 6, 7, 8, 9]
     for path in paths:
         path.plan.check(tiny.DEPTH)
@@ -173,14 +175,14 @@ def test_saves_no_more_than_it_may_and_never_at_the_ends() -> None:
 
 def test_a_state_at_a_time_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real = drafts("llama")
-    _, paths = fill(real, Weights.of(2, 3))
-    monkeypatch.setattr(window_module, "MOST_BYTES", 1)
+    _, paths = fill(real, KnapsackWeights.of(2, 3))
+    monkeypatch.setattr(window_module, "MAX_BYTES", 1)
     assert real.window.states_at_once == 1
-    _, chunked = fill(real, Weights.of(2, 3))
+    _, chunked = fill(real, KnapsackWeights.of(2, 3))
     assert [path.plan for path in chunked] == [path.plan for path in paths]
 
 
-def partial(paths: Sequence[Path]) -> set[int]:
+def partial(paths: Sequence[SkipPath]) -> set[int]:
     return {i for path in paths for i in path.plan.partial}
 
 
@@ -211,14 +213,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 def test_a_pace_too_slow_gives_up_the_finer_budgets(clock: Clock) -> None:
     real = Drafts(planted.decoder())
 
-    def run(seconds: float | None) -> tuple[tuple[Path, ...], float]:
+    def run(seconds: float | None) -> tuple[tuple[SkipPath, ...], float]:
         begin = clock.now
-        programme = Programme(
+        programme = DynamicProgram(
             real.decoder,
             real.window,
-            Weights.of(2, 3),
-            most_saved=40,
-            least_similarity=-1.0,
+            KnapsackWeights.of(2, 3),
+            max_saved=40,
+            min_similarity=-1.0,
             deadline=None if seconds is None else begin + seconds,
         )
         return programme.run(), clock.now - begin
@@ -237,12 +239,12 @@ def test_a_pace_too_slow_gives_up_the_finer_budgets(clock: Clock) -> None:
 
 def test_there_is_nothing_where_the_deadline_is_over() -> None:
     real = drafts("llama")
-    programme = Programme(
+    programme = DynamicProgram(
         real.decoder,
         real.window,
-        Weights.whole(),
-        most_saved=3,
-        least_similarity=0.5,
+        KnapsackWeights.whole(),
+        max_saved=3,
+        min_similarity=0.5,
         deadline=time.perf_counter(),
     )
     assert programme.run() == ()
@@ -257,7 +259,7 @@ def test_attention_is_computed_once_for_a_layer_with_and_without_its_mlp() -> No
 
     attention = [layer.get_submodule("self_attn") for layer in real.decoder.stack.layers]
     handles = [each.register_forward_pre_hook(count, with_kwargs=True) for each in attention]
-    fill(real, Weights.of(1, 1))
+    fill(real, KnapsackWeights.of(1, 1))
     for handle in handles:
         handle.remove()
     assert calls == [2] * tiny.DEPTH, "the full model, and all states at once"
@@ -278,7 +280,7 @@ def test_the_model_is_itself_again_after_an_interrupt(kind: str) -> None:
 
     handle = layer.get_submodule(kind).register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fill(real, Weights.of(1, 1))
+        fill(real, KnapsackWeights.of(1, 1))
     handle.remove()
     assert dict(layer._modules) == before
     assert tuple(real.decoder.model.model.layers) == real.decoder.stack.layers

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conflayers_cli.engine.layer_skipping import LayerCall
-from conflayers_cli.search.corpus import Sample
+from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.search.strategies import knapsack_window as module
-from conflayers_cli.search.strategies.knapsack_window import Window
+from conflayers_cli.search.strategies.knapsack_window import TokenWindow
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
@@ -17,16 +17,16 @@ LENGTHS = ((9, 30), (23, 17), (14, 25))
 
 
 @functools.cache
-def samples(family: str) -> tuple[Sample, ...]:
+def samples(family: str) -> tuple[Continuation, ...]:
     decoder = tiny.decoder(family)
     found = []
     for seed, (prompt, output) in enumerate(LENGTHS):
         tokens = tiny.prompt(prompt, seed)
-        found.append(Sample(tuple(tokens), tuple(tiny.generated(decoder, tokens, output))))
+        found.append(Continuation(tuple(tokens), tuple(tiny.generated(decoder, tokens, output))))
     return tuple(found)
 
 
-def plain_states(family: str, at: Window) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_states(family: str, at: TokenWindow) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers itself makes of the window's tokens, each alone at the end of its text.
 
     Returns:
@@ -56,7 +56,7 @@ def plain_states(family: str, at: Window) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_full_models_states_and_choices_are_its_own(family: str) -> None:
     decoder = tiny.decoder(family)
-    window = Window(decoder, samples(family)[:1], 10)
+    window = TokenWindow(decoder, samples(family)[:1], 10)
     seen: list[torch.Tensor] = []
 
     def run(i: int, hidden: torch.Tensor, layer: LayerCall) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_the_full_models_states_and_choices_are_its_own(family: str) -> None:
 def test_texts_side_by_side_are_as_each_alone() -> None:
     for family in ("llama", "gemma3"):
         decoder = tiny.decoder(family)
-        window = Window(decoder, samples(family), 12)
+        window = TokenWindow(decoder, samples(family), 12)
         last = torch.empty(0)
 
         def run(i: int, hidden: torch.Tensor, layer: LayerCall) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_texts_side_by_side_are_as_each_alone() -> None:
 
 def test_tokens_are_spread_over_all_texts_and_all_of_the_output() -> None:
     texts = samples("llama")
-    window = Window(tiny.decoder("llama"), texts, 12)
+    window = TokenWindow(tiny.decoder("llama"), texts, 12)
     assert window.size == 12
     at = window.positions[0].tolist()
     for i, text in enumerate(texts):
@@ -109,28 +109,28 @@ def test_tokens_are_spread_over_all_texts_and_all_of_the_output() -> None:
 
 def test_short_texts_give_what_they_have_and_too_few_tokens_leave_texts_out() -> None:
     decoder = tiny.decoder("llama")
-    short = Sample(samples("llama")[0].prompt, samples("llama")[0].output[:4])
-    assert Window(decoder, [short], 12).size == 3
-    assert Window(decoder, [Sample((1, 2), (3,)), short], 12).size == 3
-    assert Window(decoder, samples("llama"), 2).size == 2
+    short = Continuation(samples("llama")[0].prompt, samples("llama")[0].output[:4])
+    assert TokenWindow(decoder, [short], 12).size == 3
+    assert TokenWindow(decoder, [Continuation((1, 2), (3,)), short], 12).size == 3
+    assert TokenWindow(decoder, samples("llama"), 2).size == 2
 
 
 def test_the_bound_holds_back_states_and_choices_stay_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    window = Window(tiny.decoder("llama"), samples("llama"), 12)
+    window = TokenWindow(tiny.decoder("llama"), samples("llama"), 12)
     states = torch.randn(5, 12, 32, generator=torch.Generator().manual_seed(0))
     at_once, choices = window.states_at_once, window.choices(states)
-    monkeypatch.setattr(module, "MOST_BYTES", module.MOST_BYTES // 4)
+    monkeypatch.setattr(module, "MAX_BYTES", module.MAX_BYTES // 4)
     assert at_once // 4 - 1 <= window.states_at_once <= at_once // 4
-    monkeypatch.setattr(module, "MOST_BYTES", 1)
+    monkeypatch.setattr(module, "MAX_BYTES", 1)
     assert window.states_at_once == 1
     assert window.choices(states).equal(choices)
 
 
 def test_the_model_is_itself_again_after_an_error() -> None:
     decoder = tiny.decoder("llama")
-    window = Window(decoder, samples("llama"), 4)
+    window = TokenWindow(decoder, samples("llama"), 4)
     ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     before = decoder.forward(ids, positions, decoder.new_cache(8))
 
@@ -147,12 +147,12 @@ def test_the_model_is_itself_again_after_an_error() -> None:
 
 def test_attention_is_reused_for_the_same_hidden_states_only() -> None:
     decoder = tiny.decoder("llama")
-    window = Window(decoder, samples("llama"), 4)
+    window = TokenWindow(decoder, samples("llama"), 4)
 
     def run(i: int, hidden: torch.Tensor, layer: LayerCall) -> torch.Tensor:
         others = [hidden, hidden.flip(1), hidden.flip(1), hidden]
         expected = [layer(each) for each in others]
-        with decoder.stack.attending_once(i):
+        with decoder.stack.caching_attention(i):
             for each, known in zip(others, expected, strict=True):
                 assert layer(each).equal(known)
         return expected[0]

@@ -5,25 +5,25 @@ import pytest
 from conflayers_cli.errors import InputError
 from conflayers_cli.search.calibrate import calibrate
 from conflayers_cli.search.objective import PAPER
-from conflayers_cli.search.problem import Task
+from conflayers_cli.search.problem import SearchProblem
 from conflayers_cli.search.strategies.unified import Unified
 from conflayers_cli.skip_plan import SkipPlan
 from tests.search import planted
 
 
 def test_keeps_depth_over_s_layers_evenly_spaced() -> None:
-    result = Unified(2.0).search(planted.task())
+    result = Unified(2.0).search(planted.problem())
     assert result.plan == SkipPlan.unified(planted.DEPTH, 2.0)
     assert len(result.plan.layers) == planted.DEPTH // 2
     assert result.setting is not None  # chosen by the texts
 
 
 def test_needs_no_prompts() -> None:
-    task = Task(planted.decoder(), (), planted.COSTS, 0, frozenset())
+    problem = SearchProblem(planted.decoder(), (), planted.COSTS, 0, frozenset())
     before = planted.decoder().full_passes, planted.decoder().draft_passes
     done = calibrate(
         Unified(1.5),
-        task,
+        problem,
         (),
         refine=0,
         on_stage=lambda name: None,
@@ -39,4 +39,4 @@ def test_needs_no_prompts() -> None:
 @pytest.mark.parametrize("target", [0.5, float("nan"), float("inf"), -1.0])
 def test_a_target_that_is_no_speedup_is_refused(target: float) -> None:
     with pytest.raises(InputError, match="target_speedup"):
-        Unified(target).search(planted.task())
+        Unified(target).search(planted.problem())

@@ -1,4 +1,7 @@
-"""What identifies a model's shape, however its weights are stored, and whatever their dtype."""
+"""Config fingerprint: a model's architecture and sizes, and a hash of its configuration.
+
+It does not depend on the weights, which :mod:`.weight_sketch` compares, nor on dtype or files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from conflayers_cli.models.support import sizes_by_layer
 
-# Keys of a config that don't change what the layers compute, or only how they are run or trained.
+# Keys of a config that don't change what the layers compute
 _VOLATILE = re.compile(
     r"_.*|conflayers_.*|.*_token_id|.*_dropout|.*dropout|.*_pdrop|.*attn_implementation"
     r"|architectures|auto_map|transformers_version|dtype|torch_dtype|use_cache|name_or_path"
@@ -26,12 +29,11 @@ _VOLATILE = re.compile(
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
-def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
-    """What identifies a model's shape: architecture, sizes, and a hash of the config.
+def config_fingerprint(config: PreTrainedConfig) -> dict[str, object]:
+    """Architecture, sizes, and a hash (16 hexadecimal digits) of what the layers compute.
 
-    The hash (16 hexadecimal digits) covers what the layers compute. It is the same however the
-    model was stored and whichever dtype it runs in, and changes with any size, activation or rotary
-    setting. For a multimodal model all but ``architecture`` is about its text part.
+    The hash changes with any size, activation or rotary setting. For a multimodal model all but
+    ``architecture`` is of its text config.
     """
     text = config.get_text_config()
     heads = _first(text, "num_attention_heads")
@@ -49,16 +51,12 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, object]:
 
 
 def _first(config: PreTrainedConfig, *names: str) -> int | None:
-    """The first of the sizes that is set. Families differ in their names for one thing.
-
-    Where layers differ in it, the first layer's: how they differ is the hash's matter.
-    """
+    """The first of these sizes that is set, of the first layer where layers differ."""
     return next((sizes[0] for n in names if (sizes := sizes_by_layer(config, n))), None)
 
 
 def _config_hash(config: PreTrainedConfig) -> str:
-    # Only what differs from the class's defaults: a later transformers that knows one more setting
-    # then gives the same hash.
+    # without defaults: a later transformers that adds a setting then gives the same hash
     content = _canonical(config.to_diff_dict())
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -71,6 +69,6 @@ def _canonical(value: Any) -> Json:
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
     if isinstance(value, float):
-        # GGUF keeps float32, a config.json the decimal: 9.99999975e-06 and 1e-05 are one number.
+        # GGUF has float32 for a config.json's decimal: 9.99999975e-06 for 1e-05
         return float(f"{value:.6g}")
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,4 +1,4 @@
-"""Answering prompts from the command line: one to the terminal, a file of them as JSON lines."""
+"""What ``generate`` writes: one text to the terminal, or a file of prompts as JSON lines."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.flags import with_flags
 from conflayers_cli.cli.terminal import emit, emit_json
-from conflayers_cli.generation.run import Prepare, Prepared, PromptResult, RunStats, truncation_note
+from conflayers_cli.generation.run import (
+    GenerationRun,
+    PrepareRun,
+    PromptResult,
+    RunStats,
+    truncation_note,
+)
 from conflayers_cli.utils.progress import ProgressCallback, no_progress, progress_bar
 
 if TYPE_CHECKING:
+    from conflayers_cli.cli.generate_options import FileOptions
     from conflayers_cli.cluster.ray_cluster import Cluster
     from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.generation.stats import GenerationStats
@@ -25,8 +31,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 
-def answer_one(prepared: Prepared, *, stream: bool, as_json: bool, stats: bool) -> None:
-    """Answer a prompt on standard output: its text as it comes, or one JSON document."""
+def generate_one(prepared: GenerationRun, *, stream: bool, as_json: bool, stats: bool) -> None:
+    """Generate from one prompt on standard output: the text as it comes, or one JSON document."""
     streaming = stream and not as_json
     (request,) = prepared.requests
     result = None
@@ -47,45 +53,42 @@ def answer_one(prepared: Prepared, *, stream: bool, as_json: bool, stats: bool) 
         emit_json(document, indent=None)
     else:
         emit("\n" if streaming else f"{result.text}\n")
-    _tell_textless(*prepared.without_text(result))
+    _note_unknown_tokens(*prepared.unknown_tokens(result))
     if stats:
-        tell_stats(prepared.run_stats(), result.stats, 1, result.prompt_tokens)
+        print_stats(prepared.run_stats(), result.stats, 1, result.prompt_tokens)
 
 
-def answer_file(
+def generate_file(
     prompts: Sequence[Prompt],
     keys: Sequence[LineKey],
-    output: Path | None,
-    resume: bool,
+    prepare: PrepareRun,
+    file: FileOptions,
+    cluster: Cluster | None,
+    *,
     stats: bool,
-    prepare: Prepare,
-    cluster: Cluster | None = None,
-    batch_size: int = 1,
 ) -> None:
-    """Answer a file of prompts: a JSON line each, to a file that can be continued, or stdout.
+    """Generate from a file of prompts: a JSON line each, to a resumable file or standard output.
 
     Args:
         prompts: all of them.
-        keys: what tells each one's answer from another's.
-        output: the file; None: standard output.
-        resume: go on behind the answers that are there.
-        stats: say on stderr what it took.
-        prepare: loads the model and encodes the prompts, once it is known that there is work.
+        keys: what identifies each request.
+        prepare: loads the model and encodes the prompts; called only if there is work.
+        file: output, resume and batch size.
         cluster: whose workers do it; None: this process does.
-        batch_size: prompts that a machine decodes at once.
+        stats: print statistics on stderr.
     """
     from conflayers_cli.utils.files import JsonLines
 
-    opened = JsonLines.open(output, keys, resume=resume) if output else None
-    with opened or nullcontext():
-        done = opened.done if opened else 0
-        if resume:
+    output = JsonLines.open(file.output, keys, resume=file.resume) if file.output else None
+    with output or nullcontext():
+        done = output.done if output else 0
+        if file.resume:
             logger.info(f"{done} of {len(prompts)} prompts are answered already")
         if done == len(prompts):
             return
-        lines = _Lines(prompts, keys, opened)
-        at_work = _at_work(prepare, cluster, done, len(prompts), batch_size)
-        with at_work as (results, run_stats_now):
+        lines = _OrderedLines(prompts, keys, output)
+        source = _results(prepare, cluster, done, len(prompts), file.size)
+        with source as (results, run_stats):
             try:
                 # a bar would run into the lines where both go to one terminal
                 with progress_bar() if output else nullcontext(no_progress) as on_progress:
@@ -94,26 +97,27 @@ def answer_file(
                         lines.add(result)
                         lines.show_progress(on_progress)
             except KeyboardInterrupt:
-                if opened:
+                if output:
                     there = f"{lines.next} of {len(prompts)} prompts are answered"
                     logger.info(f"{there}; --resume goes on from there")
                 raise
-    known = min((result.without_text[1] for result in lines.written), default=0)
-    _tell_textless(sum(result.without_text[0] for result in lines.written), known)
+    written = lines.written
+    known = min((result.unknown_tokens[1] for result in written), default=0)
+    _note_unknown_tokens(sum(result.unknown_tokens[0] for result in written), known)
     if stats:
         from conflayers_cli.generation.stats import GenerationStats
 
-        total = GenerationStats.total(each.result.stats for each in lines.written)
-        read = sum(each.result.prompt_tokens for each in lines.written)
-        tell_stats(run_stats_now(), total, len(lines.written), read)
+        total = GenerationStats.total(each.result.stats for each in written)
+        read = sum(each.result.prompt_tokens for each in written)
+        print_stats(run_stats(), total, len(written), read)
 
 
-class _Lines:
-    """Writes results as JSON lines in the prompts' order: one that is done waits for those before.
+class _OrderedLines:
+    """Writes results as JSON lines in the prompts' order; those that come early wait.
 
     Args:
-        prompts, keys: as for `answer_file`.
-        output: where lines go, behind those that are there; None: standard output.
+        prompts, keys: as for `generate_file`.
+        output: the file, after the lines that are there; None: standard output.
 
     Attributes:
         written: the results written, without their documents.
@@ -133,7 +137,6 @@ class _Lines:
         return self._begin + len(self.written)
 
     def add(self, result: PromptResult) -> None:
-        """Write all lines that can be written now."""
         self._waiting[result.number] = result
         while (index := self.next) in self._waiting:
             line = _line(self._prompts[index], self._keys[index], self._waiting[index].document)
@@ -145,28 +148,28 @@ class _Lines:
             self.written.append(replace(self._waiting.pop(index), document={}))
 
     def show_progress(self, on_progress: ProgressCallback) -> None:
-        """Say how many prompts are done."""
+        """Report how many prompts are done."""
         done, total = self.next + len(self._waiting), len(self._prompts)
         on_progress(f"{done} of {total} prompts", done / total)
 
 
 @contextmanager
-def _at_work(
-    prepare: Prepare, cluster: Cluster | None, begin: int, end: int, batch_size: int
+def _results(
+    prepare: PrepareRun, cluster: Cluster | None, begin: int, end: int, batch_size: int
 ) -> Iterator[tuple[Iterator[PromptResult], Callable[[], RunStats]]]:
-    """The results to come from prompt ``begin`` on, and what there is to say of the run then."""
+    """(results of the prompts ``begin`` to before ``end``, statistics of the run after them)."""
     if cluster is not None:
-        from conflayers_cli.cluster.workers import answering_workers
+        from conflayers_cli.cluster.workers import run_on_workers
 
-        with answering_workers(prepare, cluster, begin, end, batch_size, with_flags) as work:
+        with run_on_workers(prepare, cluster, begin, end, batch_size, with_flags) as work:
             yield work
         return
     prepared = prepare()
     yield prepared.results(begin, end), prepared.run_stats
 
 
-def line_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[LineKey]:
-    """What tells one answer from another: the prompt, and the settings that decide the answer."""
+def request_keys(prompts: Sequence[Prompt], settings: Sequence[object]) -> list[LineKey]:
+    """A hash for each request: of its prompt and the settings that decide its text."""
     import json
     from hashlib import sha256
 
@@ -188,22 +191,22 @@ def _line(prompt: Prompt, key: LineKey, document: dict[str, Any]) -> dict[str, A
     return {**head, **document}
 
 
-def _tell_textless(count: int, known: int) -> None:
-    """Say so where a model whose vocabulary is larger than its tokenizer's has gone beyond it."""
+def _note_unknown_tokens(count: int, known: int) -> None:
+    """Note tokens beyond the tokenizer's vocabulary, where the model's is larger."""
     if count:
         logger.warning(
             f"note: {count} of the tokens are beyond the tokenizer's {known} and have no text"
         )
 
 
-def tell_stats(run: RunStats, stats: GenerationStats, prompts: int, prompt_tokens: int) -> None:
-    """Say how fast prompts were answered and who drafted.
+def print_stats(run: RunStats, stats: GenerationStats, prompts: int, prompt_tokens: int) -> None:
+    """Print statistics: speed, acceptance rate, tokens per step.
 
     Args:
-        run: on the model and how it ran.
+        run: of the model and how it ran.
         stats: of all texts.
         prompts: how many there were.
-        prompt_tokens: how many of their tokens were read.
+        prompt_tokens: how many of their tokens were prefilled.
     """
     seconds = stats.prefill_seconds + stats.decode_seconds
     speed = stats.tokens_per_second
@@ -237,5 +240,5 @@ def tell_stats(run: RunStats, stats: GenerationStats, prompts: int, prompt_token
             logger.info(stats.drafted_by)
     if run.peak_bytes is not None:
         logger.info(f"peak memory over the model's weights: {run.peak_bytes / 2**20:,.0f} MiB")
-    for sentence in run.told:
+    for sentence in run.notes:
         logger.info(sentence)

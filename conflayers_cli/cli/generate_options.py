@@ -1,0 +1,223 @@
+"""Options of ``generate`` alone, and which of them go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conflayers_cli.cli.option_groups import OptionGroup
+from conflayers_cli.cli.options import DATA, MAX_PROMPTS, utf8
+from conflayers_cli.errors import InputError
+from conflayers_cli.skip_plan import check_target_speedup
+from conflayers_cli.spec_decode.options import DraftOptions
+
+_prompts_option = partial(typer.Option, rich_help_panel="Prompts")
+_adapt_option = partial(typer.Option, rich_help_panel="Adapting")
+_lossy_option = partial(typer.Option, rich_help_panel="Lossy: layers left out for good")
+DEFAULT_BUDGET = 0.05
+ADAPT_METHODS = ("conflayers", "swift")
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="Joined by blank lines where there are several; - stands for standard input.",
+        show_default=False,
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="End before this text; may be given repeatedly.",
+        callback=utf8,
+    ),
+]
+Stream = Annotated[
+    bool, typer.Option("--stream/--no-stream", help="Print the text while it is decoded.")
+]
+Stats = Annotated[
+    bool, typer.Option("--stats", help="Say on stderr how fast it was and what was drafted.")
+]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Options about a file of prompts, each as its flag says."""
+
+    data: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    max_prompts: int | None = None
+    batch_size: int | None = None
+    ray: str | None = None
+    workers: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Prompts decoded at once."""
+        return self.batch_size or 1
+
+    def check(self, prompt: list[str] | None, as_json: bool) -> None:
+        """Raise InputError for options that don't go together."""
+        if self.data and prompt:
+            raise InputError("a PROMPT and --data: give one of the two")
+        if self.data and as_json:
+            raise InputError(
+                "--json is one document, and --data gives JSON lines already: leave it out"
+            )
+        if self.resume and not self.output:
+            raise InputError("--resume needs the file to go on with: --output FILE")
+        needing = {
+            "--output": self.output,
+            "--max-prompts": self.max_prompts,
+            "--batch-size": self.batch_size,
+        }
+        for flag, value in needing.items():
+            if value is not None and not self.data:
+                raise InputError(f"{flag} goes with --data, a file of prompts")
+
+
+FILE = OptionGroup(
+    data=DATA,
+    output=typer.Option(
+        "--output", "-o", metavar="FILE", help="With --data: where the JSON lines go, one a prompt."
+    ),
+    resume=typer.Option("--resume", help="With --output: go on where an interrupted run stopped."),
+    max_prompts=MAX_PROMPTS,
+    batch_size=_prompts_option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="With --data: prompts decoded at once (1); one that ends makes room for the next.",
+    ),
+    ray=_prompts_option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="Spread the prompts over the workers of a Ray cluster (HOST:PORT; auto: this "
+        "machine's, or one started here for the run), each with the whole model.",
+    ),
+    workers=_prompts_option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="With --ray: how many workers; by default one per GPU, without GPUs one per machine.",
+    ),
+)
+FileFlags = Annotated[FileOptions, FILE]
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Options about searching while generating, each as its flag says."""
+
+    adapt: str | None = None
+    adapt_budget: float | None = None
+    save_profile: Path | None = None
+
+    def check(self, drafting: DraftOptions, batch_size: int) -> None:
+        """Raise InputError for an unknown method, or options that don't go together."""
+        if self.adapt is None:
+            needing = {"--adapt-budget": self.adapt_budget, "--save-profile": self.save_profile}
+            for flag, value in needing.items():
+                if value is not None:
+                    raise InputError(f"{flag} goes with --adapt {' or '.join(ADAPT_METHODS)}")
+            return
+        if self.adapt not in ADAPT_METHODS:
+            raise InputError(f"--adapt {self.adapt}: there is {' and '.join(ADAPT_METHODS)}")
+        budget = self.adapt_budget
+        if budget is not None and not 0 < budget <= 1:
+            raise InputError(f"--adapt-budget {budget:g}: allowed is over 0, at most 1")
+        if drafting.tree:
+            raise InputError("--adapt drafts chains: leave out --tree")
+        if self.save_profile is not None:
+            from conflayers_cli.profile.schema import check_replaceable
+
+            check_replaceable(self.save_profile)
+        others = {
+            "--batch-size": batch_size > 1,
+            "--draft": drafting.method is not None,
+            "--adaptive-draft-length": drafting.adaptive_draft_length is not None,
+        }
+        for flag, given in others.items():
+            if given:
+                raise InputError(
+                    f"--adapt drafts in its own way, a prompt at a time: leave {flag} out"
+                )
+
+
+ADAPT = OptionGroup(
+    adapt=_adapt_option(
+        "--adapt",
+        metavar="METHOD",
+        help="Find the layers to skip while generating: conflayers or swift. No profile is needed; "
+        "with one, its set is where the search starts. The text stays the model's own (sampled, it "
+        "differs from run to run, for tries depend on time).",
+    ),
+    adapt_budget=_adapt_option(
+        "--adapt-budget",
+        metavar="SHARE",
+        help=f"Most of the wall time to spend on the search, over 0 up to 1 ({DEFAULT_BUDGET:g}).",
+    ),
+    save_profile=_adapt_option(
+        "--save-profile", metavar="FILE", help="With --adapt: write what was found as a profile."
+    ),
+)
+AdaptFlags = Annotated[AdaptOptions, ADAPT]
+
+
+@dataclass(frozen=True)
+class SkipOnlyOptions:
+    """Options about leaving layers out for good, each as its flag says."""
+
+    skip_only: bool = False
+    target_speedup: float | None = None
+
+    def check(self, profile: Path | None, adapt: str | None, drafting: DraftOptions) -> None:
+        """Raise InputError where options don't go together."""
+        if not self.skip_only:
+            if self.target_speedup is not None:
+                raise InputError("--target-speedup goes with --skip-only")
+            return
+        about_drafting = {
+            "--adapt": adapt,
+            "--draft": drafting.method,
+            "--adaptive-draft-length": drafting.adaptive_draft_length,
+            "--tree": drafting.tree,
+        }
+        for flag, value in about_drafting.items():
+            if value is not None:
+                raise InputError(f"{flag} is about drafting, and --skip-only drafts nothing")
+        if self.target_speedup is None and profile is None:
+            raise InputError(
+                "--skip-only needs --target-speedup S, or a --profile that says the layers"
+            )
+        if self.target_speedup is not None and profile is not None:
+            raise InputError("--target-speedup and --profile: both say which layers; give one")
+        check_target_speedup(self.target_speedup)
+
+
+SKIP_ONLY = OptionGroup(
+    skip_only=_lossy_option(
+        "--skip-only",
+        help="Decode with the skipped model alone: faster, but the text is NOT the model's own.",
+    ),
+    target_speedup=_lossy_option(
+        "--target-speedup",
+        metavar="S",
+        help="With --skip-only: keep the model's depth over S layers, evenly spaced; "
+        "without it, the profile's layers are left out.",
+    ),
+)
+SkipOnlyFlags = Annotated[SkipOnlyOptions, SKIP_ONLY]
+
+
+def check_stops(stops: list[str] | None) -> None:
+    """Raise InputError for an empty stop string."""
+    if "" in (stops or ()):
+        raise InputError("--stop: an empty text would end every answer at once")

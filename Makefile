@@ -21,7 +21,7 @@ QUICK := \
 	$(addprefix tests/profile/test_,$(addsuffix .py,json_schema migrations schema)) \
 	$(addprefix tests/search/test_,$(addsuffix .py,journal matchness memo objective tensors)) \
 	$(addprefix tests/search/strategies/test_,$(addsuffix .py,knapsack_window unified)) \
-	$(addprefix tests/spec_decode/test_,$(addsuffix .py,by_context ngram proposer rejection_sampler tree)) \
+	$(addprefix tests/spec_decode/test_,$(addsuffix .py,by_context ngram proposer properties_tree tree)) \
 	$(addprefix tests/utils/test_,$(addsuffix .py,files statistics))
 
 $(BIN)/conflayers: pyproject.toml constraints.txt

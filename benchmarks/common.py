@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -182,15 +182,14 @@ def to_bench_prompts(
     options = PromptOptions(max_new_tokens=max_new_tokens)
     encoded = encode_prompts(subject.loaded, prompts, options)
     return [
-        BenchPrompt(prompt.id, prompt.category, tuple(prompt.prompt), prompt.max_new_tokens, seed)
-        for seed, prompt in enumerate(encoded)
+        BenchPrompt(prompt.id, prompt.category, tuple(prompt.prompt), prompt.max_new_tokens)
+        for prompt in encoded
     ]
 
 
 def repeat_prompts(prompts: Sequence[BenchPrompt], count: int) -> list[BenchPrompt]:
-    """So many prompts, each with a seed of its own; where there are fewer, they come again."""
-    many = islice(cycle(prompts), count)
-    return [replace(prompt, seed=seed) for seed, prompt in enumerate(many)]
+    """So many prompts; where there are fewer, they come again."""
+    return list(islice(cycle(prompts), count))
 
 
 def bad_plan(depth: int, seed: int = 0) -> SkipPlan:
@@ -234,9 +233,8 @@ def compare(
     warmup: int = 0,
 ) -> BenchResult:
     """Vanilla against one drafter, prompt by prompt or several prompts at once, by turns."""
-    sampling, decoder = SamplingParams(temperature=temperature), subject.decoder
-    # Sampled texts differ: were they to end, the arms would have batches of other sizes.
-    ends = subject.loaded.end_tokens if sampling.greedy else frozenset()
+    sampling, decoder = SamplingParams(temperature=temperature, seed=0), subject.decoder
+    ends = subject.loaded.end_tokens
     drafts = as_batch_proposer(proposer) if batch_size > 1 else proposer
     systems = [
         EngineSystem("vanilla", decoder, None, sampling, ends, batch_size),
@@ -291,7 +289,7 @@ def matches(result: BenchResult) -> dict[str, dict[str, int]]:
     """How many outputs equal vanilla's, by system, for the result file; empty when sampling."""
     return {
         name: {"matching": match.matching, "total": match.total}
-        for name, match in (result.matches or {}).items()
+        for name, match in result.matches.items()
     }
 
 

@@ -50,7 +50,7 @@ def prompts_at(
     room = length if limit is None else min(length, limit - options.max_new_tokens)
     texts = repeat_to_length(pieces, room, options.per_category)
     return [
-        BenchPrompt(f"{length}-{i}", None, text, options.max_new_tokens, i)
+        BenchPrompt(f"{length}-{i}", None, text, options.max_new_tokens)
         for i, text in enumerate(texts)
     ]
 

@@ -21,7 +21,7 @@ from conflayers_cli.search.options import AUTO, UNIFIED, SearchOptions
 from conflayers_cli.search.problem import SearchProblem
 from conflayers_cli.search.strategies.registry import make_strategies
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 
 PUBLISHED = "published"
 """The strategy that searches nothing: the layers of the ConfLayers authors' release."""
@@ -65,8 +65,7 @@ def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> Strateg
             set is not there, or for another model.
         KeyboardInterrupt: searches end with what they have; here nothing is made of that.
     """
-    shape = GREEDY_SHAPE if amount.temperature == 0 else SAMPLING_SHAPE
-    paper = replace(PAPER, tree=shape)
+    paper = replace(PAPER, tree=PAPER_SHAPE)
     if strategy == PUBLISHED:
         path = published_file(work.name, work.task, profiles)
         profile = Profile.load(path)
@@ -78,7 +77,7 @@ def search(strategy: str, work: Work, amount: Amount, profiles: Path) -> Strateg
     if candidate.interrupted:
         raise KeyboardInterrupt
     if strategy in SIDE_CANDIDATES:
-        own = replace(own, setting=replace(own.setting, tree=shape))
+        own = replace(own, setting=replace(own.setting, tree=PAPER_SHAPE))
     details: dict[str, Any] = {
         "method": candidate.strategy,
         **problem.memo.usage()._asdict(),
@@ -96,7 +95,7 @@ def _searched(strategy: str, problem: SearchProblem, amount: Amount) -> tuple[Ca
     methods = make_strategies(SearchOptions(strategy, target_speedup=target))
     how: dict[str, Any] = {
         "refine": 0 if strategy == UNIFIED else REFINE,  # its rule is all there is to it
-        "tree": GREEDY_SHAPE,
+        "tree": PAPER_SHAPE,
         "on_stage": lambda message: common.say(f"  {strategy}: {message}"),
         "on_better": lambda score, judged: None,
     }

@@ -114,7 +114,7 @@ def fitting(
             common.say(f"{prompt.id} is left out: {error}")
             continue
         if len(encoded) <= room:
-            found.append(BenchPrompt(prompt.id, prompt.category, encoded, tokens, len(found)))
+            found.append(BenchPrompt(prompt.id, prompt.category, encoded, tokens))
         else:
             common.say(f"{prompt.id} is left out: {len(encoded):,} tokens, {room:,} have room")
     if not found:

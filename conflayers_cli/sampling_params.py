@@ -22,7 +22,7 @@ class SamplingParams:
         top_p: draw from the likeliest tokens that hold this share; None: from all.
         min_p: draw from tokens at least this share as likely as the likeliest; None: from all.
         repetition_penalty: over 1 makes tokens of the text so far less likely.
-        seed: of the random numbers.
+        seed: of the random numbers; None: one is drawn for each request.
 
     Raises:
         InputError: a value is outside its range.
@@ -33,12 +33,12 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 − 1"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 to 2^63 − 1"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "over 0, at most 1"),
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),

@@ -11,7 +11,6 @@ transformers, so those that keep state work; for the texts of a batch one after 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -136,8 +135,9 @@ def _decode(
         GenerationRequest(
             prompt,
             budget,
-            replace(request.sampling, seed=request.sampling.seed + row),
+            request.sampling,
             on_token=partial(on_token, text),
+            answer=request.prompts[:row].count(prompt),
         )
         for row, (prompt, text) in enumerate(zip(request.prompts, texts, strict=True))
     ]

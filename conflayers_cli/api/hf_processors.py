@@ -22,14 +22,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
+from conflayers_cli.engine.argmax import INVALID_TOKEN
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.serial import BeginGeneration
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.spec_decode.proposer import Draft, Proposer
-from conflayers_cli.spec_decode.rejection_sampler import accept_sampled
 
 _KNOWN = (
     RepetitionPenaltyLogitsProcessor,
@@ -167,31 +167,26 @@ class ProcessedGeneration(Generation):
         self._put = request.on_token
         watched = replace(request, on_token=self._watched)
         super().__init__(decoder, watched, proposer=proposer, end_tokens=end_tokens)
+        # Scores are processed already: what is left to do is to sample, by the same random numbers.
+        plain = SamplingParams(
+            temperature=float(not request.sampling.greedy), seed=request.sampling.seed
+        )
+        self._plain = Sampler(
+            plain, decoder.vocabulary, decoder.device, request.prompt, request.answer
+        )
 
     def decide(
         self, draft: Draft, logits: torch.Tensor, best: list[int] | None = None
     ) -> tuple[int, int]:
         for index in count():
-            token = self._choose(self._text.process(logits[index]), draft, index)
+            scores = self._text.process(logits[index])[None]
+            token = self._plain.choose(scores, len(self.tokens) + index)[0]
             if token == INVALID_TOKEN:
                 break
             self._ended = self._text.add(token)
             if self._ended or token not in draft.tokens[index : index + 1]:
                 break
         return index, token
-
-    def _choose(self, scores: torch.Tensor, draft: Draft, index: int) -> int:
-        """The token at an index of the draft, or behind it, from its scores ``[V]``."""
-        if self.sampler.settings.greedy:
-            return int(greedy_tokens(scores))
-        p = torch.softmax(scores, dim=-1).to(self.decoder.device)
-        if index == len(draft.tokens):
-            return self.sampler.draw(p)
-        drafted = draft.tokens[index]
-        q = None if draft.distribution is None else draft.distribution[index, None]
-        # The token behind an accepted one is decided next, so its row can be any.
-        accepted, token = accept_sampled((drafted,), p.expand(2, -1), q, self.sampler)
-        return drafted if accepted else token
 
     def _read_ahead(self) -> tuple[int, ...]:
         """None: such passes choose by the logits alone."""

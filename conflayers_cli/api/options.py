@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     `DraftOptions`, with their defaults, and these:
 
     Attributes:
-        seed: of the first prompt; the next one's is one more, and so on.
+        seed: of sampling; None: one is drawn, for all prompts of the call; results name it.
         stop: texts that end an output and are not part of it.
         draft: who drafts; None: as the profile says, without one nobody.
         lookahead: the old name of ``adaptive_draft_length``, for one more version.
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float
-    seed: int
+    seed: int | None
     stop: str | Sequence[str]
     system: str | None
     raw: bool
@@ -86,7 +86,6 @@ def parse_options(options: Options) -> ParsedOptions:
             options.get("adaptive_draft_length"), options.get("lookahead")
         ),
         tree=options.get("tree"),
-        greedy=sampling.greedy,
         batch_size=options.get("batch_size", 1),
     )
     if drafting.batch_size < 1:

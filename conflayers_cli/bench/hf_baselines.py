@@ -81,7 +81,11 @@ class TransformersSystem:
         device = self.decoder.device
         input_ids = torch.tensor([prompt.tokens], device=device)
         packed = sum(weight.nbytes for weight in self.decoder.model.parameters())
-        with self.decoder.plain() as model, _own_settings(model), _seeded(prompt.seed, device):
+        with (
+            self.decoder.plain() as model,
+            _own_settings(model),
+            _seeded(self.sampling.seed or 0, device),
+        ):
             twice = sum(weight.nbytes for weight in model.parameters()) - packed
             stopwatch = _Stopwatch(device, len(prompt.tokens))
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class BenchRequest:
     warmup: int
     against: Sequence[str]
     target_speedup: float | None
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:  # not drawn: what is measured can be measured again
+            object.__setattr__(self, "sampling", replace(self.sampling, seed=0))
 
     @property
     def prompt_hashes(self) -> list[str]:
@@ -165,9 +169,8 @@ class BenchJob:
                 each.category,
                 tuple(each.prompt),
                 each.max_new_tokens,
-                self.request.sampling.seed + number,
             )
-            for number, each in enumerate(self.encoded)
+            for each in self.encoded
         ]
 
     def _systems(self) -> list[System]:

@@ -17,7 +17,7 @@ from conflayers_cli.sampling_params import SamplingParams
 def match_outputs(
     names: Iterable[str], prompts: Sequence[PromptRuns], decoder: Decoder, sampling: SamplingParams
 ) -> dict[str, OutputMatch]:
-    """The greedy outputs of systems compared with those of ``vanilla``, by system."""
+    """The outputs of systems compared with those of ``vanilla``, by system."""
     matches = {}
     for name in names:
         parted = [d for runs in prompts if (d := _divergence(runs, name, decoder, sampling))]

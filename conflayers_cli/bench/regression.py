@@ -319,7 +319,7 @@ def broken_gates(
         parted = ", ".join(divergence.id for divergence in match.divergences[:5])
         broken.append(
             GateError(
-                f"greedy outputs in float32 differ from vanilla's at {len(match.divergences)} "
+                f"outputs in float32 differ from vanilla's at {len(match.divergences)} "
                 f"of {match.total} prompts ({parted})"
             )
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from conflayers_cli.bench.agreement import measure_agreement
+from conflayers_cli.bench.hf_baselines import HF_BASELINES
 from conflayers_cli.bench.output_match import match_outputs
 from conflayers_cli.bench.schema import SKIP_ONLY, SPECULATIVE, VANILLA, Agreement, OutputMatch
 from conflayers_cli.bench.systems import BenchPrompt, PromptRuns, Run, System
@@ -66,13 +67,11 @@ class BenchResult:
     Attributes:
         prompts: all runs of every prompt.
         systems: figures by system.
-        matches: outputs compared with vanilla's, for every system that should give the same; None
-            when sampling.
+        matches: outputs compared with vanilla's, for every system that should give the same.
         peak_memory: the most memory over the model's weights, in bytes, by system; empty where it
             can't be read.
         cache_bytes: of the largest KV cache.
-        agreement: of the lossy system's outputs with vanilla's; None without one, or when
-            sampling.
+        agreement: of the lossy system's outputs with vanilla's; None without one.
         queues: where prompts are decoded together, the runs of each queue as if it were a prompt:
             they are what speeds are measured of. Empty: each prompt is decoded alone.
         batch_size: prompts decoded at once.
@@ -80,7 +79,7 @@ class BenchResult:
 
     prompts: tuple[PromptRuns, ...]
     systems: Mapping[str, SystemResult]
-    matches: Mapping[str, OutputMatch] | None
+    matches: Mapping[str, OutputMatch]
     peak_memory: Mapping[str, int]
     cache_bytes: int
     agreement: Agreement | None = None
@@ -173,15 +172,17 @@ def measure(
     together = () if batch_size == 1 else tuple(map(_merge_prompts, queues, taken))
     names = [system.name for system in systems]
     lossless = [name for name in names if name not in (VANILLA, SKIP_ONLY)]
+    if not sampling.greedy:  # transformers samples with random numbers of its own
+        lossless = [name for name in lossless if name not in HF_BASELINES]
     return BenchResult(
         prompts=alone,
         systems={name: SystemResult.of(alone, name, together) for name in names},
-        matches=match_outputs(lossless, alone, decoder, sampling) if sampling.greedy else None,
+        matches=match_outputs(lossless, alone, decoder, sampling),
         peak_memory=peaks,
         cache_bytes=max(
             run.cache_bytes or 0 for each in alone for of in each.runs.values() for run in of
         ),
-        agreement=_agreement(alone) if sampling.greedy and SKIP_ONLY in names else None,
+        agreement=_agreement(alone) if SKIP_ONLY in names else None,
         queues=together,
         batch_size=batch_size,
     )
@@ -231,6 +232,6 @@ def run_ratios(prompts: Sequence[PromptRuns], system: str, over: str = VANILLA) 
 
 
 def _agreement(prompts: Sequence[PromptRuns]) -> Agreement:
-    """Of the lossy system with vanilla: of their first runs, since greedy ones are all alike."""
+    """Of the lossy system with vanilla: of their first runs, since they are all alike."""
     first = [{name: runs[0].tokens for name, runs in prompt.runs.items()} for prompt in prompts]
     return measure_agreement([(tokens[VANILLA], tokens[SKIP_ONLY]) for tokens in first])

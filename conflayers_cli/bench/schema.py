@@ -107,7 +107,7 @@ class SystemFigures(Section):
 
 
 class Divergence(Section):
-    """Where a system's greedy output leaves vanilla's.
+    """Where a system's output leaves vanilla's.
 
     Attributes:
         id: the prompt.
@@ -125,7 +125,7 @@ class Divergence(Section):
 
 
 class OutputMatch(Section):
-    """How many prompts' greedy outputs equal vanilla's, and where the others part from them."""
+    """How many prompts' outputs equal vanilla's, and where the others part from them."""
 
     matching: Count
     total: Count

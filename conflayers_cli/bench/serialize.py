@@ -58,7 +58,7 @@ def build_document(
 
 def _optional_fields(result: BenchResult) -> dict[str, Any]:
     """Fields about the systems beside vanilla, and about batches; most only where there are any."""
-    matches = result.matches or {}
+    matches = result.matches
     baselines = [name for name in result.systems if name not in OWN_SYSTEMS]
     fields: dict[str, Any] = {
         "speedup_over": {name: result.speedup(name) for name in baselines},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from conflayers_cli.engine.decoder import Decoder
@@ -25,14 +25,12 @@ class BenchPrompt:
         category: what kind of prompt it is, if it says so.
         tokens: the prompt's token ids.
         max_new_tokens: the most tokens produced.
-        seed: of the random numbers; the same in every system.
     """
 
     id: str
     category: str | None
     tokens: tuple[int, ...]
     max_new_tokens: int
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,6 @@ class EngineSystem:
             skip_plan=self.skip_plan,
         )
         results = generator.generate(
-            GenerationRequest(
-                each.tokens, each.max_new_tokens, replace(self.sampling, seed=each.seed)
-            )
-            for each in prompts
+            GenerationRequest(each.tokens, each.max_new_tokens, self.sampling) for each in prompts
         )
         return [Run(each.token_ids, each.stats, each.cache_bytes) for each in results]

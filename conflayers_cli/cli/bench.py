@@ -38,7 +38,7 @@ def bench(
 
     Both decode the same prompts in turns; without --data those of the package.
     The exit code is 3 when a gate does not hold: the speed-up is under
-    --fail-under, a figure is a regression against --compare, or greedy outputs in
+    --fail-under, a figure is a regression against --compare, or outputs in
     float32 are not the same. All results are written before that.
 
     \b
@@ -59,7 +59,7 @@ def bench(
     measuring.check(profile, model, drafting.method, batch_size)
     found = load_profile(profile)
     sampling.note_unused()
-    drafting = replace(drafting, greedy=sampling.greedy, batch_size=batch_size)
+    drafting = replace(drafting, batch_size=batch_size)
     drafting.check(profile)
 
     from conflayers_cli.bench.job import BenchJob, BenchRequest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -40,7 +39,7 @@ SamplingFlags = Annotated[
             min=0,
             max=options.MAX_SEED,
             metavar="N",
-            help="Seed of the random numbers; answer i uses N + i.",
+            help="Seed of sampling. Drawn if not given.",
             rich_help_panel="Sampling",
         )
     ),
@@ -81,7 +80,6 @@ def chat(
     found = load_profile(profile)
     source = model_source(model, found)
     sampling.note_unused()
-    drafting = replace(drafting, greedy=sampling.greedy)
     drafting.check(profile)
     interactive = is_terminal(sys.stdin)
     line = from_terminal() if interactive else from_stdin()
@@ -92,6 +90,7 @@ def chat(
 
     from conflayers_cli.generation.generator import TextGenerator
     from conflayers_cli.generation.prefix_cache import PrefixCache
+    from conflayers_cli.generation.request import with_seed
 
     generator = TextGenerator(
         decoder,
@@ -103,7 +102,7 @@ def chat(
     session = Session(
         loaded=loaded,
         generator=generator,
-        sampling=sampling,
+        sampling=with_seed(sampling),
         stop=tuple(stop or ()),
         max_new_tokens=max_new_tokens,
         system=system,

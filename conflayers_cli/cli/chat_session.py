@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class Session:
 
     Attributes:
         loaded, generator: the model, decoding with a prefix cache.
-        sampling: of the first answer; the seed rises with each.
+        sampling: of all answers, each of which has random numbers of its own.
         stop: strings that end an answer.
         max_new_tokens: the most tokens of an answer.
         system: the system message; None: there is none.
@@ -116,7 +116,12 @@ class Session:
             logger.info("nothing was answered yet")
             return
         total, kept = self.latest.prompt_tokens, self.latest.cached_prompt_tokens
-        print_stats(run_stats(self.loaded, self.generator), self.latest.stats, 1, total - kept)
+        print_stats(
+            run_stats(self.loaded, self.generator, self.sampling),
+            self.latest.stats,
+            1,
+            total - kept,
+        )
         logger.info(f"of {total:,} prompt tokens {kept:,} were there from before")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
@@ -161,8 +166,7 @@ class Session:
         budget = self.max_new_tokens
         if self.loaded.context_length is not None:
             budget = min(budget, self.loaded.context_length - len(tokens))
-        sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
-        request = GenerationRequest(tokens, budget, sampling, self.stop)
+        request = GenerationRequest(tokens, budget, self.sampling, self.stop, answer=self.answers)
         result = None
         with _stoppable(self.interactive) as stopped:
             for response in self.generator.stream([request]):

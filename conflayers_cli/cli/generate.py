@@ -31,6 +31,7 @@ from conflayers_cli.cluster.ray_cluster import Cluster, parse_cluster
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
+from conflayers_cli.generation.request import with_seed
 from conflayers_cli.generation.run import GenerationRun
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.profile.build_proposer import as_batch_proposer, build_proposer
@@ -86,7 +87,7 @@ def generate(
     found = load_profile(profile)
     source = model_source(model, found)
     sampling.note_unused()
-    drafting = replace(drafting, greedy=sampling.greedy, batch_size=file.size)
+    drafting = replace(drafting, batch_size=file.size)
     if not (lossy.skip_only or adapting.adapt):
         drafting.check(profile)
     if file.data:
@@ -100,7 +101,7 @@ def generate(
         profile_path=profile,
         force=force,
         drafting=drafting,
-        adaptation=Adaptation(adapting, sampling.seed) if adapting.adapt else None,
+        adaptation=Adaptation(adapting, sampling.seed or 0) if adapting.adapt else None,
         lossy=lossy,
         prompts=prompts,
         prompt_options=prompt_options,
@@ -111,6 +112,8 @@ def generate(
     try:
         if file.data:
             keys = request_keys(prompts, job.request_settings())
+            # Drawn here, once, and not by each of several workers.
+            job = replace(job, sampling=with_seed(sampling))
             generate_file(prompts, keys, job.prepare, file, cluster, stats=stats)
         else:
             generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
@@ -227,13 +230,9 @@ class GenerateJob:
             settings += ["truncate"]
         if self.load.quantize:
             settings += ["quantize", self.load.quantize]
-        adapt = self.adaptation.method if self.adaptation else None
         if self.lossy.skip_only:
             plan = self.profile.plan if self.profile else None
             settings += ["skip-only", self.lossy.target_speedup, repr(plan)]
-        elif not self.sampling.greedy and (self.profile or self.drafting.method or adapt):
-            # Drafts keep a sampled text's distribution, but not the text itself.
-            settings += [repr(self.profile), adapt, asdict(self.drafting)]
         return settings
 
     def end_adaptation(self) -> None:

@@ -167,7 +167,7 @@ SAMPLING = OptionGroup(
         min=0,
         max=MAX_SEED,
         metavar="N",
-        help="Seed of the random numbers; prompt i of a file uses N + i.",
+        help="Seed of sampling: a prompt's text depends on it alone. Drawn if not given.",
     ),
 )
 SamplingFlags = Annotated[SamplingParams, SAMPLING]

@@ -58,13 +58,16 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     return tokens.masked_fill_(best - best != 0, INVALID_TOKEN)
 
 
-def greedy_with_prob(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely tokens of ``[..., V]`` and their probabilities, to be read at once.
+def greedy_with_confidence(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely tokens of ``[..., V]`` and how sure they are, to be read at once.
 
-    float64 ``[2, ...]``, in which token ids are exact. Where the logits are not finite the
-    probability is NaN and the token still a valid id: a pass on it may be running already.
+    float64 ``[2, ...]``, in which token ids are exact; the confidence is that of
+    `engine.token_choice.TokenChoice`. Where the logits are not finite it is NaN, and the token
+    still a valid id: a pass on it may be running already.
     """
-    logits = logits.float()
-    best, tokens = logits.max(dim=-1)
-    confidence = torch.exp(best - torch.logsumexp(logits, dim=-1))
-    return torch.stack([tokens.double(), confidence.double()])
+    best, tokens = logits.max(dim=-1, keepdim=True)
+    # The second one without sorting: the highest of the others.
+    second = logits.scatter(-1, tokens, -torch.inf).amax(dim=-1, keepdim=True)
+    best = best.double()
+    confidence = torch.sigmoid(best - second.double()) + (best - best)
+    return torch.stack([tokens.double(), confidence]).squeeze(-1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.argmax import greedy_with_prob
+from conflayers_cli.engine.argmax import greedy_with_confidence
 from conflayers_cli.engine.cuda_graphs import DeviceWork, PendingRead, Recorder
 from conflayers_cli.engine.forward import ForwardRunner, ModelInput
 from conflayers_cli.engine.token_choice import TokenChoice
@@ -196,7 +196,7 @@ class GraphRunner(Runner):
 
         def work() -> torch.Tensor:
             logits = self.passes.run(given, cache, plan, 0, kv_len)
-            chosen = greedy_with_prob(logits[0, :1])
+            chosen = greedy_with_confidence(logits[0, :1])
             given.tokens.copy_(chosen[0].to(torch.int64).expand_as(given.tokens))
             given.positions.add_(1)
             return chosen.flatten()

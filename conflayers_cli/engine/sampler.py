@@ -1,35 +1,62 @@
-"""Logits → the distribution that tokens are sampled from.
+"""Logits → tokens: the likeliest one, or one sampled by a race that drafts can't change.
 
 Order of the transforms as in transformers: repetition penalty, temperature, top-k, top-p, min-p.
-Both the draft's and the target's distribution are taken *after* all of them.
+
+A token is sampled as the winner of a race (drafter-invariant speculative decoding, Daliri et al.,
+arXiv 2408.07978): ``argmax_i p_i / E_i``, whose exponentials E depend on the text's seed, its
+prompt, the position and the token alone. That is a sample of p. A draft races with the same E and
+its own probabilities, so it mostly names the same winner; it is accepted where it does. In
+logarithms, and without normalising p: the greatest of ``logit_i - temperature * log E_i``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
+from conflayers_cli.engine.argmax import greedy_tokens
+from conflayers_cli.engine.noise import BLOCK, ExponentialNoise, stream_key
+from conflayers_cli.engine.race import SCALES, Race, dense_winners
 from conflayers_cli.sampling_params import SamplingParams
-from conflayers_cli.utils.distributed import broadcast_rank0
-
-MIN_SCALE = 1e-30
-"""Scores are divided by no less: float32 has few smaller numbers."""
 
 
 class Sampler:
-    """Sampling of one sequence: its random numbers and the tokens it has seen.
+    """How the tokens of one sequence are chosen: its random numbers, the tokens it has seen.
 
-    ``vocabulary`` is the number of logits per position, ``device`` that of the logits.
+    Args:
+        settings: with a seed, unless greedy.
+        vocabulary: the number of logits per position.
+        device: that of the logits.
+        prompt: the sequence's prompt.
+        answer: which of several answers to the prompt it is.
+
+    Raises:
+        ValueError: tokens are sampled, and there is no seed.
     """
 
-    def __init__(self, settings: SamplingParams, vocabulary: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: SamplingParams,
+        vocabulary: int,
+        device: torch.device,
+        prompt: Sequence[int] = (),
+        answer: int = 0,
+    ) -> None:
         self.settings = settings
-        self.generator = torch.Generator(device=device).manual_seed(settings.seed)
+        self.vocabulary = vocabulary
+        self._noise: ExponentialNoise | None = None
+        if not settings.greedy:
+            if settings.seed is None:
+                raise ValueError("tokens are sampled, but there is no seed")
+            key = stream_key(settings.seed, tuple(prompt), answer)
+            self._noise = ExponentialNoise(key, vocabulary)
         self._seen: torch.Tensor | None = None
         if settings.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.mark_seen(prompt)
 
     @property
     def has_penalty(self) -> bool:
@@ -37,7 +64,7 @@ class Sampler:
         return self._seen is not None
 
     def mark_seen(self, tokens: Iterable[int]) -> None:
-        """Tokens that are part of the text now (prompt included), for the penalty."""
+        """Tokens that are part of the text now, for the penalty."""
         if self._seen is not None:
             self._seen[list(tokens)] = True
 
@@ -61,7 +88,7 @@ class Sampler:
         if self._seen is None:
             return logits
         # Beyond these bounds numbers would overflow, and nothing else be any different.
-        penalty = min(max(self.settings.repetition_penalty, MIN_SCALE), 1 / MIN_SCALE)
+        penalty = min(max(self.settings.repetition_penalty, SCALES[0]), SCALES[1])
         seen = self._seen[: logits.shape[1]].repeat(logits.shape[0], 1)
         parents = range(len(drafted)) if parents is None else parents
         for row, (token, parent) in enumerate(zip(drafted, parents, strict=True), 1):
@@ -72,71 +99,65 @@ class Sampler:
             seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
         )
 
-    def distribution(
+    def choose(
         self,
         logits: torch.Tensor,
+        position: int,
         drafted: Sequence[int] = (),
         parents: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        """Probabilities float32 ``[T, V]`` of logits ``[T, V]``; NaN where those are not finite.
+    ) -> list[int]:
+        """The next token by each of the logits ``[T, V]``; `INVALID_TOKEN` where they are NaN or
+        infinite.
 
-        Only for temperatures above 0. ``drafted`` and ``parents`` as in :meth:`scores`.
+        ``position`` is that of the token that logits 0 decide; other arguments as of `scores`.
         """
-        settings = self.settings
-        scores = self.scores(logits, drafted, parents).float()
-        # The maximum first: a tiny temperature must not divide logits to infinity.
-        scores = scores - scores.amax(dim=-1, keepdim=True)
-        scores = scores / max(settings.temperature, MIN_SCALE)
-        if settings.top_k is not None and settings.top_k < scores.shape[-1]:
-            least = scores.topk(settings.top_k, dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
-        probabilities = torch.softmax(scores, dim=-1)
-        if settings.top_p is not None and settings.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            outside = torch.zeros_like(before, dtype=torch.bool)
-            outside.scatter_(-1, order, before >= settings.top_p)
-            # On a GPU cumulative sums differ in their last bits from one time to the next.
-            probabilities = broadcast_rank0(renormalize(probabilities.masked_fill(outside, 0.0)))
-        if settings.min_p:
-            least = probabilities.amax(dim=-1, keepdim=True) * settings.min_p
-            probabilities = renormalize(probabilities.masked_fill(probabilities < least, 0.0))
-        return probabilities
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token from the logits ``[1, V]`` of the last position, or `INVALID_TOKEN`."""
+        scores = self.scores(logits, drafted, parents)
         if self.settings.greedy:
-            return int(greedy_tokens(self.scores(logits)))
-        return self.draw(self.distribution(logits)[0])
+            greedy: list[int] = greedy_tokens(scores).tolist()
+            return greedy
+        depths = [0]
+        for parent in range(len(drafted)) if parents is None else parents:
+            depths.append(depths[parent] + 1)
+        return self.sample(scores, [position + depth for depth in depths])
 
-    def draw(self, probabilities: torch.Tensor) -> int:
-        """A token from ``[V]`` probabilities (need not be normalised); `INVALID_TOKEN` of NaN.
+    def sample(self, scores: torch.Tensor, positions: Sequence[int]) -> list[int]:
+        """The winners of races by scores ``[T, V]`` for tokens at these positions."""
+        noise = self._sampling_noise
+        if scores.device.type != "cpu":
+            return dense_winners(self.settings, scores, noise.dense(positions, scores.device))
+        return [
+            race.winner(noise.minima(position))
+            for race, position in zip(self._races(scores), positions, strict=True)
+        ]
 
-        By inverse transform sampling: an eighteenth of what ``multinomial`` takes on a CPU. Sums in
-        float64 keep the tail; a token of probability 0 is never the first beyond a threshold.
+    def candidates(
+        self, scores: torch.Tensor, positions: Sequence[int], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """The ``count`` ≥ 2 tokens that are ahead by scores ``[T, V]``, and their shares.
+
+        The first is what `choose` returns. A token's share is a guess how likely it is to be the
+        choice by somewhat different scores: a softmax over what is compared, of the tokens named
+        alone. Fewer tokens where others are far behind; none where the scores are not finite.
         """
-        sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        shape, device = (1,), self.generator.device
-        uniform = torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
-        token = torch.searchsorted(sums, uniform * sums[-1:], right=True)
-        # Should rounding reach the whole sum, the last token with a probability is taken.
-        last = torch.searchsorted(sums, sums[-1:])
-        token = torch.minimum(token, last).masked_fill_(sums[-1:].isnan(), INVALID_TOKEN)
-        return int(broadcast_rank0(token))
+        if self.settings.greedy:
+            best, tokens = scores.float().topk(min(count, scores.shape[-1]), dim=-1)
+            valid, shares = best[:, 0].isfinite().tolist(), torch.softmax(best, dim=-1).tolist()
+            rows = zip(valid, tokens.tolist(), shares, strict=True)
+            return [list(zip(t, p, strict=True)) if good else [] for good, t, p in rows]
+        noise = self._sampling_noise
+        return [
+            race.leaders(noise.minima(position), count)
+            for race, position in zip(self._races(scores.cpu()), positions, strict=True)
+        ]
 
-    def draw_distinct(self, probabilities: torch.Tensor, count: int) -> list[int]:
-        """``count`` different tokens from ``[V]`` probabilities (need not be normalised), of which
-        at least as many are above 0."""
-        drawn: list[int] = torch.multinomial(
-            probabilities, count, generator=self.generator
-        ).tolist()
-        return drawn
+    @property
+    def _sampling_noise(self) -> ExponentialNoise:
+        if self._noise is None:
+            raise ValueError("greedy tokens need no random numbers")
+        return self._noise
 
-    def uniform(self, count: int) -> torch.Tensor:
-        """``count`` random numbers from [0, 1), float32."""
-        return torch.rand(count, generator=self.generator, device=self.generator.device)
-
-
-def renormalize(probabilities: torch.Tensor) -> torch.Tensor:
-    """Probabilities ``[..., V]`` scaled to a sum of one."""
-    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+    def _races(self, scores: torch.Tensor) -> Iterator[Race]:
+        padding = (0, -scores.shape[1] % BLOCK)
+        blocks = F.pad(scores.float(), padding, value=-math.inf).view(len(scores), -1, BLOCK)
+        for row, highest in zip(blocks.numpy(), blocks.amax(dim=-1).numpy(), strict=True):
+            yield Race(self.settings, row, highest)

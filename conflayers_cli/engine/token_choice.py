@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from conflayers_cli.engine.argmax import greedy_with_prob
+from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_with_confidence
 from conflayers_cli.engine.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """A token, its draft probability, and the probabilities ``[V]`` where they are asked for.
+    """A token, how sure the choice is, and the tokens that came next.
 
-    The draft probability is NaN where the logits are not finite: then the token means nothing.
+    Attributes:
+        token: the draft's choice; means nothing where the logits are not finite.
+        confidence: ``1 / (1 + exp(-margin))`` of the margin by which the token is ahead of the
+            second one: of its logit, or of what the race compares where tokens are sampled. So from
+            0.5 to 1; NaN where the logits are not finite. It tells more about a draft's fate than
+            the token's probability does.
+        share: of the token among those named; 1 where no others are asked for.
+        others: further tokens and their shares, best first, if asked for (`Sampler.candidates`).
     """
 
     token: int
     confidence: float
-    probs: torch.Tensor | None = None
+    share: float = 1.0
+    others: tuple[tuple[int, float], ...] = ()
 
     @property
     def is_valid(self) -> bool:
         """Whether the logits are finite."""
         return not math.isnan(self.confidence)
+
+    @classmethod
+    def of(cls, candidates: Sequence[tuple[int, float]]) -> TokenChoice:
+        """From `Sampler.candidates` of a row."""
+        if not candidates:
+            return cls(INVALID_TOKEN, math.nan)
+        (token, share), *others = candidates
+        second = others[0][1] if others else 0.0
+        return cls(token, share / (share + second), share, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -36,52 +53,46 @@ class TokenRequest:
     Attributes:
         index: the sequence's index in the pass.
         sampler: how its tokens are chosen.
-        drafted: the tokens assumed after its text.
+        length: of its text.
+        drafted: the tokens assumed after the text.
         count: tokens to choose: after the last ``count - 1`` of the drafted ones and before them.
     """
 
     index: int
     sampler: Sampler
+    length: int
     drafted: Sequence[int]
     count: int
 
 
 def choose_tokens(
-    logits: torch.Tensor, requests: Sequence[TokenRequest], *, with_probs: bool = False
-) -> list[Iterator[TokenChoice]]:
+    logits: torch.Tensor, requests: Sequence[TokenRequest], *, others: int = 0
+) -> list[list[TokenChoice]]:
     """Choices of each request from logits ``[B, W, V]``, of which it uses the first ``count``.
 
-    Tokens are only sampled when taken. ``with_probs``: greedy choices have probabilities, too.
+    ``others``: how many further tokens are named beside each.
     """
     samplers = [request.sampler for request in requests]
-    if not with_probs and all(s.settings.greedy and not s.has_penalty for s in samplers):
-        tokens, confidences = greedy_with_prob(logits).tolist()
+    if not others and all(s.settings.greedy and not s.has_penalty for s in samplers):
+        tokens, confidences = greedy_with_confidence(logits).tolist()
         return [
-            (
+            [
                 TokenChoice(int(token), confidence)
                 for token, confidence in zip(
                     tokens[request.index][: request.count], confidences[request.index], strict=False
                 )
-            )
+            ]
             for request in requests
         ]
-    return [_choose(logits[each.index, : each.count], each, with_probs) for each in requests]
+    return [_choose(logits[each.index, : each.count], each, max(others, 1)) for each in requests]
 
 
-def _choose(logits: torch.Tensor, request: TokenRequest, with_probs: bool) -> Iterator[TokenChoice]:
+def _choose(logits: torch.Tensor, request: TokenRequest, others: int) -> list[TokenChoice]:
     """From the logits ``[count, V]``."""
     sampler, drafted = request.sampler, request.drafted
     if sampler.has_penalty:  # the penalty needs a row per drafted token; those before are dropped
         before = logits[:1].expand(len(drafted) + 1 - request.count, -1)
-        logits = torch.cat([before, logits])
-    else:
-        drafted = ()
-    if not sampler.settings.greedy:
-        for probs in sampler.distribution(logits, drafted)[-request.count :]:
-            token = sampler.draw(probs)
-            yield TokenChoice(token, float(probs[token]), probs)
-        return
-    all_probs = torch.softmax(sampler.scores(logits, drafted)[-request.count :].float(), dim=-1)
-    best, tokens = all_probs.max(dim=-1)
-    for i, (token, confidence) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True)):
-        yield TokenChoice(token, confidence, all_probs[i] if with_probs else None)
+        logits = sampler.scores(torch.cat([before, logits]), drafted)[-request.count :]
+    begin = request.length + len(drafted) + 1 - request.count
+    positions = range(begin, begin + request.count)
+    return [TokenChoice.of(each) for each in sampler.candidates(logits, positions, others + 1)]

@@ -168,6 +168,7 @@ class TextGenerator:
             stats=GenerationStats.from_steps(sequence.steps if sequence else ()),
             cached_prompt_tokens=sequence.num_cached if sequence else 0,
             cache_bytes=self._queue.cache_bytes,
+            seed=None if request.sampling.greedy else request.sampling.seed,
         )
         if not self._active:
             self._queue.release()

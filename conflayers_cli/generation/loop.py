@@ -22,8 +22,8 @@ LAUNCHED_AHEAD = 2
 class Generation(Sequence):
     """One sequence decoded alone. Iterate for :class:`Step` s; stop whenever you like.
 
-    Greedy output equals vanilla greedy decoding token for token; sampled output has the target's
-    distribution, whatever the proposer. The budget is exact: nothing after an end token or past
+    The output, greedy or sampled, equals vanilla decoding's token for token, whatever the proposer.
+    The budget is exact: nothing after an end token or past
     ``max_new_tokens`` is kept or counted.
 
     Args:
@@ -165,11 +165,7 @@ class Generation(Sequence):
             # NaN. So the next token is decided without drafts.
             self.cache.clear(kv_len + len(decided), kv_len + 1 + len(nodes))
             return decided or self._verify(NO_DRAFT)
-        if (
-            row > len(draft.tokens)
-            and self.sampler.settings.greedy
-            and self.decoder.invariance.bitwise
-        ):
+        if row > len(draft.tokens) and self.decoder.invariance.bitwise:
             # The leaf is the model's choice to the bit, but not the token behind it (see
             # `spec_decode.tree`), which opens the next draft and is verified there.
             source = draft.sources[parent] if draft.sources else self._proposer_name

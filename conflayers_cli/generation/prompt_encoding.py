@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompts import Prompt, as_messages, plain_text, with_system
-from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.generation.request import GenerationRequest, with_seed
 from conflayers_cli.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def encode_prompts(
     Where a prompt leaves less than ``max_new_tokens`` of the context, its budget is reduced, noted
     once; with ``truncate`` it is shortened, which is noted, but for no more than half the context.
 
-    ``sampling`` (None: greedy) is of the first prompt; the seed of each further one is one more, so
-    that it doesn't depend on those before it.
+    Where tokens are sampled (``sampling`` None: greedy) and no seed is given, one is drawn for all
+    prompts: a text depends on the seed and its own prompt, not on its place or its neighbours.
 
     Raises:
         InputError: a prompt can't be encoded or fills the context; it is named.
@@ -77,9 +77,9 @@ def encode_prompts(
     from conflayers_cli.models.tokenization import TooLongError
 
     context, wanted = loaded.context_length, options.max_new_tokens
-    sampling = sampling or SamplingParams()
+    sampling = with_seed(sampling or SamplingParams())
     requests = []
-    for number, prompt in enumerate(prompts):
+    for prompt in prompts:
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
         try:
             rendered = _rendered(loaded, prompt, options.system, options.raw)
@@ -109,7 +109,7 @@ def encode_prompts(
             GenerationRequest(
                 tokens,
                 min(wanted, remaining),
-                replace(sampling, seed=sampling.seed + number),
+                sampling,
                 stop=tuple(stop),
                 id=prompt.id,
                 category=prompt.category,

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.utils.distributed import broadcast_rank0
+
+SEED_BITS = 31
+"""Of seeds that are drawn: short enough to be typed."""
+
+
+def with_seed(sampling: SamplingParams) -> SamplingParams:
+    """These, with a seed drawn by the system where tokens are sampled and none is given."""
+    if sampling.greedy or sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=broadcast_rank0(secrets.randbits(SEED_BITS)))
 
 
 @dataclass(frozen=True)
@@ -16,12 +28,14 @@ class GenerationRequest:
     Attributes:
         prompt: token ids, at least one; kept as a tuple.
         max_new_tokens: at least one.
-        sampling: how tokens are chosen, with a seed of its own.
+        sampling: how tokens are chosen; where they are sampled and no seed is given, one is drawn.
         stop: strings that end the text and are not part of it.
         on_token: called with every new token in order; True ends the text with it.
         id: the prompt's name in its file.
         category: what kind of prompt it is, if the file says so.
         truncated: tokens left out of the prompt so that it fits.
+        answer: which of several answers to the same prompt it is: each has random numbers of its
+            own.
 
     Raises:
         InputError: no prompt, no budget, or an empty stop string.
@@ -35,10 +49,12 @@ class GenerationRequest:
     id: str = ""
     category: str | None = None
     truncated: int = 0
+    answer: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "sampling", with_seed(self.sampling))
         if not self.prompt:
             raise InputError("the prompt has no tokens")
         if self.max_new_tokens < 1:

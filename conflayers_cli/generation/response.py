@@ -22,6 +22,7 @@ class GenerationResult:
         stats: of decoding.
         cached_prompt_tokens: prompt tokens that were in the cache already.
         cache_bytes: memory of the keys and values; of a batch all of it.
+        seed: that its tokens were sampled with; None: greedy.
     """
 
     text: str
@@ -31,6 +32,7 @@ class GenerationResult:
     stats: GenerationStats
     cached_prompt_tokens: int = 0
     cache_bytes: int = 0
+    seed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -38,6 +40,7 @@ class GenerationResult:
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
+            "seed": self.seed,
             "stats": self.stats.as_json(),
         }
 

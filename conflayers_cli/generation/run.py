@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from conflayers_cli.generation.request import GenerationRequest
     from conflayers_cli.generation.response import GenerationResult
     from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.sampling_params import SamplingParams
     from conflayers_cli.utils.memory import PeakMemory
 
 
@@ -53,7 +54,8 @@ class GenerationRun:
     memory: PeakMemory | None = None
 
     def run_stats(self) -> RunStats:
-        return run_stats(self.loaded, self.generator, self.memory)
+        sampling = self.requests[0].sampling if self.requests else None
+        return run_stats(self.loaded, self.generator, sampling, self.memory)
 
     def results(self, begin: int, end: int) -> Iterator[PromptResult]:
         """The results of ``requests[begin:end]``, each as soon as it is complete.
@@ -87,7 +89,10 @@ class GenerationRun:
 
 
 def run_stats(
-    loaded: LoadedModel, generator: TextGenerator, memory: PeakMemory | None = None
+    loaded: LoadedModel,
+    generator: TextGenerator,
+    sampling: SamplingParams | None = None,
+    memory: PeakMemory | None = None,
 ) -> RunStats:
     """What ``--stats`` shows of a model and its generator, as of now."""
     from conflayers_cli.engine.run_info import run_notes
@@ -96,6 +101,8 @@ def run_stats(
     if generator.skip_plan:
         kept = " ".join(map(str, _kept_layers(generator)))
         lossy = f"lossy: decoded with layers {kept} of {decoder.depth} alone"
+    sampled = sampling and not sampling.greedy
+    seed = (f"sampled with seed {sampling.seed}",) if sampling and sampled else ()
     return RunStats(
         batch_size=generator.batch_size,
         lossy=lossy,
@@ -103,6 +110,7 @@ def run_stats(
         notes=(
             f"{loaded.name} on {loaded.device_label}; {loaded.dtype_reason}",
             *run_notes(decoder),
+            *seed,
         ),
     )
 

@@ -8,14 +8,13 @@ from typing import Literal
 
 import torch
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError, greedy_tokens
+from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.spec_decode.proposer import NO_DRAFT, Draft
-from conflayers_cli.spec_decode.rejection_sampler import accept_greedy, accept_sampled
 
 FinishReason = Literal["stop", "length"]
 
@@ -104,7 +103,9 @@ class Sequence:
         self.finish: FinishReason | None = None
         self.num_cached = 0
         self.steps: list[Step] = []
-        self.sampler = Sampler(request.sampling, decoder.vocabulary, decoder.device)
+        self.sampler = Sampler(
+            request.sampling, decoder.vocabulary, decoder.device, request.prompt, request.answer
+        )
 
     @property
     def output(self) -> list[int]:
@@ -121,7 +122,6 @@ class Sequence:
         alone holds; it decides the first token.
         """
         begin = perf_counter()  # whatever a step decides was read from the device within it
-        self.sampler.mark_seen(self.tokens)
         prompt = torch.tensor([self.tokens[num_cached:]])
         logits = self.decoder.prefill(prompt, cache, start=num_cached)
         _, token = self.decide(NO_DRAFT, logits[0])
@@ -139,17 +139,11 @@ class Sequence:
             best: their greedy tokens, if known already.
 
         Returns:
-            (row, token) as :func:`accept_greedy`; the token may be `INVALID_TOKEN`.
+            (row, token) as `Draft.follow`; the token may be `INVALID_TOKEN`.
         """
-        nodes, parents = draft.nodes, draft.parents
-        if not self.sampler.settings.greedy:
-            target = self.sampler.distribution(logits, nodes, parents)
-            return accept_sampled(
-                draft.tokens, target, draft.distribution, self.sampler, draft.leaves
-            )
-        if best is None or self.sampler.has_penalty:
-            best = greedy_tokens(self.sampler.scores(logits, nodes, parents)).tolist()
-        return accept_greedy(draft.tokens, best, draft.leaves)
+        if best is None or not self.sampler.settings.greedy or self.sampler.has_penalty:
+            best = self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
+        return draft.follow(best)
 
     def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens up to the first that ends the output; returns those kept.

@@ -178,15 +178,13 @@ class _Builder:
 
     def _tree_shape(self, draft: DraftSettings) -> TreeShape | None:
         """The side candidates wanted: the profile's, or the papers' where they are asked for."""
-        from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape
+        from conflayers_cli.spec_decode.tree import PAPER_SHAPE, TreeShape
 
         if self.options.tree is False or self.options.batch_size > 1:  # batches verify chains
             return None
         if draft.tree is not None:
             return TreeShape(draft.tree)
-        if self.options.tree is None:
-            return None
-        return GREEDY_SHAPE if self.options.greedy else SAMPLING_SHAPE
+        return PAPER_SHAPE if self.options.tree else None
 
 
 def costs_for(

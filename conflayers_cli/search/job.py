@@ -30,7 +30,7 @@ from conflayers_cli.search.options import AUTO, DraftWeights, SearchOptions
 from conflayers_cli.search.problem import OnTrial, SearchProblem, Strategy
 from conflayers_cli.search.strategies.registry import make_strategies, strategy_key
 from conflayers_cli.skip_plan import Weights
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class CalibrationJob:
             problem=problem,
             held_out=held_out,
             refine=options.max_refined,
-            tree=GREEDY_SHAPE if options.tree else None,
+            tree=PAPER_SHAPE if options.tree else None,
             weights=self.draft_weights,
             on_stage=on_stage,
             on_better=on_better,

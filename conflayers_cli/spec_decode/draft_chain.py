@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
+from conflayers_cli.engine.token_choice import TokenChoice
 from conflayers_cli.spec_decode.acceptance import (
     FRESH,
     NO_UPDATE,
@@ -29,8 +28,7 @@ class DraftChain:
         survival: the chance that all of the first i tokens are accepted, i = 0 … len(tokens).
         updates: of the estimates, once each token is decided.
         sources: who drafted each: "skip" or "ngram".
-        probs: the skipped model's probabilities ``[V]`` at each token, where they are asked for;
-            None where it has not checked an n-gram's token.
+        choices: the skipped model's own at each token; None where it has not checked an n-gram's.
         num_checked: how many tokens the skipped model has decided on; those behind are n-grams'.
         closed: nothing is drafted behind the last token.
     """
@@ -43,13 +41,13 @@ class DraftChain:
     survival: list[float] = field(default_factory=lambda: [1.0])
     updates: list[RateUpdate] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    probs: list[torch.Tensor | None] = field(default_factory=list)
+    choices: list[TokenChoice | None] = field(default_factory=list)
     num_checked: int = 0
     closed: bool = False
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are sampled: what the skipped model drew must not be dropped again."""
+        """Whether tokens are sampled: then n-grams come true less often."""
         return not self.context.sampler.settings.greedy
 
     @property
@@ -82,28 +80,38 @@ class DraftChain:
         self.survival.append(self.survival[-1] * chance)
         self.updates.append(NO_UPDATE)
         self.sources.append(source)
-        self.probs.append(None)
+        self.choices.append(None)
 
-    def check(
-        self, chance: float, update: RateUpdate, confidence: float, probs: torch.Tensor | None
-    ) -> None:
+    def check(self, chance: float, update: RateUpdate, choice: TokenChoice) -> None:
         """Mark the first unchecked token as checked by the skipped model.
 
-        ``chance``: that it is accepted; ``confidence``: the probability of the model's own choice.
+        ``chance``: that it is accepted; ``choice``: the model's own.
         """
         at = self.num_checked
         before, after = self.survival[at], self.survival[at + 1]
         factor = chance * before / after if after else 0.0
         self.survival[at + 1 :] = [each * factor for each in self.survival[at + 1 :]]
         self.updates[at] = update
-        self.probs[at] = probs
+        self.choices[at] = choice
         self.num_checked += 1
-        self.last_state = confidence_bin(confidence)
+        self.last_state = confidence_bin(choice.confidence)
 
     def cut(self, count: int) -> None:
         """Drop all but the first ``count`` tokens."""
-        for each in (self.tokens, self.updates, self.sources, self.probs):
+        for each in (self.tokens, self.updates, self.sources, self.choices):
             del each[count:]
         del self.survival[count + 1 :]
         self.num_checked = min(self.num_checked, count)
         self.closed = False
+
+    def candidates(self) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """(the tokens' shares, for each the other tokens and theirs), as `propose_leaves` wants.
+
+        An n-gram's token that was not checked has a share of 1 and no others.
+        """
+        shares, others = [], []
+        for token, choice in zip(self.tokens, self.choices, strict=True):
+            named = {} if choice is None else dict(((choice.token, choice.share), *choice.others))
+            shares.append(named.pop(token, 0.0) if named else 1.0)
+            others.append(list(named.items()))
+        return shares, others

@@ -252,7 +252,7 @@ class DraftLengthPolicy:
             gain = scale * own
             behind = gain * following
             gain -= self.new_rate * (verify[length + 2] - verify[length + 1])
-            worth = gain if chain.sampled else max(gain, 0.0)
+            worth = max(gain, 0.0)
             seconds = draft[1]
             for width in range(length + 2, length + 2 + ahead):
                 if behind <= self.new_rate * draft[1]:
@@ -265,8 +265,7 @@ class DraftLengthPolicy:
 
     def finish(self, chains: Sequence[DraftChain]) -> None:
         """Drop what is not worth verifying; account for the step."""
-        fewest = max(chain.num_checked if chain.sampled else 0 for chain in chains)
-        width, gain = self._best_width(fewest, [(0, chain.survival[1:]) for chain in chains])
+        width, gain = self._best_width(0, [(0, chain.survival[1:]) for chain in chains])
         for chain in chains:
             if len(chain.tokens) > width:
                 chain.cut(width)

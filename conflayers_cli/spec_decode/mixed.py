@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -144,10 +144,16 @@ class MixedProposer:
         )
         takers = [i for i, takes in enumerate(taking) if takes]
         asked = [
-            TokenRequest(i, chains[i].context.sampler, tuple(chains[i].tokens), len(inputs[i]))
+            TokenRequest(
+                i,
+                chains[i].context.sampler,
+                len(chains[i].context.tokens),
+                tuple(chains[i].tokens),
+                len(inputs[i]),
+            )
             for i in takers
         ]
-        chosen = choose_tokens(logits, asked, with_probs=self._tree is not None)
+        chosen = choose_tokens(logits, asked, others=self._tree.max_leaves if self._tree else 0)
         for i, own in zip(takers, chosen, strict=True):
             if not self._check(chains[i], own):
                 chains[i].context.cache.view(i, i + 1).clear(starts[i], starts[i] + width)
@@ -163,45 +169,42 @@ class MixedProposer:
         if self._ahead is None:
             return False
         self._ahead.launch(1 + self.policy.launches_ahead(chain) - self._ahead.ahead)
-        if not self._check(chain, iter([self._ahead.read()])):
+        if not self._check(chain, [self._ahead.read()]):
             cache.clear(position, self._ahead.position)
             self._ahead = None
         return True
 
-    def _check(self, chain: DraftChain, chosen: Iterator[TokenChoice]) -> bool:
-        """Keep the unchecked tokens as long as the skipped model would choose them itself.
-
-        Where tokens are sampled, its choice is *drawn* from its probabilities and stays, so that q
-        is the distribution of every drafted token whatever n-grams proposed.
+    def _check(self, chain: DraftChain, chosen: Sequence[TokenChoice]) -> bool:
+        """Keep the unchecked tokens as long as the skipped model would choose them itself, or they
+        are likelier to be right than its choice.
 
         Returns:
             False where the pass's logits are NaN or infinite: the draft ends before them.
         """
         acceptance, state = self.policy.acceptance, chain.state
         for choice in chosen:
-            at, confidence = chain.num_checked, choice.confidence
+            at = chain.num_checked
             if not choice.is_valid:
                 chain.cut(at)
                 chain.closed = True
                 return False
-            chance = acceptance.drafted_token(confidence, chain.history.bias)
+            chance = acceptance.drafted_token(choice.confidence, chain.history.bias)
             if chain.num_unchecked:
-                update = acceptance.skip_update(chain.last_state, confidence, at == 0)
+                update = acceptance.skip_update(chain.last_state, choice.confidence, at == 0)
                 before = chain.survival[at]
                 ngram = chain.survival[at + 1] / before if before else 0.0
                 if chain.tokens[at] == choice.token:
-                    chain.check(agreeing(chance, ngram), update, confidence, choice.probs)
+                    chain.check(agreeing(chance, ngram), update, choice)
                     continue
-                if not chain.sampled and ngram > chance:
+                if ngram > chance:
                     own = [*chain.tokens[:at], choice.token]
                     chain.history.record_proposal(own, [NO_UPDATE] * at + [update])
-                    chain.check(disagreeing(ngram, chance), NO_UPDATE, confidence, choice.probs)
+                    chain.check(disagreeing(ngram, chance), NO_UPDATE, choice)
                     continue
                 chance = disagreeing(chance, ngram)
                 chain.cut(at)
             chain.add(choice.token, chance, "skip")
-            update = acceptance.skip_update(state, confidence, at == 0)
-            chain.check(chance, update, confidence, choice.probs)
+            chain.check(chance, acceptance.skip_update(state, choice.confidence, at == 0), choice)
             chain.closed = choice.token in chain.context.end_tokens
             break
         return True
@@ -212,26 +215,15 @@ class MixedProposer:
             return Draft()
         tokens, sources = tuple(chain.tokens), tuple(chain.sources)
         chain.history.record_proposal(tokens, chain.updates, sources)
-        known = next((each for each in chain.probs if each is not None), None)
-        if known is None:
+        if tree is None:
             return Draft(tokens, sources=sources)
-        probs = known.new_zeros((len(tokens), len(known)))
-        for row, token, each in zip(probs, tokens, chain.probs, strict=True):
-            if each is None:  # an n-gram's token is certain
-                row[token] = 1.0
-            else:
-                row.copy_(each)
-        leaves: tuple[tuple[int, ...], ...] = ()
-        if tree is not None:
-            costs = self._costs.at(1, len(chain.context.tokens))
-            draft_seconds = costs.draft_cost(self._plan, self._decoder.depth)
-            leaves = propose_leaves(
-                self._decoder,
-                chain.context,
-                tokens,
-                probs,
-                tree,
-                costs.verify_cost,
-                draft_seconds,
-            )
-        return Draft(tokens, probs if chain.sampled else None, leaves, sources)
+        costs = self._costs.at(1, len(chain.context.tokens))
+        leaves = propose_leaves(
+            self._decoder,
+            chain.context,
+            *chain.candidates(),
+            tree,
+            costs.verify_cost,
+            costs.draft_cost(self._plan, self._decoder.depth),
+        )
+        return Draft(tokens, leaves, sources)

@@ -48,14 +48,12 @@ class DraftOptions:
         adaptive_draft_length: decide at every step how far drafting pays; False: as far as the
             profile says.
         tree: draft leaves beside the chain.
-        greedy: tokens are chosen greedily; decides between the papers' tree shapes.
         batch_size: prompts decoded at once.
     """
 
     method: DraftMethod | None = None
     adaptive_draft_length: bool | None = None
     tree: bool | None = None
-    greedy: bool = True
     batch_size: int = 1
 
     def check(self, profile: Path | None) -> None:

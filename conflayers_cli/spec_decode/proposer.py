@@ -1,4 +1,4 @@
-"""Proposers: draft the next few tokens cheaply, and say what distribution they came from."""
+"""Proposers: draft the next few tokens cheaply. Any draft is right: it decides the speed alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_tokens
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.race import scale
 from conflayers_cli.engine.sampler import Sampler
+from conflayers_cli.engine.token_choice import TokenChoice, TokenRequest, choose_tokens
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.tree import TreeShape, VerifyCost, leaves_beside
+from conflayers_cli.spec_decode.tree import TreeShape, VerifyCost, leaf_counts
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,7 @@ class Draft:
 
     Attributes:
         tokens: γ token ids, possibly none.
-        distribution: q, float32 ``[γ, V]``, where they were sampled; None where each was certain
-            (greedy), which acceptance treats as q = 1 at the token.
-        leaves: for each token other candidates for its position, in the order in which they are
-            tried, drawn from the same q without replacement where there is one; empty: none.
+        leaves: for each token other candidates for its position; empty: none.
         sources: for each token who drafted it ("skip", "ngram"); empty: the proposer's name holds
             for all.
 
@@ -34,7 +32,6 @@ class Draft:
     """
 
     tokens: tuple[int, ...] = ()
-    distribution: torch.Tensor | None = None
     leaves: tuple[tuple[int, ...], ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -61,6 +58,28 @@ class Draft:
     def width(self) -> int:
         """How many nodes there are."""
         return len(self.tokens) + sum(map(len, self.leaves))
+
+    def follow(self, chosen: Sequence[int]) -> tuple[int, int]:
+        """How far the full model's choices follow the draft.
+
+        Args:
+            chosen: its choice at each row: behind the text, behind each drafted token, and behind
+                each leaf, position by position; `INVALID_TOKEN` where it has none, and no drafted
+                token is accepted.
+
+        Returns:
+            (row, token): the last row accepted, and the model's choice there, which may be
+            `INVALID_TOKEN`. Row k ≤ γ: the first k drafted tokens are the model's choices. A row
+            beyond: a leaf is, and the drafted tokens before it.
+        """
+        drafted, leaves = self.tokens, self.leaves
+        kept = 0
+        while kept < len(drafted) and drafted[kept] == chosen[kept]:
+            kept += 1
+        if leaves and kept < len(drafted) and chosen[kept] in leaves[kept]:
+            before = sum(map(len, leaves[:kept])) + leaves[kept].index(chosen[kept])
+            kept = len(drafted) + 1 + before
+        return kept, chosen[kept]
 
 
 NO_DRAFT = Draft()
@@ -113,8 +132,8 @@ class SkipProposer:
         decoder: the model.
         plan: what is left out.
         max_tokens: the most tokens drafted at once.
-        stop_probability: the chain ends after the first token whose draft probability is lower;
-            0 never stops early.
+        stop_probability: the chain ends after the first token whose draft probability is lower
+            (after the temperature, before top-k and the like); 0 never stops early.
         tree: how many leaves are wanted beside each token; None drafts a chain.
         verify_cost: only leaves worth their cost are drafted; None: all that are wanted.
         draft_seconds: of drafting one token, for the same decision.
@@ -133,77 +152,77 @@ class SkipProposer:
         return "skip"
 
     def propose(self, context: Context, limit: int) -> Draft:
-        sampler, token, position = context.sampler, context.tokens[-1], len(context.tokens) - 1
-        drafted: list[int] = []
-        probs: list[torch.Tensor] = []
-        while len(drafted) < min(limit, self.max_tokens):
+        sampler, token, length = context.sampler, context.tokens[-1], len(context.tokens)
+        choices: list[TokenChoice] = []
+        others = self.tree.max_leaves if self.tree else 0
+        while len(choices) < min(limit, self.max_tokens):
+            position = length - 1 + len(choices)
             logits = self.decoder.forward(
                 torch.tensor([[token]]), torch.tensor([[position]]), context.cache, self.plan
             )
-            token, probability, distribution = self._choose(logits[0], drafted, sampler)
-            if token == INVALID_TOKEN:
+            drafted = [choice.token for choice in choices]
+            asked = TokenRequest(0, sampler, length, drafted, 1)
+            ((choice,),) = choose_tokens(logits, [asked], others=others)
+            if not choice.is_valid:
                 context.cache.clear(position, position + 1)
                 break
-            drafted.append(token)
-            if distribution is not None:
-                probs.append(distribution)
-            if probability < self.stop_probability or token in context.end_tokens:
+            choices.append(choice)
+            token = choice.token
+            if token in context.end_tokens or (
+                self.stop_probability > 0
+                and self._probability(logits, drafted, token, sampler) < self.stop_probability
+            ):
                 break
-            position += 1
-        if not probs:
+        drafted = [choice.token for choice in choices]
+        if self.tree is None or not choices:
             return Draft(tuple(drafted))
-        q = torch.stack(probs)
         leaves = propose_leaves(
-            self.decoder, context, drafted, q, self.tree, self.verify_cost, self.draft_seconds
+            self.decoder,
+            context,
+            [choice.share for choice in choices],
+            [choice.others for choice in choices],
+            self.tree,
+            self.verify_cost,
+            self.draft_seconds,
         )
-        return Draft(tuple(drafted), None if sampler.settings.greedy else q, leaves)
+        return Draft(tuple(drafted), leaves)
 
-    def _choose(
-        self, logits: torch.Tensor, drafted: list[int], sampler: Sampler
-    ) -> tuple[int, float, torch.Tensor | None]:
-        """(token, its draft probability, probabilities ``[V]``) from the logits ``[1, V]``.
-
-        The probabilities of all tokens only for sampling and for leaves; else None. The token is
-        `INVALID_TOKEN` where the logits are NaN or infinite.
-        """
-        penalised = drafted if sampler.has_penalty else []
-        many = logits.expand(len(penalised) + 1, -1)
+    @staticmethod
+    def _probability(
+        logits: torch.Tensor, drafted: Sequence[int], token: int, sampler: Sampler
+    ) -> float:
+        """The draft's probability of a token by the logits ``[1, 1, V]`` behind drafted ones."""
+        rows = logits[0].expand(len(drafted) + 1 if sampler.has_penalty else 1, -1)
+        scores = sampler.scores(rows, drafted if sampler.has_penalty else ())[-1].float()
         if not sampler.settings.greedy:
-            q = sampler.distribution(many, penalised)[-1]
-            token = sampler.draw(q)
-            return token, float(q[token]), q
-        scores = sampler.scores(many, penalised)[-1]
-        token = int(greedy_tokens(scores))
-        if token == INVALID_TOKEN:
-            return token, 0.0, None
-        if self.tree is not None:
-            q = torch.softmax(scores.float(), dim=-1)
-            return token, float(q[token]), q
-        if self.stop_probability <= 0:
-            return token, 1.0, None
-        scores = scores.float()
-        return token, float(torch.exp(scores[token] - torch.logsumexp(scores, 0))), None
+            scores = (scores - scores.max()) / scale(sampler.settings.temperature)
+        return float(torch.exp(scores[token] - torch.logsumexp(scores, 0)))
 
 
 def propose_leaves(
     decoder: Decoder,
     context: Context,
-    drafted: Sequence[int],
-    probs: torch.Tensor,
-    tree: TreeShape | None,
+    shares: Sequence[float],
+    others: Sequence[Sequence[tuple[int, float]]],
+    tree: TreeShape,
     verify_cost: VerifyCost | None,
     draft_seconds: float,
 ) -> tuple[tuple[int, ...], ...]:
-    """`.tree.leaves_beside` a chain, as far as the cache has slots; ``probs`` are ``[γ, V]``."""
-    if tree is None:
-        return ()
-    return leaves_beside(
-        drafted,
-        probs,
-        context.sampler,
+    """The leaves beside γ drafted tokens, as far as the cache has slots.
+
+    ``shares``: of the drafted tokens; ``others``: for each other tokens and their shares, falling.
+    Other arguments as of `.tree.leaf_counts`.
+    """
+    counts = leaf_counts(
+        shares,
+        [[share for _, share in each] for each in others],
         tree,
         verify_cost,
         draft_seconds,
-        max_leaves=context.cache.capacity - len(context.tokens) - len(drafted),
-        only_draft=context.sampler.settings.greedy and decoder.invariance.bitwise,
+        max_leaves=context.cache.capacity - len(context.tokens) - len(shares),
+        only_draft=decoder.invariance.bitwise,
+    )
+    return tuple(
+        tuple(token for token, _ in each[:count])
+        for each, count in zip(others, counts, strict=True)
     )

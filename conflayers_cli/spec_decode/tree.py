@@ -6,9 +6,6 @@ The chain's tokens use the slots of their positions, the leaves those behind the
 attends to the text, the chain before it, and itself. An accepted chain needs no copy, an accepted
 leaf moves one slot.
 
-The number of leaves depends on the draft's sorted probabilities and the chain alone, not on which
-tokens the leaves will be: only then does testing them in turn keep the target's distribution.
-
 In half precision a leaf's attention sums its keys in another order (its own key is in another
 slot), so the token behind it may be rounded differently: keeping both changed 3 of 240 greedy
 bfloat16 texts of tiny models and 1 of 12 of SmolLM2, deepened. So there only the leaf is kept,
@@ -23,9 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
-from conflayers_cli.engine.sampler import Sampler
 
 VerifyCost = Callable[[int], float]
 """Seconds of a full pass by its number of tokens."""
@@ -68,10 +62,8 @@ class TreeShape:
         return max(leaves for _, leaves in self.thresholds)
 
 
-GREEDY_SHAPE = TreeShape(((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10)))
-"""The papers' counts for greedy drafts."""
-SAMPLING_SHAPE = TreeShape(((0.95, 1), (0.8, 3), (0.5, 5), (0.0, 10)))
-"""The papers' counts for sampled drafts."""
+PAPER_SHAPE = TreeShape(((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10)))
+"""The papers' counts for greedy drafts, and ours for sampled ones, which are verified alike."""
 
 
 def leaf_counts(
@@ -86,16 +78,16 @@ def leaf_counts(
 ) -> tuple[int, ...]:
     """How many leaves to verify beside each drafted token.
 
-    With costs, only leaves that earn theirs stay. A leaf's gain is its draft probability times the
-    product of the draft's probabilities of the chain's tokens before it; a token is worth the
+    With costs, only leaves that earn theirs stay. A leaf's gain is its share times the product of
+    the shares of the chain's tokens before it; a token is worth the
     seconds that the chain alone is expected to take for one, or, where it only opens the next
     draft, those of drafting it. Leaves are added by falling gain, as many as maximise gain less
     extra cost (over all numbers: passes get dearer in leaps).
 
     Args:
-        chain: the draft's probability of each drafted token, γ of them.
-        beside: for each, the draft's largest probabilities of other tokens, falling; at least as
-            many as the shape wants, or all there are.
+        chain: the share of each drafted token (`TokenChoice`), γ of them.
+        beside: for each, the largest shares of other tokens, falling; at least as many as the shape
+            wants, or all there are.
         shape: how many are wanted.
         verify_cost: None: all that are wanted stay.
         draft_seconds: of drafting one token.
@@ -103,7 +95,7 @@ def leaf_counts(
         only_draft: the token behind a leaf is not kept, but drafted already (half precision).
 
     Returns:
-        γ counts; a leaf of probability 0 is never counted.
+        γ counts; a leaf of share 0 is never counted.
     """
     survival, expected = 1.0, 1.0
     gains: list[tuple[float, int]] = []
@@ -125,40 +117,3 @@ def leaf_counts(
     for _, at in gains:
         counts[at] += 1
     return tuple(counts)
-
-
-def leaves_beside(
-    chain: Sequence[int],
-    probs: torch.Tensor,
-    sampler: Sampler,
-    shape: TreeShape,
-    verify_cost: VerifyCost | None = None,
-    draft_seconds: float = 0.0,
-    max_leaves: int | None = None,
-    *,
-    only_draft: bool = False,
-) -> tuple[tuple[int, ...], ...]:
-    """The leaves beside γ ≥ 1 drafted tokens, each set in the order in which it is to be tried.
-
-    The next-best tokens of the draft's probabilities ``probs``, float32 ``[γ, V]``; where tokens
-    are sampled, drawn from them without replacement. Other arguments as of :func:`leaf_counts`.
-    """
-    chosen = torch.tensor(chain, device=probs.device)[:, None]
-    others = probs.scatter(1, chosen, 0.0)
-    best = others.topk(min(shape.max_leaves, probs.shape[1]), dim=1)
-    counts = leaf_counts(
-        probs.gather(1, chosen)[:, 0].tolist(),
-        best.values.tolist(),
-        shape,
-        verify_cost,
-        draft_seconds,
-        max_leaves,
-        only_draft=only_draft,
-    )
-    if sampler.settings.greedy:
-        ranked = best.indices.tolist()
-        return tuple(tuple(row[:count]) for row, count in zip(ranked, counts, strict=True))
-    return tuple(
-        tuple(sampler.draw_distinct(row, count)) if count else ()
-        for row, count in zip(others, counts, strict=True)
-    )

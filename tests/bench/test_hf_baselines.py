@@ -52,10 +52,14 @@ def test_transformers_system_is_generate_with_the_same_settings(penalty: float) 
 
 def test_transformers_system_draws_from_its_seed_and_leaves_torchs_alone() -> None:
     decoder = tiny.decoder("llama")
-    arm = TransformersSystem(decoder, SamplingParams(temperature=1.0), frozenset())
-    tokens = tuple(tiny.prompt(9))
+    prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20)
     before = torch.random.get_rng_state()
-    runs = [arm.run([BenchPrompt("p", None, tokens, 20, seed)])[0].tokens for seed in (1, 1, 2)]
+    runs = [
+        TransformersSystem(decoder, SamplingParams(1.0, seed=seed), frozenset())
+        .run([prompt])[0]
+        .tokens
+        for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -88,8 +92,8 @@ def test_every_baseline_writes_what_the_model_writes_and_counts_it(name: str) ->
 
 @pytest.mark.parametrize("name", HF_BASELINES)
 def test_every_baseline_draws_as_many_tokens_as_it_may(name: str) -> None:
-    prompt = BenchPrompt("p", None, REPEATING, 12, seed=3)
-    sampling = SamplingParams(temperature=1.0, top_k=20)
+    prompt = BenchPrompt("p", None, REPEATING, 12)
+    sampling = SamplingParams(temperature=1.0, top_k=20, seed=3)
     one, again = (run(name, prompt, sampling) for _ in range(2))
     assert one.tokens == again.tokens
     assert (len(one.tokens), one.stats.tokens) == (12, 12)

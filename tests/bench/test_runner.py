@@ -127,11 +127,12 @@ def test_the_lossy_system_is_compared_by_agreement_and_not_by_identity() -> None
     assert result.speedup(system="skip-only", category="c1").median == 1.5
 
 
-def test_what_is_drawn_is_not_compared() -> None:
-    systems = [Paced("vanilla", [1.0]), Paced("speculative", [1.0]), Lossy("skip-only", [1.0])]
-    drawing = SamplingParams(temperature=1.0)
+def test_sampled_texts_are_compared_but_with_transformers() -> None:
+    names = ("vanilla", "speculative", "transformers")
+    systems = [Paced(name, [1.0]) for name in names]
+    drawing = SamplingParams(temperature=1.0, seed=0)
     result = measure(systems, make_prompts(2), tiny.decoder("llama"), drawing, runs=1, warmup=0)
-    assert (result.matches, result.agreement) == (None, None)
+    assert list(result.matches) == ["speculative"]
     plain = measure(systems[:2], make_prompts(2), tiny.decoder("llama"), GREEDY, runs=1, warmup=0)
     assert plain.agreement is None
 
@@ -139,9 +140,9 @@ def test_what_is_drawn_is_not_compared() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_skip_only_system_decodes_with_its_plan_its_seed_and_its_ends(temperature: float) -> None:
     decoder, plan = tiny.decoder("llama"), SkipPlan.of_layers([1, 3])
-    sampling = SamplingParams(temperature=temperature)
-    prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20, seed=4)
-    request = GenerationRequest(prompt.tokens, 20, SamplingParams(temperature=temperature, seed=4))
+    sampling = SamplingParams(temperature=temperature, seed=4)
+    prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20)
+    request = GenerationRequest(prompt.tokens, 20, sampling)
     batch = Batch(decoder, [request], plan=plan)
     batch.run()
     lossy = EngineSystem("skip-only", decoder, None, sampling, frozenset(), skip_plan=plan)

@@ -249,7 +249,7 @@ def test_baselines_are_told_by_their_names() -> None:
     )
     systems = {**plain.systems, "early-exit": SystemResult.of(prompts, "early-exit")}
     matches = {
-        **(plain.matches or {}),
+        **plain.matches,
         "early-exit": OutputMatch(matching=1, total=1, divergences=[]),
     }
     bench = replace(

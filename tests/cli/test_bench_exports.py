@@ -148,7 +148,7 @@ def test_outputs_that_differ_in_float32_fail_stored_results_too(run: Run, tmp_pa
     (tmp_path / "old.json").write_text(json.dumps(document))
     result = run("bench", "--from", "old.json")
     assert result.code == 3
-    assert "greedy outputs in float32 differ from vanilla's at 1 of 3 prompts (p1)" in result.err
+    assert "outputs in float32 differ from vanilla's at 1 of 3 prompts (p1)" in result.err
 
 
 @pytest.mark.parametrize(

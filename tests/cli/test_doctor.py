@@ -72,9 +72,9 @@ def test_a_broken_optional_package_is_a_finding(
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     result = run("doctor", "--json")
     assert result.code == 1
-    (problem,) = broken(result.document).items()
-    assert problem[0] == "bitsandbytes"
-    assert "can't be imported (RuntimeError: no such GPU)" in problem[1]
+    problems = broken(result.document)
+    assert problems.keys() - {"peft"} == {"bitsandbytes"}  # peft imports it, unless it has before
+    assert "can't be imported (RuntimeError: no such GPU)" in problems["bitsandbytes"]
     assert "noise" not in result.out + result.err
     text = run("doctor")
     assert text.code == 1

@@ -60,7 +60,7 @@ class TestOnePrompt:
 
     def test_json_is_one_document(self, run: Run, profile: Path, model: Path) -> None:
         document = run("generate", "Hello", "-p", profile, *FAST, "--json").document
-        expected = "schema_version model text token_ids finish_reason prompt_tokens stats"
+        expected = "schema_version model text token_ids finish_reason prompt_tokens seed stats"
         assert list(document) == expected.split()
         assert document["schema_version"] == 1
         assert document["model"] == str(model)
@@ -240,7 +240,9 @@ class TestFit:
 class TestFile:
     def test_lines_in_order(self, run: Run, profile: Path, prompts: Path, tmp_path: Path) -> None:
         printed = run("generate", "-p", profile, "--data", prompts, *FAST)
-        keys = "index id category request_sha256 text token_ids finish_reason prompt_tokens stats"
+        keys = (
+            "index id category request_sha256 text token_ids finish_reason prompt_tokens seed stats"
+        )
         assert [list(line) for line in printed.lines] == [keys.split()] * 3
         assert [line["index"] for line in printed.lines] == [0, 1, 2]
         assert [line["id"] for line in printed.lines] == ["p0", "p1", "p2"]
@@ -333,15 +335,32 @@ def test_a_lossy_batch_gives_whole_texts_and_shares_out_its_seconds(
     assert seconds == [[(1.0, 19.0)] * 3, [(1.0, 6.333333)] * 3]
 
 
-def test_every_prompt_of_a_file_has_a_seed_of_its_own(
+def test_a_prompts_text_depends_on_the_seed_and_itself(
     run: Run, model: Path, tmp_path: Path
 ) -> None:
-    """So the same prompt again is answered anew, and by itself as where its turn comes."""
-    same = write_prompts(tmp_path / "same.jsonl", "Hello", "Hello")
+    """Not on its place in the file, its neighbours, or what else runs beside it."""
+    one = write_prompts(tmp_path / "one.jsonl", "Hello", "And you?", "Hello you")
+    other = write_prompts(tmp_path / "other.jsonl", "Hello you", "Hello")
+    drawing = ("-m", model, *FAST, "-t", "1.5", "--seed", 7)
+    first = run("generate", "--data", one, *drawing).lines
+    second = run("generate", "--data", other, *drawing, "--batch-size", 2).lines
+    alone = run("generate", "Hello", *drawing, "--json").document
+    texts = [[line["token_ids"] for line in lines] for lines in (first, second)]
+    assert texts[0][0] == texts[1][1] == alone["token_ids"]
+    assert texts[0][2] == texts[1][0] != alone["token_ids"]
+
+
+def test_a_seed_that_is_not_given_is_drawn_and_named(run: Run, model: Path, tmp_path: Path) -> None:
     drawing = ("-m", model, *FAST, "-t", "1.5")
-    lines = run("generate", "--data", same, *drawing, "--seed", 7).lines
-    alone = run("generate", "Hello", *drawing, "--seed", 8, "--json").document
-    assert lines[0]["token_ids"] != lines[1]["token_ids"] == alone["token_ids"]
+    drawn = [run("generate", "Hello", *drawing, "--json").document for _ in range(2)]
+    assert drawn[0]["seed"] != drawn[1]["seed"]
+    again = run("generate", "Hello", *drawing, "--seed", drawn[0]["seed"], "--json", "--stats")
+    assert again.document["token_ids"] == drawn[0]["token_ids"]
+    assert f"sampled with seed {drawn[0]['seed']}" in again.err
+    data = write_prompts(tmp_path / "prompts.jsonl", "Hello", "And you?")
+    seeds = {line["seed"] for line in run("generate", "--data", data, *drawing).lines}
+    assert len(seeds) == 1
+    assert run("generate", "Hello", "-m", model, *FAST, "--json").document["seed"] is None
 
 
 @pytest.fixture(scope="module")

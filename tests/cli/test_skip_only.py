@@ -68,7 +68,7 @@ def test_a_batch_answers_as_one_by_one(
     run: Run, model: Path, prompts: Path, size: int, temperature: float
 ) -> None:
     arguments = ("generate", "-m", model, "--data", prompts, "-n", 15, "--dtype", "float32")
-    arguments = (*arguments, *LOSSY, "-t", temperature)  # type: ignore[assignment]
+    arguments = (*arguments, *LOSSY, "-t", temperature, "--seed", 3)  # type: ignore[assignment]
     alone, together = run(*arguments), run(*arguments, "--batch-size", size)
     assert together.code == 0, together.err
     assert [line["id"] for line in together.lines] == [f"p{i}" for i in range(5)]
@@ -139,7 +139,7 @@ def test_bench_has_a_lossy_arm_with_its_agreement(run: Run, model: Path, prompts
     shown = run(*arguments)
     assert "skip-only is lossy" in shown.out and "ROUGE-2" in shown.out
     sampled = run(*arguments, "--json", "-t", 1.0).document
-    assert sampled["skip_only"]["agreement"] is None
+    assert 0 <= sampled["skip_only"]["agreement"]["equal"] < 1
 
 
 def test_bench_needs_a_profile_or_a_target(run: Run, model: Path) -> None:

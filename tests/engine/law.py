@@ -2,7 +2,7 @@
 
 With a vocabulary of eight, all 512 continuations of a prompt can be listed with their
 probabilities: from the model's own full passes, and transformers' own warpers. Thousands of
-speculative generations must then follow that law.
+generations must then follow that law.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +26,12 @@ from transformers import (
 )
 
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Proposer
-from conflayers_cli.spec_decode.rejection_sampler import accept_sampled
 from tests import tiny
 
 VOCABULARY = 8
@@ -45,8 +44,8 @@ SETTINGS = {
     "top-k 5": SamplingParams(1.0, top_k=5),
     "min-p 0.15": SamplingParams(1.0, min_p=0.15),
     "repetition penalty 1.3": SamplingParams(1.0, repetition_penalty=1.3),
+    "all": SamplingParams(0.9, 6, 0.9, 0.02, 1.2),
 }
-TRUNCATED = ("top-p 0.8", "top-k 5", "min-p 0.15")
 PLAN = SkipPlan.of_layers([1])
 
 
@@ -156,7 +155,7 @@ def law(setting: SamplingParams) -> dict[tuple[int, ...], float]:
 
 
 def start_of(generation: Generation) -> tuple[tuple[int, ...], int, int]:
-    """(first three tokens, drafts, drafts kept). Where we stop does not touch what was drawn."""
+    """(first three tokens, drafts, drafts kept)."""
     drafted = accepted = 0
     for step in generation:
         drafted, accepted = drafted + step.drafted, accepted + step.accepted
@@ -172,23 +171,9 @@ def sample(
     counts: Counter[tuple[int, ...]] = Counter()
     drafted = accepted = 0
     for seed in range(RUNS):
-        own_seed = SamplingParams(**{**vars(setting), "seed": seed})
-        generation = Generation(
-            remembering(), GenerationRequest(PROMPT, 4, own_seed), proposer=proposer
-        )
+        request = GenerationRequest(PROMPT, 4, replace(setting, seed=seed))
+        generation = Generation(remembering(), request, proposer=proposer)
         tokens, more_drafted, more_accepted = start_of(generation)
         counts[tokens] += 1
         drafted, accepted = drafted + more_drafted, accepted + more_accepted
     return counts, accepted / drafted if drafted else None
-
-
-def accept_without_residual(
-    drafted: Sequence[int],
-    p: torch.Tensor,
-    q: torch.Tensor | None,
-    sampler: Sampler,
-    leaves: Sequence[Sequence[int]],
-) -> tuple[int, int]:
-    """The acceptance rule with a fault that the law must show: p itself in the residual's place."""
-    kept, token = accept_sampled(drafted, p, q, sampler)
-    return kept, token if kept == len(drafted) else sampler.draw(p[kept])

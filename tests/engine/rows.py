@@ -89,7 +89,6 @@ class SkipRows:
 
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         chains: list[list[int]] = [[] for _ in contexts]
-        laws: list[list[torch.Tensor]] = [[] for _ in contexts]
         # The longest drafts differ from row to row.
         wanted = [min(limit, self.size + i % 2) for i, limit in enumerate(limits)]
         for _ in range(max(wanted)):
@@ -101,13 +100,6 @@ class SkipRows:
                 if len(chains[i]) == wanted[i]:
                     continue
                 many = logits[i].expand(len(chains[i]) + 1, -1)
-                if context.sampler.settings.greedy:
-                    chains[i].append(int(context.sampler.scores(many, chains[i])[-1].argmax()))
-                    continue
-                law = context.sampler.distribution(many, chains[i])[-1]
-                laws[i].append(law)
-                chains[i].append(context.sampler.draw(law))
-        return [
-            Draft(tuple(chain), torch.stack(law) if law else None)
-            for chain, law in zip(chains, laws, strict=True)
-        ]
+                chosen = context.sampler.choose(many, len(context.tokens), chains[i])
+                chains[i].append(chosen[-1])
+        return [Draft(tuple(chain)) for chain in chains]

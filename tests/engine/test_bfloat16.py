@@ -21,7 +21,7 @@ from conflayers_cli.kernels.attention import attention_forward
 from conflayers_cli.kernels.kv_cache import KVCache, round_up_kv_len
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 
 VOCABULARY = 500
@@ -73,7 +73,7 @@ def test_trees_leave_no_trace_either(seed: int, shape: str) -> None:
     """A leaf's key lies elsewhere than vanilla's when the token behind it is first guessed."""
     prompt = tiny.prompt(3 + seed % 40, seed, VOCABULARY)
     vanilla = Generation(decoder(shape), GenerationRequest(prompt, 96))
-    proposer = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, GREEDY_SHAPE)
+    proposer = SkipProposer(decoder(shape), SkipPlan.of_layers([2]), 6, 0.0, PAPER_SHAPE)
     speculative = Generation(decoder(shape), GenerationRequest(prompt, 96), proposer=proposer)
     tiny.steps_of(vanilla)
     steps = tiny.steps_of(speculative)
@@ -186,7 +186,7 @@ def test_without_exactness_passes_are_as_small_as_they_can_be(
         right(cache, slots, extent)
 
     monkeypatch.setattr(KVCache, "set_slots", set_slots)
-    proposer = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, GREEDY_SHAPE)
+    proposer = SkipProposer(loose, SkipPlan.of_layers([2]), 4, 0.0, PAPER_SHAPE)
     generation = Generation(loose, GenerationRequest(prompt, 40), proposer=proposer)
     tiny.steps_of(generation)
     assert len(generation.output) == 40

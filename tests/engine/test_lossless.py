@@ -1,4 +1,6 @@
-"""Greedy speculative output is vanilla's, token for token; the cache is that of a fresh pass."""
+"""Speculative output, greedy or sampled, is vanilla's, token for token; the cache is that of a
+fresh pass.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,16 @@ PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE)
 # Mistral sees a window only; Gemma 2 has both kinds of layers.
 FAMILIES = st.sampled_from(["llama", "mistral", "gemma2"])
 
+SAMPLINGS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([None, 5]),
+    top_p=st.sampled_from([None, 0.9]),
+    min_p=st.sampled_from([None, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 1000),
+)
+
 
 def output(decoder: Decoder, prompt: list[int], count: int, **more: Any) -> list[int]:
     generation = tiny.generation(decoder, prompt, count, **more)
@@ -40,7 +52,7 @@ def output(decoder: Decoder, prompt: list[int], count: int, **more: Any) -> list
     stop=st.sampled_from([0.0, 0.3, 0.8]),
     count=st.integers(1, 24),
     length=st.integers(1, 20),
-    penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    sampling=SAMPLINGS,
     seed=st.integers(0, 1000),
 )
 def test_skip_drafts(
@@ -50,11 +62,10 @@ def test_skip_drafts(
     stop: float,
     count: int,
     length: int,
-    penalty: float,
+    sampling: SamplingParams,
     seed: int,
 ) -> None:
     decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
-    sampling = SamplingParams(repetition_penalty=penalty)
     proposer = SkipProposer(decoder, plan, size, stop)
     got = output(decoder, prompt, count, sampling=sampling, proposer=proposer)
     assert got == output(decoder, prompt, count, sampling=sampling)
@@ -65,12 +76,11 @@ def test_skip_drafts(
 @given(
     wrong=st.lists(st.booleans(), min_size=1, max_size=7),
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=5),
-    penalty=st.sampled_from([1.0, 1.3]),
+    sampling=SAMPLINGS,
 )
-def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], penalty: float) -> None:
+def test_any_drafts_at_all(wrong: list[bool], sizes: list[int], sampling: SamplingParams) -> None:
     """Drafts right and wrong in any pattern, of any length, none at all included."""
     decoder, prompt, count = tiny.decoder("llama"), tiny.prompt(10, 2), 24
-    sampling = SamplingParams(repetition_penalty=penalty)
     expected = output(decoder, prompt, count, sampling=sampling)
 
     def propose(text: list[int]) -> list[int]:

@@ -1,8 +1,9 @@
-"""The sampler's transforms against transformers' own; the settings' ranges."""
+"""The sampler's races against transformers' distributions; the settings' ranges."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from conflayers_cli.engine.argmax import INVALID_TOKEN
+from conflayers_cli.engine.noise import ExponentialNoise, stream_key
+from conflayers_cli.engine.race import dense_winners
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
@@ -52,82 +56,106 @@ def random_logits(seed: int, rows: int = 3, vocabulary: int = VOCABULARY) -> tor
 
 
 def sampler(setting: SamplingParams, seen: list[int] | None = None) -> Sampler:
-    one = Sampler(setting, VOCABULARY, CPU)
+    one = Sampler(replace(setting, seed=setting.seed or 0), VOCABULARY, CPU)
     one.mark_seen(seen or [])
     return one
 
 
-@settings(max_examples=150)
-@given(
+def raced(setting: SamplingParams, law: torch.Tensor, position: int) -> int:
+    """The winner of p / E, by transformers' p and all exponentials."""
+    noise = ExponentialNoise(stream_key(setting.seed or 0, ()), law.numel())
+    log_exponentials = noise.dense([position], CPU)[0, : law.numel()]
+    return int((law.double().log() - log_exponentials).argmax())
+
+
+SETTINGS = st.builds(
+    SamplingParams,
     temperature=st.floats(0.05, 5),
     top_k=st.none() | st.integers(1, 2 * VOCABULARY),
     top_p=st.none() | st.floats(0.02, 1),
     min_p=st.none() | st.floats(0, 1),
-    penalty=st.sampled_from([1.0]) | st.floats(0.5, 2),
+    repetition_penalty=st.sampled_from([1.0]) | st.floats(0.5, 2),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+@settings(max_examples=300)
+@given(
+    setting=SETTINGS,
     seen=st.lists(st.integers(0, VOCABULARY - 1), min_size=1),
+    position=st.integers(0, 1000),
     seed=st.integers(0, 10_000),
 )
-def test_the_distribution_is_transformers(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    penalty: float,
-    seen: list[int],
-    seed: int,
+def test_the_race_is_run_by_transformers_distribution(
+    setting: SamplingParams, seen: list[int], position: int, seed: int
 ) -> None:
-    setting = SamplingParams(temperature, top_k, top_p, min_p, penalty)
-    logits = random_logits(seed)
-    got = sampler(setting, seen).distribution(logits)
-    torch.testing.assert_close(got, theirs(setting, logits, seen), rtol=1e-4, atol=1e-5)
+    logits = random_logits(seed, rows=1)
+    law = theirs(setting, logits, seen)[0]
+    assert sampler(setting, seen).choose(logits, position) == [raced(setting, law, position)]
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        SamplingParams(0.7),
-        SamplingParams(1.0, top_k=5),
-        SamplingParams(1.0, top_p=0.8),
-        SamplingParams(1.0, min_p=0.1),
-        SamplingParams(1.0, repetition_penalty=1.3),
-    ],
-    ids=lambda s: ", ".join(
-        f"{k}={v}" for k, v in vars(s).items() if v != vars(SamplingParams())[k]
-    ),
+@settings(max_examples=60)
+@given(
+    setting=SETTINGS,
+    vocabulary=st.integers(1, 3000),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
 )
-def test_every_transform_alone(setting: SamplingParams) -> None:
-    logits, seen = random_logits(1), [3, 3, 17]
-    got = sampler(setting, seen).distribution(logits)
-    torch.testing.assert_close(got, theirs(setting, logits, seen), rtol=1e-5, atol=1e-6)
-    assert (got - torch.softmax(logits, -1)).abs().max() > 1e-3  # it does something
-    torch.testing.assert_close(got.sum(-1), torch.ones(3))
+def test_looking_at_few_tokens_is_as_good_as_at_all(
+    setting: SamplingParams, vocabulary: int, spread: float, dtype: torch.dtype, seed: int
+) -> None:
+    """Also among ties, of which half precision has many."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = (torch.randn(6, vocabulary, generator=generator) * spread).to(dtype)
+    scores[0, : vocabulary // 2] = -math.inf
+    positions = range(seed, seed + 6)
+    noise = ExponentialNoise(stream_key(setting.seed or 0, ()), vocabulary)
+    one = Sampler(replace(setting, repetition_penalty=1.0), vocabulary, CPU)
+    expected = dense_winners(setting, scores, noise.dense(positions, CPU))
+    assert one.sample(scores, positions) == expected
+    if vocabulary > 1:
+        leaders = one.candidates(scores, positions, 4)
+        assert [each[0][0] for each in leaders] == expected
+        for each in leaders:
+            shares = [share for _, share in each]
+            assert shares == sorted(shares, reverse=True)
+            assert sum(shares) == pytest.approx(1)
+            assert len({token for token, _ in each}) == len(each) <= 4
 
 
-def test_half_precision_logits_are_taken_in_float32() -> None:
-    logits = random_logits(2).bfloat16()
-    setting = SamplingParams(0.7, top_p=0.9, repetition_penalty=1.2)
-    got = sampler(setting, [1, 2]).distribution(logits)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, theirs(setting, logits.float(), [1, 2]), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_have_no_winner(bad: float) -> None:
+    scores = torch.zeros(3, 200)
+    scores[1, 150] = bad
+    scores[2] = -math.inf
+    setting = SamplingParams(1.0, top_p=0.9, seed=0)
+    one = Sampler(setting, 200, CPU)
+    noise = ExponentialNoise(stream_key(0, ()), 200).dense(range(3), CPU)
+    for chosen in (one.sample(scores, range(3)), dense_winners(setting, scores, noise)):
+        assert chosen[0] >= 0 and chosen[1:] == [INVALID_TOKEN] * 2
+    assert [bool(each) for each in one.candidates(scores, range(3), 2)] == [True, False, False]
 
 
-def test_tokens_tied_at_the_top_k_border_all_stay() -> None:
-    """As in transformers: no token is preferred for its place."""
-    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
-    got = Sampler(SamplingParams(1.0, top_k=2), 5, CPU).distribution(logits)
-    assert (got > 0).tolist() == [[True, True, True, True, False]]
+def kept(setting: SamplingParams, logits: list[float]) -> set[int]:
+    """The tokens that win at one of many positions."""
+    one = Sampler(replace(setting, seed=0), len(logits), CPU)
+    rows = torch.tensor([logits]).expand(300, -1)
+    return set(one.sample(rows, range(300)))
 
 
-def test_top_p_among_ties_keeps_as_few_as_needed() -> None:
-    got = Sampler(SamplingParams(1.0, top_p=0.45), 5, CPU).distribution(torch.zeros(1, 5))
-    assert int((got > 0).sum()) == 3
+def test_tokens_tied_at_a_filters_border_all_stay() -> None:
+    """No token is preferred for its place."""
+    tied = [2.0, 1.0, 1.0, 1.0, 0.0]
+    assert kept(SamplingParams(1.0, top_k=2), tied) == {0, 1, 2, 3}
+    assert kept(SamplingParams(1.0, top_p=0.6), tied) == {0, 1, 2, 3}
+    assert kept(SamplingParams(1.0, min_p=math.exp(-1)), tied) == {0, 1, 2, 3}
 
 
-def test_top_p_ends_where_the_sum_is_reached_exactly() -> None:
-    """As in transformers: a half is reached by two tokens of a quarter each, no third is needed."""
-    setting, logits = SamplingParams(1.0, top_p=0.5), torch.zeros(1, 4)
-    got = Sampler(setting, 4, CPU).distribution(logits)
-    assert int((got > 0).sum()) == int((theirs(setting, logits, [0]) > 0).sum()) == 2
+def test_top_p_ends_where_the_sum_is_reached() -> None:
+    """As in transformers: two tokens reach it, no third is needed."""
+    logits = [math.log(0.24), math.log(0.26), math.log(0.2), math.log(0.3)]
+    assert kept(SamplingParams(1.0, top_p=0.55), logits) == {1, 3}
 
 
 @pytest.mark.parametrize(
@@ -137,10 +165,13 @@ def test_one_choice_left_is_the_best_token(setting: SamplingParams) -> None:
     logits = random_logits(3, rows=1)
     for penalty in (1.0, 1.5):
         best = theirs(SamplingParams(repetition_penalty=penalty), logits, [7], greedy=True).argmax()
-        chosen = sampler(
-            SamplingParams(setting.temperature, setting.top_k, setting.top_p, None, penalty), [7]
-        ).choose(logits)
-        assert chosen == int(best)
+        penalised = replace(setting, repetition_penalty=penalty)
+        assert sampler(penalised, [7]).choose(logits, 3) == [int(best)]
+
+
+def test_tokens_cannot_be_sampled_without_a_seed() -> None:
+    with pytest.raises(ValueError, match="no seed"):
+        Sampler(SamplingParams(1.0), VOCABULARY, CPU)
 
 
 @given(
@@ -155,23 +186,12 @@ def test_rows_are_penalised_for_the_drafts_before_them(
     setting = SamplingParams(1.0, repetition_penalty=1.4)
     logits = random_logits(seed, rows=len(drafted) + 1)
     one = sampler(setting, seen)
-    together = one.distribution(logits, drafted)
+    together = one.choose(logits, 10, drafted)
     for i in range(len(drafted) + 1):
-        alone = sampler(setting, [*seen, *drafted[:i]]).distribution(logits[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone)
+        alone = sampler(setting, [*seen, *drafted[:i]]).choose(logits[i : i + 1], 10 + i)
+        assert together[i : i + 1] == alone
     # assumed tokens leave no trace
-    torch.testing.assert_close(
-        one.distribution(logits), sampler(setting, seen).distribution(logits)
-    )
-
-
-def test_a_seed_settles_everything() -> None:
-    def draws(seed: int) -> list[int]:
-        one = sampler(SamplingParams(1.0, seed=seed))
-        return [one.choose(torch.zeros(1, VOCABULARY)) for _ in range(20)]
-
-    assert draws(1) == draws(1)
-    assert draws(1) != draws(2)
+    assert one.choose(logits[:1], 10) == sampler(setting, seen).choose(logits[:1], 10)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests import tiny
 from tests.engine.rows import Guesses, SkipRows
 from tests.engine.test_bfloat16 import VOCABULARY
 from tests.engine.test_bfloat16 import decoder as half
+from tests.engine.test_lossless import SAMPLINGS
 
 GREEDY = SamplingParams()
 FAMILIES = st.sampled_from(["llama", "mistral", "gemma2"])
@@ -78,14 +79,14 @@ def guessing(
     family=FAMILIES,
     rows=ROWS,
     size=st.integers(1, 5),
-    penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    sampling=SAMPLINGS,
     seed=st.integers(0, 1000),
 )
 def test_drafts_right_and_wrong_of_any_length(
-    family: str, rows: list[tuple[int, int]], size: int, penalty: float, seed: int
+    family: str, rows: list[tuple[int, int]], size: int, sampling: SamplingParams, seed: int
 ) -> None:
     model = tiny.decoder(family)
-    requests = requests_of(rows, SamplingParams(repetition_penalty=penalty))
+    requests = requests_of(rows, sampling)
     proposer = guessing(model, requests, seed)
     batch = Batch(model, requests, size=size, proposer=proposer)
     batch.run()
@@ -115,13 +116,19 @@ def test_the_cache_before_every_draft_is_that_of_a_fresh_pass(
     rows=ROWS,
     size=st.integers(1, 5),
     drafts=st.integers(1, 5),
+    sampling=SAMPLINGS,
 )
 def test_drafts_by_the_skipped_model(
-    family: str, layers: set[int], rows: list[tuple[int, int]], size: int, drafts: int
+    family: str,
+    layers: set[int],
+    rows: list[tuple[int, int]],
+    size: int,
+    drafts: int,
+    sampling: SamplingParams,
 ) -> None:
     """They write to the cache that the rows share, behind the texts."""
     model = tiny.decoder(family)
-    requests = requests_of(rows)
+    requests = requests_of(rows, sampling)
     proposer = SkipRows(model, SkipPlan.of_layers(layers), drafts)
     batch = Batch(model, requests, size=size, proposer=proposer)
     batch.run()
@@ -267,9 +274,10 @@ def test_an_interruption_leaves_what_is_finished() -> None:
 
 @settings(max_examples=10)
 @given(rows=ROWS, size=st.integers(1, 4), temperature=st.sampled_from([0.5, 1.0]))
-def test_sampled_texts_are_drawn_by_their_own_seed(
+def test_sampled_texts_depend_on_seed_and_prompt_alone(
     rows: list[tuple[int, int]], size: int, temperature: float
 ) -> None:
+    """Not on their place in the file, nor on their neighbours."""
     model = tiny.decoder("llama")
     requests = [
         GenerationRequest(
@@ -280,11 +288,25 @@ def test_sampled_texts_are_drawn_by_their_own_seed(
     batch = Batch(model, requests, size=size)
     batch.run()
     assert batch.outputs == [alone(model, request) for request in requests]
+    again = Batch(model, requests[::-1], size=size)
+    again.run()
+    assert again.outputs == batch.outputs[::-1]
 
 
-def half_requests(rows: list[tuple[int, int]], seed: int) -> list[GenerationRequest]:
+def test_answers_to_one_prompt_differ() -> None:
+    model, sampling = tiny.decoder("llama"), SamplingParams(1.0, seed=4)
+    requests = [GenerationRequest(tiny.prompt(5), 20, sampling, answer=i) for i in (0, 1, 0, 2)]
+    batch = Batch(model, requests)
+    batch.run()
+    first, second, same, third = batch.outputs
+    assert first == same and len({tuple(first), tuple(second), tuple(third)}) == 3
+
+
+def half_requests(
+    rows: list[tuple[int, int]], seed: int, sampling: SamplingParams = GREEDY
+) -> list[GenerationRequest]:
     return [
-        GenerationRequest([i, *tiny.prompt(length, seed + i, VOCABULARY)], budget, GREEDY)
+        GenerationRequest([i, *tiny.prompt(length, seed + i, VOCABULARY)], budget, sampling)
         for i, (length, budget) in enumerate(rows)
     ]
 
@@ -295,12 +317,18 @@ def half_requests(rows: list[tuple[int, int]], seed: int) -> list[GenerationRequ
     rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=6),
     size=st.integers(1, 5),
     drafts=st.integers(0, 5),
+    sampling=SAMPLINGS,
     seed=st.integers(0, 1000),
 )
 def test_in_bfloat16_too(
-    shape: str, rows: list[tuple[int, int]], size: int, drafts: int, seed: int
+    shape: str,
+    rows: list[tuple[int, int]],
+    size: int,
+    drafts: int,
+    sampling: SamplingParams,
+    seed: int,
 ) -> None:
-    model, requests = half(shape), half_requests(rows, seed)
+    model, requests = half(shape), half_requests(rows, seed, sampling)
     proposer: BatchProposer | None = None
     if drafts:
         proposer = SkipRows(model, SkipPlan.of_layers([2]), drafts)

@@ -20,7 +20,7 @@ from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 from tests.engine import test_bfloat16
 from tests.kernels.tape import TapeRecorder
@@ -30,9 +30,9 @@ PLAN = SkipPlan.of_layers([1, 3])
 DRAFTERS: dict[str, Callable[[Decoder], Proposer | None]] = {
     "none": lambda decoder: None,
     "skip": lambda decoder: SkipProposer(decoder, PLAN, 5, 0.0),
-    "tree": lambda decoder: SkipProposer(decoder, PLAN, 5, 0.0, GREEDY_SHAPE),
+    "tree": lambda decoder: SkipProposer(decoder, PLAN, 5, 0.0, PAPER_SHAPE),
     "ngram": lambda decoder: mixed(decoder, None),
-    "mixed": lambda decoder: mixed(decoder, PLAN, tree=GREEDY_SHAPE),
+    "mixed": lambda decoder: mixed(decoder, PLAN, tree=PAPER_SHAPE),
 }
 
 

@@ -32,7 +32,7 @@ from conflayers_cli.models.weight_sketch import sketch_weights
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 from tests.cli.conftest import byte_tokenizer, save_model
 from tests.spec_decode.test_mixed import costs as mixed_costs
@@ -111,7 +111,7 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
         seen.update(expected)
         for proposer in (
             *(SkipProposer(decoder, plan, 5, 0.0) for plan in PLANS),
-            SkipProposer(decoder, PLANS[0], 3, 0.0, GREEDY_SHAPE),
+            SkipProposer(decoder, PLANS[0], 3, 0.0, PAPER_SHAPE),
             MixedProposer(decoder, None, mixed_costs()),
         ):
             text, stood = greedy(decoder, prompt, proposer)

@@ -39,7 +39,7 @@ from conflayers_cli.models.quantization import quantization_method
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 from tests.cli.conftest import byte_tokenizer, save_profile, write_prompts
 from tests.spec_decode.test_mixed import costs as mixed_costs
@@ -106,7 +106,7 @@ def assert_drafts_change_nothing(decoder: Decoder) -> None:
         assert len(set(expected)) > 5
         for proposer in (
             SkipProposer(decoder, PLAN, 5, 0.0),
-            SkipProposer(decoder, PLAN, 3, 0.0, GREEDY_SHAPE),
+            SkipProposer(decoder, PLAN, 3, 0.0, PAPER_SHAPE),
             MixedProposer(decoder, None, mixed_costs()),
         ):
             text, stood = greedy(decoder, prompt, proposer)

@@ -13,6 +13,7 @@ from conflayers_cli.models.builtin import ensure_built
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.tokenization import encode
 from conflayers_cli.profile.schema import Profile
+from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 
@@ -65,14 +66,17 @@ def test_calibrate_generate_bench(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert same["matching"] == same["total"] == 2
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, top_p=0.9, seed=1)])
 @pytest.mark.parametrize("plan", [SkipPlan.of_layers([3, 9, 20]), SkipPlan.of([4, 5], [7])])
-def test_smollm2_loses_nothing_under_a_bad_plan(smollm2: LoadedModel, plan: SkipPlan) -> None:
+def test_smollm2_loses_nothing_under_a_bad_plan(
+    smollm2: LoadedModel, plan: SkipPlan, sampling: SamplingParams
+) -> None:
     decoder = Decoder(smollm2.model)
-    prompt = encode(smollm2, QUESTION, None)
-    vanilla = Generation(decoder, GenerationRequest(prompt, 24))
+    request = GenerationRequest(encode(smollm2, QUESTION, None), 24, sampling)
+    vanilla = Generation(decoder, request)
     list(vanilla)
     proposer = SkipProposer(decoder, plan, 5, 0.0)
-    speculative = Generation(decoder, GenerationRequest(prompt, 24), proposer=proposer)
+    speculative = Generation(decoder, request, proposer=proposer)
     steps = list(speculative)
     assert speculative.output == vanilla.output
     assert 0 < sum(s.accepted for s in steps) < sum(s.drafted for s in steps)

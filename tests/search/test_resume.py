@@ -24,7 +24,7 @@ from conflayers_cli.search.strategies.knapsack import Knapsack
 from conflayers_cli.search.strategies.swift import Swift
 from conflayers_cli.search.strategies.unified import Unified
 from conflayers_cli.search.validate import Check
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 
 # drafts are cheap, so that plans pay; attention grows with the context, so that ranges differ
@@ -104,7 +104,7 @@ class Case:
         strategy = STRATEGIES[self.name]
         how: dict[str, Any] = {
             "refine": 12,
-            "tree": GREEDY_SHAPE,
+            "tree": PAPER_SHAPE,
             "on_stage": lambda name: None,
             "on_better": lambda score, judged: None,
         }

@@ -14,7 +14,7 @@ from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.search.objective import DraftParams, Objective, Replay, SideTrace, Trace, replay
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, TreeShape
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE, TreeShape
 from tests import tiny
 
 FLAT = PassCosts({1: 10.0, 40: 10.0}, floor=0.5, attention=0.2, mlp=0.2, context=256)
@@ -83,12 +83,12 @@ def test_a_tree_is_taken_only_where_it_pays() -> None:
     cheap = objective(FLAT)
     score = replace(cheap.score(plan), setting=DraftParams(3, 0.0))
     score = replace(score, speedup=min(score.speedup, 0.9))
-    taken = cheap.with_tree(score, GREEDY_SHAPE)
-    assert taken is not None and taken.setting.tree == GREEDY_SHAPE
+    taken = cheap.with_tree(score, PAPER_SHAPE)
+    assert taken is not None and taken.setting.tree == PAPER_SHAPE
     assert taken.speedup > score.speedup
     dear = objective(STEEP)
-    assert dear.with_tree(dear.score(plan), GREEDY_SHAPE) is None
-    assert cheap.with_tree(cheap.score(SkipPlan()), GREEDY_SHAPE) is None
+    assert dear.with_tree(dear.score(plan), PAPER_SHAPE) is None
+    assert cheap.with_tree(cheap.score(SkipPlan()), PAPER_SHAPE) is None
 
 
 def test_paper_and_decoding_agree_on_tokens_per_step() -> None:

@@ -61,8 +61,8 @@ def random_text(
     return Text(tokens, [right for right, _ in drawn], [sure for _, sure in drawn])
 
 
-def independent(chance: float, sure: float = 0.9) -> Callable[..., Iterable[tuple[bool, float]]]:
-    """Right with one chance everywhere, however sure."""
+def independent(chance: float, sure: float = 0.65) -> Callable[..., Iterable[tuple[bool, float]]]:
+    """Right with one chance everywhere; ``sure``, over a half, is the draft's confidence."""
 
     def draw(generator: torch.Generator) -> Iterable[tuple[bool, float]]:
         while True:
@@ -92,8 +92,10 @@ class Model:
             for column, place in enumerate(places):
                 coming = min(place + 1, len(text.tokens) - 1)  # rows at their end run along
                 sure = text.confidence[coming]
-                logits[row, column] = (torch.tensor(1 - sure) / (VOCABULARY - 1)).log()
-                logits[row, column, text.draft(coming)] = torch.tensor(sure).log()
+                drafted = text.draft(coming)
+                logits[row, column] = -50.0
+                logits[row, column, drafted - 1] = torch.tensor(1 - sure).log()
+                logits[row, column, drafted] = torch.tensor(sure).log()
         return logits
 
 

@@ -54,7 +54,7 @@ def test_as_fast_as_the_best_fixed_length(chance: float, table: CostTable) -> No
 
 @pytest.mark.parametrize("chance", [0.0, 0.3])
 @pytest.mark.parametrize("prior", [0.9, None])
-@pytest.mark.parametrize("sure", [0.5, 0.999])
+@pytest.mark.parametrize("sure", [0.505, 0.999])
 def test_never_slower_than_vanilla(chance: float, prior: float, sure: float) -> None:
     """Drafts that don't pay, from a profile that promises the opposite."""
     table = costs(0.55, 0.03)
@@ -74,11 +74,12 @@ def test_drafts_dearer_than_what_they_gain() -> None:
 
 def persistent(generator: torch.Generator) -> Iterable[tuple[bool, float]]:
     """The draft knows how sure it may be, and stretches of one kind last a while."""
-    levels, level = (0.25, 0.6, 0.9, 0.985), 3
+    levels, level = ((0.25, 0.505), (0.6, 0.52), (0.9, 0.75), (0.985, 0.95)), 3
     while True:
         if float(torch.rand((), generator=generator)) < 0.3:
             level = int(torch.randint(4, (), generator=generator))
-        yield float(torch.rand((), generator=generator)) < levels[level], levels[level]
+        chance, sure = levels[level]
+        yield float(torch.rand((), generator=generator)) < chance, sure
 
 
 @pytest.mark.parametrize("draft", [0.3, 0.5])
@@ -87,7 +88,7 @@ def test_confidence_is_made_use_of(draft: float) -> None:
     text = random_text(6000, persistent, seed=5)
     rate = run(table, text).rate(300)
     assert rate >= 1.05 * max(fixed_rate(table, text, most) for most in range(0, 16))
-    assert rate >= 1.02 * fixed_rate(table, text, 25, 0.8)
+    assert rate >= 1.02 * fixed_rate(table, text, 25, 0.6)
 
 
 @pytest.mark.parametrize("leap", [0.96, 1.5])
@@ -108,7 +109,7 @@ def test_a_second_row_that_costs_a_leap_is_worth_it_for_long_drafts(
 def test_drafts_that_are_never_worth_verifying_are_saved_for() -> None:
     """Promised to be right, but unsure of every token, so that each is dropped again."""
     table = costs(0.4, 0.0, [(2, 0.5)])
-    text = random_text(1500, independent(0.95, 0.05), seed=4)
+    text = random_text(1500, independent(0.95, 0.505), seed=4)
     assert run(table, text, prior=0.95).rate(0) >= 0.98
 
 

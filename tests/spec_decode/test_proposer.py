@@ -1,4 +1,4 @@
-"""The skip drafter: its chain, its distributions, where it ends.
+"""The skip drafter: its chain, where it ends.
 
 Wrong drafts never show in the output, only in the speed; so what is drafted is checked by itself.
 """
@@ -29,8 +29,7 @@ def context(decoder: Decoder, sampling: SamplingParams) -> Context:
     """A text whose tokens but the last are in the cache, by the full model."""
     cache = decoder.new_cache(64)
     decoder.prefill(torch.tensor([TEXT[:-1]]), cache)
-    sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.mark_seen(TEXT)
+    sampler = Sampler(sampling, decoder.vocabulary, decoder.device, TEXT)
     return Context(list(TEXT), cache, sampler)
 
 
@@ -49,21 +48,19 @@ def test_greedy_drafts_are_the_skipped_models_choices(family: str, plan: SkipPla
     decoder = tiny.decoder(family)
     draft = SkipProposer(decoder, plan, 6, 0.0).propose(context(decoder, GREEDY), 20)
     assert len(draft.tokens) == 6
-    assert draft.distribution is None
     expected = chain_logits(decoder, plan, draft.tokens).argmax(-1)
     assert list(draft.tokens) == expected[:6].tolist()
 
 
 @each_plan
-def test_sampled_drafts_come_with_their_distribution(plan: SkipPlan) -> None:
-    decoder = tiny.decoder("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_sampled_drafts_are_those_of_the_skipped_model_alone(family: str, plan: SkipPlan) -> None:
+    """By the same random numbers as if it were the whole model."""
+    decoder = tiny.decoder(family)
     draft = SkipProposer(decoder, plan, 6, 0.0).propose(context(decoder, SAMPLED), 20)
     logits = chain_logits(decoder, plan, draft.tokens)
-    sampler = context(decoder, SAMPLED).sampler
-    assert draft.distribution is not None
-    expected = sampler.distribution(logits, draft.tokens)[:6]
-    torch.testing.assert_close(draft.distribution, expected, rtol=1e-4, atol=1e-6)
-    assert all(draft.distribution[i, token] > 0 for i, token in enumerate(draft.tokens))
+    chosen = context(decoder, SAMPLED).sampler.choose(logits, len(TEXT), draft.tokens)
+    assert list(draft.tokens) == chosen[:6]
 
 
 @each_sampling
@@ -82,25 +79,27 @@ def test_a_chain_ends_after_the_first_unlikely_token(sampling: SamplingParams, s
     decoder = tiny.decoder("llama")
     whole = SkipProposer(decoder, PLANS[0], 8, 0.0).propose(context(decoder, sampling), 20)
     logits = chain_logits(decoder, PLANS[0], whole.tokens)
-    rows = torch.softmax(logits, -1) if whole.distribution is None else whole.distribution
+    scores = context(decoder, sampling).sampler.scores(logits, whole.tokens)
+    rows = torch.softmax(scores / (sampling.temperature or 1.0), -1)
     unlikely = [i for i, token in enumerate(whole.tokens) if rows[i, token] < stop]
     count = unlikely[0] + 1 if unlikely else 8
     draft = SkipProposer(decoder, PLANS[0], 8, stop).propose(context(decoder, sampling), 20)
     assert draft.tokens == whole.tokens[:count]
-    if draft.distribution is not None:
-        assert draft.distribution.shape == (count, tiny.VOCABULARY)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_the_full_model_drafts_without_fault(family: str, penalty: float) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_full_model_drafts_without_fault(
+    family: str, penalty: float, temperature: float
+) -> None:
     """Drafting with nothing left out, all is accepted: draft and verification agree on positions,
     cache and penalty.
     """
     decoder = tiny.decoder(family)
     generation = Generation(
         decoder,
-        GenerationRequest(TEXT, 30, SamplingParams(repetition_penalty=penalty)),
+        GenerationRequest(TEXT, 30, SamplingParams(temperature, repetition_penalty=penalty)),
         proposer=SkipProposer(decoder, FULL, 4, 0.0),
     )
     steps = tiny.steps_of(generation)

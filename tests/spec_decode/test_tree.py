@@ -22,15 +22,15 @@ from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import Context, Draft, Proposer, SkipProposer
-from conflayers_cli.spec_decode.tree import GREEDY_SHAPE, SAMPLING_SHAPE, TreeShape, leaf_counts
+from conflayers_cli.spec_decode.tree import PAPER_SHAPE, TreeShape, leaf_counts
 from tests import tiny
-from tests.engine.test_lossless import PLANS, assert_cache_is_fresh, output
+from tests.engine.test_lossless import PLANS, SAMPLINGS, assert_cache_is_fresh, output
 
 CPU = torch.device("cpu")
 TEXT = tiny.prompt(12, 6)
 PLAN = SkipPlan.of_layers([2])
 TWO = TreeShape(((0.0, 2),))
-SHAPES = st.sampled_from([GREEDY_SHAPE, SAMPLING_SHAPE, TWO, TreeShape(((0.3, 0), (0.0, 30)))])
+SHAPES = st.sampled_from([PAPER_SHAPE, TWO, TreeShape(((0.3, 0), (0.0, 30)))])
 # Windows of 7 in Gemma's layers; GPT-2 has learned positions, Mixtral experts.
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "mixtral"]
 
@@ -58,13 +58,11 @@ def test_shapes_that_make_no_sense_are_refused(thresholds: tuple[tuple[float, in
 
 
 @pytest.mark.parametrize(
-    ("top", "greedy", "sampling"),
-    [(1.0, 3, 1), (0.96, 3, 1), (0.95, 5, 3), (0.8, 8, 5), (0.51, 8, 5), (0.5, 10, 10)],
+    ("top", "leaves"), [(1.0, 3), (0.96, 3), (0.95, 5), (0.8, 8), (0.51, 8), (0.5, 10)]
 )
-def test_the_papers_counts(top: float, greedy: int, sampling: int) -> None:
-    assert GREEDY_SHAPE.leaves(top) == greedy
-    assert SAMPLING_SHAPE.leaves(top) == sampling
-    assert GREEDY_SHAPE.max_leaves == SAMPLING_SHAPE.max_leaves == 10
+def test_the_papers_counts(top: float, leaves: int) -> None:
+    assert PAPER_SHAPE.leaves(top) == leaves
+    assert PAPER_SHAPE.max_leaves == 10
 
 
 # How many leaves stand
@@ -73,17 +71,16 @@ def test_the_papers_counts(top: float, greedy: int, sampling: int) -> None:
 def test_without_costs_all_that_are_wanted_stand() -> None:
     chain = [0.97, 0.6, 0.2]
     beside = [[0.01] * 10, [0.2, 0.1, 0.1, 0.0, 0.0], [0.3] + [0.05] * 9]
-    assert leaf_counts(chain, beside, GREEDY_SHAPE) == (3, 3, 10)
+    assert leaf_counts(chain, beside, PAPER_SHAPE) == (3, 3, 10)
     # The top probability may be another token's than the one drawn.
-    assert leaf_counts([0.02], [[0.97, 0.01, 0.0]], SAMPLING_SHAPE) == (1,)
-    assert leaf_counts([], [], GREEDY_SHAPE) == ()
+    assert leaf_counts([], [], PAPER_SHAPE) == ()
 
 
 def test_numpy_arrays_are_as_good_as_lists() -> None:
     top = np.array([[0.6, 0.3, 0.05, 0.05], [0.9, 0.06, 0.04, 0.0]])
     cost: Callable[[int], float] = lambda width: 1.0 + 0.02 * width  # noqa: E731
-    got = leaf_counts(top[:, 0], top[:, 1:], GREEDY_SHAPE, cost, 0.3)
-    assert got == leaf_counts(top[:, 0].tolist(), top[:, 1:].tolist(), GREEDY_SHAPE, cost, 0.3)
+    got = leaf_counts(top[:, 0], top[:, 1:], PAPER_SHAPE, cost, 0.3)
+    assert got == leaf_counts(top[:, 0].tolist(), top[:, 1:].tolist(), PAPER_SHAPE, cost, 0.3)
     assert all(isinstance(count, int) for count in got)
 
 
@@ -229,7 +226,7 @@ def test_passes_are_counted() -> None:
 def test_rows_are_penalised_for_their_ancestors(
     seen: list[int], nodes: list[tuple[int, int]], seed: int
 ) -> None:
-    setting = SamplingParams(1.0, repetition_penalty=1.4)
+    setting = SamplingParams(1.0, repetition_penalty=1.4, seed=0)
     drafted = [token for token, _ in nodes]
     parents = [min(parent, row) for row, (_, parent) in enumerate(nodes)]
     logits = torch.randn(len(nodes) + 1, 20, generator=torch.Generator().manual_seed(seed))
@@ -251,8 +248,7 @@ def test_rows_are_penalised_for_their_ancestors(
 def context(decoder: Decoder, sampling: SamplingParams, capacity: int = 64) -> Context:
     """A text whose tokens but the last are in the cache, by the full model."""
     cache = prefilled(decoder, TEXT[:-1], capacity)
-    sampler = Sampler(sampling, decoder.vocabulary, decoder.device)
-    sampler.mark_seen(TEXT)
+    sampler = Sampler(sampling, decoder.vocabulary, decoder.device, TEXT)
     return Context(list(TEXT), cache, sampler)
 
 
@@ -263,7 +259,7 @@ def test_greedy_leaves_are_the_next_best_tokens(penalty: float) -> None:
     draft = SkipProposer(decoder, PLAN, 5, 0.2, TWO).propose(context(decoder, sampling), 20)
     assert draft.tokens == chain.tokens
     assert chain.leaves == () and chain.width == len(chain.tokens)
-    assert draft.distribution is None and draft.width == 3 * len(chain.tokens)
+    assert draft.width == 3 * len(chain.tokens)
     cache = prefilled(decoder, TEXT[:-1])
     fed = torch.tensor([[TEXT[-1], *draft.tokens[:-1]]])
     logits = decoder.forward(fed, torch.arange(11, 11 + fed.shape[1])[None], cache, PLAN)[0]
@@ -272,27 +268,29 @@ def test_greedy_leaves_are_the_next_best_tokens(penalty: float) -> None:
     assert [[t, *side] for t, side in zip(draft.tokens, draft.leaves, strict=True)] == ranked
 
 
-def test_sampled_leaves_are_others_that_the_draft_could_have_drawn() -> None:
-    decoder = tiny.decoder("llama")
-    few = 0
+def test_sampled_leaves_are_next_in_the_race() -> None:
+    """The token that the race would give without the winner is the first leaf, and so on."""
+    decoder, some = tiny.decoder("llama"), 0
     for seed in range(20):
-        sampling = SamplingParams(1.0, top_p=0.5, seed=seed)
+        sampling = SamplingParams(1.0, seed=seed)
         chain = SkipProposer(decoder, PLAN, 5, 0.0).propose(context(decoder, sampling), 20)
-        proposer = SkipProposer(decoder, PLAN, 5, 0.0, SAMPLING_SHAPE)
-        draft = proposer.propose(context(decoder, sampling), 20)
-        assert draft.tokens == chain.tokens  # leaves are drawn behind the whole chain
-        assert draft.distribution is not None
-        for token, side, q in zip(draft.tokens, draft.leaves, draft.distribution, strict=True):
-            assert len({token, *side}) == 1 + len(side)
-            assert all(q[leaf] > 0 for leaf in side)
-            possible = int((q > 0).sum()) - 1
-            assert len(side) == min(SAMPLING_SHAPE.leaves(float(q.max())), possible)
-            few += len(side) == possible
-    assert few > 0
+        draft = SkipProposer(decoder, PLAN, 5, 0.0, TWO).propose(context(decoder, sampling), 20)
+        assert draft.tokens == chain.tokens
+        tokens = torch.tensor([[TEXT[-1], *draft.tokens[:-1]]])
+        positions = torch.arange(len(TEXT) - 1, len(TEXT) + len(draft.tokens) - 1)[None]
+        own = context(decoder, sampling)
+        logits = decoder.forward(tokens, positions, own.cache, PLAN)[0].clone()
+        for i, (token, side) in enumerate(zip(draft.tokens, draft.leaves, strict=True)):
+            for each in (token, *side):
+                row = logits[i : i + 1]
+                assert own.sampler.choose(row, len(TEXT) + i) == [each]
+                row[0, each] = -torch.inf
+            some += len(side)
+    assert some > 20
 
 
 @pytest.mark.parametrize(
-    "sampling", [SamplingParams(), SamplingParams(1.0)], ids=["greedy", "sampled"]
+    "sampling", [SamplingParams(), SamplingParams(1.0, seed=2)], ids=["greedy", "sampled"]
 )
 def test_leaves_keep_to_the_room_in_the_cache(sampling: SamplingParams) -> None:
     decoder = tiny.decoder("llama")
@@ -315,7 +313,7 @@ def test_costs_reach_the_drafter() -> None:
         widths.append(width)
         return 1.0 if width <= 7 else 100.0
 
-    proposer = SkipProposer(decoder, PLAN, 4, 0.0, GREEDY_SHAPE, cost, 0.5)
+    proposer = SkipProposer(decoder, PLAN, 4, 0.0, PAPER_SHAPE, cost, 0.5)
     draft = proposer.propose(context(decoder, SamplingParams()), 20)
     assert draft.width + 1 == 7
     assert min(widths) == 5
@@ -339,10 +337,10 @@ def test_leaves_without_a_place_are_refused() -> None:
     slope=st.none() | st.sampled_from([0.0, 0.01, 0.1]),
     count=st.integers(1, 30),
     length=st.integers(1, 20),
-    penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    sampling=SAMPLINGS,
     seed=st.integers(0, 1000),
 )
-def test_greedy_output_is_vanillas(
+def test_output_is_vanillas(
     family: str,
     plan: SkipPlan,
     size: int,
@@ -351,11 +349,10 @@ def test_greedy_output_is_vanillas(
     slope: float | None,
     count: int,
     length: int,
-    penalty: float,
+    sampling: SamplingParams,
     seed: int,
 ) -> None:
     decoder, prompt = tiny.decoder(family), tiny.prompt(length, seed)
-    sampling = SamplingParams(repetition_penalty=penalty)
     cost = None if slope is None else lambda width: 1 + slope * width
     proposer = SkipProposer(decoder, plan, size, stop, shape, cost, 0.3)
     got = output(decoder, prompt, count, sampling=sampling, proposer=proposer)
@@ -367,7 +364,7 @@ def test_greedy_output_is_vanillas(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_after_every_step(family: str, sampling: SamplingParams) -> None:
     decoder = tiny.decoder(family)
-    proposer = SkipProposer(decoder, SkipPlan.of([2], [1, 2]), 4, 0.0, GREEDY_SHAPE)
+    proposer = SkipProposer(decoder, SkipPlan.of([2], [1, 2]), 4, 0.0, PAPER_SHAPE)
     generation = Generation(
         decoder, GenerationRequest(tiny.prompt(9, 4), 40, sampling), proposer=proposer
     )
@@ -396,7 +393,7 @@ def test_leaves_gain_tokens() -> None:
     steps: dict[bool, int] = {}
     for tree in (False, True):
         plan = SkipPlan.of_layers([1, 3])
-        proposer = SkipProposer(decoder, plan, 4, 0.0, GREEDY_SHAPE if tree else None)
+        proposer = SkipProposer(decoder, plan, 4, 0.0, PAPER_SHAPE if tree else None)
         taken = tiny.steps_of(Generation(decoder, GenerationRequest(TEXT, 60), proposer=proposer))
         assert any(step.leaves for step in taken) == tree
         steps[tree] = len(taken)
@@ -482,27 +479,26 @@ def test_watch_sees_every_token_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [SamplingParams(), SamplingParams(1.0)], ids=["greedy", "sampled"]
+    "sampling", [SamplingParams(), SamplingParams(1.0, seed=2)], ids=["greedy", "sampled"]
 )
 def test_to_the_last_slot_and_the_last_learned_position(sampling: SamplingParams) -> None:
     """Chain and leaves find their slots, and no position the model hasn't learned is asked for."""
     for family, length in (("gpt2", 256), ("llama", KV_BLOCK)):
         decoder = tiny.decoder(family)
         prompt = tiny.prompt(length - 30, 2)
-        proposer = SkipProposer(decoder, PLAN, 25, 0.0, GREEDY_SHAPE)
+        proposer = SkipProposer(decoder, PLAN, 25, 0.0, PAPER_SHAPE)
         got = output(decoder, prompt, 30, sampling=sampling, proposer=proposer)
         assert len(got) == 30
-        if sampling.greedy:
-            assert got == output(decoder, prompt, 30)
+        assert got == output(decoder, prompt, 30, sampling=sampling)
 
 
 def test_a_leaf_that_only_opens_the_next_draft_must_earn_its_cost_by_that() -> None:
     chain, beside = (0.5, 0.5, 0.5), [(0.4, 0.05)] * 3
-    cheap = leaf_counts(chain, beside, GREEDY_SHAPE, lambda width: 10 + 0.5 * width, 1.0)
+    cheap = leaf_counts(chain, beside, PAPER_SHAPE, lambda width: 10 + 0.5 * width, 1.0)
     dear = leaf_counts(
-        chain, beside, GREEDY_SHAPE, lambda width: 10 + 0.5 * width, 1.0, only_draft=True
+        chain, beside, PAPER_SHAPE, lambda width: 10 + 0.5 * width, 1.0, only_draft=True
     )
     assert sum(cheap) > 0
     assert sum(dear) == 0
-    free = leaf_counts(chain, beside, GREEDY_SHAPE, lambda width: 10.0, 1.0, only_draft=True)
+    free = leaf_counts(chain, beside, PAPER_SHAPE, lambda width: 10.0, 1.0, only_draft=True)
     assert free == (2, 2, 2)

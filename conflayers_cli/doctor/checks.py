@@ -57,15 +57,26 @@ def _devices() -> Iterator[CheckResult]:
     import torch
     from transformers import LlamaConfig
 
+    from conflayers_cli.kernels.native_library import (
+        best_unit,
+        unavailable_reason,
+        usable_threads,
+    )
+    from conflayers_cli.kernels.native_speed import native_bfloat16_ratio
     from conflayers_cli.models.device import find_device
     from conflayers_cli.models.dtype import choose_dtype
     from conflayers_cli.utils.environment import processor_name
 
     capability = torch.backends.cpu.get_cpu_capability()
     yield CheckResult(section, "processor", f"{processor_name()} ({capability})")
+    missing = unavailable_reason()
+    message = "not used" if missing else f"{best_unit()}, {usable_threads()} threads"
+    advice = f"{missing}: with them models of usual families decode faster" if missing else None
+    yield CheckResult(section, "native kernels", message, advice=advice)
     yield from _gpus()
     device = find_device("auto")
-    _, reason = choose_dtype("auto", device, LlamaConfig(hidden_size=576, intermediate_size=1536))
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536)
+    _, reason = choose_dtype("auto", device, config, native=native_bfloat16_ratio)
     yield CheckResult(section, "--device auto", f"{device}, {reason}")
 
 

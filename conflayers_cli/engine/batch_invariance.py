@@ -18,6 +18,7 @@ from torch import nn
 from conflayers_cli.engine.attach import Attachment, forward
 from conflayers_cli.engine.graph_runner import clock as device_clock
 from conflayers_cli.kernels.kv_cache import KV_BLOCK
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.models.peft_modules import mixes_dtypes
 from conflayers_cli.models.quantization import quantization_method, rounds_inputs
 from conflayers_cli.models.support import exact_positions
@@ -49,10 +50,17 @@ class BatchInvariance:
     Attributes:
         min_rows: how many.
         bitwise: whether a token's logits have the same bits in every pass.
+        any_slot: whether they also have them in any slot of the cache.
     """
 
     min_rows: int
     bitwise: bool
+    any_slot: bool = False
+
+    @property
+    def depends_on_slot(self) -> bool:
+        """Whether bits matter, and a token in another slot than its position's may have others."""
+        return self.bitwise and not self.any_slot
 
     def min_width(self, batch: int) -> int:
         """Tokens per sequence that a pass over a batch runs at least."""
@@ -65,6 +73,8 @@ class BatchInvariance:
 
 NOT_INVARIANT = BatchInvariance(1, bitwise=False)
 """Bits don't matter, or nothing keeps them."""
+NATIVE = BatchInvariance(1, bitwise=True, any_slot=True)
+"""Every sum has one order (see :mod:`conflayers_cli.kernels.native_forward`)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class Exactness:
 
 def find_exactness(attached: Attachment) -> Exactness:
     """How many rows a model's passes have to run for its greedy text to be exact, if it can be."""
+    if isinstance(attached.passes.fused, NativeForward):
+        return Exactness(NATIVE)
     model, invariance = attached.model, BatchInvariance.for_cpu(attached.model.dtype)
     quantised = quantization_method(model.config) is not None
     if quantised or (invariance.bitwise and mixes_dtypes(model)):

@@ -27,7 +27,7 @@ def _compiled(decoder: Decoder, backend: str) -> CompileResult:
     plain = decoder.passes.fused
     if plain is None:
         return CompileResult(False, "not compiled: this model's layers are not known here")
-    if decoder.packed:
+    if decoder.packed or not isinstance(plain, FusedForward):
         return CompileResult(False, "not compiled: on the CPU packed weights are used instead")
     before = _step_seconds(decoder)
     begin = time.perf_counter()

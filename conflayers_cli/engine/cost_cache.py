@@ -150,7 +150,7 @@ def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rows": decoder.invariance.min_rows,
         "recorded": decoder.runner.reason is None,
-        "forward": type(decoder.passes.fused).__name__,
+        "forward": decoder.kernels,
         "flash": decoder.passes.flash,
         "environment": {name: versions[name] for name in ("conflayers", "torch", "transformers")},
     }

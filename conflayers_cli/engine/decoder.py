@@ -18,14 +18,14 @@ from conflayers_cli.engine.batch_invariance import (
     is_inexact,
 )
 from conflayers_cli.engine.cuda_graphs import Recorder
-from conflayers_cli.engine.forward import ModelInput
+from conflayers_cli.engine.forward import AnyForward, ModelInput
 from conflayers_cli.engine.graph_runner import DRAFT_KV_BLOCK, AsyncDecode, GraphRunner
 from conflayers_cli.engine.kernel_choice import choose_kernels, gives_modules_logits
 from conflayers_cli.engine.layer_skipping import SubLayer
 from conflayers_cli.engine.recording import record
 from conflayers_cli.errors import InputError
-from conflayers_cli.kernels.fused_forward import FusedForward
 from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache, round_up_kv_len
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.models.support import exact_positions
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import broadcast_rank0, world
@@ -74,6 +74,7 @@ class Decoder:
         exactness_note: why, where it lies with quantised weights or an adapter.
         passes, runner: what runs them, and how they are launched.
         disabled_paths: ways of running passes that failed here, and why.
+        no_native: why the native library's kernels are not used; empty: they are.
         compilation: the result of compiling the forward; None: not asked for.
 
     Raises:
@@ -90,7 +91,7 @@ class Decoder:
         eager: str | None = None,
     ) -> None:
         attached = attach(model, KV_BLOCK if exact else DRAFT_KV_BLOCK)
-        kernels = choose_kernels(attached)
+        kernels = choose_kernels(attached, recorded=recorder is not None)
         attached.passes.fused, attached.passes.flash = kernels.fused, kernels.flash
         exactness = find_exactness(attached) if exact else Exactness(NOT_INVARIANT)
         runner, pool = record(attached, recorder, eager)
@@ -103,7 +104,7 @@ class Decoder:
         self.vocabulary = int(self.config.vocab_size)
         self.exact_positions = exact_positions(self.config)
         self.sub_layers = attached.sub_layers
-        self.disabled_paths = kernels.disabled_paths
+        self.disabled_paths, self.no_native = kernels.disabled_paths, kernels.no_native
         self.invariance, self.exactness_note = exactness.invariance, exactness.note
         self.inexact = exact and is_inexact(exactness, self.dtype)
         self.compilation: CompileResult | None = None
@@ -266,6 +267,14 @@ class Decoder:
                     handle.remove()
 
     @property
+    def kernels(self) -> str:
+        """What runs passes: "modules", or a forward's name; the native one's unit and threads."""
+        fused = self.passes.fused
+        if isinstance(fused, NativeForward):
+            return f"native {fused.unit}, {fused.num_threads} threads"
+        return "modules" if fused is None else type(fused).__name__
+
+    @property
     def packed(self) -> bool:
         """Whether the weights are packed (see :mod:`conflayers_cli.kernels.packed_linear`)."""
         return self._packing is not None
@@ -275,6 +284,6 @@ class Decoder:
         plain_attention = self._attached.plain_attention
         return plain_model(self.model, self.stack, plain_attention, self._packing)
 
-    def agrees(self, fused: FusedForward) -> bool:
+    def agrees(self, fused: AnyForward) -> bool:
         """Whether a fused forward gives the modules' logits (see `gives_modules_logits`)."""
         return gives_modules_logits(self._attached, fused, flash=self.passes.flash)

@@ -15,11 +15,14 @@ from conflayers_cli.engine.model_lock import ModelLock
 from conflayers_cli.kernels import attention, flash_decode
 from conflayers_cli.kernels.fused_forward import AttentionFn, FusedForward, repeat_last
 from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.models.device import input_device
 from conflayers_cli.models.support import sizes_by_layer
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import broadcast_rank0
 
+AnyForward = FusedForward | NativeForward
+"""What may run passes in place of a model's modules."""
 MAX_FLASH_TOKENS = 64
 """Tokens per sequence up to which attention uses the kernel for few queries over a long cache."""
 
@@ -76,7 +79,7 @@ class ForwardRunner:
     """
 
     def __init__(self, model: Any, config: Any, stack: LayerStack) -> None:
-        self.fused: FusedForward | None = None
+        self.fused: AnyForward | None = None
         self.lock: ModelLock = stack.lock
         self._model = model
         self._stack = stack
@@ -102,7 +105,7 @@ class ForwardRunner:
         return self.fused is None or self.watched
 
     @contextmanager
-    def using(self, fused: FusedForward | None, *, flash: bool) -> Iterator[None]:
+    def using(self, fused: AnyForward | None, *, flash: bool) -> Iterator[None]:
         """Within: passes are run by another forward. The lock must be held."""
         before = self.fused, self.flash
         self.fused, self.flash = fused, flash
@@ -127,9 +130,13 @@ class ForwardRunner:
             keep: see above.
             kv_len: slots that attention may read; all that are written lie below.
         """
+        fused = None if self.watched else self.fused
+        if isinstance(fused, NativeForward):
+            tokens, positions, slots = inputs.tokens, inputs.positions, inputs.slots
+            quantized = plan.weights is not None and self._stack.int4.reason is None
+            return fused.run(tokens, positions, slots, cache, plan, keep, quantized)
         cache.set_slots(inputs.written, kv_len)
-        fused = self.fused
-        if fused is None or self.watched:
+        if fused is None:
             masks = self._masks(inputs, kv_len)
             with self._stack.without(plan):
                 output = self._model(

@@ -16,7 +16,11 @@ from conflayers_cli.engine.attach import (
     logits_match,
     sample_input,
 )
+from conflayers_cli.engine.forward import AnyForward
 from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
+from conflayers_cli.kernels.native_forward import NativeForward
+from conflayers_cli.kernels.native_layers import NativeLinear, packed_before
+from conflayers_cli.kernels.native_library import unavailable_reason
 from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.kernels.triton_forward import KernelForward
 from conflayers_cli.utils.error_text import first_line, triton_errors
@@ -34,19 +38,61 @@ class KernelChoice:
         fused: the forward used instead of the model's modules; None: the modules run.
         flash: whether fused passes use the attention kernel for few queries.
         disabled_paths: ways of running passes that failed here, and why.
+        no_native: why the native library's kernels are not used; empty: they are.
     """
 
     packing: Packing | None
-    fused: FusedForward | None
+    fused: AnyForward | None
     flash: bool
     disabled_paths: tuple[str, ...]
+    no_native: str = ""
 
 
-def choose_kernels(attached: Attachment) -> KernelChoice:
-    """Pack a model's weights, and find it a fused forward, where that is right."""
+def choose_kernels(attached: Attachment, *, recorded: bool = False) -> KernelChoice:
+    """Pack a model's weights, and find it a fused forward, where that is right.
+
+    ``recorded``: passes will be recorded, so that PyTorch has to run them.
+    """
+    native, reason = (None, "passes are recorded") if recorded else choose_native(attached)
+    if native is not None:
+        return native
     packing = pack_weights(attached)
     fused, flash, disabled_paths = choose_forward(attached)
-    return KernelChoice(packing, fused, flash, disabled_paths)
+    return KernelChoice(packing, fused, flash, disabled_paths, reason)
+
+
+def choose_native(attached: Attachment) -> tuple[KernelChoice | None, str]:
+    """The native library's kernels; None where they can't run the model: then why not."""
+    model, layers = attached.model, attached.stack.layers
+    packing = Packing.existing(model)
+    if packing is not None and packing.kind is not NativeLinear:
+        packing.undo()
+        packing = None
+    if (reason := native_reason(attached)) is not None:
+        if packing is not None:
+            packing.undo()
+        return None, reason
+    try:
+        packing = packing or Packing(model, layers, NativeLinear)
+        native = NativeForward(model, layers, attached.config, packed_before)
+        if gives_modules_logits(attached, native, flash=False):
+            return KernelChoice(packing, native, False, ()), ""
+        reason = "they give other logits than the model's modules"
+    except _NOT_FUSED as error:
+        reason = first_line(error)
+    if packing is not None:
+        packing.undo()
+    return None, f"this model's layers are not those that native kernels know: {reason}"
+
+
+def native_reason(attached: Attachment) -> str | None:
+    """Why native kernels are not tried for a model; None: they are."""
+    family = getattr(attached.config, "model_type", None)
+    if attached.passes.device.type != "cpu" or attached.spread:
+        return "native kernels are for models on one CPU"
+    if family not in FAMILIES:
+        return f"native kernels don't know models of type {family}"
+    return unavailable_reason()
 
 
 def pack_weights(attached: Attachment) -> Packing | None:
@@ -90,7 +136,7 @@ def choose_forward(attached: Attachment) -> tuple[FusedForward | None, bool, tup
     return None, False, tuple(disabled)
 
 
-def gives_modules_logits(attached: Attachment, fused: FusedForward, *, flash: bool) -> bool:
+def gives_modules_logits(attached: Attachment, fused: AnyForward, *, flash: bool) -> bool:
     """Whether a fused forward, with the attention kernel or without, gives the modules' logits but
     for rounding. Raises whatever the forward raises."""
     passes, cache = attached.passes, attached.new_cache(SAMPLE_TOKENS)

@@ -13,6 +13,9 @@ from conflayers_cli.engine.graph_runner import MAX_WIDTH
 def run_notes(decoder: Decoder) -> tuple[str, ...]:
     """Sentences for people; none where all is as usual."""
     notes = []
+    if decoder.device.type == "cpu":
+        because = f" ({decoder.no_native})" if decoder.no_native else ""
+        notes.append(f"kernels: {decoder.kernels}{because}")
     runner, on_cpu = decoder.runner, decoder.device.type == "cpu"
     if runner.reason is None:
         notes.append(f"passes of up to {MAX_WIDTH} tokens replayed ({runner.graphs} recorded)")
@@ -38,7 +41,8 @@ def run_details(decoder: Decoder) -> dict[str, Any]:
         "replayed": decoder.runner.reason is None,
         "graphs": decoder.runner.graphs,
         "one_by_one_because": decoder.runner.reason,
-        "forward": "modules" if fused is None else type(fused).__name__,
+        "forward": decoder.kernels,
+        "no_native": decoder.no_native,
         "attention_kernel": decoder.passes.flash and fused is not None,
         "setbacks": list(decoder.disabled_paths),
         "rows_at_least": decoder.invariance.min_rows,

@@ -165,7 +165,7 @@ class Generation(Sequence):
             # NaN. So the next token is decided without drafts.
             self.cache.clear(kv_len + len(decided), kv_len + 1 + len(nodes))
             return decided or self._verify(NO_DRAFT)
-        if row > len(draft.tokens) and self.decoder.invariance.bitwise:
+        if row > len(draft.tokens) and self.decoder.invariance.depends_on_slot:
             # The leaf is the model's choice to the bit, but not the token behind it (see
             # `spec_decode.tree`), which opens the next draft and is verified there.
             source = draft.sources[parent] if draft.sources else self._proposer_name

@@ -80,10 +80,14 @@ class PackedWeight(MergedLinear):
         self.linears = tuple(linears)
         self._keep = keep
         weights = [linear.weight.detach() for linear in linears]
-        self._weight = _reorder(weights[0] if len(weights) == 1 else torch.cat(weights))
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
+        self.pack(weights[0] if len(weights) == 1 else torch.cat(weights))
         self.drop_plain()
+
+    def pack(self, weight: torch.Tensor) -> None:
+        """Keep a plain weight ``[sum of sizes, in]`` in the order of these products."""
+        self._weight = _reorder(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -94,8 +98,8 @@ class PackedWeight(MergedLinear):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         other = memo[id(self)] = copy.copy(self)
         other.linears, other._last = copy.deepcopy(self.linears, memo), None
-        other._weight = _reorder(self.dense())  # PyTorch can't copy packed weights
         other.bias = None if self.bias is None else self.bias.clone()
+        other.pack(self.dense())  # PyTorch can't copy packed weights
         return other
 
     def dense(self) -> torch.Tensor:
@@ -106,7 +110,7 @@ class PackedWeight(MergedLinear):
     @property
     def nbytes(self) -> int:
         """Of the packed weights."""
-        return sum(self.sizes) * self.in_features * self._weight.dtype.itemsize
+        return sum(self.sizes) * self.in_features * self.linears[0].weight.dtype.itemsize
 
     def restore_plain(self) -> None:
         """Give the layers their weights back."""
@@ -139,11 +143,16 @@ class MergedLinearPart(nn.Module):
 class Packing:
     """A model's packed decoder layers and output embedding, which can be unpacked for a while.
 
+    ``kind``: the class of its products.
+
     Raises:
         RuntimeError, TypeError, ValueError: a kind of weight that can't be packed.
     """
 
-    def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, model: Any, layers: Sequence[nn.Module], kind: type[PackedWeight] = PackedWeight
+    ) -> None:
+        self.kind = kind
         self._model = model
         self._swaps: list[tuple[nn.Module, str, nn.Linear, MergedLinearPart]] = []
         self._weights: list[PackedWeight] = []
@@ -212,10 +221,10 @@ class Packing:
         for names in _MERGED:
             parts = [linears[name] for name in names if name in linears]
             if len(parts) == len(names) and can_merge(parts):
-                self._put(parent, names, PackedWeight(parts))
+                self._put(parent, names, self.kind(parts))
                 linears = {name: each for name, each in linears.items() if name not in names}
         for name, linear in linears.items():
-            self._put(parent, [name], PackedWeight([linear]))
+            self._put(parent, [name], self.kind([linear]))
 
     def _pack_head(self, model: Any) -> None:
         head = model.get_output_embeddings()
@@ -223,7 +232,7 @@ class Packing:
             return
         owner, name = find_parent(model, head)
         tied = head.weight is getattr(model.get_input_embeddings(), "weight", None)
-        self._put(owner, [name], PackedWeight([head], keep=tied))
+        self._put(owner, [name], self.kind([head], keep=tied))
 
     def _put(self, parent: nn.Module, names: Sequence[str], packed: PackedWeight) -> None:
         self._weights.append(packed)

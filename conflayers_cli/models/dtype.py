@@ -31,6 +31,8 @@ _ROUNDS = 5
 _ROWS = ((torch.float32, 1), (torch.bfloat16, 2))
 
 Measure = Callable[[PreTrainedConfig], float]
+MeasureNative = Callable[[PreTrainedConfig], float | None]
+"""The same for kernels that need no instructions for bfloat16; None: they don't run the model."""
 
 
 def check_dtype(spec: str) -> None:
@@ -42,12 +44,17 @@ def check_dtype(spec: str) -> None:
 
 
 def choose_dtype(
-    spec: str, device: torch.device, config: PreTrainedConfig, measure: Measure | None = None
+    spec: str,
+    device: torch.device,
+    config: PreTrainedConfig,
+    measure: Measure | None = None,
+    native: MeasureNative | None = None,
 ) -> tuple[torch.dtype, str]:
     """The dtype that ``spec`` (`DTYPES` or ``auto``) names on ``device``, and a sentence on why.
 
-    ``auto`` on a processor with bfloat16 instructions is bfloat16 unless ``measure``, by default
-    `measure_bfloat16_ratio`, gives `SLOWER` or more.
+    ``auto`` on a processor is bfloat16 unless what runs takes `SLOWER` of float32's time or more:
+    by ``native``, where that gives a figure; else, on a processor with bfloat16 instructions, by
+    ``measure`` (by default `measure_bfloat16_ratio`).
     """
     check_dtype(spec)
     if spec != "auto":
@@ -58,6 +65,12 @@ def choose_dtype(
         return torch.float16, "float16: the GPU has no bfloat16"
     if device.type == "mps":
         return torch.float16, "float16: usual on MPS"
+    ratio = native(config) if native else None
+    if ratio is not None:
+        found = f"a step's products take {ratio:.2f} of float32's time (measured, native kernels)"
+        if ratio >= SLOWER:
+            return torch.float32, f"float32: in bfloat16 {found}"
+        return torch.bfloat16, f"bfloat16: {found}"
     abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch >= 2.6
     instructions = next((name for name in _BF16_INSTRUCTIONS if abilities.get(name)), None)
     if instructions is None:

@@ -9,7 +9,7 @@ import torch
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.models.device import check_device_map, find_device
-from conflayers_cli.models.dtype import check_dtype, choose_dtype
+from conflayers_cli.models.dtype import MeasureNative, check_dtype, choose_dtype
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
 from conflayers_cli.models.peft_loading import CONFIG as ADAPTER_CONFIG
@@ -33,7 +33,11 @@ from conflayers_cli.utils.progress import ProgressCallback
 
 
 def load_model(
-    source: str, options: LoadOptions | None = None, *, progress: ProgressCallback | None = None
+    source: str,
+    options: LoadOptions | None = None,
+    *,
+    progress: ProgressCallback | None = None,
+    native: MeasureNative | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
@@ -44,6 +48,7 @@ def load_model(
     Args:
         options: its ``exact`` and ``compiled`` have no effect here.
         progress: called while a model is converted and loaded.
+        native: of `choose_dtype`: measures the kernels that will run the model, if they can.
 
     Raises:
         InputError: no such model, device or dtype; broken or refused files; not a causal language
@@ -58,7 +63,7 @@ def load_model(
     check_quantize(options.quantize)
     origin = find_source(source, progress)
     if origin.adapter is not None:
-        return _load_adapter(origin, origin.adapter, options, progress)
+        return _load_adapter(origin, origin.adapter, options, progress, native)
     if options.merge_adapter is not None:
         name = "merge_adapter" if options.merge_adapter else "merge_adapter=False"
         raise InputError(f"{name}: {source} is no adapter: leave it out", names=(f"{name}:",))
@@ -66,7 +71,7 @@ def load_model(
         raise InputError(
             f"quantize takes safetensors, and {source} is a GGUF file", names=("quantize takes",)
         )
-    return _load_plain(origin, device, options, progress)
+    return _load_plain(origin, device, options, progress, native)
 
 
 def _load_plain(
@@ -74,6 +79,7 @@ def _load_plain(
     device: torch.device,
     options: LoadOptions,
     progress: ProgressCallback | None,
+    native: MeasureNative | None,
 ) -> LoadedModel:
     """Load a model that is no adapter; the options are checked."""
     source, trusted = origin.source, options.trust_remote_code
@@ -86,7 +92,9 @@ def _load_plain(
     with quiet_transformers(on_step):
         config = read_config(origin, trusted)
         check_files(origin, config)
-        dtype, reason = run_on_rank0(lambda: choose_dtype(options.dtype, device, config))
+        dtype, reason = run_on_rank0(
+            lambda: choose_dtype(options.dtype, device, config, native=native)
+        )
         kwargs = (
             {"device_map": options.device_map} if options.device_map else sharding(config, source)
         )
@@ -110,6 +118,7 @@ def _load_adapter(
     adapter: Adapter,
     options: LoadOptions,
     progress: ProgressCallback | None,
+    native: MeasureNative | None,
 ) -> LoadedModel:
     """Load an adapter's base, with the adapter, and its tokenizer where it brings one."""
     source = origin.source
@@ -124,7 +133,7 @@ def _load_adapter(
         if find_source(adapter.base, None).adapter is not None:
             raise InputError(f"{adapter.base} is an adapter itself")
         base_options = replace(options, merge_adapter=None)
-        base = load_model(adapter.base, base_options, progress=progress)
+        base = load_model(adapter.base, base_options, progress=progress, native=native)
     except InputError as error:
         raise InputError(
             f"{source} is an adapter of {adapter.base!r}: {error}; base_model_name_or_path in its "

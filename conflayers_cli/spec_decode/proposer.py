@@ -220,7 +220,7 @@ def propose_leaves(
         verify_cost,
         draft_seconds,
         max_leaves=context.cache.capacity - len(context.tokens) - len(shares),
-        only_draft=decoder.invariance.bitwise,
+        only_draft=decoder.invariance.depends_on_slot,
     )
     return tuple(
         tuple(token for token, _ in each[:count])

@@ -24,6 +24,8 @@ from conflayers_cli.spec_decode.proposer import Context, Draft, SkipProposer
 from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 VOCABULARY = 500
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 

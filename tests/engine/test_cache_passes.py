@@ -28,6 +28,8 @@ from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.kernels.tape import TapeRecorder
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 
 @functools.cache
 def decoder(kind: str) -> Decoder:

@@ -34,6 +34,8 @@ from conflayers_cli.spec_decode.tree import TreeShape
 from tests import tiny
 from tests.kernels.tape import TapeRecorder
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 PLANS = st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=st.sampled_from([None, "int4"]))
 PLAN = SkipPlan.of_layers([1, 3])

@@ -20,6 +20,8 @@ from conflayers_cli.kernels.kv_cache import KV_BLOCK
 from conflayers_cli.kernels.packed_linear import PackedWeight, Packing
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 
 @pytest.fixture
 def attached() -> Attachment:

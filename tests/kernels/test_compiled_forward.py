@@ -24,6 +24,8 @@ from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 BACKEND = "aot_eager"
 COMPILED = ("llama", "phi3")  # plain, and with joined weights from the start
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))

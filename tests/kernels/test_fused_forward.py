@@ -14,6 +14,8 @@ from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 FUSED = [f for f in tiny.FAMILIES if tiny.CONFIGS[f]().model_type in FAMILIES]
 MIDDLE = st.sets(st.integers(1, tiny.DEPTH - 2))
 

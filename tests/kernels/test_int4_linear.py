@@ -36,6 +36,8 @@ from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests import tiny
 from tests.spec_decode import simulated
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 INT4 = SkipPlan(weights="int4")
 WITH_LINEARS = tuple(family for family in tiny.FAMILIES if family != "gpt2")
 """GPT-2's products are no linear layers."""

@@ -16,9 +16,12 @@ from conflayers_cli.kernels import packed_linear
 from conflayers_cli.kernels.packed_linear import MergedLinearPart, PackedWeight, Packing
 from tests import tiny
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
-)
+pytestmark = [
+    pytest.mark.usefixtures("without_native"),
+    pytest.mark.skipif(
+        not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
+    ),
+]
 
 
 def linears(*sizes: int, inputs: int = 48, bias: bool = False) -> list[nn.Linear]:

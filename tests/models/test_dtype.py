@@ -44,6 +44,21 @@ def test_auto_measures_where_there_are_instructions(
     assert because in reason
 
 
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.5, torch.bfloat16), (1.09, torch.bfloat16), (1.1, torch.float32)]
+)
+def test_native_kernels_need_no_instructions(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, expected: torch.dtype
+) -> None:
+    _able(monkeypatch)
+    dtype, reason = choose_dtype("auto", CPU, CONFIG, _never, native=lambda config: ratio)
+    assert dtype == expected
+    assert f"{ratio:.2f} of float32's time (measured, native kernels)" in reason
+    _able(monkeypatch, avx512_bf16=True)
+    without = choose_dtype("auto", CPU, CONFIG, lambda config: 0.7, native=lambda config: None)
+    assert without[0] == torch.bfloat16 and "0.70" in without[1]
+
+
 @pytest.mark.parametrize("abilities", [{}, {"avx2": True, "avx512_bf16": False}])
 def test_nothing_is_measured_without_instructions(
     monkeypatch: pytest.MonkeyPatch, abilities: dict[str, bool]

@@ -1,0 +1,117 @@
+"""What the native forward reads of a Llama-like model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from conflayers_cli.kernels.int4_linear import GROUP_SIZE
+from conflayers_cli.kernels.native_weights import NativeWeight, pack, quantize, unpack
+from conflayers_cli.kernels.packed_linear import (
+    MergedLinearPart,
+    PackedWeight,
+    can_merge,
+    is_plain,
+)
+
+
+class NativeLinear(PackedWeight):
+    """`PackedWeight` in the order of the native library, which also computes its products."""
+
+    native: NativeWeight
+
+    def pack(self, weight: torch.Tensor) -> None:
+        self.native = pack(weight, self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.native(x)
+
+    def dense(self) -> torch.Tensor:
+        return unpack(self.native)
+
+
+PackFn = Callable[[Sequence[Any]], NativeWeight]
+"""Makes the packed weight of linear layers of one input."""
+
+
+@dataclass(frozen=True, eq=False)
+class NativeLayer:
+    """The weights of one layer."""
+
+    qkv: NativeWeight
+    output: NativeWeight
+    gate_up: NativeWeight
+    down: NativeWeight
+
+    def quantized(self) -> NativeLayer:
+        """The same in four bits, where a weight can be."""
+        return NativeLayer(
+            *(to_int4(each) for each in (self.qkv, self.output, self.gate_up, self.down))
+        )
+
+
+def pack_linears(linears: Sequence[Any]) -> NativeWeight:
+    """Linear layers of one input as one packed weight.
+
+    Raises:
+        ValueError: they aren't plain, or can't be one product.
+    """
+    if not all(map(is_plain, linears)) or not can_merge(linears):
+        raise ValueError("layers that can't be one product")
+    weights = [linear.weight.detach() for linear in linears]
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return pack(weight, torch.cat(biases) if biases else None)
+
+
+def packed_before(linears: Sequence[Any]) -> NativeWeight:
+    """The weight of linear layers of one input that are a `NativeLinear` of a packed model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = {each.merged if isinstance(each, MergedLinearPart) else each for each in linears}
+    product = found.pop()
+    if found or not isinstance(product, NativeLinear) or len(product.sizes) != len(linears):
+        raise ValueError("layers that are not packed together")
+    return product.native
+
+
+def to_int4(weight: NativeWeight) -> NativeWeight:
+    """A weight in four bits; itself where it has few bits already, or can't have them."""
+    if weight.bits is not None or weight.cols % GROUP_SIZE:
+        return weight
+    bias = None if weight.bias is None else weight.bias[: weight.rows]
+    return quantize(unpack(weight), 4, bias)
+
+
+def read_layer(layer: Any, pack: PackFn) -> NativeLayer:
+    """The packed weights of a decoder layer.
+
+    Raises:
+        AttributeError, ValueError: it is built otherwise than its family's.
+    """
+
+    def merged(owner: Any, whole: str, parts: Sequence[str]) -> NativeWeight:
+        if hasattr(owner, whole):  # Phi 3 has them in one
+            return pack((getattr(owner, whole),))
+        return pack([getattr(owner, part) for part in parts])
+
+    attention, mlp = layer.self_attn, layer.mlp
+    return NativeLayer(
+        merged(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        pack((attention.o_proj,)),
+        merged(mlp, "gate_up_proj", ("gate_proj", "up_proj")),
+        pack((mlp.down_proj,)),
+    )
+
+
+def windows_by_layer(config: Any, depth: int) -> list[int]:
+    """The attention window of each layer; 0: it sees everything."""
+    window = getattr(config, "sliding_window", None) or 0
+    default = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [default] * depth
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]

@@ -131,15 +131,16 @@ def _decode(
             streamer.put(torch.tensor([token]))
         return ended
 
+    prompts = request.prompts
     requests = [
         GenerationRequest(
             prompt,
             budget,
             request.sampling,
             on_token=partial(on_token, text),
-            answer=request.prompts[:row].count(prompt),
+            answer=prompts[:row].count(prompt),
         )
-        for row, (prompt, text) in enumerate(zip(request.prompts, texts, strict=True))
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     batch_size = request.batch_size if request.batched else 1
     generator = TextGenerator(

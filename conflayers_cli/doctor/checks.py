@@ -58,8 +58,8 @@ def _devices() -> Iterator[CheckResult]:
     from transformers import LlamaConfig
 
     from conflayers_cli.kernels.native_library import (
-        best_unit,
         unavailable_reason,
+        unit_name,
         usable_threads,
     )
     from conflayers_cli.kernels.native_speed import native_bfloat16_ratio
@@ -70,7 +70,7 @@ def _devices() -> Iterator[CheckResult]:
     capability = torch.backends.cpu.get_cpu_capability()
     yield CheckResult(section, "processor", f"{processor_name()} ({capability})")
     missing = unavailable_reason()
-    message = "not used" if missing else f"{best_unit()}, {usable_threads()} threads"
+    message = "not used" if missing else f"{unit_name()}, {usable_threads()} threads"
     advice = f"{missing}: with them models of usual families decode faster" if missing else None
     yield CheckResult(section, "native kernels", message, advice=advice)
     yield from _gpus()

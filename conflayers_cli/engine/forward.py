@@ -17,7 +17,7 @@ from conflayers_cli.kernels.fused_forward import AttentionFn, FusedForward, repe
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.models.device import input_device
-from conflayers_cli.models.support import sizes_by_layer
+from conflayers_cli.models.support import attention_kinds, sizes_by_layer
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import broadcast_rank0
 
@@ -185,6 +185,5 @@ class ForwardRunner:
 def _windows(config: Any) -> dict[str, int | None]:
     """Window by kind of layer (None: sees everything), one entry per kind the model has."""
     window = getattr(config, "sliding_window", None)
-    default = "sliding_attention" if window else "full_attention"
-    kinds = getattr(config, "layer_types", None) or (default,)
+    kinds = attention_kinds(config, 1)
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}

@@ -63,15 +63,10 @@ def choose_kernels(attached: Attachment, *, recorded: bool = False) -> KernelCho
 
 def choose_native(attached: Attachment) -> tuple[KernelChoice | None, str]:
     """The native library's kernels; None where they can't run the model: then why not."""
-    model, layers = attached.model, attached.stack.layers
-    packing = Packing.existing(model)
-    if packing is not None and packing.kind is not NativeLinear:
-        packing.undo()
-        packing = None
     if (reason := native_reason(attached)) is not None:
-        if packing is not None:
-            packing.undo()
         return None, reason
+    model, layers = attached.model, attached.stack.layers
+    packing = Packing.reuse(model, NativeLinear)
     try:
         packing = packing or Packing(model, layers, NativeLinear)
         native = NativeForward(model, layers, attached.config, packed_before)

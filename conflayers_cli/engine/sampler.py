@@ -46,7 +46,6 @@ class Sampler:
         answer: int = 0,
     ) -> None:
         self.settings = settings
-        self.vocabulary = vocabulary
         self._noise: ExponentialNoise | None = None
         if not settings.greedy:
             if settings.seed is None:

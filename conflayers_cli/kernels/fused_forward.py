@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from conflayers_cli.kernels.int4_linear import Int4Weights
 from conflayers_cli.kernels.kv_cache import KVCache, SlotLayer
 from conflayers_cli.kernels.packed_linear import MergedLinearPart, can_merge, is_plain
+from conflayers_cli.models.support import attention_kinds
 from conflayers_cli.skip_plan import SkipPlan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"})
@@ -117,10 +118,7 @@ class FusedForward:
         self.norm_per_head = config.model_type == "qwen3"
         silu = config.hidden_act in ("silu", "swish")
         activation = F.silu if silu else ACT2FN[config.hidden_act]
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or [
-            "sliding_attention" if window else "full_attention"
-        ] * len(layers)
+        kinds = attention_kinds(config, len(layers))
         self.layers = tuple(
             _read_layer(layer, kinds[i], activation) for i, layer in enumerate(layers)
         )

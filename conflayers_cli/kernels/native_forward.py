@@ -34,6 +34,7 @@ from conflayers_cli.kernels.native_library import (
     CWeight,
     load_library,
     padded_float32,
+    unit_name,
     unit_number,
     usable_threads,
 )
@@ -105,7 +106,7 @@ class NativeForward:
         if config.model_type not in FAMILIES or model.dtype not in KINDS:
             raise ValueError(f"{config.model_type} in {model.dtype}")
         self._unit = unit_number(unit)
-        self.unit: str = load_library().cl_unit_name(self._unit).decode()
+        self.unit = unit_name(unit)
         self.threads: int | None = None
         self.dtype: torch.dtype = model.dtype
         self._rotary = model.get_decoder().rotary_emb

@@ -16,6 +16,7 @@ from conflayers_cli.kernels.packed_linear import (
     can_merge,
     is_plain,
 )
+from conflayers_cli.models.support import attention_kinds
 
 
 class NativeLinear(PackedWeight):
@@ -112,6 +113,5 @@ def read_layer(layer: Any, pack: PackFn) -> NativeLayer:
 def windows_by_layer(config: Any, depth: int) -> list[int]:
     """The attention window of each layer; 0: it sees everything."""
     window = getattr(config, "sliding_window", None) or 0
-    default = "sliding_attention" if window else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [default] * depth
+    kinds = attention_kinds(config, depth)
     return [window if kind == "sliding_attention" else 0 for kind in kinds]

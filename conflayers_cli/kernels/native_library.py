@@ -116,23 +116,27 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
 
 
 @functools.cache
+def _numbers() -> dict[str, int]:
+    """The library's numbers of the units that run on this processor, best first."""
+    library, found, number = load_library(), {}, 0
+    while (name := library.cl_unit_name(number)) is not None:
+        if library.cl_unit_runs(number):
+            found[name.decode()] = number
+        number += 1
+    return found
+
+
 def available_units() -> tuple[str, ...]:
     """The units that run on this processor, best first.
 
     Raises:
         OSError: there is no library.
     """
-    library, units, number = load_library(), [], 0
-    while (name := library.cl_unit_name(number)) is not None:
-        if library.cl_unit_runs(number):
-            units.append(name.decode())
-        number += 1
-    return tuple(units)
+    return tuple(_numbers())
 
 
-@functools.cache
-def unit_number(name: str | None = None) -> int:
-    """The number of a unit; by default the one of `UNIT_VARIABLE`, or else the best.
+def unit_name(name: str | None = None) -> str:
+    """A unit that runs here: ``name``, by default the one of `UNIT_VARIABLE`, or else the best.
 
     Raises:
         OSError: there is no library.
@@ -142,20 +146,13 @@ def unit_number(name: str | None = None) -> int:
     name = name or os.environ.get(UNIT_VARIABLE) or (units[0] if units else "none")
     if name not in units:
         raise ValueError(f"unit {name} does not run here: there are {', '.join(units) or 'none'}")
-    library, number = load_library(), 0
-    while library.cl_unit_name(number).decode() != name:
-        number += 1
-    return number
+    return name
 
 
-def best_unit() -> str:
-    """The name of the unit that runs by default.
-
-    Raises:
-        OSError, ValueError: as `unit_number`.
-    """
-    name: bytes = load_library().cl_unit_name(unit_number())
-    return name.decode()
+@functools.cache
+def unit_number(name: str | None = None) -> int:
+    """The library's number of `unit_name`; raises as that does."""
+    return _numbers()[unit_name(name)]
 
 
 @functools.cache

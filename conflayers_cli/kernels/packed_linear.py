@@ -170,7 +170,7 @@ class Packing:
     @staticmethod
     def create(model: Any, layers: Sequence[nn.Module]) -> Packing | None:
         """Pack a model where that is possible and not slower; None: it stays plain."""
-        existing = Packing.existing(model)
+        existing = Packing.reuse(model, PackedWeight)
         if existing is not None or not _possible(model):
             return existing
         parents = [parent for layer in layers for parent in packable(layer)]
@@ -185,6 +185,15 @@ class Packing:
         """The packing of a model that was packed before."""
         packing: Packing | None = getattr(model, _ATTRIBUTE, None)
         return packing
+
+    @staticmethod
+    def reuse(model: Any, kind: type[PackedWeight]) -> Packing | None:
+        """The packing of a model that was packed before in this way; one of another is undone."""
+        existing = Packing.existing(model)
+        if existing is None or existing.kind is kind:
+            return existing
+        existing.undo()
+        return None
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

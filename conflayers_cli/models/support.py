@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def attention_kinds(config: Any, depth: int) -> list[str]:
+    """Of each layer: "full_attention" or "sliding_attention"."""
+    window = getattr(config, "sliding_window", None)
+    default = "sliding_attention" if window else "full_attention"
+    return list(getattr(config, "layer_types", None) or [default] * depth)
+
+
 def refuse_unsupported(model: Any, config: Any) -> None:
     """Raise InputError for an architecture that can't be decoded exactly."""
     name = type(model).__name__

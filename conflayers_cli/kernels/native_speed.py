@@ -23,7 +23,7 @@ def native_bfloat16_ratio(config: PreTrainedConfig) -> float | None:
     """bfloat16's time over float32's for one token's products of a model's sizes.
 
     With the library, the threads and the order of weights that decoding will use. Compared is the
-    least of several rounds, by turns. Takes a quarter of a second.
+    least of several rounds, by turns. Takes a tenth of a second for SmolLM2.
 
     Returns:
         None: the library is not there, or doesn't know the family.

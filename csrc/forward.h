@@ -12,7 +12,7 @@ using conflayers::Team;
 
 constexpr int64_t TOKENS = 256;                      // of a pass at a time: bounds its memory
 constexpr int64_t KEPT = 64;                         // tokens whose logits are computed at a time
-constexpr int64_t TOGETHER = 8;                      // tokens that read a chunk of the cache together
+constexpr int64_t TOGETHER = 16;                     // tokens that read a chunk of the cache together
 constexpr int64_t ELEMENTS = 512;                    // of the MLP, at a time; a multiple of GROUP
 constexpr int64_t MOST_STATES = int64_t(16) << 20;   // floats
 
@@ -65,7 +65,7 @@ class Forward {
                 if (p.runs[2 * index + 1]) mlp(team);
             }
             for (Range r = share(count); !embedded && r.begin < r.end; ++r.begin)
-                embed(p.ids[first + r.begin], x + r.begin * x_stride);
+                begin(first + r.begin, x + r.begin * x_stride);
             barrier(team);
             for (int64_t next = 0; next < p.kept;) next = head(team, next);
         }
@@ -75,7 +75,7 @@ class Forward {
     Range share(int64_t items) const { return Range(items, thread, threads); }
 
     void attention(Team& team) {
-        enter(layer->norms[CL_BEFORE_ATTENTION], form_of(layer->qkv));
+        enter(layer->norms[CL_BEFORE_ATTENTION], form_of(layer->qkv), 2 * index);
         barrier(team);
         multiply(layer->qkv);
         barrier(team);
@@ -90,7 +90,7 @@ class Forward {
     }
 
     void mlp(Team& team) {
-        enter(layer->norms[CL_BEFORE_MLP], form_of(layer->gate_up));
+        enter(layer->norms[CL_BEFORE_MLP], form_of(layer->gate_up), 2 * index + 1);
         barrier(team);
         multiply(layer->gate_up);
         barrier(team);
@@ -105,6 +105,13 @@ class Forward {
     void multiply(const cl_weight& weight) {
         Range r = share(panels_of(weight.rows));
         product(weight, in, count, y, rows, r.begin, r.end);
+    }
+
+    // The residual stream of token t before the first sub-layer that runs.
+    void begin(int64_t t, float* out) const {
+        if (!p.entry) return embed(p.ids[t], out);
+        const T* from = (const T*)p.entry + t * m.hidden;
+        for (int64_t i = 0; i < x_stride; i += LANES) store(out + i, load_some<K>(from + i, m.hidden - i));
     }
 
     void embed(int64_t token, float* out) const {
@@ -148,11 +155,14 @@ class Forward {
     }
 
     // The residual stream brought up to date, and the inputs of the next product.
-    void enter(const float* weight, int form) {
+    void enter(const float* weight, int form, int64_t sub_layer) {
+        T* kept = p.states ? (T*)p.states[sub_layer] : nullptr;
         for (Range r = share(count); r.begin < r.end; ++r.begin) {
             float *mine = x + r.begin * x_stride, *to = in.plain + r.begin * in.stride;
             if (embedded) absorb(r.begin, mine);
-            else embed(p.ids[first + r.begin], mine);
+            else begin(first + r.begin, mine);
+            for (int64_t i = 0; kept && i < m.hidden; i += LANES)
+                store_some<K>(kept + (first + r.begin) * m.hidden + i, load(mine + i), m.hidden - i);
             if (weight) norm(mine, weight, m.hidden, to);
             else memcpy(to, mine, size_t(m.hidden) * 4);
             prepare(in, r.begin, 0, m.hidden, form);

@@ -49,6 +49,9 @@ struct cl_pass {
     void *const *keys, *const *values;                   // by layer
     int64_t sequence_stride, head_stride, slot_stride;
     const uint8_t* runs;  // [depth, 2]: attention, MLP
+    const void* entry;    // [tokens, hidden] in the model's kind, in place of embeddings; null: none
+    void* const* states;  // [depth, 2]: where to write what each that runs begins with, likewise
+                          // [tokens, hidden] or null; null: nothing is written
     int64_t kept;
     const int64_t* keep;  // [kept]: the tokens whose logits are asked for
     void* logits;         // [kept, vocabulary] in the model's kind; null: not written

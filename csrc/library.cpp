@@ -28,7 +28,7 @@ static bool runs(int64_t) { return true; }
 
 static const int64_t count = sizeof units / sizeof *units;
 
-int64_t cl_version(void) { return 1; }
+int64_t cl_version(void) { return 2; }
 
 const char* cl_unit_name(int64_t unit) { return unit >= 0 && unit < count ? units[unit]->name : nullptr; }
 

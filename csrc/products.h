@@ -110,16 +110,14 @@ __attribute__((noinline)) void tile(const char* w, int64_t panel, const typename
                 sums[p][t][i] = more ? load(y + t * rows + p * PANEL + i * LANES) : V{};
     for (int64_t k = begin; k < end; k += S::COLUMNS) {
         const char* here = w + k / S::COLUMNS * S::BYTES;
-        typename S::Weight weight[PANELS][PARTS];
         EACH(p, PANELS) {
             __builtin_prefetch(here + p * panel + AHEAD);
-            EACH(i, PARTS) weight[p][i] = S::load(here + p * panel, i);
-        }
-        EACH(t, TOKENS) {
-            typename S::Input input = S::spread(x + t * stride + k);
-            EACH(p, PANELS)
-                EACH(i, PARTS)
-                    sums[p][t][i] = S::add(sums[p][t][i], weight[p][i], input);
+            typename S::Weight weight[PARTS];
+            EACH(i, PARTS) weight[i] = S::load(here + p * panel, i);
+            EACH(t, TOKENS) {
+                typename S::Input input = S::spread(x + t * stride + k);
+                EACH(i, PARTS) sums[p][t][i] = S::add(sums[p][t][i], weight[i], input);
+            }
         }
     }
     EACH(p, PANELS)
@@ -162,9 +160,11 @@ void float_panels(const char* w, int64_t columns, const Inputs& in, int64_t toke
                   int64_t rows, int64_t begin, int64_t end) {
     int64_t panel = (columns + S::COLUMNS - 1) / S::COLUMNS * S::BYTES;
     int64_t p = begin;
-    for (; p + TALLEST <= end; p += TALLEST)
+    // With 16 registers there is no room for more.
+    bool tall = LANES == 16 || tokens <= 2;
+    for (; tall && p + TALLEST <= end; p += TALLEST)
         tiles<S, TALLEST>(w + p * panel, columns, in, tokens, y + p * PANEL, rows);
-    for (; p + 2 <= end; p += 2)
+    for (; tall && p + 2 <= end; p += 2)
         tiles<S, 2>(w + p * panel, columns, in, tokens, y + p * PANEL, rows);
     for (; p < end; ++p) tiles<S, 1>(w + p * panel, columns, in, tokens, y + p * PANEL, rows);
 }
@@ -182,6 +182,7 @@ struct Int4Group {
         }
     }
     static INLINE I dot(I to, U code, U x) { return dot_int4(to, code, x); }
+    static INLINE I total(I low, I high) { return total_int4(low, high); }
 };
 
 struct Int8Group {
@@ -192,6 +193,7 @@ struct Int8Group {
         EACH(j, 8) codes[j] = load_as<U>(w + 32 + j * 64 + part * 4 * LANES);
     }
     static INLINE I dot(I to, U code, U x) { return dot_int8(to, code, x); }
+    static INLINE I total(I low, I high) { return low + high; }
 };
 
 template <class G, int TOKENS>
@@ -201,30 +203,36 @@ __attribute__((noinline)) void group_tile(const char* w, int64_t columns, const 
     const int8_t* x = in.codes;
     const float *scales = in.scales, *x_sums = in.sums;
     const int32_t* code_sums = in.code_sums;
-    V sums[TOKENS][PARTS] = {};
-    for (int64_t g = 0; g < groups; ++g, w += G::BYTES) {
-        for (int ahead = 0; ahead < G::BYTES; ahead += 64) __builtin_prefetch(w + AHEAD + ahead);
-        EACH(i, PARTS) {
-            U codes[8];
-            G::load(w, i, codes);
-            V scale = from_half((const uint16_t*)w + i * LANES);
-            V least = G::HAS_LEAST ? from_half((const uint16_t*)w + PANEL + i * LANES) : V{};
-            EACH(t, TOKENS) {
-                I low = G::OFFSET ? G::OFFSET * code_sums[t * ld + g] - I{} : I{}, high = I{};
+    // For more tokens, one part of the panel after the other: 16 registers have no room for both.
+    constexpr int SPAN = TOKENS <= 2 ? PARTS : 1;
+    for (int part = 0; part < PARTS; part += SPAN) {
+        V sums[TOKENS][SPAN] = {};
+        const char* here = w;
+        for (int64_t g = 0; g < groups; ++g, here += G::BYTES) {
+            for (int ahead = 0; ahead < G::BYTES; ahead += 64) __builtin_prefetch(here + AHEAD + ahead);
+            EACH(i, SPAN) {
+                U codes[8];
+                G::load(here, part + i, codes);
+                const uint16_t* halves = (const uint16_t*)here + (part + i) * LANES;
+                V scale = from_half(halves);
+                V least = G::HAS_LEAST ? from_half(halves + PANEL) : V{};
+                EACH(t, TOKENS) {
+                    I low = G::OFFSET ? G::OFFSET * code_sums[t * ld + g] - I{} : I{}, high = I{};
 #pragma GCC unroll 8
-                for (int j = 0; j < 8; j += 2) {
-                    const int8_t* at = x + t * in.stride + g * GROUP + j * 4;
-                    low = G::dot(low, codes[j], all_bits(load_as<uint32_t>(at)));
-                    high = G::dot(high, codes[j + 1], all_bits(load_as<uint32_t>(at + 4)));
+                    for (int j = 0; j < 8; j += 2) {
+                        const int8_t* at = x + t * in.stride + g * GROUP + j * 4;
+                        low = G::dot(low, codes[j], all_bits(load_as<uint32_t>(at)));
+                        high = G::dot(high, codes[j + 1], all_bits(load_as<uint32_t>(at + 4)));
+                    }
+                    V whole = __builtin_convertvector(G::total(low, high), V);
+                    sums[t][i] = fma(whole, scale * scales[t * ld + g], sums[t][i]);
+                    if (G::HAS_LEAST) sums[t][i] = fma(least, all(x_sums[t * ld + g]), sums[t][i]);
                 }
-                V whole = __builtin_convertvector(low + high, V);
-                sums[t][i] = fma(whole, scale * scales[t * ld + g], sums[t][i]);
-                if (G::HAS_LEAST) sums[t][i] = fma(least, all(x_sums[t * ld + g]), sums[t][i]);
             }
         }
+        EACH(t, TOKENS)
+            EACH(i, SPAN) store(y + t * rows + (part + i) * LANES, sums[t][i]);
     }
-    EACH(t, TOKENS)
-        EACH(i, PARTS) store(y + t * rows + i * LANES, sums[t][i]);
 }
 
 template <class G>

@@ -205,17 +205,34 @@ INLINE V exponential(V x) {
     return x == x ? scaled : x;
 }
 
-// Sums over four inputs in each lane, added to `to`; exact, whatever computes them. `code` holds
-// 0 … 15, x -127 … 127.
+// Sums over the inputs of a group in each lane, four at a time, added to `to`; exact, whatever
+// computes them. `code` holds 0 … 15, x -127 … 127. total_int4 makes one number of two sums.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// Of two inputs in 16 bits: eight times 2 · 15 · 127 fit.
+INLINE I dot_int4(I to, U code, U x) {
+#if defined(__AVX512BW__)
+    return (I)_mm512_add_epi16((__m512i)to, _mm512_maddubs_epi16((__m512i)code, (__m512i)x));
+#else
+    return (I)_mm256_add_epi16((__m256i)to, _mm256_maddubs_epi16((__m256i)code, (__m256i)x));
+#endif
+}
+
+INLINE I add_pairs(I a) {
+#if defined(__AVX512BW__)
+    return (I)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1));
+#else
+    return (I)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
+#endif
+}
+
+INLINE I total_int4(I low, I high) {
+    typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
+    return add_pairs((I)((Pairs)low + (Pairs)high));
+}
+#else
 INLINE I dot_int4(I to, U code, U x) {
 #if defined(__AVX512VNNI__)
     return (I)_mm512_dpbusd_epi32((__m512i)to, (__m512i)code, (__m512i)x);
-#elif defined(__AVX512BW__)
-    __m512i pairs = _mm512_maddubs_epi16((__m512i)code, (__m512i)x);
-    return to + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)code, (__m256i)x);
-    return to + (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (I)vdotq_s32((int32x4_t)to, (int8x16_t)code, (int8x16_t)x);
 #else
@@ -225,21 +242,29 @@ INLINE I dot_int4(I to, U code, U x) {
 #endif
 }
 
-// The same for signed codes, -128 … 127, if sums start with INT8_OFFSET times the sum of all x.
-#if defined(__AVX2__)
-constexpr int INT8_OFFSET = -128;
-#else
-constexpr int INT8_OFFSET = 0;
+INLINE I total_int4(I low, I high) { return low + high; }
 #endif
 
+// The same for signed codes, -128 … 127, if sums start with INT8_OFFSET times the sum of all x.
+#if defined(__AVX512VNNI__)
+constexpr int INT8_OFFSET = -128;
+INLINE I dot_int8(I to, U code, U x) { return dot_int4(to, code ^ 0x80808080u, x); }
+#elif defined(__AVX512BW__)
+constexpr int INT8_OFFSET = 0;
 INLINE I dot_int8(I to, U code, U x) {
-    if (INT8_OFFSET) code ^= 0x80808080u;
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    // Sums of pairs of products by 255 would not fit in 16 bits.
-    to = dot_int4(to, code & 0x80808080u, x);
-    code &= 0x7f7f7f7fu;
-#endif
-    return dot_int4(to, code, x);
+    __mmask64 negative = _mm512_movepi8_mask((__m512i)code);
+    __m512i turned = _mm512_mask_sub_epi8((__m512i)x, negative, __m512i{}, (__m512i)x);
+    return to + add_pairs((I)_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)code), turned));
 }
+#elif defined(__AVX2__)
+constexpr int INT8_OFFSET = 0;
+INLINE I dot_int8(I to, U code, U x) {  // 2 · 128 · 127 fit in 16 bits, without signs of codes
+    __m256i turned = _mm256_sign_epi8((__m256i)x, (__m256i)code);
+    return to + add_pairs((I)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)code), turned));
+}
+#else
+constexpr int INT8_OFFSET = 0;
+INLINE I dot_int8(I to, U code, U x) { return dot_int4(to, code, x); }
+#endif
 
 }  // namespace

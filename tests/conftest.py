@@ -10,6 +10,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from conflayers_cli.engine import kernel_choice
+from conflayers_cli.kernels import native_loading
 from tests import tiny
 from tests.cluster.clusters import cluster
 
@@ -36,7 +37,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def without_native() -> Iterator[None]:
     """As where the native library was not built: PyTorch's kernels run passes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_choice, "unavailable_reason", lambda: "left out by a test")
+        for module in (kernel_choice, native_loading):
+            patch.setattr(module, "unavailable_reason", lambda: "left out by a test")
         tiny.decoder.cache_clear()
         yield
     tiny.decoder.cache_clear()

@@ -28,6 +28,7 @@ class LoadKeywords(TypedDict, total=False):
     compiled: bool
     device_map: str | None
     quantize: str | None
+    keep_quantized: bool | None
     merge_adapter: bool | None
     trust_remote_code: bool
 

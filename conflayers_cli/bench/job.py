@@ -218,6 +218,7 @@ class BenchJob:
             "truncate": request.prompt_options.truncate,
             "exact": request.load.exact,
             "quantize": request.load.quantize,
+            "keep_quantized": request.load.keep_quantized,
             "merge_adapter": request.load.merge_adapter,
             "compile": request.load.compiled,
             "device_map": request.load.device_map,

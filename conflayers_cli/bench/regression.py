@@ -36,7 +36,7 @@ from conflayers_cli.errors import GateError, InputError
 from conflayers_cli.utils.statistics import CONFIDENCE, MIN_RATIOS, Change
 from conflayers_cli.utils.yaml import format_value
 
-_SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize")
+_SAME_WORK = ("max_new_tokens", "batch_size", "system", "raw", "quantize", "keep_quantized")
 """Settings that decide what is decoded; others decide how, which one may want to compare."""
 _SAME_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MACHINE = ("processor", "gpu", "threads", "platform")

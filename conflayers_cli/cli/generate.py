@@ -230,6 +230,8 @@ class GenerateJob:
             settings += ["truncate"]
         if self.load.quantize:
             settings += ["quantize", self.load.quantize]
+        if self.load.keep_quantized is not None:
+            settings += ["keep-quantized", self.load.keep_quantized]
         if self.lossy.skip_only:
             plan = self.profile.plan if self.profile else None
             settings += ["skip-only", self.lossy.target_speedup, repr(plan)]

@@ -105,9 +105,14 @@ LOAD = OptionGroup(
     quantize=_model_option(
         "--quantize",
         metavar="BITS",
-        help="Load a plain model's weights in fewer bits, int8 or int4 (needs torchao). That is "
-        "another model, in less memory, and its text another one.",
+        help="Load a plain model's weights in fewer bits, int8 or int4 (for native kernels on a "
+        "CPU, else by torchao). That is another model, in less memory, and its text another one.",
         autocompletion=completion.one_of("int8", "int4"),
+    ),
+    keep_quantized=_model_option(
+        "--keep-quantized/--no-keep-quantized",
+        help="Compute with a GGUF file's weights in the bits that they have there (Q4_0, Q4_1, "
+        "Q8_0), or dequantise them. By default what native kernels run quicker.",
     ),
     merge_adapter=_model_option(
         "--merge-adapter/--no-merge-adapter",

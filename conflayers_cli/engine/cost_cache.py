@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.cost_measurement import costs_hold, measure_costs
 from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersError
@@ -31,7 +31,7 @@ from conflayers_cli.utils.distributed import broadcast_rank0
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.progress import ProgressCallback
 
-FORMAT = 9
+FORMAT = 10
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 BATCH_STEP = 4
 """Factor from one batch size measured to the next; between them costs are interpolated."""
@@ -63,6 +63,7 @@ def get_costs(
     progress: ProgressCallback | None = None,
     *,
     int4: bool = False,
+    recheck: bool = False,
 ) -> CachedCosts:
     """The costs of a loaded model's passes, cached in our cache folder: see :func:`cost_table`."""
     return cost_table(
@@ -72,6 +73,7 @@ def get_costs(
         cache_folder=registry.cache_folder(),
         progress=progress,
         int4=int4,
+        recheck=recheck,
     )
 
 
@@ -96,6 +98,7 @@ def cost_table(
     cache_folder: Path | None,
     progress: ProgressCallback | None = None,
     int4: bool = False,
+    recheck: bool = False,
 ) -> CachedCosts:
     """The costs of a model's passes, from the cache or else measured now.
 
@@ -108,6 +111,7 @@ def cost_table(
         cache_folder: where files are kept; None: nowhere.
         progress: called while measuring.
         int4: drafts with four-bit weights must be known, too, where there are any.
+        recheck: costs from the cache must still hold (see `costs_hold`), or are measured anew.
     """
     subject = _subject(decoder, model_key)
     path = None if cache_folder is None else _path(cache_folder, subject)
@@ -115,6 +119,8 @@ def cost_table(
     known = broadcast_rank0({} if path is None else _read(path, subject))
     if int4 and decoder.stack.int4.reason is None:
         known = {batch: costs for batch, costs in known.items() if costs.has_int4}
+    if recheck and 1 in known and not costs_hold(decoder, known[1]):
+        known = {}
     missing = tuple(sorted({1, *batches} - known.keys()))
     for number, batch in enumerate(missing):
         if progress:

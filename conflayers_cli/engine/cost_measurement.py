@@ -30,10 +30,14 @@ LONG = 6
 LONG_WIDTH = 9
 """The wider pass measured there."""
 STABLE = 0.02
-"""Measuring ends as soon as one more round changes no figure by more than this share of it."""
+"""Measuring ends as soon as the two least times of every pass agree within this share."""
 NEARLY_STABLE = 0.1
 """The same once it has taken long."""
 MIN_ROUNDS = 4
+PROBES = 5
+"""Passes that tell whether known costs still hold."""
+IMPLAUSIBLE = 0.92
+"""A pass that takes less than this share of what is known: that was measured on a busy machine."""
 MIN_SHARE = 0.1
 """Of a layer's cost, for either of its sub-layers: that one of them is free is noise."""
 SHALLOW = 3
@@ -48,14 +52,15 @@ Key = tuple[str, int]
 def measure_costs(
     decoder: Decoder,
     context: int = 256,
-    rounds: int = 16,
+    rounds: int = 64,
     *,
     growth: bool = True,
     batch: int = 1,
     seconds: float = 4.0,
     int4: bool = False,
 ) -> PassCosts:
-    """Measure a model's passes, all kinds interleaved, each the lower quartile of the rounds.
+    """Measure a model's passes, all kinds interleaved, each the least of the rounds: what else the
+    machine does only adds time.
 
     Sub-layers' costs come from passes that leave out all middle layers, or all middle MLPs. Where
     sub-layers can't be left out one by one, a layer's cost is split evenly: it then only ever
@@ -86,8 +91,8 @@ def measure_costs(
     passes |= _draft_passes(decoder, cache, context)
     if int4 and decoder.stack.int4.reason is None:
         passes |= _draft_passes(decoder, cache, context, int4=True)
-    typical = _quartiles(passes, rounds, seconds, decoder.runner.warm_ups)
-    return broadcast_rank0(_costs(typical, widths, decoder.depth, context, long))
+    least = _least(passes, rounds, seconds, decoder.runner.warm_ups)
+    return broadcast_rank0(_costs(least, widths, decoder.depth, context, long))
 
 
 def widths_for(batch: int) -> tuple[int, ...]:
@@ -133,38 +138,48 @@ def _draft_passes(
     }
 
 
-def _quartiles(
+def costs_hold(decoder: Decoder, known: PassCosts) -> bool:
+    """Whether a few passes take as long as is known, or longer, as on a machine that is busy now.
+
+    False: what is known was measured while the machine was busier, and should be measured again.
+    """
+    context = min(known.context, (decoder.exact_positions or sys.maxsize) - 1)
+    cache = _filled_cache(decoder, context + 1, 1)
+    costs = {FULL: known.verify_cost(1)}
+    if known.has_int4:
+        rounded = SkipPlan(weights="int4")
+        costs[rounded] = known.draft_cost(rounded, decoder.depth)
+    holds = all(
+        min(_time(decoder, cache, plan, context, 1) for _ in range(PROBES)) >= IMPLAUSIBLE * cost
+        for plan, cost in costs.items()
+    )
+    return broadcast_rank0(holds)
+
+
+def _least(
     passes: Mapping[Key, Callable[[], float]], rounds: int, seconds: float, warm_ups: int
 ) -> dict[Key, float]:
-    """Lower quartile of each pass over the rounds: other work on the machine only adds time."""
+    """The least time of each pass over the rounds, of which there are more while any two least
+    ones disagree."""
     times: dict[Key, list[float]] = {key: [] for key in passes}
-    for _ in range(warm_ups - 1):
+    for _ in range(warm_ups):
         for run in passes.values():
             run()
     begin = time.perf_counter()
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds):
         for key, run in passes.items():
-            taken = run()
-            if round_:  # the first round warms up, too
-                times[key].append(taken)
-        if round_ < 2:
+            times[key] = sorted([*times[key], run()])[:2]
+        if not round_:
             continue
-        change = max(map(_last_change, times.values()))
+        spread = max(second / first - 1 if first else 0.0 for first, second in times.values())
         late = (time.perf_counter() - begin) / seconds if seconds else math.inf
         if broadcast_rank0(
-            (round_ > MIN_ROUNDS and change <= STABLE)
-            or (late > 1 and change <= NEARLY_STABLE)
+            (round_ >= MIN_ROUNDS and spread <= STABLE)
+            or (late > 1 and spread <= NEARLY_STABLE)
             or late > 3
         ):
             break
-    return {key: sorted(values)[len(values) // 4] for key, values in times.items()}
-
-
-def _last_change(values: list[float]) -> float:
-    """By which share of itself the last value has changed the lower quartile."""
-    index = min(len(values) // 4, len(values) - 2)
-    now, before = sorted(values)[index], sorted(values[:-1])[index]
-    return abs(now - before) / now if now else 0.0
+    return {key: least for key, (least, *_) in times.items()}
 
 
 @torch.inference_mode()
@@ -189,36 +204,36 @@ def _tokens(decoder: Decoder, batch: int, count: int) -> torch.Tensor:
 
 
 def _costs(
-    typical: Mapping[Key, float], widths: tuple[int, ...], depth: int, context: int, long: int
+    least: Mapping[Key, float], widths: tuple[int, ...], depth: int, context: int, long: int
 ) -> PassCosts:
     """Costs from the seconds of the passes measured."""
     verify, cheapest = {}, math.inf
     for width in reversed(widths):
         # Noise only adds time, and a wider pass takes no less than a narrower one: where one was
         # measured to, it is the narrower one that was disturbed.
-        verify[width] = cheapest = min(cheapest, typical["verify", width])
+        verify[width] = cheapest = min(cheapest, least["verify", width])
     inner = max(depth - 2, 1)
-    none = min(typical["none", 1], verify[1])
+    none = min(least["none", 1], verify[1])
     # Drafts may read fewer slots than verification, so they tell a layer's draft cost better.
-    one_less = typical.get(("one less", 1))
+    one_less = least.get(("one less", 1))
     full, more = (verify[1], inner) if one_less is None else (one_less, depth - 3)
     layer = max(full - none, 0.0) / more if depth > 2 else 0.0
     floor = max(none - 2 * layer, 0.0)
-    no_mlp = typical.get(("no mlp", 1), math.nan)
+    no_mlp = least.get(("no mlp", 1), math.nan)
     mlp = _mlp_share(layer, floor + depth * layer - no_mlp, inner)
-    full = typical.get(("int4 full", 1), 0.0)  # all zeros where that was not measured
-    none = min(typical.get(("int4 none", 1), 0.0), full)
+    full = least.get(("int4 full", 1), 0.0)  # all zeros where that was not measured
+    none = min(least.get(("int4 none", 1), 0.0), full)
     int4_layer = (full - none) / inner if depth > 2 else 0.0
-    int4_mlp = _mlp_share(int4_layer, full - typical.get(("int4 no mlp", 1), math.nan), inner)
+    int4_mlp = _mlp_share(int4_layer, full - least.get(("int4 no mlp", 1), math.nan), inner)
     slope = slope_by_token = turnaround = 0.0
     if long > context:
         wide = min(LONG_WIDTH, widths[-1])
         positions = depth * (long - context)
-        narrow, wider = (max(typical["long", w] - verify[w], 0.0) for w in (1, wide))
+        narrow, wider = (max(least["long", w] - verify[w], 0.0) for w in (1, wide))
         slope = narrow / positions
         slope_by_token = max(wider - narrow, 0.0) / positions / (wide - 1)
-    if ("async", 1) in typical:
-        waiting = typical["async", 1] - typical["async", ASYNC_PASSES]
+    if ("async", 1) in least:
+        waiting = least["async", 1] - least["async", ASYNC_PASSES]
         turnaround = max(waiting, 0.0) / ASYNC_PASSES
     return PassCosts(
         verify=dict(sorted(verify.items())),

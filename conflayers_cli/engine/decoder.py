@@ -25,7 +25,7 @@ from conflayers_cli.engine.layer_skipping import SubLayer
 from conflayers_cli.engine.recording import record
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache, round_up_kv_len
-from conflayers_cli.kernels.native_forward import NativeForward
+from conflayers_cli.kernels.native_forward import NativeChoice, NativeForward, Resume
 from conflayers_cli.models.support import exact_positions
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import broadcast_rank0, world
@@ -134,6 +134,12 @@ class Decoder:
                     return self._pool.take(capacity, batch)
             return self._attached.new_cache(capacity, batch)
 
+    @property
+    def kv_bytes_per_slot(self) -> int:
+        """Bytes of one sequence's keys and values at one position; 0: not known."""
+        layout = self._attached.kv_layout
+        return layout.elements_per_slot * self.dtype.itemsize if layout else 0
+
     def chunk_for(self, length: int) -> int:
         """Tokens per forward of a prompt of ``length`` tokens."""
         on_cpu = self.device.type == "cpu"
@@ -184,6 +190,30 @@ class Decoder:
         with self.stack.lock:
             self._count(plan)
             return self.runner.forward(inputs, cache, plan, min_width=width, last_only=last_only)
+
+    @torch.inference_mode()
+    def choose(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        plan: SkipPlan,
+        *,
+        slots: torch.Tensor,
+        top: int = 0,
+        resume: Resume | None = None,
+    ) -> NativeChoice | None:
+        """What the logits of a pass say (see `forward` and `NativeForward.choose`), in a fraction
+        of their memory; None where native kernels don't run passes."""
+        native = self.passes.fused
+        with self.stack.lock:
+            if self.passes.watched or not isinstance(native, NativeForward):
+                return None
+            self._count(plan)
+            int4 = plan.weights is not None and self.stack.int4.reason is None
+            return native.choose(
+                tokens, positions, slots, cache, plan, 0, int4=int4, top=top, resume=resume
+            )
 
     def _min_width(self, batch: int, plan: SkipPlan) -> int:
         """Tokens per sequence that a pass runs at least; a draft's bits don't matter."""

@@ -17,6 +17,7 @@ from conflayers_cli.engine.attach import (
     sample_input,
 )
 from conflayers_cli.engine.forward import AnyForward
+from conflayers_cli.engine.native_threads import choose_threads
 from conflayers_cli.kernels.fused_forward import FAMILIES, FusedForward
 from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.kernels.native_layers import NativeLinear, packed_before
@@ -71,6 +72,7 @@ def choose_native(attached: Attachment) -> tuple[KernelChoice | None, str]:
         packing = packing or Packing(model, layers, NativeLinear)
         native = NativeForward(model, layers, attached.config, packed_before)
         if gives_modules_logits(attached, native, flash=False):
+            native.threads = choose_threads(attached, native)
             return KernelChoice(packing, native, False, ()), ""
         reason = "they give other logits than the model's modules"
     except _NOT_FUSED as error:

@@ -36,7 +36,7 @@ def open_model(
         ConfLayersError: it does not fit into memory, or can't be converted.
     """
     from conflayers_cli.engine.decoder import Decoder
-    from conflayers_cli.kernels.native_speed import native_bfloat16_ratio
+    from conflayers_cli.kernels.native_loading import NativeLibrary
     from conflayers_cli.models.loader import load_model
     from conflayers_cli.models.registry import COMPILE_FOLDER, cache_folder
     from conflayers_cli.utils.out_of_memory import explain_oom
@@ -48,7 +48,7 @@ def open_model(
         names=("dtype bfloat16", "quantize int8", "device_map auto"),
     )
     with progress_bar() as on_progress, oom_message:
-        loaded = load_model(source, options, progress=on_progress, native=native_bfloat16_ratio)
+        loaded = load_model(source, options, progress=on_progress, native=NativeLibrary())
         if on_loaded is not None:
             on_loaded(loaded)
         decoder = Decoder(loaded.model, exact=options.exact)

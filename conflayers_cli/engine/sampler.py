@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from conflayers_cli.engine.argmax import greedy_tokens
+from conflayers_cli.engine.argmax import float_row, greedy_tokens, most_likely
 from conflayers_cli.engine.noise import BLOCK, ExponentialNoise, stream_key
 from conflayers_cli.engine.race import SCALES, Race, dense_winners
 from conflayers_cli.sampling_params import SamplingParams
@@ -139,10 +139,7 @@ class Sampler:
         alone. Fewer tokens where others are far behind; none where the scores are not finite.
         """
         if self.settings.greedy:
-            best, tokens = scores.float().topk(min(count, scores.shape[-1]), dim=-1)
-            valid, shares = best[:, 0].isfinite().tolist(), torch.softmax(best, dim=-1).tolist()
-            rows = zip(valid, tokens.tolist(), shares, strict=True)
-            return [list(zip(t, p, strict=True)) if good else [] for good, t, p in rows]
+            return [most_likely(float_row(row), count) for row in scores.cpu()]
         noise = self._sampling_noise
         return [
             race.leaders(noise.minima(position), count)
@@ -156,7 +153,8 @@ class Sampler:
         return self._noise
 
     def _races(self, scores: torch.Tensor) -> Iterator[Race]:
-        padding = (0, -scores.shape[1] % BLOCK)
-        blocks = F.pad(scores.float(), padding, value=-math.inf).view(len(scores), -1, BLOCK)
-        for row, highest in zip(blocks.numpy(), blocks.amax(dim=-1).numpy(), strict=True):
-            yield Race(self.settings, row, highest)
+        for row in scores:
+            numbers = float_row(row)
+            padding = (0, -len(numbers) % BLOCK)
+            blocks = np.pad(numbers, padding, constant_values=-math.inf).reshape(-1, BLOCK)
+            yield Race(self.settings, blocks, blocks.max(axis=-1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, greedy_with_confidence
+from conflayers_cli.engine.argmax import INVALID_TOKEN, read_greedy
 from conflayers_cli.engine.sampler import Sampler
 
 
@@ -74,7 +74,7 @@ def choose_tokens(
     """
     samplers = [request.sampler for request in requests]
     if not others and all(s.settings.greedy and not s.has_penalty for s in samplers):
-        tokens, confidences = greedy_with_confidence(logits).tolist()
+        tokens, confidences = read_greedy(logits).tolist()
         return [
             [
                 TokenChoice(int(token), confidence)

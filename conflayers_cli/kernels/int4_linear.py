@@ -74,18 +74,18 @@ class Int4Linear(MergedLinear):
 
 class Int4Head(MergedLinear):
     """Logits by an output embedding ``[V, d]`` in four bits, the highest of them computed again
-    with the original, which stays in use."""
+    with the original, which stays in use; ``rows`` reads its rows: int64 ``[...] → [..., d]``."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__(weight.shape[1], [len(weight)])
-        self._weight = weight
+        self._rows = rows
         self._int4 = Int4Linear(weight, None, self.sizes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., d] → [..., V]``, in the dtype of ``x``."""
         logits = self._int4(x)
         top = logits.topk(min(RESCORED_TOKENS, logits.shape[-1]), dim=-1, sorted=False).indices
-        exact = (self._weight[top] * x.unsqueeze(-2)).sum(-1)
+        exact = (self._rows(top) * x.unsqueeze(-2)).sum(-1)
         return logits.scatter_(-1, top, exact)
 
 
@@ -164,11 +164,7 @@ class Int4Weights:
         if self.reason is not None:
             return linear
         if linear not in self._made:
-            own = linear.linears[0] if isinstance(linear, PackedWeight) else linear
-            fits = (
-                is_plain(own) and own.bias is None and own.weight.numel() > 0 and _fits(own.weight)
-            )
-            self._made[linear] = Int4Head(own.weight.detach()) if fits else linear
+            self._made[linear] = _make_head(linear) or linear
         return self._made[linear]
 
     def swaps(
@@ -207,7 +203,8 @@ class Int4Weights:
         return [
             each
             for each in dict.fromkeys(products)
-            if isinstance(each, PackedWeight) or (is_plain(each) and _fits(each.weight))
+            if (isinstance(each, PackedWeight) and each.bits != 4)
+            or (is_plain(each) and _fits(each.weight))
         ]
 
     @cached_property
@@ -244,6 +241,20 @@ def _read(linear: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, list[i
     if weight is None or (isinstance(linear, nn.Module) and not is_plain(linear)):
         return None, None, []
     return weight.detach(), None if linear.bias is None else linear.bias.detach(), [len(weight)]
+
+
+def _make_head(linear: Any) -> Int4Head | None:
+    """None: the kernels don't take the weight, or its rows can't be read."""
+    own = linear.linears[0] if isinstance(linear, PackedWeight) else linear
+    if not is_plain(own) or own.bias is not None:
+        return None
+    rows = linear.embedding() if isinstance(linear, PackedWeight) else None
+    if rows is not None:
+        weight = linear.dense()
+    else:
+        weight = own.weight.detach()
+        rows = weight.__getitem__
+    return Int4Head(weight, rows) if weight.numel() and _fits(weight) else None
 
 
 def _fits(weight: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from conflayers_cli.kernels.fused_forward import FAMILIES
 from conflayers_cli.kernels.kv_cache import KVCache, KVLayout
 from conflayers_cli.kernels.native_layers import (
+    NativeEmbedding,
     NativeLayer,
     PackFn,
     pack_linears,
@@ -74,6 +75,24 @@ class NativeChoice:
         return torch.exp(self.logits - self.log_sum)
 
 
+@dataclass(frozen=True)
+class Resume:
+    """A pass that begins behind some sub-layers, and keeps hidden states for others to begin with.
+
+    Sub-layers are counted attention, MLP by layer. States are ``[B, T, d]`` in the model's dtype.
+
+    Attributes:
+        states: for each sub-layer where to write the states that it begins with, if it runs; None:
+            they aren't kept.
+        begin: the first sub-layer that may run.
+        entry: the states that it begins with; None at the first one of all.
+    """
+
+    states: Sequence[torch.Tensor | None]
+    begin: int = 0
+    entry: torch.Tensor | None = None
+
+
 class NativeForward:
     """The native forward of one model of `FAMILIES`, from its decoder layers and text config.
 
@@ -82,8 +101,6 @@ class NativeForward:
         pack: makes the packed weight of linear layers of one input: whoever holds packed weights
             already returns them.
         unit: the library's unit; None: the best.
-        tie: whether the input embedding is read from the packed output embedding, where the two
-            are one weight.
 
     Attributes:
         threads: of a pass; None: as many as can run.
@@ -101,7 +118,6 @@ class NativeForward:
         config: Any,
         pack: PackFn = pack_linears,
         unit: str | None = None,
-        tie: bool = False,
     ) -> None:
         if config.model_type not in FAMILIES or model.dtype not in KINDS:
             raise ValueError(f"{config.model_type} in {model.dtype}")
@@ -113,10 +129,10 @@ class NativeForward:
         self._changing = getattr(self._rotary, "rope_type", "default") in _CHANGING_ROTARY
         self._cosine = self._sine = torch.empty((0, 0))
         self._layers = [read_layer(layer, pack) for layer in layers]
-        head = model.get_output_embeddings()
-        self._head = pack((head,))
-        table = model.get_input_embeddings().weight
-        self._table = None if tie and table is head.weight else table
+        self._head = pack((model.get_output_embeddings(),))
+        embedding = model.get_input_embeddings()
+        packed = isinstance(embedding, NativeEmbedding)
+        self._embedding = embedding.native if packed else embedding.weight
         self._norms: list[torch.Tensor] = []
         self._model = self._describe(model, layers, config)
         self._own = self._with_weights(self._layers, self._head, None)
@@ -168,12 +184,19 @@ class NativeForward:
         keep: int,
         int4: bool = False,
         top: int = 0,
+        resume: Resume | None = None,
     ) -> NativeChoice:
-        """The same pass, but what its logits say in place of them; ``top``: how many of the most
-        likely tokens, at most `MAX_TOP`. Raises as `run` does."""
+        """The same pass, but what its logits say in place of them. Raises as `run` does.
+
+        Args:
+            top: how many of the most likely tokens, at most `MAX_TOP`.
+            resume: where to begin, and which hidden states to keep.
+        """
         if not 0 <= top <= min(MAX_TOP, self._model.vocabulary):
             raise ValueError(f"the {top} most likely tokens")
         described, held = self._pass(tokens, positions, slots, cache, plan, keep)
+        if resume is not None:
+            self._resume(described, (*tokens.shape, self._model.hidden), resume)
         shape = (len(tokens), held[-1].numel() // len(tokens))
         choice = NativeChoice(
             torch.empty(shape, dtype=torch.int64),
@@ -189,6 +212,23 @@ class NativeForward:
         described.top_logits = choice.top_logits.data_ptr()
         self._call(described, int4)
         return choice
+
+    def _resume(self, described: CPass, shape: tuple[int, ...], resume: Resume) -> None:
+        """Have a pass begin with kept states, and keep others."""
+        if len(resume.states) != 2 * len(self._layers):
+            raise ValueError(f"states of {len(resume.states)} sub-layers")
+        given = [each for each in (resume.entry, *resume.states) if each is not None]
+        if any(t.shape != shape or t.dtype != self.dtype or not t.is_contiguous() for t in given):
+            raise ValueError(f"states must be {list(shape)} in {self.dtype}")
+        if (resume.entry is None) != (resume.begin == 0):
+            raise ValueError(f"a pass that begins at sub-layer {resume.begin}")
+        for i in range(resume.begin):
+            described.runs[i] = 0
+        if resume.entry is not None:
+            described.entry = resume.entry.data_ptr()
+        described.states = (ctypes.c_void_p * len(resume.states))(
+            *(None if each is None else each.data_ptr() for each in resume.states)
+        )
 
     @property
     def num_threads(self) -> int:
@@ -362,8 +402,9 @@ class NativeForward:
         model = CModel.from_buffer_copy(self._model)
         model.layers, model.head = described, head.described
         model.rescore = CWeight() if rescore is None else rescore.described
-        table = self._table
-        model.embedding = self._head.described if table is None else plain_table(table)
+        rows = self._embedding
+        packed = isinstance(rows, NativeWeight)
+        model.embedding = rows.described if packed else plain_table(rows)
         return model
 
     def _int4_model(self) -> CModel:

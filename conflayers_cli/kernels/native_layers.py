@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from conflayers_cli.kernels.int4_linear import GROUP_SIZE
-from conflayers_cli.kernels.native_weights import NativeWeight, pack, quantize, unpack
+from conflayers_cli.kernels.native_weights import (
+    NativeWeight,
+    pack,
+    quantize,
+    read_rows,
+    unpack,
+)
 from conflayers_cli.kernels.packed_linear import (
     MergedLinearPart,
     PackedWeight,
@@ -20,18 +27,65 @@ from conflayers_cli.models.support import attention_kinds
 
 
 class NativeLinear(PackedWeight):
-    """`PackedWeight` in the order of the native library, which also computes its products."""
+    """`PackedWeight` in the order of the native library, which also computes its products.
 
-    native: NativeWeight
+    ``native``: the weight, where it is known already; None: it is the layers' own.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        keep: bool = False,
+        native: NativeWeight | None = None,
+    ) -> None:
+        self._native = native
+        super().__init__(linears, keep)
+
+    @property
+    def native(self) -> NativeWeight:
+        if self._native is None:
+            raise ValueError("a weight that is not packed yet")
+        return self._native
 
     def pack(self, weight: torch.Tensor) -> None:
-        self.native = pack(weight, self.bias)
+        self._native = self._native or pack(weight, self.bias)
+
+    def pack_again(self) -> None:
+        """The weight is shared: it never changes."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.native(x)
 
     def dense(self) -> torch.Tensor:
-        return unpack(self.native)
+        return unpack(self.native).to(self.linears[0].weight.dtype)
+
+    def embedding(self) -> nn.Module:
+        return NativeEmbedding(self.native, self.linears[0].weight.dtype)
+
+    @property
+    def bits(self) -> int | None:
+        return self.native.bits
+
+    @property
+    def nbytes(self) -> int:
+        return self.native.nbytes
+
+
+class NativeEmbedding(nn.Module):
+    """Rows of a packed weight, in place of an embedding."""
+
+    def __init__(self, native: NativeWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.native = native
+        self._dtype = dtype
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 ``[...] → [..., d]``."""
+        rows = read_rows(self.native, tokens.reshape(-1)).to(self._dtype)
+        return rows.view(*tokens.shape, self.native.cols)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeEmbedding:
+        return NativeEmbedding(self.native, self._dtype)
 
 
 PackFn = Callable[[Sequence[Any]], NativeWeight]
@@ -62,10 +116,15 @@ def pack_linears(linears: Sequence[Any]) -> NativeWeight:
     """
     if not all(map(is_plain, linears)) or not can_merge(linears):
         raise ValueError("layers that can't be one product")
+    return pack(*merge_weights(linears))
+
+
+def merge_weights(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of linear layers of one input side by side, and their biases."""
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return pack(weight, torch.cat(biases) if biases else None)
+    return weight, torch.cat(biases) if biases else None
 
 
 def packed_before(linears: Sequence[Any]) -> NativeWeight:
@@ -82,8 +141,8 @@ def packed_before(linears: Sequence[Any]) -> NativeWeight:
 
 
 def to_int4(weight: NativeWeight) -> NativeWeight:
-    """A weight in four bits; itself where it has few bits already, or can't have them."""
-    if weight.bits is not None or weight.cols % GROUP_SIZE:
+    """A weight in four bits; itself where it has them already, or can't have them."""
+    if weight.bits == 4 or weight.cols % GROUP_SIZE:
         return weight
     bias = None if weight.bias is None else weight.bias[: weight.rows]
     return quantize(unpack(weight), 4, bias)

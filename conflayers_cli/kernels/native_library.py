@@ -23,7 +23,7 @@ UNIT_VARIABLE = "CONFLAYERS_NATIVE"
 """Environment variable: the unit to use, or ``off``."""
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 INT4, INT8 = 4, 5
-_VERSION = 1
+_VERSION = 2
 
 
 class CWeight(ctypes.Structure):
@@ -80,6 +80,8 @@ class CPass(ctypes.Structure):
         ("values", POINTER(c_void_p)),
         *((name, c_int64) for name in ("sequence_stride", "head_stride", "slot_stride")),
         ("runs", POINTER(c_uint8)),
+        ("entry", c_void_p),
+        ("states", POINTER(c_void_p)),
         ("kept", c_int64),
         ("keep", c_void_p),
         ("logits", c_void_p),
@@ -179,6 +181,7 @@ def usable_threads() -> int:
     return max(1, min(torch.get_num_threads(), usable or 1))
 
 
+@functools.cache
 def _container_quota() -> float | None:
     """Processors' worth of time that the control group of this process gets; None: unlimited."""
     try:

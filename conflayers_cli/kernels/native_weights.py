@@ -139,6 +139,14 @@ def unpack(weight: NativeWeight) -> torch.Tensor:
     return plain[: weight.rows, : weight.cols].contiguous()
 
 
+def read_rows(weight: NativeWeight, numbers: torch.Tensor) -> torch.Tensor:
+    """Rows ``[n, cols]`` of a packed weight, as `unpack` gives them; ``numbers``: int64 ``[n]``."""
+    panels = NativeWeight(
+        weight.data[numbers // PANEL], len(numbers) * PANEL, weight.cols, weight.bits
+    )
+    return unpack(panels)[torch.arange(len(numbers)) * PANEL + numbers % PANEL]
+
+
 def quantize(weight: torch.Tensor, bits: int, bias: torch.Tensor | None = None) -> NativeWeight:
     """A plain weight in ``bits`` 4 or 8.
 

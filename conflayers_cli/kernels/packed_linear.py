@@ -2,9 +2,9 @@
 
 PyTorch's CPU product with a plain weight rearranges it at every call. oneDNN can keep it rearranged
 ("packed"): a short pass then takes about half the time. A packed weight replaces the plain one,
-except for an output embedding tied to the input embedding, which is held twice. Unpacking gives the
-same bits back. From two rows on, a row's bits don't depend on the number of rows here either (see
-:mod:`conflayers_cli.kernels.attention`).
+except for an output embedding tied to the input embedding, which is held twice where rows can't be
+read of the packed one. Unpacking gives the same bits back. From two rows on, a row's bits don't
+depend on the number of rows here either (see :mod:`conflayers_cli.kernels.attention`).
 """
 
 from __future__ import annotations
@@ -99,13 +99,31 @@ class PackedWeight(MergedLinear):
         other = memo[id(self)] = copy.copy(self)
         other.linears, other._last = copy.deepcopy(self.linears, memo), None
         other.bias = None if self.bias is None else self.bias.clone()
-        other.pack(self.dense())  # PyTorch can't copy packed weights
+        other.pack_again()
         return other
+
+    def pack_again(self) -> None:
+        """Hold the weight for oneself after a shallow copy: PyTorch can't copy packed ones."""
+        self.pack(self.dense())
 
     def dense(self) -> torch.Tensor:
         """The plain weights ``[sum of sizes, in]``, side by side."""
         weight: torch.Tensor = self._weight.to_dense()
         return weight
+
+    def embedding(self) -> nn.Module | None:
+        """A module that reads the packed weight's rows as an embedding; None: it can't be read."""
+        return None
+
+    def release(self) -> None:
+        """The layers' own weights aren't kept after all."""
+        self._keep = False
+        self.drop_plain()
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight; None: as it was."""
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -140,22 +158,27 @@ class MergedLinearPart(nn.Module):
         return self.merged.part(x, self.index)
 
 
+MakeFn = Callable[[Sequence[nn.Linear], bool], PackedWeight]
+"""Makes the packed weight of linear layers of one input; whether to keep their own."""
+
+
 class Packing:
     """A model's packed decoder layers and output embedding, which can be unpacked for a while.
 
-    ``kind``: the class of its products.
+    ``kind``: the class of its products, or what makes them.
 
     Raises:
         RuntimeError, TypeError, ValueError: a kind of weight that can't be packed.
     """
 
     def __init__(
-        self, model: Any, layers: Sequence[nn.Module], kind: type[PackedWeight] = PackedWeight
+        self, model: Any, layers: Sequence[nn.Module], kind: MakeFn = PackedWeight
     ) -> None:
         self.kind = kind
         self._model = model
-        self._swaps: list[tuple[nn.Module, str, nn.Linear, MergedLinearPart]] = []
+        self._swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self._weights: list[PackedWeight] = []
+        self._tied: tuple[nn.Embedding, nn.Linear] | None = None
         self._used_once = _used_once(model)
         try:
             for layer in layers:
@@ -187,7 +210,7 @@ class Packing:
         return packing
 
     @staticmethod
-    def reuse(model: Any, kind: type[PackedWeight]) -> Packing | None:
+    def reuse(model: Any, kind: MakeFn) -> Packing | None:
         """The packing of a model that was packed before in this way; one of another is undone."""
         existing = Packing.existing(model)
         if existing is None or existing.kind is kind:
@@ -206,20 +229,32 @@ class Packing:
                 parent._modules[name] = part
             for packed in self._weights:
                 packed.drop_plain()
+            self._tie()
 
     def undo(self) -> None:
         """The model has its plain layers from now on."""
         self._restore()
+        self.settle()
+
+    def settle(self) -> None:
+        """What the model has now is its own from now on; nothing is kept to undo it."""
         self._swaps.clear()
         self._weights.clear()
+        self._tied = None
         if hasattr(self._model, _ATTRIBUTE):
             delattr(self._model, _ATTRIBUTE)
 
     def _restore(self) -> None:
         for packed in self._weights:
             packed.restore_plain()
-        for parent, name, linear, _ in self._swaps:
-            parent._modules[name] = linear
+        self._tie()
+        for parent, name, module, _ in self._swaps:
+            parent._modules[name] = module
+
+    def _tie(self) -> None:
+        if self._tied is not None:
+            embedding, head = self._tied
+            embedding.weight = head.weight
 
     def _pack_children(self, parent: nn.Module) -> None:
         linears = {
@@ -230,18 +265,27 @@ class Packing:
         for names in _MERGED:
             parts = [linears[name] for name in names if name in linears]
             if len(parts) == len(names) and can_merge(parts):
-                self._put(parent, names, self.kind(parts))
+                self._put(parent, names, self.kind(parts, False))
                 linears = {name: each for name, each in linears.items() if name not in names}
         for name, linear in linears.items():
-            self._put(parent, [name], self.kind([linear]))
+            self._put(parent, [name], self.kind([linear], False))
 
     def _pack_head(self, model: Any) -> None:
         head = model.get_output_embeddings()
         if not is_plain(head) or head not in self._used_once:
             return
+        embedding = model.get_input_embeddings()
+        tied = head.weight is getattr(embedding, "weight", None)
+        packed = self.kind([head], tied)
         owner, name = find_parent(model, head)
-        tied = head.weight is getattr(model.get_input_embeddings(), "weight", None)
-        self._put(owner, [name], self.kind([head], keep=tied))
+        self._put(owner, [name], packed)
+        if tied and type(embedding) is nn.Embedding and (rows := packed.embedding()) is not None:
+            self._tied = embedding, head
+            owner, name = find_parent(model, embedding)
+            self._swaps.append((owner, name, embedding, rows))
+            owner._modules[name] = rows
+            packed.release()
+            self._tie()
 
     def _put(self, parent: nn.Module, names: Sequence[str], packed: PackedWeight) -> None:
         self._weights.append(packed)

@@ -18,6 +18,8 @@ class LoadOptions:
         device_map: ``auto`` spreads the layers over all devices, and the host's memory where those
             are too small; None: one device.
         quantize: load a plain model's weights as ``int8`` or ``int4``; None: as they are.
+        keep_quantized: compute with a GGUF file's weights in the bits that they have there; False:
+            with dequantised ones; None: where native kernels run the model, and measure quicker so.
         merge_adapter: add an adapter's weights to its base's; None: if the base is not quantised.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -28,5 +30,6 @@ class LoadOptions:
     compiled: bool = False
     device_map: str | None = None
     quantize: str | None = None
+    keep_quantized: bool | None = None
     merge_adapter: bool | None = None
     trust_remote_code: bool = False

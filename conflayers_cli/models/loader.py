@@ -9,9 +9,11 @@ import torch
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.models.device import check_device_map, find_device
-from conflayers_cli.models.dtype import MeasureNative, check_dtype, choose_dtype
+from conflayers_cli.models.dtype import check_dtype, choose_dtype
+from conflayers_cli.models.few_bits import FewBits
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
+from conflayers_cli.models.native_kernels import NativeKernels
 from conflayers_cli.models.peft_loading import CONFIG as ADAPTER_CONFIG
 from conflayers_cli.models.peft_loading import Adapter, attach_adapter, check_merge
 from conflayers_cli.models.pretrained import (
@@ -37,7 +39,7 @@ def load_model(
     options: LoadOptions | None = None,
     *,
     progress: ProgressCallback | None = None,
-    native: MeasureNative | None = None,
+    native: NativeKernels | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a local folder, a ``.gguf`` file or a model of the Hugging Face Hub.
 
@@ -48,14 +50,25 @@ def load_model(
     Args:
         options: its ``exact`` and ``compiled`` have no effect here.
         progress: called while a model is converted and loaded.
-        native: of `choose_dtype`: measures the kernels that will run the model, if they can.
+        native: the kernels that will run the model on a CPU, if they can.
 
     Raises:
         InputError: no such model, device or dtype; broken or refused files; not a causal language
             model, or one that can't be spread so.
         ConfLayersError: it does not fit into the memory, or a conversion failed.
     """
-    options = options or LoadOptions()
+    return _load(source, options or LoadOptions(), progress, native, adapted=False)
+
+
+def _load(
+    source: str,
+    options: LoadOptions,
+    progress: ProgressCallback | None,
+    native: NativeKernels | None,
+    *,
+    adapted: bool,
+) -> LoadedModel:
+    """`load_model`; ``adapted``: an adapter is going to be put into the model's layers."""
     check_device_map(options.device_map, options.device)
     join_ranks()  # first: an error of one rank alone is reported by it
     device = find_device(options.device)
@@ -71,7 +84,8 @@ def load_model(
         raise InputError(
             f"quantize takes safetensors, and {source} is a GGUF file", names=("quantize takes",)
         )
-    return _load_plain(origin, device, options, progress, native)
+    few_bits = FewBits.choose(origin, device, options, native, adapted=adapted)
+    return _load_plain(origin, device, options, progress, native, few_bits)
 
 
 def _load_plain(
@@ -79,7 +93,8 @@ def _load_plain(
     device: torch.device,
     options: LoadOptions,
     progress: ProgressCallback | None,
-    native: MeasureNative | None,
+    native: NativeKernels | None,
+    few_bits: FewBits,
 ) -> LoadedModel:
     """Load a model that is no adapter; the options are checked."""
     source, trusted = origin.source, options.trust_remote_code
@@ -92,22 +107,27 @@ def _load_plain(
     with quiet_transformers(on_step):
         config = read_config(origin, trusted)
         check_files(origin, config)
+        measure = native.bfloat16_ratio if native else None
         dtype, reason = run_on_rank0(
-            lambda: choose_dtype(options.dtype, device, config, native=native)
+            lambda: choose_dtype(options.dtype, device, config, native=measure)
         )
         kwargs = (
             {"device_map": options.device_map} if options.device_map else sharding(config, source)
         )
-        quantized = quantization_kwargs(config, source, options.quantize, device, dtype, trusted)
+        bits = None if few_bits.rounds else options.quantize
+        quantized = quantization_kwargs(config, source, bits, device, dtype, trusted)
         if quantized is not None:
             kwargs = {**(kwargs or {"device_map": {"": str(device)}}), **quantized}
-        model = read_model(origin, config, dtype, trusted, kwargs)
+        model = few_bits.read(origin, config, dtype)
+        if model is None:
+            model = read_model(origin, config, dtype, trusted, kwargs)
+        few_bits.round(model, source, options.quantize)
         tokenizer = read_tokenizer(origin, trusted)
     on_step(1.0)
     if quantized is not None and model.dtype != dtype:
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"
-    if weights := describe_quantization(model.config, options.quantize):
-        reason = f"{reason}; {weights}"
+    for more in (describe_quantization(model.config, bits), few_bits.note):
+        reason = f"{reason}; {more}" if more else reason
     if not kwargs:
         model = to_device(model, device, source)
     return wrap_model(model, tokenizer, source, reason)
@@ -118,7 +138,7 @@ def _load_adapter(
     adapter: Adapter,
     options: LoadOptions,
     progress: ProgressCallback | None,
-    native: MeasureNative | None,
+    native: NativeKernels | None,
 ) -> LoadedModel:
     """Load an adapter's base, with the adapter, and its tokenizer where it brings one."""
     source = origin.source
@@ -133,7 +153,7 @@ def _load_adapter(
         if find_source(adapter.base, None).adapter is not None:
             raise InputError(f"{adapter.base} is an adapter itself")
         base_options = replace(options, merge_adapter=None)
-        base = load_model(adapter.base, base_options, progress=progress, native=native)
+        base = _load(adapter.base, base_options, progress, native, adapted=True)
     except InputError as error:
         raise InputError(
             f"{source} is an adapter of {adapter.base!r}: {error}; base_model_name_or_path in its "

@@ -126,6 +126,11 @@ def read_model(
             )
     if origin.gguf:
         clear_gguf_leftovers(model)
+    return finish_model(model)
+
+
+def finish_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model for inference alone, whose config names its class."""
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
     model.eval()

@@ -1,6 +1,7 @@
 """Weights in fewer bits: quantised checkpoints, and quantising plain ones while they are loaded.
 
-The latter is torchao's: one package for CPU and CUDA that computes with the layers' own inputs.
+The latter is done by native kernels where they run (:mod:`.few_bits`), else by torchao: one package
+for CPU and CUDA that computes with the layers' own inputs.
 bitsandbytes' int8 rounds the inputs, and which of their columns it leaves out depends on all rows
 of a pass (LLM.int8(), arXiv 2208.07339 §3). Whether a model's kernels give a token the same bits
 beside other tokens is tested when it is opened (`conflayers_cli.engine.batch_invariance`).
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.native_kernels import METHOD
 
 BITS = ("int8", "int4")
 GROUPS = (128, 64, 32)
@@ -117,6 +119,10 @@ def describe_quantization(config: Any, bits: str | None) -> str | None:
     method = quantization_method(config)
     if method is None:
         return None
+    if method == METHOD:
+        bits = (_entries(config) or {}).get("bits")
+        words = "in the bits of the GGUF file" if bits == "GGUF" else f"rounded to {bits}"
+        return f"weights {words}, for native kernels"
     return f"weights quantised with {method}{f' ({bits})' if bits else ''}"
 
 
@@ -158,9 +164,11 @@ def torchao_config(
         ) from error
 
 
-def rounds_inputs(model: nn.Module) -> bool:
+def rounds_inputs(model: Any) -> bool:
     """Whether layers round their inputs, to int8 or half precision, whatever their dtype."""
-    return any(type(module).__name__ in _ROUNDING for module in model.modules())
+    config = getattr(model, "config", None)
+    ours = config is not None and quantization_method(config) == METHOD
+    return ours or any(type(module).__name__ in _ROUNDING for module in model.modules())
 
 
 def _entries(config: Any) -> dict[str, Any] | None:

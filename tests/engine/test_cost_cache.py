@@ -245,3 +245,19 @@ def test_keys_tell_models_apart() -> None:
 )
 def test_sizes_up_to(rows: int, sizes: tuple[int, ...]) -> None:
     assert batch_sizes_up_to(rows) == sizes
+
+
+def test_costs_of_a_busier_machine_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    def table(recheck: bool) -> CachedCosts:
+        return cost_table(
+            tiny.decoder("llama"), model_key="m", cache_folder=tmp_path, recheck=recheck
+        )
+
+    assert table(False).measured == (1,)
+    for holds, again in ((True, ()), (False, (1,))):
+        monkeypatch.setattr(cost_cache, "costs_hold", lambda decoder, known, ok=holds: ok)
+        assert table(True).measured == again
+        assert table(False).measured == ()
+    assert measured == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 import transformers as hf
 
 from conflayers_cli.engine import cost_measurement
-from conflayers_cli.engine.cost_measurement import MIN_ROUNDS, WIDTHS, measure_costs, widths_for
+from conflayers_cli.engine.cost_measurement import (
+    MIN_ROUNDS,
+    WIDTHS,
+    costs_hold,
+    measure_costs,
+    widths_for,
+)
 from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache
@@ -259,3 +266,11 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     before = decoder.forward(tokens, positions, decoder.new_cache(6))
     measure_costs(decoder, context=8, rounds=1)
     assert torch.equal(decoder.forward(tokens, positions, decoder.new_cache(6)), before)
+
+
+@pytest.mark.parametrize(("factor", "hold"), [(0.01, True), (1e6, False)])
+def test_known_costs_hold_unless_passes_take_less(factor: float, hold: bool) -> None:
+    decoder = tiny.decoder("llama")
+    known = measure_costs(decoder, context=8, rounds=2)
+    slower = replace(known, verify={w: factor * s for w, s in known.verify.items()})
+    assert costs_hold(decoder, slower) is hold

@@ -97,7 +97,7 @@ def test_the_product_is_that_with_the_rounded_weight(
 def test_the_heads_likeliest_tokens_get_their_own_logits() -> None:
     weight = drawn(3200, 2 * GROUP_SIZE)
     rows = drawn(8, 50, 2 * GROUP_SIZE, seed=1)
-    found, own = Int4Head(weight)(rows), rows @ weight.T
+    found, own = Int4Head(weight, weight.__getitem__)(rows), rows @ weight.T
     exact = torch.isclose(found, own, rtol=1e-5, atol=1e-5)
     assert bool((exact.sum(-1) >= int4_linear.RESCORED_TOKENS).all()) and not bool(exact.all())
     rough = Int4Linear(weight, None, [3200])(rows)

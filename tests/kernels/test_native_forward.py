@@ -7,7 +7,14 @@ import torch
 
 from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.kernels.native_forward import NativeForward
+from conflayers_cli.kernels.native_forward import NativeForward, Resume
+from conflayers_cli.kernels.native_layers import (
+    NativeLinear,
+    PackFn,
+    pack_linears,
+    packed_before,
+)
+from conflayers_cli.kernels.packed_linear import Packing
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.kernels import native
@@ -185,14 +192,23 @@ def test_a_tied_embedding_is_read_from_the_packed_head(dtype: torch.dtype) -> No
     config = tiny.CONFIGS["llama"]()
     config.tie_word_embeddings = True
     model = tiny.build(config, dtype=dtype)
-    args = (tokens_of("llama", 1, 9), places(1, 0, 9), None)
-    logits = [
-        NativeForward(model, model.model.layers, config, tie=tie).run(
-            *args, native.new_cache("llama"), FULL, 0
-        )
-        for tie in (False, True)
-    ]
-    assert torch.equal(*logits)
+    tokens = tokens_of("llama", 1, 9)
+    args = (tokens, places(1, 0, 9), None)
+    plain = model.model.embed_tokens.weight.clone()
+    states = model.model.embed_tokens(tokens)
+
+    def logits(pack: PackFn) -> torch.Tensor:
+        forward = NativeForward(model, model.model.layers, config, pack)
+        return forward.run(*args, native.new_cache("llama"), FULL, 0)
+
+    expected = logits(pack_linears)
+    packing = Packing(model, model.model.layers, NativeLinear)
+    assert torch.equal(model.model.embed_tokens(tokens), states)
+    assert torch.equal(logits(packed_before), expected)
+    assert sum(weight.numel() for weight in model.parameters()) < plain.numel()  # held once
+    packing.undo()
+    assert torch.equal(model.model.embed_tokens.weight, plain)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -211,3 +227,36 @@ def test_what_does_not_fit_is_refused() -> None:
             forward.run(*arguments)
     with pytest.raises(ValueError):
         forward.choose(tokens, at, None, cache, FULL, 0, top=33)
+
+
+@pytest.mark.parametrize("family", ["wide", "qwen3", "olmo2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", native.UNITS)
+def test_a_pass_goes_on_from_kept_states(family: str, dtype: torch.dtype, unit: str) -> None:
+    forward, model = native.forward(family, dtype, unit), native.model(family, dtype)
+    tokens, at = tokens_of(family, 1, 300), places(1, 0, 300)  # more than one block
+    depth, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    states = [torch.zeros((1, 300, hidden), dtype=dtype) for _ in range(2 * depth)]
+    cache = native.new_cache(family, 1, 512)
+    whole = forward.choose(tokens, at, None, cache, FULL, 0, resume=Resume(states))
+    for begin in range(1, 2 * depth):
+        resume = Resume([None] * (2 * depth), begin, states[begin])
+        rest = forward.choose(tokens, at, None, cache, FULL, 0, resume=resume)
+        assert torch.equal(rest.logits, whole.logits), begin
+        assert torch.equal(rest.log_sum, whole.log_sum), begin
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    forward, tokens, at = native.forward("llama"), tokens_of("llama", 1, 3), places(1, 0, 3)
+    depth, hidden = tiny.DEPTH, native.model("llama").config.hidden_size
+    fit, wrong = torch.zeros((1, 3, hidden)), torch.zeros((1, 4, hidden))
+    for resume in (
+        Resume([None]),
+        Resume([None] * (2 * depth), 2, None),
+        Resume([None] * (2 * depth), 0, fit),
+        Resume([None] * (2 * depth), 2, wrong),
+        Resume([wrong] * (2 * depth)),
+        Resume([fit.double()] * (2 * depth)),
+    ):
+        with pytest.raises(ValueError, match=r"states|begins"):
+            forward.choose(tokens, at, None, native.new_cache("llama"), FULL, 0, resume=resume)

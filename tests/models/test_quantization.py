@@ -506,6 +506,7 @@ def test_what_could_run_code_stays_refused(tmp_path: Path) -> None:
 FAST = ("--quantize", "int8", "--device", "cpu", "--dtype", "bfloat16")
 
 
+@pytest.mark.usefixtures("without_native")
 def test_commands_take_the_flag(
     plain: Path,
     tmp_path: Path,
@@ -532,7 +533,18 @@ def test_commands_take_the_flag(
     assert json.loads(vanilla)["token_ids"] == json.loads(speculative)["token_ids"]
     _, told = run("generate", "Hello", "-p", profile, "-n", 4, *FAST, "--stats")
     assert "weights quantised with torchao" in told
-    quick = ("--search-interval", 4, "--max-iterations", 2, "-n", 12, "--refine-limit", 4)
+    quick = (
+        "--strategy",
+        "conflayers",
+        "--search-interval",
+        4,
+        "--max-iterations",
+        2,
+        "-n",
+        12,
+        "--refine-limit",
+        4,
+    )
     run("calibrate", "-m", plain, "--data", prompts, "-o", "found.yaml", *quick, *FAST)
     out, _ = run(
         *("bench", "-p", profile, "--data", prompts, "-n", 6, "--runs", 1, *FAST, "--json")

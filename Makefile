@@ -33,7 +33,7 @@ $(BIN)/conflayers: pyproject.toml constraints.txt
 # The main job, end to end: find the layers to skip, decode with them, measure.
 demo: $(BIN)/conflayers
 	mkdir -p $(DEMO)
-	$(BIN)/conflayers calibrate --model smollm2-deep --patience 8 --output $(DEMO)/deep.yaml
+	$(BIN)/conflayers calibrate --model smollm2-deep --output $(DEMO)/deep.yaml
 	$(BIN)/conflayers generate "Explain in three sentences how a bicycle stays upright." \
 		--profile $(DEMO)/deep.yaml --max-new-tokens 96 --stats
 	$(BIN)/conflayers bench --profile $(DEMO)/deep.yaml --max-prompts 6 --max-new-tokens 96 --runs 2 \

@@ -30,6 +30,7 @@ from conflayers_cli.utils.files import write_json
 from tests.cli.conftest import save_model, write_prompts
 
 STRATEGIES = {
+    "local": (),
     "conflayers": ("--search-interval", 6, "--max-iterations", 12),
     "swift": ("--max-iterations", 60),
     "knapsack": (),

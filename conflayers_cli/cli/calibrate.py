@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,13 @@ def calibrate(
 ) -> None:
     """Find the layers a model can leave out while it drafts, and write them to a profile.
 
-    A strategy searches for a set of layers, losslessly decoding your prompts. The
-    set is improved layer by layer under predicted tokens per second on this
-    device, and checked by real decoding on prompts the search has not seen. Where
-    no set beats plain decoding it says so, and the profile is empty. Ctrl-C ends
-    the search with the best set so far and writes it. Whatever ended a search,
-    kill -9 or a power cut, --resume goes on from the last set looked at.
+    Sets of layers are judged by predicted tokens per second on this device, on
+    texts that the model wrote for a few of your prompts (--max-prompts: for all of
+    as many), and the best one is checked by real decoding on prompts the search
+    has not seen. Where no set beats plain decoding it says so, and the profile is
+    empty. Ctrl-C ends the search with the best set so far and writes it. Whatever
+    ended a search, kill -9 or a power cut, --resume goes on from the last set
+    looked at. A paper's method may search for the set to begin with (--strategy).
 
     \b
       conflayers calibrate --model smollm2-deep --data prompts.jsonl -o summ.yaml
@@ -77,6 +79,7 @@ def calibrate(
         # Unified's rule needs no text; with --data its plan is measured.
         needs_text = search.strategy != UNIFIED or data is not None
         prompts = read_prompt_file(data, max_prompts) if needs_text else []
+        search = replace(search, judged_prompts=max_prompts)
         job = CalibrationJob.open(model, load, prompts, prompt_options, search)
         journal.begin(job.header())
         with Display(job.decoder.depth) as display:
@@ -85,6 +88,7 @@ def calibrate(
                 on_stage=display.stage,
                 on_trial=display.trial,
                 on_better=display.better,
+                on_look=display.looked,
             )
         _conclude(job, found, target, journal, as_json)
 

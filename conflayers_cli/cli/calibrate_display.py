@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -25,34 +29,73 @@ logger = logging.getLogger(__name__)
 
 ROWS = 12
 """Latest trials kept in view."""
+SILENCE = 20.0
+"""Seconds after which a line is written where there is no terminal and nothing else was."""
 
 
 class Display:
-    """A live table on a terminal; elsewhere a line per stage and per improvement."""
+    """What is being done, the best plan so far and the time left: a bar and a table on a terminal;
+    elsewhere a line per stage and per improvement, and one at least every `SILENCE` seconds.
 
-    def __init__(self, depth: int) -> None:
+    ``clock``: in seconds.
+    """
+
+    def __init__(self, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._depth = depth
+        self._clock = clock
         self._rows: list[tuple[str, ...]] = []
-        self._stage = ""
-        self._best = ""
+        self._stage = self._best = self._looks = ""
+        self._begun = self._spoke = clock()
+        self._done = 0.0
+        self._over = threading.Event()
         console = stderr_console()
-        self._live = Live(console=console, transient=False) if console.is_terminal else None
+        self._live = (
+            Live(console=console, transient=False, get_renderable=self._render)
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Display:
         if self._live:
             self._live.__enter__()
+        else:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *of_error: Any) -> None:
+        self._over.set()
         if self._live:
             self._live.__exit__(*of_error)
 
     def stage(self, name: str) -> None:
         """A stage begins."""
-        self._stage = name
+        self._stage, self._looks = name, ""
+        self._begun, self._done = self._clock(), 0.0
+        self._say(f"{name} …")
+
+    def looked(self, judged: int, done: float) -> None:
+        """Refinement has judged so many plans; ``done``: about which share of it is over."""
+        self._looks, self._done = f", {judged} sets judged", max(done, self._done)
+
+    def status(self) -> str:
+        """What is being done, for how long, and the time left where it is known."""
+        seconds, left = self._clock() - self._begun, ""
+        if self._done > 0.05:
+            left = f", about {seconds * (1 - self._done) / self._done:.0f} s left"
+        return f"{self._stage}{self._looks}: {seconds:.0f} s{left}"
+
+    def _say(self, line: str) -> None:
+        """A line where there is no terminal; there the table shows it."""
         if self._live is None:
-            logger.info(f"{name} …")
-        self._redraw()
+            self._spoke = self._clock()
+            logger.info(line)
+        else:
+            self._live.refresh()
+
+    def _break_silence(self) -> None:
+        while not self._over.wait(SILENCE / 20):
+            if self._stage and self._clock() - self._spoke >= SILENCE * 0.9:
+                self._say(f"{self.status()}{f'; {self._best}' if self._best else ''}")
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
         """A trial of the search is done."""
@@ -73,8 +116,7 @@ class Display:
             if trial.speedup is not None:
                 self._best += f", {row[5]} expected"
             if self._live is None:
-                logger.info(f"set {row[0]}, {row[1]}: {self._best}")
-        self._redraw()
+                self._say(f"set {row[0]}, {row[1]}: {self._best}")
 
     def better(self, score: Score, judged: int) -> None:
         """Refinement found a better plan after scoring ``judged`` plans."""
@@ -83,19 +125,19 @@ class Display:
             f"{f'{score.plan.weights} weights, ' if score.plan.weights else ''}"
             f"agreement {_share(score.agreement)}, {_times(score.speedup)}"
         )
-        if self._live is None:
-            logger.info(f"{self._best} expected")
-        self._redraw()
+        self._say(f"{self._best} expected")
 
-    def _redraw(self) -> None:
-        if self._live is None:
-            return
-        table = Table(title=Text(self._stage), caption=Text(self._best), caption_justify="left")
-        for head in ("set", "by", "skipped", "accepted", "tokens/step", "expected", ""):
-            table.add_column(head, justify="left" if head in ("", "by", "skipped") else "right")
-        for row in self._rows[-ROWS:]:
-            table.add_row(*map(Text, row))
-        self._live.update(table, refresh=True)
+    def _render(self) -> RenderableType:
+        bar = ProgressBar(total=1.0, completed=self._done, width=40, pulse=self._done == 0.0)
+        parts: list[RenderableType] = [Text(self.status()), bar]
+        if self._rows:
+            table = Table()
+            for head in ("set", "by", "skipped", "accepted", "tokens/step", "expected", ""):
+                table.add_column(head, justify="left" if head in ("", "by", "skipped") else "right")
+            for row in self._rows[-ROWS:]:
+                table.add_row(*map(Text, row))
+            parts.append(table)
+        return Group(*parts, Text(self._best))
 
 
 def summary_lines(profile: Profile, found: Calibration, target: Path | None) -> list[str]:

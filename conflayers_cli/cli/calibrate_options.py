@@ -34,8 +34,8 @@ SEARCH = OptionGroup(
     strategy=_search_option(
         "--strategy",
         metavar="NAME",
-        help="conflayers, swift, knapsack, clasp, greedy, unified, or auto, which runs them all; "
-        "or FILE.py:CLASS, one of your own (the file is run).",
+        help="local (refinement alone), conflayers, swift, knapsack, clasp, greedy, unified, or "
+        "auto, which runs them all; or FILE.py:CLASS, one of your own (the file is run).",
         autocompletion=completion.one_of(*STRATEGIES),
     ),
     target_speedup=_search_option(
@@ -48,7 +48,15 @@ SEARCH = OptionGroup(
         "--budget",
         min=1.0,
         metavar="SECONDS",
-        help="auto: about the time for all strategies and the check of their plans (600).",
+        help="The best plan after about so long, the model's loading not counted. auto: 600; "
+        "others take as long as they need.",
+    ),
+    memory=_search_option(
+        "--calibration-memory",
+        min=64,
+        metavar="MIB",
+        help="Memory that judging plans may take beside the model: with less, plans are judged by "
+        "fewer texts, and more slowly.",
     ),
     skip_ratio=_search_option(
         "--skip-ratio",

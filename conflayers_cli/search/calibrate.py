@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict, Unpack
 
 from conflayers_cli.search.corpus import MIN_TOKENS
-from conflayers_cli.search.local_search import LocalSearch, OnBetter
+from conflayers_cli.search.local_search import LocalSearch, OnBetter, OnLook, ignore_look
 from conflayers_cli.search.objective import VANILLA, DraftParams, Objective, Score
 from conflayers_cli.search.problem import RangePlan, SearchProblem, SearchResult, Strategy, Trial
 from conflayers_cli.search.validate import MAX_CHECKED_PROMPTS, Check, check_by_decoding
@@ -16,7 +16,12 @@ from conflayers_cli.skip_plan import SkipPlan, Weights
 from conflayers_cli.spec_decode.tree import TreeShape
 
 MIN_SPEEDUP = 1.02  # a measured speed-up under this is noise; vanilla is the answer then
+START_TEXTS = 3  # texts that plans to start from are compared by
 MAX_STARTS = 4  # plans of the search that the objective compares before the best is refined
+
+SEARCH_SHARE, REFINE_SHARE = 0.4, 0.75
+"""Shares of a budget after which the strategy's search, and refinement, end; then comes the check.
+"""
 
 OnStage = Callable[[str], None]
 
@@ -31,6 +36,7 @@ class RefineOptions(TypedDict):
         weights: weights that drafts may use; None among them is the model's own.
         on_stage: called with what begins.
         on_better: called with every better plan.
+        on_look: called after every look of refinement.
     """
 
     refine: int
@@ -38,6 +44,7 @@ class RefineOptions(TypedDict):
     weights: NotRequired[Sequence[Weights | None]]
     on_stage: OnStage
     on_better: OnBetter
+    on_look: NotRequired[OnLook]
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,8 @@ def calibrate(
     strategy: Strategy,
     problem: SearchProblem,
     held_out: Sequence[tuple[int, ...]],
+    *,
+    budget: float | None = None,
     **how: Unpack[RefineOptions],
 ) -> Calibration:
     """Search, refine, check, decide. Ctrl-C at any stage ends it with the best plan so far.
@@ -139,10 +148,12 @@ def calibrate(
         strategy: the method.
         problem: without prompts the strategy's plan is the answer, unmeasured.
         held_out: prompts the search has not seen; where empty, the check decodes its first ones.
+        budget: seconds since the memo began, measuring costs included; None: as long as it takes.
         how: see :class:`RefineOptions`.
     """
     begin = problem.memo.usage().seconds
-    candidate = search_and_refine(strategy, problem, **how)
+    candidate = search_and_refine(strategy, problem, budget=budget, **how)
+    problem.deadline = budget
     expected, check = candidate.expected, None
     try:
         promising = expected is not None and (not how["refine"] or expected.speedup > 1)
@@ -161,12 +172,21 @@ def calibrate(
 
 
 def search_and_refine(
-    strategy: Strategy, problem: SearchProblem, **how: Unpack[RefineOptions]
+    strategy: Strategy,
+    problem: SearchProblem,
+    *,
+    budget: float | None = None,
+    **how: Unpack[RefineOptions],
 ) -> Candidate:
-    """Search and refine; arguments as for :func:`calibrate`."""
+    """Search and refine; arguments as for :func:`calibrate`. Without a budget the problem's own
+    deadline counts."""
     begin = problem.memo.usage()
     refine = how["refine"]
+    if budget is not None:
+        problem.deadline = budget * (SEARCH_SHARE if refine else REFINE_SHARE)
     result = strategy.search(problem)
+    if budget is not None:
+        problem.deadline = budget * REFINE_SHARE
     plan, setting, ranges = result.plan, result.setting or strategy.setting, result.ranges
     expected: Score | None = None
     judged, interrupted = 0, result.interrupted
@@ -184,6 +204,7 @@ def search_and_refine(
                 if tree := how.get("tree"):
                     expected = problem.objective.with_tree(expected, tree) or expected
                     setting = expected.setting
+                expected = problem.objective.as_decoded(expected)
                 left = max(refine - judged, 1)
                 ranges, more = _refine_ranges(problem, plan, ranges, left)
                 judged += more
@@ -239,24 +260,24 @@ def _refine(
 ) -> tuple[Score | None, int, bool]:
     """(best score of a plan that skips something, plans judged, interrupted).
 
-    Starts from the strategy's plan and its fastest trials, with each kind of weights, and from
-    those weights alone.
+    Starts from what few texts say is the best of nothing, the strategy's plan and its fastest
+    trials, with each kind of weights; then from the best plan with the other weights, where these
+    make it faster.
     """
-    weights = how.get("weights", (None,))
+    weights, objective = how.get("weights", (None,)), problem.objective
     plans = dict.fromkeys([result.plan, *(trial.plan for trial in _by_speedup(result.trials))])
     few = (*list(plans)[:MAX_STARTS], SkipPlan())
     starts = dict.fromkeys(replace(plan, weights=kind) for kind in weights for plan in few)
-    search = _local_search(problem, problem.objective, how["refine"], how["on_better"])
+    on_look = how.get("on_look", ignore_look)
+    search = _local_search(problem, objective, how["refine"], how["on_better"], on_look)
     best: Score | None = None
     try:
-        for plan in filter(None, starts):
-            best = _better(best, problem.objective.score(plan))
-        if best is not None:
-            best = _better(best, search.refine(best.plan))
+        rough = {plan: objective.score(plan, START_TEXTS).speedup for plan in starts}
+        best = _better(None, search.refine(max(rough, key=rough.__getitem__)))
         for kind in weights:  # what begins best with some weights may end best with others
             if best is None or kind == best.plan.weights:
                 continue
-            other = problem.objective.score(replace(best.plan, weights=kind))
+            other = objective.score(replace(best.plan, weights=kind))
             if other.plan and other.speedup > best.speedup:
                 best = _better(best, search.refine(other.plan))
     except KeyboardInterrupt:
@@ -289,7 +310,11 @@ def _refine_ranges(
 
 
 def _local_search(
-    problem: SearchProblem, objective: Objective, max_plans: int, on_better: OnBetter
+    problem: SearchProblem,
+    objective: Objective,
+    max_plans: int,
+    on_better: OnBetter,
+    on_look: OnLook = ignore_look,
 ) -> LocalSearch:
     return LocalSearch(
         objective,
@@ -297,6 +322,7 @@ def _local_search(
         on_progress=on_better,
         max_plans=max_plans,
         out_of_time=lambda: problem.out_of_time,
+        on_look=on_look,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Step
@@ -17,7 +18,8 @@ from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.search.memo import Memo, plan_label
 from conflayers_cli.spec_decode.proposer import SkipProposer
 
-MAX_CONTINUATIONS = 8  # continuations that plans are judged by
+MAX_CONTINUATIONS = 8  # continuations that searches judge by
+BATCH_SIZE = 8  # continuations decoded at once
 MIN_TOKENS = 16  # a shorter output says too little to judge by
 MIN_WINDOW_TOKENS = 32  # with a shorter output, a longer one of the previous prompt is used instead
 
@@ -69,32 +71,52 @@ class Continuations:
         if len(self._known.get(prompt, ())) < len(output):
             self._known[prompt] = tuple(output)
 
-    def get(self, count: int = MAX_CONTINUATIONS) -> tuple[Continuation, ...]:
+    def get(
+        self,
+        count: int = MAX_CONTINUATIONS,
+        prompts: Sequence[tuple[int, ...]] | None = None,
+        max_tokens: int | None = None,
+    ) -> tuple[Continuation, ...]:
         """Up to ``count`` continuations of at least `MIN_TOKENS`, in the order of the prompts.
 
-        Missing ones are decoded without drafts. Which ones they are depends on the prompts alone,
-        so that searches in any order judge by the same texts.
+        Missing ones are decoded without drafts, several at once. Which ones they are depends on the
+        prompts alone, so that searches in any order judge by the same texts.
+
+        Args:
+            count: how many.
+            prompts: of which; None: all.
+            max_tokens: of each, at most; None: as for all.
         """
+        wanted = self._max_new_tokens if max_tokens is None else max_tokens
+        left = list(self._prompts if prompts is None else prompts)
         found: list[Continuation] = []
-        for number, prompt in enumerate(self._prompts):
-            if len(found) >= count:
-                break
-            if not self._is_complete(self._known.get(prompt, ())):
-
-                def decode(prompt: tuple[int, ...] = prompt) -> list[int]:
-                    generation = self.begin(prompt)
-                    list(generation)
-                    return generation.output
-
-                self.note(prompt, self.memo.cached(f"text {number}", decode))
-            output = self._known.get(prompt, ())
-            if len(output) >= MIN_TOKENS:
-                found.append(Continuation(prompt, output))
+        while left and len(found) < count:
+            some = [left.pop(0) for _ in range(min(count - len(found), len(left)))]
+            self._decode([p for p in some if not self._is_complete(p, wanted)], wanted)
+            outputs = ((prompt, self._known.get(prompt, ())) for prompt in some)
+            found += [Continuation(*each) for each in outputs if len(each[1]) >= MIN_TOKENS]
         return tuple(found)
 
-    def _is_complete(self, output: Sequence[int]) -> bool:
+    def _decode(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
+        """Decode the continuations of some prompts and keep them."""
+        tokens = min(max_tokens, self._max_new_tokens)
+
+        def outputs() -> list[list[int]]:
+            requests = [GenerationRequest(prompt, tokens) for prompt in prompts]
+            batch = Batch(self._decoder, requests, size=BATCH_SIZE, end_tokens=self._end_tokens)
+            list(batch)
+            return batch.outputs
+
+        if prompts:
+            numbers = " ".join(str(self._prompts.index(prompt)) for prompt in prompts)
+            decoded = self.memo.cached(f"texts {numbers}, {tokens} tokens", outputs)
+            for prompt, output in zip(prompts, decoded, strict=True):
+                self.note(prompt, output)
+
+    def _is_complete(self, prompt: tuple[int, ...], max_tokens: int) -> bool:
+        output = self._known.get(prompt, ())
         ended = bool(output) and output[-1] in self._end_tokens
-        return ended or len(output) >= self._max_new_tokens
+        return ended or len(output) >= min(max_tokens, self._max_new_tokens)
 
 
 class PartialContinuation:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -23,12 +24,14 @@ from conflayers_cli.profile.check import current_environment, fingerprint_model
 from conflayers_cli.profile.schema import ModelFingerprint
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, OnStage, calibrate, split_prompts
+from conflayers_cli.search.forced_text import MAX_POSITIONS
 from conflayers_cli.search.journal import Journal
-from conflayers_cli.search.local_search import OnBetter
+from conflayers_cli.search.local_search import OnBetter, OnLook, ignore_look
 from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.options import AUTO, DraftWeights, SearchOptions
 from conflayers_cli.search.problem import OnTrial, SearchProblem, Strategy
 from conflayers_cli.search.strategies.registry import make_strategies, strategy_key
+from conflayers_cli.search.texts import NUM_TEXTS, balanced, num_texts
 from conflayers_cli.skip_plan import Weights
 from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 
@@ -123,6 +126,7 @@ class CalibrationJob:
             "weights": self.weights_hash,
             "environment": current_environment(self.loaded).model_dump(mode="json"),
             "quantize": self.load_options.quantize,
+            "keep_quantized": self.load_options.keep_quantized,
             "compile": self.load_options.compiled,
             "prompts": sha256(repr(tokens).encode()).hexdigest()[:16],
             "strategy": strategy_key(options.strategy),
@@ -132,7 +136,9 @@ class CalibrationJob:
                 "tree": options.tree,
                 "draft_weights": options.draft_weights.value,
                 "max_new_tokens": self.max_new_tokens,
-                "budget": options.budget_seconds,
+                "budget": options.budget,
+                "judged_prompts": options.judged_prompts,
+                "memory": options.memory,
                 "seed": options.seed,
             },
         }
@@ -149,7 +155,13 @@ class CalibrationJob:
         return dict(zip(names, each, strict=True))
 
     def run(
-        self, journal: Journal, *, on_stage: OnStage, on_trial: OnTrial, on_better: OnBetter
+        self,
+        journal: Journal,
+        *,
+        on_stage: OnStage,
+        on_trial: OnTrial,
+        on_better: OnBetter,
+        on_look: OnLook = ignore_look,
     ) -> Calibration:
         """Search, refine and check; what is measured goes into the journal, which was begun.
 
@@ -158,26 +170,36 @@ class CalibrationJob:
         """
         memo = Memo(self.decoder, journal.entries, journal.append)
         try:
-            return self._run(memo, on_stage, on_trial, on_better)
+            return self._run(memo, on_stage, on_trial, on_better, on_look)
         except InputError:
             journal.remove()
             raise
 
     def _run(
-        self, memo: Memo, on_stage: OnStage, on_trial: OnTrial, on_better: OnBetter
+        self,
+        memo: Memo,
+        on_stage: OnStage,
+        on_trial: OnTrial,
+        on_better: OnBetter,
+        on_look: OnLook,
     ) -> Calibration:
-        options = self.options
+        options, budget, memory = self.options, self.options.budget, self.options.memory << 20
         used, held_out = split_prompts(
             [tuple(request.prompt) for request in self.requests], options.seed
         )
+        ordered = balanced(used, self._categories)
+        wanted = options.judged_prompts or NUM_TEXTS
+        count = num_texts(self.decoder, ordered, wanted, memory, budget)
         problem = SearchProblem(
             decoder=self.decoder,
             prompts=used,
-            costs=self._costs(on_stage, memo),
+            costs=self._costs(on_stage, memo, used),
             max_new_tokens=self.max_new_tokens,
             end_tokens=self.loaded.end_tokens,
             on_trial=on_trial,
             seed=options.seed,
+            judged=tuple(ordered[:count]),
+            states_bytes=memory // 4,
             shared_memo=memo,
         )
         run: Callable[..., Calibration]
@@ -185,7 +207,7 @@ class CalibrationJob:
             run = partial(auto, self.strategies, budget=options.budget_seconds)
         else:
             on_stage("searching")
-            run = partial(calibrate, self.strategies[0])
+            run = partial(calibrate, self.strategies[0], budget=budget)
         return run(
             problem=problem,
             held_out=held_out,
@@ -194,18 +216,30 @@ class CalibrationJob:
             weights=self.draft_weights,
             on_stage=on_stage,
             on_better=on_better,
+            on_look=on_look,
         )
 
-    def _costs(self, on_stage: OnStage, memo: Memo) -> PassCosts:
-        """What passes cost on this device; not measured where there are no prompts."""
+    @property
+    def _categories(self) -> dict[tuple[int, ...], str | None]:
+        pairs = zip(self.requests, self.prompts, strict=True)
+        return {tuple(request.prompt): prompt.category for request, prompt in pairs}
+
+    def _costs(
+        self, on_stage: OnStage, memo: Memo, prompts: Sequence[tuple[int, ...]]
+    ) -> PassCosts:
+        """What passes cost on this device behind a prompt of the usual length; not measured where
+        there are no prompts."""
         if not self.prompts:
             return PassCosts({1: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=0)
         on_stage("measuring what passes cost")
 
         def measure() -> dict[str, Any]:
-            found = get_costs(self.loaded, self.decoder, int4="int4" in self.draft_weights)
+            int4 = "int4" in self.draft_weights
+            found = get_costs(self.loaded, self.decoder, int4=int4, recheck=True)
             costs = asdict(found.table.by_batch[1])
             return {**costs, "verify": list(costs["verify"].items())}
 
         found = memo.cached("costs", measure)
-        return PassCosts(**{**found, "verify": dict(map(tuple, found["verify"]))})
+        costs = PassCosts(**{**found, "verify": dict(map(tuple, found["verify"]))})
+        usual = round(statistics.median(map(len, prompts))) + MAX_POSITIONS // 2
+        return costs.at(max(usual, costs.context), self.decoder.depth)

@@ -3,11 +3,12 @@
 A plan is judged by one parallel draft pass over texts the model wrote itself (SWIFT's matchness,
 arXiv 2410.06916 §4.1): at every position, is the draft's choice the text's next token, and what
 probability does the draft give it? As in decoding, the draft sees the full model's keys and values
-of the tokens before (but also where it would see its own, since the last verification: agreement
-errs on the high side at the end of long drafts). Decoding is then simulated for each draft length
-and stop probability with the measured costs; the best setting is the plan's score. With a tree, the
-draft's next-best tokens are traced too: where the chain's token is rejected and the model's choice
-is among the leaves beside it, the step keeps it and decides one token more.
+of the tokens before (but also where it would see its own, since the last verification: the best
+plan's score is corrected for that in the end, see `Objective.as_decoded`). Decoding is then
+simulated for each draft length and stop probability with the measured costs; the best setting is
+the plan's score. With a tree, the draft's next-best tokens are traced too: where the chain's token
+is rejected and the model's choice is among the leaves beside it, the step keeps it and decides one
+token more.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.search.corpus import Continuation
+from conflayers_cli.search.forced_text import MAX_POSITIONS, ForcedText, SideTrace, Trace
 from conflayers_cli.search.memo import Memo, plan_label
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.tree import TreeShape, leaf_counts
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 STOP_PROBABILITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
-MAX_POSITIONS = 96  # of each text
+STATES_BYTES = 512 << 20
+"""Memory that the hidden states of the anchor may take, of all texts (see `ForcedText`)."""
+EFFECT_TEXTS = 2  # texts that sub-layers' effects are measured on
 SPEEDUP_TOLERANCE = 0.015
 """Predicted speeds this close are taken as equal when the draft setting is chosen."""
 
@@ -55,49 +56,6 @@ Setting = DraftParams
 """Old name, kept for one version for users' own strategies."""
 VANILLA = DraftParams(0, 0.0)
 PAPER = DraftParams(25, 0.8)  # how ConfLayers and SWIFT draft
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One text under a plan, position by position.
-
-    Attributes:
-        agrees: whether the draft's choice is the text's next token, bool ``[n]``.
-        probability: the draft's probability of its own choice, float64 ``[n]``.
-    """
-
-    agrees: npt.NDArray[np.bool_]
-    probability: npt.NDArray[np.float64]
-
-    @cached_property
-    def runs(self) -> list[int]:
-        """Length of the run of agreement that begins at each position."""
-        return _distances(~self.agrees, len(self.agrees)).tolist()
-
-    @cached_property
-    def _draft_lengths(self) -> dict[float, list[int]]:
-        return {}
-
-    def draft_lengths(self, stop_probability: float) -> list[int]:
-        """Tokens drafted from each position on, the stop token included, without a maximum."""
-        if stop_probability not in self._draft_lengths:
-            stops = self.probability < stop_probability
-            lengths = _distances(stops, len(stops) - 1) + 1
-            self._draft_lengths[stop_probability] = lengths.tolist()
-        return self._draft_lengths[stop_probability]
-
-
-@dataclass(frozen=True)
-class SideTrace:
-    """The draft's other candidates along one text.
-
-    Attributes:
-        beside: their probabilities at every position, falling, float64 ``[n, K]``.
-        rank: index among them of the text's next token, ``[n]``; K where it is not there.
-    """
-
-    beside: npt.NDArray[np.float64]
-    rank: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -139,6 +97,7 @@ class Objective:
         costs: its measured passes.
         continuations: of prompts; those under 3 tokens are left out.
         memo: has the results of passes; None: a new one.
+        states_bytes: memory that hidden states may take.
     """
 
     def __init__(
@@ -147,12 +106,16 @@ class Objective:
         costs: PassCosts,
         continuations: Sequence[Continuation],
         memo: Memo | None = None,
+        states_bytes: int = STATES_BYTES,
     ) -> None:
         self._memo = memo or Memo(decoder)
         self.decoder = decoder
         self.costs = costs
-        long = (each for each in continuations if len(each.output) >= 3)
-        self._texts = [_ForcedText(decoder, each) for each in long]
+        long = [each for each in continuations if len(each.output) >= 3]
+        positions = sum(min(len(each.output) - 1, MAX_POSITIONS) for each in long)
+        stride = states_stride(decoder, positions, states_bytes)
+        self._texts = [ForcedText(decoder, each, stride) for each in long]
+        self._anchor: SkipPlan | None = None
         self._traces: dict[tuple[SkipPlan, int], Trace] = {}
         self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
         self._scored: dict[tuple[SkipPlan, int], Score] = {}
@@ -161,6 +124,11 @@ class Objective:
     def num_texts(self) -> int:
         return len(self._texts)
 
+    @property
+    def whole_layers(self) -> bool:
+        """Whether only whole layers can be left out."""
+        return len(self.decoder.sub_layers) < 2
+
     def at_context(self, context: int) -> Objective:
         """The same objective for contexts of ``context`` tokens: costs change, traces don't."""
         other = copy.copy(self)
@@ -168,13 +136,40 @@ class Objective:
         other._scored = {}
         return other
 
+    def anchor(self, plan: SkipPlan) -> None:
+        """Keep the hidden states of a plan: those judged from now on differ from it in little."""
+        self._anchor = plan
+
+    def effects(self) -> dict[tuple[int, str], float]:
+        """How much each sub-layer changes the hidden states, by (layer, kind): see `ForcedText`."""
+        found = self._memo.cached(
+            "effects of sub-layers",
+            lambda: [
+                [[*where, effect] for where, effect in text.effects().items()]
+                for text in self._texts[:EFFECT_TEXTS]
+            ],
+        )
+        every: dict[tuple[int, str], float] = {}
+        for layer, kind, effect in (each for of_text in found for each in of_text):
+            every[layer, kind] = every.get((layer, kind), 0.0) + effect / len(found)
+        return every
+
+    def _trace(self, plan: SkipPlan, text: ForcedText) -> Trace:
+        anchor = self._anchor
+        alike = anchor is not None and anchor.weights == plan.weights
+        if anchor is not None and alike and text.keeps_states and text.anchor != anchor:
+            trace = text.trace(anchor, anchor=True)
+            if plan == anchor:
+                return trace
+        return text.trace(plan)
+
     def traces(self, plan: SkipPlan, texts: int | None = None) -> list[Trace]:
         """The first texts under a plan, a draft pass each where it is not cached."""
         missing = [i for i in range(self._count(texts)) if (plan, i) not in self._traces]
         if missing:
             found = self._memo.cached(
                 f"{plan_label(plan)}: texts {' '.join(map(str, missing))}",
-                lambda: [dict(vars(self._texts[i].trace(plan))) for i in missing],
+                lambda: [dict(vars(self._trace(plan, self._texts[i]))) for i in missing],
             )
             for i, trace in zip(missing, found, strict=True):
                 self._traces[plan, i] = Trace(**trace)
@@ -213,6 +208,30 @@ class Objective:
         return min(
             (score for score in scores if score.speedup >= least),
             key=lambda score: (score.replay.drafted, -score.speedup),
+        )
+
+    def as_decoded(self, score: Score) -> Score:
+        """The score as decoding is expected to come out, by drafts of the setting's length.
+
+        Tokens of a draft see its own keys and values of those before them, which agree a little
+        less. And what a plan was chosen by flatters it: of many plans that are as good, the one
+        whose tokens happen to agree comes out best. A second look does not know what was chosen.
+        """
+        plan, setting = score.plan, replace(score.setting, tree=None)
+        if not plan or setting.max_tokens == 0:
+            return score
+        found = self._memo.cached(
+            f"{plan_label(plan)}: drafts of {setting.max_tokens}",
+            lambda: [dict(vars(t.chained_trace(plan, setting.max_tokens))) for t in self._texts],
+        )
+        chained = [Trace(**trace) for trace in found]
+        cost = self.costs.draft_cost(plan, self.decoder.depth)
+        first, own = (replay(t, setting, cost, self.costs) for t in (self.traces(plan), chained))
+        return replace(
+            score,
+            agreement=float(np.concatenate([trace.agrees for trace in chained]).mean()),
+            speedup=score.speedup * first.seconds / first.tokens * own.tokens / own.seconds,
+            replay=own,
         )
 
     def with_tree(self, score: Score, shape: TreeShape) -> Score | None:
@@ -257,44 +276,16 @@ class Objective:
         return scores
 
 
-class _ForcedText:
-    """A continuation fed to drafts (teacher forcing); the full model reads it before the first."""
+def states_stride(decoder: Decoder, positions: int, limit: int) -> int:
+    """Before every so many sub-layers hidden states can be kept within ``limit`` bytes; 0: none.
 
-    def __init__(self, decoder: Decoder, continuation: Continuation) -> None:
-        output = continuation.output[: MAX_POSITIONS + 1]
-        start, device = len(continuation.prompt), decoder.device
-        self._decoder = decoder
-        self._context = (*continuation.prompt, *output[:-1])
-        self._cache: KVCache | None = None
-        self._input_ids = torch.tensor([output[:-1]], device=device)
-        self._following = torch.tensor(output[1:], device=device)
-        self._positions = torch.arange(start, len(self._context), device=device)[None]
-
-    def _logits(self, plan: SkipPlan) -> torch.Tensor:
-        decoder, count = self._decoder, self._input_ids.shape[1]
-        if self._cache is None:
-            self._cache = decoder.new_cache(len(self._context) + count)
-            decoder.prefill(torch.tensor([self._context], device=decoder.device), self._cache)
-        # Every drafted token has a slot behind the text: it sees the full model's keys and its own.
-        slots = self._positions + count
-        logits = decoder.forward(self._input_ids, self._positions, self._cache, plan, slots=slots)
-        return logits[0].float()
-
-    def trace(self, plan: SkipPlan) -> Trace:
-        logits = self._logits(plan)
-        top, choice = logits.max(dim=-1)
-        probability = torch.exp(top - torch.logsumexp(logits, dim=-1))
-        finite = probability.isfinite()  # logits with NaN choose nothing
-        agrees = finite & (choice == self._following)
-        probability = probability.where(finite, 0.0)
-        return Trace(agrees.cpu().numpy(), probability.double().cpu().numpy())
-
-    def side_trace(self, plan: SkipPlan, count: int) -> SideTrace:
-        probability = torch.softmax(self._logits(plan), dim=-1).nan_to_num(0.0)
-        best = probability.topk(min(count + 1, probability.shape[-1]), dim=-1)
-        found = best.indices[:, 1:] == self._following[:, None]
-        rank = torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
-        return SideTrace(best.values[:, 1:].double().cpu().numpy(), rank.cpu().numpy())
+    All take ``2 · layers · positions · hidden size`` numbers of the model's dtype.
+    """
+    hidden = int(decoder.config.hidden_size)
+    every = 2 * decoder.depth * positions * hidden * decoder.dtype.itemsize
+    if every <= limit:
+        return 1
+    return min(-(-every // limit), 2 * decoder.depth) if 4 * limit >= every // decoder.depth else 0
 
 
 def replay(
@@ -351,10 +342,3 @@ def replay(
             seconds += drafts * draft_cost + verify_cost(width)
             position += kept + 1
     return Replay(steps, drafted, accepted, tokens, seconds)
-
-
-def _distances(ends: npt.NDArray[np.bool_], last: int) -> npt.NDArray[np.int64]:
-    """Distance from each position to the first one in ``ends`` from there on, else to ``last``."""
-    at = np.arange(len(ends))
-    positions = np.append(np.flatnonzero(ends), last)
-    return positions[np.searchsorted(positions[:-1], at)] - at

@@ -7,8 +7,11 @@ from enum import Enum
 
 DEFAULT_BUDGET = 600.0
 """Seconds that the strategies of ``auto`` share."""
+DEFAULT_MEMORY = 1024
+"""MiB that a calibration may take beside the model."""
 AUTO = "auto"
 UNIFIED = "unified"
+LOCAL = "local"
 
 
 class DraftWeights(Enum):
@@ -25,8 +28,12 @@ class SearchOptions:
 
     Attributes:
         strategy: a name of `registry.STRATEGIES`, or ``FILE.py:CLASS``.
-        skip_ratio, search_interval, max_iterations, patience, context_window, target_speedup,
-            budget: settings of single strategies; None: the strategy's own default.
+        skip_ratio, search_interval, max_iterations, patience, context_window, target_speedup:
+            settings of single strategies; None: the strategy's own default.
+        budget: seconds after which the best plan by then is the answer; None: as long as it takes,
+            or for ``auto`` `DEFAULT_BUDGET`.
+        judged_prompts: prompts that plans are judged by; None: as many as are enough.
+        memory: MiB that it may take beside the model's weights (see `search.texts`).
         refine: improve the found plan layer by layer; None: yes, except for ``unified``.
         refine_limit: the most plans scored in refinement.
         tree: also look for side candidates that pay.
@@ -34,7 +41,7 @@ class SearchOptions:
         seed: of everything drawn at random.
     """
 
-    strategy: str = "conflayers"
+    strategy: str = LOCAL
     target_speedup: float | None = None
     budget: float | None = None
     skip_ratio: float | None = None
@@ -46,6 +53,8 @@ class SearchOptions:
     refine_limit: int = 500
     tree: bool = True
     draft_weights: DraftWeights = DraftWeights.AUTO
+    judged_prompts: int | None = None
+    memory: int = DEFAULT_MEMORY
     seed: int = 0
 
     @property

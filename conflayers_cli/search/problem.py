@@ -12,8 +12,10 @@ import torch
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search.corpus import Continuations
+from conflayers_cli.search.forced_text import MAX_POSITIONS
 from conflayers_cli.search.memo import Memo
-from conflayers_cli.search.objective import DraftParams, Objective
+from conflayers_cli.search.objective import STATES_BYTES, DraftParams, Objective
+from conflayers_cli.search.texts import NUM_TEXTS
 from conflayers_cli.skip_plan import SkipPlan
 
 
@@ -69,6 +71,8 @@ class SearchProblem:
         on_trial: called with every trial and the best one so far.
         seed: of everything a search draws at random.
         deadline: `Memo.usage` seconds at which a search ends with what it has; None: never.
+        judged: the prompts whose continuations plans are judged by; empty: the first ones.
+        states_bytes: memory that hidden states may take while plans are judged.
         memo: everything measured goes through it.
 
     Args:
@@ -83,6 +87,8 @@ class SearchProblem:
     on_trial: OnTrial = ignore_trial
     seed: int = 0
     deadline: float | None = None
+    judged: tuple[tuple[int, ...], ...] = ()
+    states_bytes: int = STATES_BYTES
     shared_memo: InitVar[Memo | None] = None
     memo: Memo = field(init=False)
 
@@ -99,7 +105,12 @@ class SearchProblem:
     @cached_property
     def objective(self) -> Objective:
         """Tokens per second on this device, judged by the continuations, shared by all searches."""
-        return Objective(self.decoder, self.costs, self.continuations.get(), memo=self.memo)
+        texts = self.continuations.get(
+            len(self.judged) or NUM_TEXTS,
+            (*self.judged, *(prompt for prompt in self.prompts if prompt not in self.judged)),
+            MAX_POSITIONS + 1,
+        )
+        return Objective(self.decoder, self.costs, texts, self.memo, self.states_bytes)
 
     @property
     def out_of_time(self) -> bool:

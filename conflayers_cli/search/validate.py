@@ -18,7 +18,11 @@ from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 
 MAX_CHECKED_PROMPTS = 6
-CHECK_TOKENS = 96  # tokens decoded of each prompt
+CHECK_TOKENS = 64  # tokens decoded of each prompt by each plan
+VANILLA_SHARE = 4
+"""Vanilla decoding gets one of so many tokens: its steps all take the same time."""
+TURN = 16
+"""Tokens of a plan's turn: so often the plans and vanilla take turns within a text."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def check_by_decoding(
     *,
     adaptive_draft_length: bool = False,
 ) -> list[Check | None]:
-    """Decode prompts with each plan and vanilla, in turns; who begins changes every prompt.
+    """Decode prompts with each plan and vanilla, in turns of a few tokens within every text, so
+    that what else the machine does meets all alike; who begins changes every prompt.
 
     It is one entry of the memo: proposers learn from prompt to prompt, so nothing of an
     interrupted check is kept.
@@ -84,6 +89,8 @@ def check_by_decoding(
         candidates: plans with their way of drafting.
         held_out: prompts the search has not seen; where empty, the problem's first ones.
         adaptive_draft_length: as for :func:`make_proposer`.
+
+    The check ends early at the problem's deadline, but not before the first prompt's end.
 
     Returns:
         One check per candidate; None for one that drafts nothing or where nothing was decoded.
@@ -115,19 +122,22 @@ def _checks(
     if len(proposers) == 1:
         return [None] * len(candidates)
     steps: dict[int, list[Step]] = {i: [] for i in proposers}
-    ratios: dict[int, list[float]] = {i: [] for i in proposers}
+    speeds: dict[int, list[float]] = {i: [] for i in proposers}
     order = list(proposers)
-    for prompt in tuple(held_out) or problem.prompts[:MAX_CHECKED_PROMPTS]:
-        speed: dict[int, float] = {}
-        for i in order:
-            decoded = _decode(problem, prompt, proposers[i])
-            if decoded:
-                seconds = sum(step.seconds for step in decoded)
-                speed[i] = sum(len(step.tokens) for step in decoded) / seconds
-            steps[i] += decoded
-        for i in speed:
-            ratios[i].append(speed[i] / speed[-1])
+    for number, prompt in enumerate(tuple(held_out) or problem.prompts[:MAX_CHECKED_PROMPTS]):
+        if number and problem.out_of_time:
+            break
+        decoded = _decode(problem, prompt, {i: proposers[i] for i in order})
+        if all(decoded.values()):
+            for i, own in decoded.items():
+                seconds = sum(step.seconds for step in own)
+                speeds[i].append(sum(len(step.tokens) for step in own) / seconds)
+                steps[i] += own
         order = [*order[1:], order[0]]
+    ratios = {
+        i: [one / vanilla for one, vanilla in zip(own, speeds[-1], strict=True)]
+        for i, own in speeds.items()
+    }
     return [
         _check(ratios[i], steps[i], bool(held_out)) if ratios.get(i) else None
         for i in range(len(candidates))
@@ -135,16 +145,24 @@ def _checks(
 
 
 def _decode(
-    problem: SearchProblem, prompt: tuple[int, ...], proposer: Proposer | None
-) -> list[Step]:
-    """The steps behind the prefill."""
+    problem: SearchProblem, prompt: tuple[int, ...], proposers: dict[int, Proposer | None]
+) -> dict[int, list[Step]]:
+    """The steps behind the prefill that each took in its turns."""
+    steps: dict[int, list[Step]] = {i: [] for i in proposers}
+    wanted = {i: CHECK_TOKENS // (1 if proposers[i] else VANILLA_SHARE) for i in proposers}
+    total = min(problem.max_new_tokens, 1 + sum(wanted.values()))
+    share = total / (1 + sum(wanted.values()))
     generation = Generation(
-        problem.decoder,
-        GenerationRequest(prompt, min(problem.max_new_tokens, CHECK_TOKENS)),
-        proposer=proposer,
-        end_tokens=problem.end_tokens,
+        problem.decoder, GenerationRequest(prompt, total), end_tokens=problem.end_tokens
     )
-    return list(generation)[1:]
+    generation.step()
+    while generation.finish is None:
+        for i, proposer in proposers.items():
+            turn = max(int(share * TURN * wanted[i] / CHECK_TOKENS), 2)
+            generation.proposer, end = proposer, len(generation.output) + turn
+            while generation.finish is None and len(generation.output) < end:
+                steps[i].append(generation.step())
+    return steps
 
 
 def _check(ratios: Sequence[float], steps: Sequence[Step], held_out: bool) -> Check:

@@ -15,7 +15,18 @@ from conflayers_cli.profile.schema import Profile
 from tests.cli.conftest import Run, byte_tokenizer, save_profile, write_prompts
 from tests.models.test_quantization import save
 
-QUICK = ("--search-interval", 4, "--max-iterations", 2, "-n", 12, "--refine-limit", 4)
+QUICK = (
+    "--strategy",
+    "conflayers",
+    "--search-interval",
+    4,
+    "--max-iterations",
+    2,
+    "-n",
+    12,
+    "--refine-limit",
+    4,
+)
 
 
 @pytest.fixture(scope="module")

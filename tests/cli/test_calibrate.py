@@ -15,7 +15,18 @@ from conflayers_cli.profile.schema import Profile
 from tests.cli.conftest import Run, finished, save_model, write_prompts
 from tests.processes import start
 
-QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 20)
+QUICK = (
+    "--strategy",
+    "conflayers",
+    "--search-interval",
+    4,
+    "--max-iterations",
+    3,
+    "-n",
+    24,
+    "--refine-limit",
+    20,
+)
 
 
 @pytest.fixture
@@ -83,7 +94,7 @@ def test_the_same_seed_finds_the_same_sets(run: Run, model: Path, prompts: Path)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--strategy", "swfit"), "--strategy swfit: there is conflayers"),
+        (("--strategy", "swfit"), "--strategy swfit: there is local"),
         (("--skip-ratio", "2"), "--skip-ratio"),
         (("--output", "nowhere/p.yaml"), "nowhere does not exist"),
         (("--data", "missing.jsonl"), "missing.jsonl"),
@@ -139,7 +150,7 @@ def test_nothing_but_a_profile_and_its_tensors_is_replaced(
 def test_ctrl_c_writes_the_best_so_far(model: Path, prompts: Path, tmp_path: Path) -> None:
     target = tmp_path / "cut.yaml"
     arguments = ("calibrate", "-m", model, "--data", prompts, "-o", target, "--patience", 9999)
-    endless = (*arguments, "--max-iterations", 99999)
+    endless = (*arguments, "--max-iterations", 99999, "--strategy", "conflayers")
     pipe = subprocess.PIPE
     process = start("conflayers_cli", endless, stdout=pipe, stderr=pipe)
     if process.stderr is None:

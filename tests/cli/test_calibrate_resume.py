@@ -24,7 +24,20 @@ from tests.ranks import run_ranks
 from tools import kill_calibrate
 from tools.kill_calibrate import at_growth, calibrate_with_kills, check_end
 
-QUICK = ("--search-interval", 4, "--max-iterations", 3, "-n", 24, "--refine-limit", 8)
+QUICK = (
+    "--dtype",
+    "float32",
+    "--strategy",
+    "conflayers",
+    "--search-interval",
+    4,
+    "--max-iterations",
+    3,
+    "-n",
+    24,
+    "--refine-limit",
+    8,
+)
 
 
 class KilledError(BaseException):
@@ -326,7 +339,17 @@ def test_two_processes_go_on_together(
     """The first has the journal; both are led by it."""
     shared = save_model(tmp_path / "shared", vocab_size=258)
     found = tmp_path / "found.yaml"
-    limits = ["--max-iterations", 2, "--refine-limit", 6, "--no-tree", "-n", 24]
+    limits = [
+        "--strategy",
+        "conflayers",
+        "--max-iterations",
+        2,
+        "--refine-limit",
+        6,
+        "--no-tree",
+        "-n",
+        24,
+    ]
     asked = ["calibrate", "--model", shared, "--data", prompts, "-o", found, *limits]
     asked += ["--dtype", "float32", "--json"]
     journal = tmp_path / "found.journal.jsonl"

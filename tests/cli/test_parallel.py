@@ -88,7 +88,7 @@ def test_a_rank_that_fails_alone_is_heard(shared: Path, tmp_path: Path) -> None:
 def test_calibrate_writes_one_profile(shared: Path, tmp_path: Path) -> None:
     data = write_prompts(tmp_path / "prompts.jsonl", "One two three", "Why?")
     found = tmp_path / "found.yaml"
-    limits = ["--max-iterations", 2, "--refine-limit", 6, "--no-tree"]
+    limits = ["--strategy", "conflayers", "--max-iterations", 2, "--refine-limit", 6, "--no-tree"]
 
     ended = _both(
         *("calibrate", "--model", shared, "--data", data, "--output", found, *limits, *LONG),

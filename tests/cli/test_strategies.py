@@ -22,6 +22,7 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [
+        ("local", ()),
         ("swift", ("--max-iterations", 5)),
         ("knapsack", ()),
         ("clasp", ()),
@@ -81,7 +82,7 @@ def test_unified_needs_no_data_and_decodes_nothing(run: Run, model: Path, tmp_pa
         (("--strategy", "unified", "--target-speedup", "0.5"), "--target-speedup 0.5"),
         (("--strategy", "unified", "--target-speedup", "nan"), "--target-speedup nan"),
         (("--target-speedup", "2"), "--target-speedup goes with --strategy unified"),
-        (("--strategy", "greedy", "--budget", "9"), "--budget goes with --strategy auto"),
+        (("--strategy", "greedy", "--skip-ratio", "0.3"), "conflayers or swift"),
         (("--strategy", "knapsack", "--skip-ratio", "0.3"), "conflayers or swift"),
         (("--strategy", "auto", "--budget", "0"), "--budget"),
     ],

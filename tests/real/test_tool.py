@@ -39,7 +39,16 @@ def test_calibrate_generate_bench(capsys: pytest.CaptureFixture[str], tmp_path: 
     out, _ = run(
         capsys,
         *("calibrate", "--model", "smollm2-deep", "--output", profile, "--max-prompts", 4),
-        *("--max-iterations", 3, "--search-interval", 12, "--max-new-tokens", 48),
+        *(
+            "--strategy",
+            "conflayers",
+            "--max-iterations",
+            3,
+            "--search-interval",
+            12,
+            "--max-new-tokens",
+            48,
+        ),
         *("--refine-limit", 12, "--json"),
     )
     trials = json.loads(out)["trials"]

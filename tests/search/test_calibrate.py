@@ -1,15 +1,24 @@
 """From prompts to a decision."""
 
+import itertools
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.search import calibrate as module
-from conflayers_cli.search.calibrate import Calibration, calibrate, split_prompts
+from conflayers_cli.search.calibrate import (
+    Calibration,
+    calibrate,
+    search_and_refine,
+    split_prompts,
+)
+from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.objective import PAPER, VANILLA, DraftParams
-from conflayers_cli.search.problem import RangePlan, SearchProblem, SearchResult
+from conflayers_cli.search.problem import RangePlan, SearchProblem, SearchResult, Strategy
 from conflayers_cli.search.strategies.conflayers import ConfLayers
+from conflayers_cli.search.strategies.local import Local
 from conflayers_cli.search.strategies.unified import Unified
 from conflayers_cli.search.validate import Check, check_by_decoding, make_proposer
 from conflayers_cli.skip_plan import SkipPlan
@@ -189,3 +198,47 @@ def test_prompts_are_split_without_loss_and_by_seed() -> None:
     assert split_prompts(prompts, 1) != (used, held)
     assert split_prompts(prompts[:3], 0)[1] == ()
     assert len(split_prompts([(i,) for i in range(80)], 0)[1]) == 6
+
+
+def ticking() -> Callable[[], float]:
+    """A clock that goes on by a second at every look at it."""
+    ticks = itertools.count()
+    return lambda: float(next(ticks))
+
+
+@pytest.mark.parametrize("strategy", [Local(), ConfLayers(search_interval=6, skip_ratio=0.1)])
+def test_a_budget_ends_each_stage_in_time(strategy: Strategy) -> None:
+    prompts = tuple(tuple(tiny.prompt(9, seed)) for seed in range(4))
+    judged, checked_prompts = [], []
+    for budget in (None, 40.0):
+        problem = SearchProblem(
+            *(tiny.decoder("llama"), prompts[:2], CHEAP_DRAFTS, 40, frozenset()),
+            shared_memo=Memo(tiny.decoder("llama"), clock=ticking()),
+        )
+        done = calibrate(
+            *(strategy, problem, prompts[2:]),
+            budget=budget,
+            refine=500,
+            on_stage=lambda name: None,
+            on_better=lambda score, judged: None,
+        )
+        assert done.check is not None and done.candidate.refined
+        judged.append(done.candidate.judged)
+        checked_prompts.append(done.check.prompts)
+    assert judged[1] < judged[0]
+    assert checked_prompts[0] == 2
+
+
+def test_every_look_is_told_with_the_share_that_is_done() -> None:
+    looks: list[tuple[int, float]] = []
+    search_and_refine(
+        Local(),
+        small_task(),
+        refine=500,
+        on_stage=lambda name: None,
+        on_better=lambda score, judged: None,
+        on_look=lambda judged, done: looks.append((judged, done)),
+    )
+    assert len(looks) > 5
+    assert all(0 <= done <= 1 for _, done in looks)
+    assert [judged for judged, _ in looks] == sorted(judged for judged, _ in looks)

@@ -1,5 +1,8 @@
 """The texts that searches judge by, and the stream they decode along."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from conflayers_cli.errors import InputError
@@ -30,16 +33,16 @@ def test_what_a_stream_decoded_is_not_decoded_again(monkeypatch: pytest.MonkeyPa
     while stream.previous is None:
         stream.step(proposer)
 
-    begun: list[tuple[int, ...]] = []
-    begin = known.begin
+    decoded: list[str] = []
+    cached = known.memo.cached
 
-    def counted(prompt: tuple[int, ...]) -> object:
-        begun.append(prompt)
-        return begin(prompt)
+    def counted(key: str, compute: Callable[[], Any]) -> Any:
+        decoded.append(key)
+        return cached(key, compute)
 
-    monkeypatch.setattr(known, "begin", counted)
+    monkeypatch.setattr(known.memo, "cached", counted)
     first, second = known.get(2)
-    assert begun == [PROMPTS[1]]
+    assert decoded == ["texts 1, 24 tokens"]
     assert list(first.output) == tiny.generated(tiny.decoder("llama"), PROMPTS[0], 24)
     assert list(second.output) == tiny.generated(tiny.decoder("llama"), PROMPTS[1], 24)
 

@@ -1,6 +1,5 @@
 """Hill climbing finds the planted answer from a messy start."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,14 +18,22 @@ class Landscape:
 
     def __init__(self, bonus: dict[tuple[str, int], float] | None = None) -> None:
         self.decoder = SimpleNamespace(depth=DEPTH)
+        self.costs = SimpleNamespace(attention=1.0, mlp=1.0)
+        self.num_texts = 8
         self.bonus = bonus or {}
         self.asked = 0
 
     def is_cached(self, plan: SkipPlan, texts: int | None = None) -> bool:
         return False
 
-    def ahead(self, plans: Sequence[SkipPlan], texts: int | None = None) -> None:
-        """Nobody helps."""
+    def anchor(self, plan: SkipPlan) -> None:
+        """No hidden states are kept."""
+
+    def effects(self) -> dict[tuple[int, str], float]:
+        """Those of the planted layers are small, but for one; one other layer's is smallest."""
+        changes = {i: 0.1 if i in PLANTED else 1.0 + i / DEPTH for i in range(DEPTH)}
+        changes |= {13: 1.25, 5: 0.05}
+        return {(i, kind): each for i, each in changes.items() for kind in ("attention", "mlp")}
 
     def score(self, plan: SkipPlan, texts: int | None = None) -> Score:
         self.asked += 1
@@ -73,15 +80,15 @@ def test_never_worse_than_the_start_and_bounded() -> None:
     climber = refiner(landscape, most=5)
     best = climber.refine(start)
     assert best.speedup >= landscape.score(start).speedup
-    # a round that has begun is finished, no further one begins
-    assert climber.judged <= 5 + DEPTH + 6
+    # the start and its part in a comparison may come on top
+    assert climber.judged <= 5 + 3
 
 
 def test_never_ends_with_the_empty_plan() -> None:
     landscape = Landscape({("attention", i): -0.01 - 0.001 * i for i in range(DEPTH)})
     landscape.bonus |= {("mlp", i): -0.02 for i in range(DEPTH)}
     best = refiner(landscape, single=True).refine(SkipPlan.of_layers([4, 9]))
-    assert best.plan == SkipPlan.of([4], [])
+    assert len(best.plan) == 1
     assert best.speedup < 1
 
 

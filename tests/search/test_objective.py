@@ -1,5 +1,6 @@
 """Replay on paper, and the score it gives a plan."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.search.corpus import Continuation
-from conflayers_cli.search.objective import DraftParams, Objective, Trace, replay
+from conflayers_cli.search.forced_text import Trace
+from conflayers_cli.search.objective import DraftParams, Objective, replay
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 
@@ -117,3 +119,28 @@ def test_cheaper_drafts_score_higher() -> None:
     cheap = PassCosts({1: 10.0, 26: 11.0}, floor=0.1, attention=0.1, mlp=0.1, context=256)
     plan = SkipPlan.of_layers([2])
     assert objective(cheap).score(plan).speedup > objective(dear).score(plan).speedup
+
+
+def test_the_expected_speed_is_that_of_drafts_with_their_own_keys() -> None:
+    import torch
+
+    cheap = PassCosts({1: 10.0, 26: 11.0}, floor=0.1, attention=0.1, mlp=0.1, context=256)
+    judged, plan = objective(cheap), SkipPlan.of_layers([2])
+    score = replace(judged.score(plan), setting=DraftParams(4, 0.0))
+    expected = judged.as_decoded(score)
+    # drafts of four tokens, each fed to the skipped model one by one
+    decoder = judged.decoder
+    prompt = tiny.prompt(9, 3)
+    text = [*prompt, *tiny.generated(decoder, prompt, 40)]
+    hits = []
+    for i in range(len(prompt), len(text) - 1, 4):
+        cache = decoder.new_cache(60)
+        decoder.prefill(torch.tensor([text[:i]]), cache)
+        for at in range(i, min(i + 4, len(text) - 1)):
+            token, place = torch.tensor([[text[at]]]), torch.tensor([[at]])
+            logits = decoder.forward(token, place, cache, plan)
+            hits.append(int(logits.argmax()) == text[at + 1])
+    assert expected.agreement == pytest.approx(sum(hits) / len(hits))
+    assert (expected.plan, expected.setting) == (score.plan, score.setting)
+    assert judged.as_decoded(judged.score(SkipPlan())) == judged.score(SkipPlan())
+    assert judged.score(plan).agreement == objective(cheap).score(plan).agreement  # cache restored

@@ -21,6 +21,7 @@ from conflayers_cli.search.problem import SearchProblem, Strategy, Trial
 from conflayers_cli.search.strategies.conflayers import ConfLayers
 from conflayers_cli.search.strategies.greedy import Greedy
 from conflayers_cli.search.strategies.knapsack import Knapsack
+from conflayers_cli.search.strategies.local import Local
 from conflayers_cli.search.strategies.swift import Swift
 from conflayers_cli.search.strategies.unified import Unified
 from conflayers_cli.search.validate import Check
@@ -33,6 +34,7 @@ CONFLAYERS = ConfLayers(search_interval=4, max_iterations=6, skip_ratio=0.1, sto
 GREEDY = Greedy(patience=2, hopeless=0.0)
 SWIFT = Swift(context_window=20, max_steps=8, max_score=1.0, bayes_interval=3)
 STRATEGIES: dict[str, Strategy | list[Strategy]] = {
+    "local": Local(),
     "conflayers": CONFLAYERS,
     "swift": SWIFT,
     "knapsack": Knapsack(),
@@ -42,7 +44,7 @@ STRATEGIES: dict[str, Strategy | list[Strategy]] = {
     "auto": [Unified(1.5), Knapsack(), CONFLAYERS, SWIFT],
     "auto out of time": [Unified(1.5), CONFLAYERS, Knapsack(), GREEDY],
 }
-BUDGETS = {"auto": 1000.0, "auto out of time": 30.0}
+BUDGETS = {"auto": 1000.0, "auto out of time": 20.0}
 
 
 class KilledError(BaseException):

@@ -11,7 +11,8 @@ from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.search.corpus import Continuation
-from conflayers_cli.search.objective import DraftParams, Objective, Replay, SideTrace, Trace, replay
+from conflayers_cli.search.forced_text import SideTrace, Trace
+from conflayers_cli.search.objective import DraftParams, Objective, Replay, replay
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from conflayers_cli.spec_decode.tree import PAPER_SHAPE, TreeShape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.search.options import AUTO, UNIFIED, SearchOptions
+from conflayers_cli.search.options import AUTO, LOCAL, UNIFIED, SearchOptions
 from conflayers_cli.search.strategies.custom import FORM, hash_strategy, is_custom, load_strategy
 from conflayers_cli.skip_plan import check_target_speedup
 from conflayers_cli.utils.error_text import did_you_mean
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from conflayers_cli.search.problem import Strategy
 
 SETTINGS: dict[str, frozenset[str]] = {
+    LOCAL: frozenset(),
     "conflayers": frozenset(
         {"skip_ratio", "search_interval", "max_iterations", "patience", "context_window"}
     ),
@@ -22,7 +23,7 @@ SETTINGS: dict[str, frozenset[str]] = {
     "clasp": frozenset(),
     "greedy": frozenset({"patience"}),
     UNIFIED: frozenset({"target_speedup"}),
-    AUTO: frozenset({"budget"}),
+    AUTO: frozenset(),
 }
 """Settings that each strategy takes."""
 STRATEGIES = tuple(SETTINGS)
@@ -74,6 +75,7 @@ def make_strategies(options: SearchOptions) -> list[Strategy]:
     from conflayers_cli.search.strategies.conflayers import ConfLayers
     from conflayers_cli.search.strategies.greedy import Greedy
     from conflayers_cli.search.strategies.knapsack import Knapsack
+    from conflayers_cli.search.strategies.local import Local
     from conflayers_cli.search.strategies.swift import Swift, has_sklearn, require_sklearn
     from conflayers_cli.search.strategies.unified import Unified
 
@@ -90,6 +92,7 @@ def make_strategies(options: SearchOptions) -> list[Strategy]:
         if "max_iterations" in settings:
             settings["max_steps"] = settings.pop("max_iterations")
     makers: dict[str, Any] = {
+        LOCAL: Local,
         "conflayers": ConfLayers,
         "swift": Swift,
         "knapsack": Knapsack,

@@ -1,0 +1,176 @@
+"""What calibrating takes and what it is worth: seconds, passes, memory, plan, prediction.
+
+Every model is loaded once and calibrated with each seed and budget as `conflayers calibrate` would.
+With ``--depths``, random Llamas of a width whose odd layers are nearly the identity are searched
+instead, to see how seconds and passes grow.
+
+    python -m benchmarks.calibration --models smollm2 smollm2-deep --seeds 0 1 2 --output found.json
+    python -m benchmarks.calibration --budgets 15 30 60 120 300
+    python -m benchmarks.calibration --depths 30 60 120 --hidden 576
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+from benchmarks import common
+from conflayers_cli.engine.cost_measurement import measure_costs
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.generation.prompt_encoding import PromptOptions
+from conflayers_cli.generation.prompts import builtin_prompts
+from conflayers_cli.models.load_options import LoadOptions
+from conflayers_cli.search.calibrate import Candidate, search_and_refine
+from conflayers_cli.search.job import CalibrationJob
+from conflayers_cli.search.journal import open_journal
+from conflayers_cli.search.options import SearchOptions
+from conflayers_cli.search.problem import SearchProblem
+from conflayers_cli.search.strategies.local import Local
+from conflayers_cli.search.strategies.registry import make_strategies
+from conflayers_cli.utils.environment import describe_environment
+from conflayers_cli.utils.files import write_json
+from conflayers_cli.utils.memory import PeakMemory
+
+PROMPT_TOKENS = 32
+PLANTED_SCALE = 0.02
+
+
+def ignore(*args: Any) -> None:
+    """What is reported on the way is not shown."""
+
+
+def plan_row(candidate: Candidate, planted: set[int]) -> dict[str, Any]:
+    """What was found, beside the planted layers."""
+    attention, mlp = set(candidate.plan.attention), set(candidate.plan.mlp)
+    return {
+        "skipped_whole": len(attention & mlp),
+        "planted_sub_layers": f"{len(attention & planted) + len(mlp & planted)}"
+        f" of {2 * len(planted)}",
+        "planted_touched": len((attention | mlp) & planted),
+        "other_layers": sorted((attention | mlp) - planted),
+        "weights": candidate.plan.weights,
+        "expected": candidate.expected.speedup if candidate.expected else None,
+        "judged": candidate.judged,
+        "full_passes": candidate.full_passes,
+        "draft_passes": candidate.draft_passes,
+    }
+
+
+def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each seed and budget."""
+    prompts = builtin_prompts()
+    first = SearchOptions(strategy=options.strategy)
+    prompt_options = PromptOptions(max_new_tokens=128)
+    job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, first)
+    planted = set(getattr(job.decoder.config, "conflayers_planted", ()))
+    rows, memory = [], PeakMemory(job.decoder.device)
+    for seed in options.seeds:
+        for budget in options.budgets or [None]:
+            wanted = replace(first, seed=seed, budget=budget)
+            own = replace(job, options=wanted, strategies=make_strategies(wanted))
+            memory.begin()
+            begin = time.perf_counter()
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                open_journal(Path(folder) / "p.yaml", None) as journal,
+            ):
+                journal.begin(own.header())
+                found = own.run(journal, on_stage=ignore, on_trial=ignore, on_better=ignore)
+                journal.remove()
+            rows.append(
+                {
+                    "model": name,
+                    "seed": seed,
+                    "budget": budget,
+                    "seconds": time.perf_counter() - begin,
+                    "peak_mib": (memory.peak() or 0) >> 20,
+                    "measured": found.check.speedup if found.check else None,
+                    **plan_row(found.candidate, planted),
+                }
+            )
+            show(rows[-1])
+    return rows
+
+
+def search_depth(depth: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A row for one random model."""
+    torch.manual_seed(0)
+    hidden = options.hidden
+    config = hf.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=options.intermediate or 8 * hidden // 3 // 32 * 32,
+        num_hidden_layers=depth,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(hidden // 192, 1),
+        vocab_size=options.vocabulary,
+        tie_word_embeddings=True,
+    )
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    planted = set(range(1, depth - 1, 2))
+    for i in planted:
+        layer = model.model.layers[i]
+        layer.self_attn.o_proj.weight.data *= PLANTED_SCALE
+        layer.mlp.down_proj.weight.data *= PLANTED_SCALE
+    decoder, draw = Decoder(model), random.Random(0)
+    prompts = tuple(
+        tuple(draw.randrange(options.vocabulary) for _ in range(PROMPT_TOKENS)) for _ in range(8)
+    )
+    memory = PeakMemory(decoder.device)
+    memory.begin()
+    begin = time.perf_counter()
+    problem = SearchProblem(decoder, prompts, measure_costs(decoder), 128, frozenset())
+    found = search_and_refine(Local(), problem, refine=500, on_stage=ignore, on_better=ignore)
+    row = {
+        "depth": depth,
+        "hidden": hidden,
+        "seconds": time.perf_counter() - begin,
+        "peak_mib": (memory.peak() or 0) >> 20,
+        **plan_row(found, planted),
+    }
+    show(row)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One row as a line."""
+    values = (f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    print("; ".join(values), flush=True)
+
+
+def main() -> None:
+    """Run and write."""
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=list(common.MODELS))
+    parser.add_argument("--strategy", default=SearchOptions.strategy)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budgets", nargs="+", type=float, help="seconds; else no bound")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, help="of random models, in place of others"
+    )
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, help="size of the random models' MLPs")
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    common.add_output(parser)
+    options = parser.parse_args()
+    if options.quick:
+        options.depths, options.hidden, options.vocabulary = [6], 64, 256
+    if options.depths:
+        rows = [search_depth(depth, options) for depth in options.depths]
+    else:
+        rows = [row for name in options.models for row in calibrate_model(name, options)]
+    if options.output:
+        write_json(
+            options.output, {"environment": describe_environment(torch.device("cpu")), "rows": rows}
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""A text the model wrote, fed to drafts token by token in one pass (teacher forcing).
+
+At every position the draft sees the full model's keys and values of the tokens before and its own.
+Plans that are judged after one another differ in little, and what comes before the first sub-layer
+that differs is the same. So with native kernels the hidden states of one plan, the *anchor*, are
+kept for every sub-layer, and a pass begins where its plan parts from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.kernels.kv_cache import KVCache
+from conflayers_cli.kernels.native_forward import MAX_TOP, NativeChoice, NativeForward, Resume
+from conflayers_cli.search.corpus import Continuation
+from conflayers_cli.skip_plan import SkipPlan
+
+MAX_POSITIONS = 64
+"""Of each text that plans are judged at, the first ones of its output."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text under a plan, position by position.
+
+    Attributes:
+        agrees: whether the draft's choice is the text's next token, bool ``[n]``.
+        probability: the draft's probability of its own choice, float64 ``[n]``.
+    """
+
+    agrees: npt.NDArray[np.bool_]
+    probability: npt.NDArray[np.float64]
+
+    @cached_property
+    def runs(self) -> list[int]:
+        """Length of the run of agreement that begins at each position."""
+        return _distances(~self.agrees, len(self.agrees)).tolist()
+
+    @cached_property
+    def _draft_lengths(self) -> dict[float, list[int]]:
+        return {}
+
+    def draft_lengths(self, stop_probability: float) -> list[int]:
+        """Tokens drafted from each position on, the stop token included, without a maximum."""
+        if stop_probability not in self._draft_lengths:
+            stops = self.probability < stop_probability
+            lengths = _distances(stops, len(stops) - 1) + 1
+            self._draft_lengths[stop_probability] = lengths.tolist()
+        return self._draft_lengths[stop_probability]
+
+
+@dataclass(frozen=True)
+class SideTrace:
+    """The draft's other candidates along one text.
+
+    Attributes:
+        beside: their probabilities at every position, falling, float64 ``[n, K]``.
+        rank: index among them of the text's next token, ``[n]``; K where it is not there.
+    """
+
+    beside: npt.NDArray[np.float64]
+    rank: npt.NDArray[np.int64]
+
+
+class ForcedText:
+    """A continuation to judge plans by; the full model reads it before the first.
+
+    Args:
+        decoder: the model.
+        continuation: of at least 3 tokens.
+        stride: the anchor's states are kept before every so many sub-layers; 0: nowhere. Without
+            native kernels they never are.
+    """
+
+    def __init__(self, decoder: Decoder, continuation: Continuation, stride: int = 1) -> None:
+        output = continuation.output[: MAX_POSITIONS + 1]
+        start, device = len(continuation.prompt), decoder.device
+        self._decoder = decoder
+        self._context = (*continuation.prompt, *output[:-1])
+        self._cache: KVCache | None = None
+        self._input_ids = torch.tensor([output[:-1]], device=device)
+        self._following = torch.tensor(output[1:], device=device)
+        self._positions = torch.arange(start, len(self._context), device=device)[None]
+        # Every drafted token has a slot behind the text: it sees the full model's keys and its own.
+        self._slots = self._positions + len(output) - 1
+        self._stride = stride if isinstance(decoder.passes.fused, NativeForward) else 0
+        self._states: list[torch.Tensor | None] = []
+        self.anchor: SkipPlan | None = None
+
+    @property
+    def size(self) -> int:
+        """Positions judged at."""
+        return self._input_ids.shape[1]
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether there is any use of an anchor."""
+        return self._stride > 0
+
+    def trace(self, plan: SkipPlan, *, anchor: bool = False) -> Trace:
+        """The text under a plan; ``anchor``: whether plans judged from now on are like it."""
+        choice = self._choose(plan, anchor=anchor)
+        if choice is None:
+            return self._trace(*_best(self._logits(plan)))
+        return self._trace(choice.tokens[0], choice.probs[0])
+
+    @torch.inference_mode()
+    def chained_trace(self, plan: SkipPlan, length: int) -> Trace:
+        """The text in drafts of ``length`` tokens, each of which sees its draft's own keys and
+        values of those before it, and the full model's of what precedes the draft."""
+        cache, chosen = self._filled_cache(), []
+        for begin in range(0, self.size, length):
+            part = slice(begin, begin + length)
+            positions = self._positions[:, part]
+            slots = slice(int(positions[0, 0]), int(positions[0, -1]) + 1)
+            memory = [
+                states[:, :, slots]
+                for layer in cache.layers
+                for states in (layer.keys, layer.values)
+            ]
+            kept = [states.clone() for states in memory]
+            logits = self._decoder.forward(self._input_ids[:, part], positions, cache, plan)
+            chosen.append(_best(logits[0].float()))
+            for states, before in zip(memory, kept, strict=True):
+                states.copy_(before)
+        return self._trace(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
+
+    def _trace(self, chosen: torch.Tensor, probability: torch.Tensor) -> Trace:
+        finite = probability.isfinite()  # logits with NaN choose nothing
+        agrees = finite & (chosen == self._following)
+        probability = probability.where(finite, 0.0)
+        return Trace(agrees.cpu().numpy(), probability.double().cpu().numpy())
+
+    def side_trace(self, plan: SkipPlan, count: int) -> SideTrace:
+        """The draft's ``count`` next-best candidates along the text."""
+        count = min(count + 1, self._decoder.vocabulary)
+        choice = self._choose(plan, count) if count <= MAX_TOP else None
+        if choice is not None:
+            indices = choice.top_tokens[0]
+            values = torch.exp(choice.top_logits[0] - choice.log_sum[0, :, None]).nan_to_num(0.0)
+        else:
+            values, indices = torch.softmax(self._logits(plan), -1).nan_to_num(0.0).topk(count)
+        found = indices[:, 1:] == self._following[:, None]
+        rank = torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
+        return SideTrace(values[:, 1:].double().cpu().numpy(), rank.cpu().numpy())
+
+    def effects(self) -> dict[tuple[int, str], float]:
+        """How much each sub-layer of the full model changes the residual stream, in proportion to
+        it: by (layer, kind), the mean over positions of squared norms."""
+        cache, stream, found = self._filled_cache(), torch.zeros(()), {}
+
+        def observe(kind: str, layer: int, output: torch.Tensor) -> None:
+            nonlocal stream
+            added = output.float()
+            stream = stream.to(added.device)
+            before = stream.square().sum(-1) if stream.ndim else added.square().sum(-1)
+            share = added.square().sum(-1) / before.clamp(min=1e-20)
+            found[layer, kind] = float(share.mean())
+            stream = stream + added
+
+        with self._decoder.observing(observe):
+            self._decoder.forward(
+                self._input_ids, self._positions, cache, slots=self._slots, last_only=True
+            )
+        return found
+
+    def _filled_cache(self) -> KVCache:
+        if self._cache is None:
+            decoder = self._decoder
+            self._cache = decoder.new_cache(len(self._context) + self.size)
+            decoder.prefill(torch.tensor([self._context], device=decoder.device), self._cache)
+        return self._cache
+
+    def _logits(self, plan: SkipPlan) -> torch.Tensor:
+        logits = self._decoder.forward(
+            self._input_ids, self._positions, self._filled_cache(), plan, slots=self._slots
+        )
+        return logits[0].float()
+
+    def _choose(self, plan: SkipPlan, top: int = 0, *, anchor: bool = False) -> NativeChoice | None:
+        resume = self._resume(plan, anchor) if self._stride else None
+        choice = self._decoder.choose(
+            self._input_ids,
+            self._positions,
+            self._filled_cache(),
+            plan,
+            slots=self._slots,
+            top=top,
+            resume=resume,
+        )
+        if anchor and choice is not None and self.keeps_states:
+            self.anchor = plan
+        return choice
+
+    def _resume(self, plan: SkipPlan, anchor: bool) -> Resume | None:
+        """Where a pass under a plan can begin with the anchor's states, and what it is to keep."""
+        count = 2 * self._decoder.depth
+        if anchor and not self._states:
+            shape = (1, self.size, int(self._decoder.config.hidden_size))
+            self._states = [
+                torch.empty(shape, dtype=self._decoder.dtype)
+                if i and i % self._stride == 0
+                else None
+                for i in range(count)
+            ]
+        if not self._states:
+            return None
+        begin, entry = self._entry(plan)
+        if anchor:
+            self.anchor = None  # until the pass is through
+        return Resume(self._states if anchor else (None,) * count, begin, entry)
+
+    def _entry(self, plan: SkipPlan) -> tuple[int, torch.Tensor | None]:
+        """The last sub-layer that a pass can begin at, and its states."""
+        anchor = self.anchor
+        if anchor is None or anchor.weights != plan.weights:
+            return 0, None
+        runs, differs = _runs(anchor, self._decoder.depth), _runs(plan, self._decoder.depth)
+        first = next(
+            (i for i, (a, b) in enumerate(zip(runs, differs, strict=True)) if a != b), None
+        )
+        for begin in range(len(runs) - 1 if first is None else first, 0, -1):
+            # What is left out between changes nothing.
+            holder = next((i for i in range(begin, len(runs)) if runs[i]), None)
+            if holder is not None and self._states[holder] is not None:
+                return begin, self._states[holder]
+        return 0, None
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits ``[T, V]`` the most likely tokens and their probabilities, ``[T]``."""
+    top, chosen = logits.max(dim=-1)
+    return chosen, torch.exp(top - torch.logsumexp(logits, dim=-1))
+
+
+def _runs(plan: SkipPlan, depth: int) -> list[bool]:
+    """Whether each sub-layer runs, counted attention, MLP by layer."""
+    attention, mlp = set(plan.attention), set(plan.mlp)
+    return [i not in skipped for i in range(depth) for skipped in (attention, mlp)]
+
+
+def _distances(ends: npt.NDArray[np.bool_], last: int) -> npt.NDArray[np.int64]:
+    """Distance from each position to the first one in ``ends`` from there on, else to ``last``."""
+    at = np.arange(len(ends))
+    positions = np.append(np.flatnonzero(ends), last)
+    return positions[np.searchsorted(positions[:-1], at)] - at

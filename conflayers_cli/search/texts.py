@@ -1,0 +1,69 @@
+"""Which texts plans are judged by, and how much memory that takes.
+
+Held at once are the keys and values of the texts, and the hidden states of one plan at every
+position judged. With ``n`` texts of ``s`` slots (prompt, answer and draft, in blocks of 512), ``k``
+bytes a slot, ``p`` positions in all, ``L`` layers of size ``d`` and ``b`` bytes a number:
+
+    n · s · k  +  2 · L · p · d · b
+
+The first part is kept to half of the memory allowed by judging by fewer texts, the second to a
+quarter by keeping states before every second, third, … sub-layer; the rest is for passes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.kernels.kv_cache import round_up_kv_len
+from conflayers_cli.search.forced_text import MAX_POSITIONS
+
+NUM_TEXTS = 6
+"""Texts that plans are judged by where nothing else is asked for."""
+MIN_TEXTS = 2
+SECONDS_PER_TEXT = 8.0
+"""Of a budget: with less time plans are judged by fewer texts."""
+
+TokenIds = tuple[int, ...]
+
+
+def balanced(
+    prompts: Sequence[TokenIds], categories: Mapping[TokenIds, str | None]
+) -> list[TokenIds]:
+    """The prompts, one of each category in turn."""
+    by_category: dict[str | None, list[TokenIds]] = defaultdict(list)
+    for prompt in prompts:
+        by_category[categories.get(prompt)].append(prompt)
+    groups, found = list(by_category.values()), []
+    for i in range(max(map(len, groups), default=0)):
+        found += [group[i] for group in groups if i < len(group)]
+    return found
+
+
+def num_texts(
+    decoder: Decoder,
+    prompts: Sequence[TokenIds],
+    wanted: int,
+    memory: int,
+    budget: float | None = None,
+) -> int:
+    """How many of the prompts, from the first on, plans are judged by.
+
+    Args:
+        decoder: the model.
+        prompts: the longest one decides.
+        wanted: at most.
+        memory: bytes allowed in all; `MIN_TEXTS` may take more.
+        budget: seconds for the calibration.
+    """
+    count = min(wanted, len(prompts))
+    if budget is not None:
+        count = min(count, int(budget / SECONDS_PER_TEXT))
+    slot = decoder.kv_bytes_per_slot
+    while count > MIN_TEXTS and slot:
+        longest = max(map(len, prompts[:count]))
+        if count * round_up_kv_len(longest + 2 * MAX_POSITIONS) * slot <= memory // 2:
+            break
+        count -= 1
+    return max(count, min(MIN_TEXTS, len(prompts)))

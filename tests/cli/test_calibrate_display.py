@@ -1,0 +1,44 @@
+"""What calibrate says while it works, where there is no terminal."""
+
+import logging
+import time
+
+import pytest
+
+from conflayers_cli.cli import calibrate_display
+from conflayers_cli.cli.calibrate_display import Display
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_left_follows_from_the_share_done() -> None:
+    clock = Clock()
+    display = Display(12, clock)
+    display.stage("refining")
+    clock.now = 10.0
+    assert display.status() == "refining: 10 s"
+    display.looked(7, 0.25)
+    assert display.status() == "refining, 7 sets judged: 10 s, about 30 s left"
+    display.looked(8, 0.2)  # never back
+    assert display.status().endswith("about 30 s left")
+    display.stage("checking")
+    assert display.status() == "checking: 0 s"
+
+
+def test_silence_is_broken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calibrate_display, "SILENCE", 0.2)
+    with caplog.at_level(logging.INFO, "conflayers_cli"), Display(12) as display:
+        display.stage("refining")
+        limit = time.monotonic() + 10
+        while "refining: 0 s" not in caplog.text and time.monotonic() < limit:
+            time.sleep(0.01)
+    assert "refining …" in caplog.text
+    assert "refining: 0 s" in caplog.text

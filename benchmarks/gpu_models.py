@@ -120,21 +120,39 @@ def make(
         shape, device, dtype, seed: which model, and where.
         known: what came of the planting when the same model was made before.
     """
+    layers, factors = planted_layers(shape.layers, seed)
+    if known is not None:
+        factors = known.factors
+    model = draw(shape, device, dtype, seed, layers, factors)
+    with torch.no_grad():
+        planting = known or _settled(model, shape, layers, factors)
+    return PlantedModel(shape, model, dtype, planting)
+
+
+@torch.no_grad()
+def draw(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    layers: Sequence[int],
+    factors: Sequence[float],
+    successors: int = SUCCESSORS,
+) -> Any:
+    """A model with planted layers, whatever leaving them out does; see `make`.
+
+    ``successors``: of every token; with one, few choices are close, and texts follow a path.
+    """
     config = shape.config()
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval().requires_grad_(False)
-    layers, factors = planted_layers(shape.layers, seed)
-    if known is not None:
-        factors = known.factors
     generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        _draw(model, generator)
-        for layer, factor in zip(layers, factors, strict=True):
-            _scale(model, layer, factor)
-        _plant_text(model, shape, generator)
-        planting = known or _settled(model, shape, layers, factors)
-    return PlantedModel(shape, model, dtype, planting)
+    _draw(model, generator)
+    for layer, factor in zip(layers, factors, strict=True):
+        _scale(model, layer, factor)
+    _plant_text(model, shape, generator, successors)
+    return model
 
 
 def planted_layers(depth: int, seed: int = 0) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -169,7 +187,7 @@ def _scale(model: Any, layer: int, factor: float) -> None:
         module.weight.mul_(factor)
 
 
-def _plant_text(model: Any, shape: Shape, generator: torch.Generator) -> None:
+def _plant_text(model: Any, shape: Shape, generator: torch.Generator, successors: int) -> None:
     """Embeddings and head as the module's text says.
 
     With embeddings of deviation e and layers that add n to them, a share ρ = e/√(e² + n²) of the
@@ -181,15 +199,15 @@ def _plant_text(model: Any, shape: Shape, generator: torch.Generator) -> None:
     embedding.normal_(0.0, 1.0, generator=generator)
     added = _added_by_layers(model, torch.tensor(tokens, device=embedding.device))
     stands_out = math.sqrt(2 * math.log(shape.vocabulary)) + CLEAR  # in deviations of the noise
-    odds = stands_out * math.sqrt(SUCCESSORS / shape.hidden)  # e/n
+    odds = stands_out * math.sqrt(successors / shape.hidden)  # e/n
     embedding.mul_(odds * added)
     noisy = 1 / math.sqrt(1 + odds**2)  # √(1 − ρ²)
     spread = NOISE / (math.sqrt(shape.hidden) * noisy)
-    scale = spread / math.sqrt(SUCCESSORS) / (odds * added)
+    scale = spread / math.sqrt(successors) / (odds * added)
     device = embedding.device
     followed = [
         torch.randperm(shape.vocabulary, generator=generator, device=device)
-        for _ in range(SUCCESSORS)
+        for _ in range(successors)
     ]
     head = model.get_output_embeddings().weight
     for begin in range(0, shape.vocabulary, ROWS_AT_ONCE):

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     common,
     context,
+    defaults,
     gpu,
     never_slower,
     speculative,
@@ -176,6 +177,19 @@ def test_gpu(model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert parts["compile"]["identical"]
     (real_model,) = (found for key, found in parts["smollm2"].items() if "tiny" in key)
     assert real_model["identical"]["speculative"] == {"matching": 2, "total": 2}
+
+
+def test_defaults(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own, so only what the tool chooses and one other thing are tried."""
+    monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "cache"))
+    choices = [defaults.Choice(), defaults.Choice("float32", "PyTorch", 1)]
+    monkeypatch.setattr(defaults, "combinations", lambda: choices)
+    output = tmp_path / "result.json"
+    arguments = ["--quick", "--models", str(model), "--output", str(output)]
+    assert defaults.main(arguments) == 0
+    chosen, other = json.loads(output.read_text())["models"][str(model)]
+    assert chosen["least_ms"] > 0 and other["dtype"] == "float32"
+    assert "native" not in other["kernels"]
 
 
 def test_quick_is_small_where_nothing_else_is_said() -> None:

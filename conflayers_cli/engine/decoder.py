@@ -25,7 +25,8 @@ from conflayers_cli.engine.layer_skipping import SubLayer
 from conflayers_cli.engine.recording import record
 from conflayers_cli.errors import InputError
 from conflayers_cli.kernels.kv_cache import KV_BLOCK, KVCache, round_up_kv_len
-from conflayers_cli.kernels.native_forward import NativeChoice, NativeForward, Resume
+from conflayers_cli.kernels.native_choice import NativeChoice, Resume
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.models.support import exact_positions
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.utils.distributed import broadcast_rank0, world

@@ -17,7 +17,8 @@ import torch
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.kernels.native_forward import MAX_TOP, NativeChoice, NativeForward, Resume
+from conflayers_cli.kernels.native_choice import MAX_TOP, NativeChoice, Resume
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.skip_plan import SkipPlan
 

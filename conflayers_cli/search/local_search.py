@@ -187,8 +187,6 @@ class LocalSearch:
             best = max(scores, key=lambda n: scores[n].speedup)
             judge(best - step)
             judge(best + step)
-            if step == 1:
-                break
         return max(scores.values(), key=lambda score: score.speedup, default=None)
 
     def _restore_moves(self, plan: SkipPlan) -> list[Move]:

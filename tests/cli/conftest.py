@@ -166,3 +166,9 @@ def write_prompts(path: Path, *prompts: str) -> Path:
     )
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def quick_search(iterations: int, tokens: int, refine_limit: int) -> tuple[object, ...]:
+    """Options of a quick calibration by ConfLayers' method."""
+    search = ("--strategy", "conflayers", "--search-interval", 4, "--max-iterations", iterations)
+    return (*search, "-n", tokens, "--refine-limit", refine_limit)

@@ -12,21 +12,10 @@ import torch
 import transformers as hf
 
 from conflayers_cli.profile.schema import Profile
-from tests.cli.conftest import Run, byte_tokenizer, save_profile, write_prompts
+from tests.cli.conftest import Run, byte_tokenizer, quick_search, save_profile, write_prompts
 from tests.models.test_quantization import save
 
-QUICK = (
-    "--strategy",
-    "conflayers",
-    "--search-interval",
-    4,
-    "--max-iterations",
-    2,
-    "-n",
-    12,
-    "--refine-limit",
-    4,
-)
+QUICK = quick_search(2, 12, 4)
 
 
 @pytest.fixture(scope="module")

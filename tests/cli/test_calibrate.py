@@ -12,21 +12,10 @@ from safetensors.numpy import load_file
 
 from conflayers_cli.cli.calibrate import default_name
 from conflayers_cli.profile.schema import Profile
-from tests.cli.conftest import Run, finished, save_model, write_prompts
+from tests.cli.conftest import Run, finished, quick_search, save_model, write_prompts
 from tests.processes import start
 
-QUICK = (
-    "--strategy",
-    "conflayers",
-    "--search-interval",
-    4,
-    "--max-iterations",
-    3,
-    "-n",
-    24,
-    "--refine-limit",
-    20,
-)
+QUICK = quick_search(3, 24, 20)
 
 
 @pytest.fixture

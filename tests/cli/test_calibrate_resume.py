@@ -17,27 +17,14 @@ from conflayers_cli.search.job import CalibrationJob
 from conflayers_cli.search.journal import Journal, parse_journal, temporary_name
 from conflayers_cli.search.memo import Entry
 from tests import processes
-from tests.cli.conftest import Result, Run, save_model, write_prompts
+from tests.cli.conftest import Result, Run, quick_search, save_model, write_prompts
 from tests.disk import limited_to
 from tests.processes import Process, environment
 from tests.ranks import run_ranks
 from tools import kill_calibrate
 from tools.kill_calibrate import at_growth, calibrate_with_kills, check_end
 
-QUICK = (
-    "--dtype",
-    "float32",
-    "--strategy",
-    "conflayers",
-    "--search-interval",
-    4,
-    "--max-iterations",
-    3,
-    "-n",
-    24,
-    "--refine-limit",
-    8,
-)
+QUICK = ("--dtype", "float32", *quick_search(3, 24, 8))
 
 
 class KilledError(BaseException):

@@ -7,7 +7,8 @@ import torch
 
 from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.kernels.kv_cache import KVCache
-from conflayers_cli.kernels.native_forward import NativeForward, Resume
+from conflayers_cli.kernels.native_choice import Resume
+from conflayers_cli.kernels.native_forward import NativeForward
 from conflayers_cli.kernels.native_layers import (
     NativeLinear,
     PackFn,

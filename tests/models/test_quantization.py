@@ -41,7 +41,7 @@ from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 from tests import tiny
-from tests.cli.conftest import byte_tokenizer, save_profile, write_prompts
+from tests.cli.conftest import byte_tokenizer, quick_search, save_profile, write_prompts
 from tests.spec_decode.test_mixed import costs as mixed_costs
 
 VOCABULARY = 257
@@ -533,18 +533,7 @@ def test_commands_take_the_flag(
     assert json.loads(vanilla)["token_ids"] == json.loads(speculative)["token_ids"]
     _, told = run("generate", "Hello", "-p", profile, "-n", 4, *FAST, "--stats")
     assert "weights quantised with torchao" in told
-    quick = (
-        "--strategy",
-        "conflayers",
-        "--search-interval",
-        4,
-        "--max-iterations",
-        2,
-        "-n",
-        12,
-        "--refine-limit",
-        4,
-    )
+    quick = quick_search(2, 12, 4)
     run("calibrate", "-m", plain, "--data", prompts, "-o", "found.yaml", *quick, *FAST)
     out, _ = run(
         *("bench", "-p", profile, "--data", prompts, "-n", 6, "--runs", 1, *FAST, "--json")

@@ -43,13 +43,14 @@ def calibrate(
 ) -> None:
     """Find the layers a model can leave out while it drafts, and write them to a profile.
 
-    Sets of layers are judged by predicted tokens per second on this device, on
-    texts that the model wrote for a few of your prompts (--max-prompts: for all of
-    as many), and the best one is checked by real decoding on prompts the search
-    has not seen. Where no set beats plain decoding it says so, and the profile is
-    empty. Ctrl-C ends the search with the best set so far and writes it. Whatever
-    ended a search, kill -9 or a power cut, --resume goes on from the last set
-    looked at. A paper's method may search for the set to begin with (--strategy).
+    Sets of layers are judged by predicted tokens per second on this device,
+    on texts that the model wrote for a few of your prompts (--max-prompts:
+    for all of as many), and the best one is checked by real decoding on
+    prompts the search has not seen. Where no set beats plain decoding it
+    says so, and the profile is empty. Ctrl-C ends the search with the best
+    set so far and writes it. Whatever ended a search, kill -9 or a power
+    cut, --resume goes on from the last set looked at. A paper's method may
+    search for the set to begin with (--strategy).
 
     \b
       conflayers calibrate --model smollm2-deep --data prompts.jsonl -o summ.yaml

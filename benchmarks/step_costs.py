@@ -17,7 +17,6 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import common
-from conflayers_cli.engine.argmax import greedy_tokens
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.kernels.kv_cache import KVCache
@@ -42,7 +41,10 @@ def run_engine(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, w
     tokens = tokens_for(decoder, width)
     positions = torch.arange(context, context + width, device=decoder.device)[None]
     begin = clock(decoder.device)
-    greedy_tokens(decoder.forward(tokens, positions, cache, plan)).tolist()
+    if plan:
+        decoder.greedy_with_confidence(tokens, positions, cache, plan).tolist()
+    else:
+        decoder.greedy(tokens, positions, cache)
     return clock(decoder.device) - begin
 
 

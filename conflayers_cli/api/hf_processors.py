@@ -175,9 +175,11 @@ class ProcessedGeneration(Generation):
             plain, decoder.vocabulary, decoder.device, request.prompt, request.answer
         )
 
-    def decide(
-        self, draft: Draft, logits: torch.Tensor, best: list[int] | None = None
-    ) -> tuple[int, int]:
+    @property
+    def takes_best(self) -> bool:
+        return False
+
+    def decide(self, draft: Draft, logits: torch.Tensor) -> tuple[int, int]:
         for index in count():
             scores = self._text.process(logits[index])[None]
             token = self._plain.choose(scores, len(self.tokens) + index)[0]

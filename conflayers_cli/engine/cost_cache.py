@@ -113,7 +113,7 @@ def cost_table(
         int4: drafts with four-bit weights must be known, too, where there are any.
         recheck: costs from the cache must still hold (see `costs_hold`), or are measured anew.
     """
-    subject = _subject(decoder, model_key)
+    subject = cost_subject(decoder, model_key)
     path = None if cache_folder is None else _path(cache_folder, subject)
     # All ranks measure together, and use the same figures.
     known = broadcast_rank0({} if path is None else _read(path, subject))
@@ -141,7 +141,7 @@ def cost_table(
     return CachedCosts(CostTable(known, decoder.depth), path, missing, cache_error)
 
 
-def _subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
+def cost_subject(decoder: Decoder, model_key: str) -> dict[str, Any]:
     """What the figures are of, and what they depend on."""
     versions = environment.versions()
     spread = describe_spread(decoder.model)

@@ -259,10 +259,13 @@ def _mlp_share(layer: float, saved: float, inner: int) -> float:
 def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width: int) -> float:
     tokens = _tokens(decoder, cache.batch, width)
     positions = torch.arange(context, context + width).expand_as(tokens)
-    last_only = tokens.numel() > MAX_LOGITS
     begin = clock(decoder.device)
-    logits = decoder.forward(tokens, positions, cache, plan, last_only=last_only)
-    greedy_tokens(logits).tolist()
+    if tokens.numel() > MAX_LOGITS:
+        greedy_tokens(decoder.forward(tokens, positions, cache, plan, last_only=True)).tolist()
+    elif plan:
+        decoder.greedy_with_confidence(tokens, positions, cache, plan).tolist()
+    else:
+        decoder.greedy(tokens, positions, cache)
     return clock(decoder.device) - begin
 
 

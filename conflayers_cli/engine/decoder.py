@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from conflayers_cli.engine.argmax import greedy_tokens, read_greedy
 from conflayers_cli.engine.attach import attach, plain_model
 from conflayers_cli.engine.batch_invariance import (
     NOT_INVARIANT,
@@ -215,6 +216,40 @@ class Decoder:
             return native.choose(
                 tokens, positions, slots, cache, plan, 0, int4=int4, top=top, resume=resume
             )
+
+    def greedy(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        plan: SkipPlan = FULL,
+        *,
+        slots: torch.Tensor | None = None,
+    ) -> list[list[int]]:
+        """The first of the most likely tokens behind each token of a pass (see `forward`), by
+        sequence; `INVALID_TOKEN` where logits are not finite.
+
+        Native kernels choose where they compute: no logits are written.
+        """
+        given = positions if slots is None else slots
+        choice = self.choose(tokens, positions, cache, plan, slots=given)
+        if choice is not None:
+            chosen = choice.tokens
+        else:
+            chosen = greedy_tokens(self.forward(tokens, positions, cache, plan, slots=slots))
+        found: list[list[int]] = chosen.tolist()
+        return found
+
+    def greedy_with_confidence(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, plan: SkipPlan
+    ) -> torch.Tensor:
+        """As `argmax.read_greedy` of the logits of a pass, likewise: float64 ``[2, B, T]``."""
+        two = min(2, self.vocabulary)
+        choice = self.choose(tokens, positions, cache, plan, slots=positions, top=two)
+        if choice is None:
+            return read_greedy(self.forward(tokens, positions, cache, plan))
+        best, second = choice.logits.double(), choice.top_logits[..., -1].double()
+        return torch.stack([choice.tokens.double(), torch.sigmoid(best - second) + (best - best)])
 
     def _min_width(self, batch: int, plan: SkipPlan) -> int:
         """Tokens per sequence that a pass runs at least; a draft's bits don't matter."""

@@ -62,6 +62,11 @@ class Sampler:
         """Whether scores depend on the tokens seen."""
         return self._seen is not None
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the token of the highest logit is chosen, whatever the text."""
+        return self.settings.greedy and not self.has_penalty
+
     def mark_seen(self, tokens: Iterable[int]) -> None:
         """Tokens that are part of the text now, for the penalty."""
         if self._seen is not None:

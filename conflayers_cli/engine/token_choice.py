@@ -72,19 +72,25 @@ def choose_tokens(
 
     ``others``: how many further tokens are named beside each.
     """
-    samplers = [request.sampler for request in requests]
-    if not others and all(s.settings.greedy and not s.has_penalty for s in samplers):
-        tokens, confidences = read_greedy(logits).tolist()
-        return [
-            [
-                TokenChoice(int(token), confidence)
-                for token, confidence in zip(
-                    tokens[request.index][: request.count], confidences[request.index], strict=False
-                )
-            ]
-            for request in requests
-        ]
+    if not others and all(request.sampler.takes_best for request in requests):
+        return greedy_choices(read_greedy(logits), requests)
     return [_choose(logits[each.index, : each.count], each, max(others, 1)) for each in requests]
+
+
+def greedy_choices(
+    found: torch.Tensor, requests: Sequence[TokenRequest]
+) -> list[list[TokenChoice]]:
+    """Choices of each request from what `argmax.read_greedy` gives, ``[2, B, W]``."""
+    tokens, confidences = found.tolist()
+    return [
+        [
+            TokenChoice(int(token), confidence)
+            for token, confidence in zip(
+                tokens[request.index][: request.count], confidences[request.index], strict=False
+            )
+        ]
+        for request in requests
+    ]
 
 
 def _choose(logits: torch.Tensor, request: TokenRequest, others: int) -> list[TokenChoice]:

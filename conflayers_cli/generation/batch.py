@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError, greedy_tokens
+from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.request import GenerationRequest
@@ -234,27 +234,26 @@ class Batch:
 
     def _decide(self, drafts: list[Draft]) -> list[tuple[int, ...]]:
         """The accepted tokens of every sequence and a next one, by one pass."""
-        logits = self._verify(drafts)
-        greedy = any(sequence.sampler.settings.greedy for _, sequence in self._running)
-        best = greedy_tokens(logits).tolist() if greedy else [None] * len(drafts)
+        width = 1 + max(len(draft.tokens) for draft in drafts)
         decided: list[tuple[int, ...]] = []
-        for i, ((_, sequence), draft) in enumerate(zip(self._running, drafts, strict=True)):
-            count, token = sequence.decide(draft, logits[i, : 1 + len(draft.tokens)], best[i])
+        followed = self._verify(drafts)
+        for i, ((_, sequence), draft, (count, token)) in enumerate(
+            zip(self._running, drafts, followed, strict=True)
+        ):
             accepted = draft.tokens[:count]
             if token == INVALID_TOKEN and draft.tokens:  # decided again without drafts, as alone
                 kv_len = len(sequence.tokens) - 1
-                self.cache.view(i, i + 1).clear(kv_len + count, kv_len + logits.shape[1])
+                self.cache.view(i, i + 1).clear(kv_len + count, kv_len + width)
                 decided.append(accepted)
             else:
                 decided.append((*accepted, token))
         if not all(decided):
             again = self._verify([NO_DRAFT] * len(drafts))
-            for i, (_, sequence) in enumerate(self._running):
-                decided[i] = decided[i] or sequence.decide(NO_DRAFT, again[i])[1:]
+            decided = [own or row[1:] for own, row in zip(decided, again, strict=True)]
         return decided
 
-    def _verify(self, drafts: list[Draft]) -> torch.Tensor:
-        """Logits ``[B, W, V]`` behind each pending token and its drafts, at most W − 1.
+    def _verify(self, drafts: list[Draft]) -> list[tuple[int, int]]:
+        """How far each sequence follows its draft, and its next token (see `Sequence.decide`).
 
         Shorter rows repeat their last token at its own position, which writes the same key again.
         """
@@ -266,9 +265,16 @@ class Batch:
             columns = [min(column, last) for column in range(width)]
             tokens.append([own[column] for column in columns])
             positions.append([begin + column for column in columns])
-        return self._decoder.forward(
-            torch.tensor(tokens), torch.tensor(positions), self._view(), self._plan
-        )
+        inputs = torch.tensor(tokens), torch.tensor(positions), self._view(), self._plan
+        pairs = list(zip((each for _, each in self._running), drafts, strict=True))
+        if all(sequence.takes_best for sequence, _ in pairs):
+            best = self._decoder.greedy(*inputs)
+            return [draft.follow(own) for (_, draft), own in zip(pairs, best, strict=True)]
+        logits = self._decoder.forward(*inputs)
+        return [
+            sequence.decide(draft, own[: 1 + len(draft.tokens)])
+            for (sequence, draft), own in zip(pairs, logits, strict=True)
+        ]
 
     def _view(self) -> KVCache:
         """The rows of the running sequences."""

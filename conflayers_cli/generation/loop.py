@@ -149,12 +149,15 @@ class Generation(Sequence):
         nodes, parents = draft.nodes, draft.parents
         tokens = torch.tensor([[self.tokens[-1], *nodes]])
         slots = torch.arange(kv_len, kv_len + tokens.shape[1])[None]
-        if draft.width == len(draft.tokens):
-            logits = self.decoder.forward(tokens, slots, self.cache)[0]
+        positions = slots
+        if draft.width > len(draft.tokens):
+            positions = kv_len + torch.tensor([[0, *(parent + 1 for parent in parents)]])
+        if self.takes_best:
+            (best,) = self.decoder.greedy(tokens, positions, self.cache, slots=slots)
+            row, token = draft.follow(best)
         else:
-            depths = torch.tensor([[0, *(parent + 1 for parent in parents)]])
-            logits = self.decoder.forward(tokens, kv_len + depths, self.cache, slots=slots)[0]
-        row, token = self.decide(draft, logits)
+            logits = self.decoder.forward(tokens, positions, self.cache, slots=slots)[0]
+            row, token = self.decide(draft, logits)
         decided = draft.tokens[:row]
         if row > len(draft.tokens):
             parent = parents[row - 1]

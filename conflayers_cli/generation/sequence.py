@@ -128,22 +128,24 @@ class Sequence:
         kept = self.keep((token,))
         return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
 
-    def decide(
-        self, draft: Draft, logits: torch.Tensor, best: list[int] | None = None
-    ) -> tuple[int, int]:
+    @property
+    def takes_best(self) -> bool:
+        """Whether the highest logit decides every token: then no other need be known."""
+        return self.sampler.takes_best
+
+    def decide(self, draft: Draft, logits: torch.Tensor) -> tuple[int, int]:
         """Which drafted tokens are accepted, and the token that follows them.
 
         Args:
             draft: what was drafted.
             logits: ``[1 + draft.width, V]`` behind the pending token and each of the draft's nodes.
-            best: their greedy tokens, if known already.
 
         Returns:
             (row, token) as `Draft.follow`; the token may be `INVALID_TOKEN`.
         """
-        if best is None or not self.sampler.settings.greedy or self.sampler.has_penalty:
-            best = self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
-        return draft.follow(best)
+        return draft.follow(
+            self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
+        )
 
     def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens up to the first that ends the output; returns those kept.

@@ -138,13 +138,15 @@ class Int4Weights:
     @property
     def worthwhile(self) -> bool:
         """Whether there may be any, and the model is large enough for them to be quicker."""
-        if self.reason is not None:
-            return False
-        sizes = (
+        return self.reason is None and self.nbytes >= MIN_MODEL_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights that are rounded, as the model has them."""
+        return sum(
             each.nbytes if isinstance(each, PackedWeight) else each.weight.nbytes
             for each in self._linears()
         )
-        return sum(sizes) >= MIN_MODEL_BYTES
 
     def product(self, linear: Any) -> Any:
         """A four-bit version of a packed weight, a linear layer, or anything with ``weight`` and

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.engine.effects import Effects, sub_layer_effects
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.kernels.native_choice import MAX_TOP, NativeChoice, Resume
 from conflayers_cli.kernels.native_forward import NativeForward
@@ -151,25 +152,11 @@ class ForcedText:
         rank = torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
         return SideTrace(values[:, 1:].double().cpu().numpy(), rank.cpu().numpy())
 
-    def effects(self) -> dict[tuple[int, str], float]:
-        """How much each sub-layer of the full model changes the residual stream, in proportion to
-        it: by (layer, kind), the mean over positions of squared norms."""
-        cache, stream, found = self._filled_cache(), torch.zeros(()), {}
-
-        def observe(kind: str, layer: int, output: torch.Tensor) -> None:
-            nonlocal stream
-            added = output.float()
-            stream = stream.to(added.device)
-            before = stream.square().sum(-1) if stream.ndim else added.square().sum(-1)
-            share = added.square().sum(-1) / before.clamp(min=1e-20)
-            found[layer, kind] = float(share.mean())
-            stream = stream + added
-
-        with self._decoder.observing(observe):
-            self._decoder.forward(
-                self._input_ids, self._positions, cache, slots=self._slots, last_only=True
-            )
-        return found
+    def effects(self) -> Effects:
+        """How much each sub-layer of the full model changes the hidden states along the text."""
+        return sub_layer_effects(
+            self._decoder, self._input_ids, self._positions, self._filled_cache(), self._slots
+        )
 
     def _filled_cache(self) -> KVCache:
         if self._cache is None:

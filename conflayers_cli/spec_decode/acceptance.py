@@ -57,12 +57,12 @@ class DecayedRate:
         weight: how many observations the prior is worth.
     """
 
-    __slots__ = ("_hits", "_prior", "_trials", "_updated_at", "_weight", "count")
+    __slots__ = ("_hits", "_prior", "_trials", "_updated_at", "_weight", "count", "hits")
 
     def __init__(self, prior: float | DecayedRate, weight: float) -> None:
         self._prior, self._weight = prior, weight
         self._hits = self._trials = 0.0
-        self._updated_at = self.count = 0
+        self._updated_at = self.count = self.hits = 0
 
     @property
     def mean(self) -> float:
@@ -78,6 +78,7 @@ class DecayedRate:
 
     def update(self, hit: bool) -> None:
         self.count += 1
+        self.hits += hit
         left = self._decay()
         self._hits, self._trials = self._hits * left + hit, self._trials * left + 1.0
         self._updated_at = self._clock()
@@ -182,10 +183,12 @@ class AcceptanceModel:
     A *state* is what the chance of the next token drafted by skipping depends on: the confidence
     bin of the token before it, or one of `FRESH`, `ACCEPTED`, `REJECTED`, `PENDING`.
 
-    ``prior``: the acceptance rate that calibration measured; None: not known.
+    Args:
+        prior: the acceptance rate that calibration measured; None: not known.
+        alike: a model of the same texts, with which the estimates of n-grams are shared.
     """
 
-    def __init__(self, prior: float | None = None) -> None:
+    def __init__(self, prior: float | None = None, alike: AcceptanceModel | None = None) -> None:
         mean, weight = (0.6, 3.0) if prior is None else (min(max(prior, 0.05), 0.99), 5.0)
         self._by_confidence = [DecayedRate(chance, 4.0) for chance in CONFIDENCE_PRIORS]
         self._skip = DecayedRate(mean, weight)
@@ -195,14 +198,19 @@ class AcceptanceModel:
         count = len(CONFIDENCE_PRIORS)
         self._bins = DecayedHistogram([1.0 / count] * count, 4.0)
         self._bins_by_state = {state: DecayedHistogram(self._bins, 4.0) for state in states}
-        self._ngram = {
-            (sampled, agreed): [
-                [DecayedRate(chance * factor, 4.0) for _ in range(POSITION_KINDS)]
-                for chance in priors
-            ]
-            for sampled, priors in ((False, NGRAM_PRIORS), (True, SAMPLED_NGRAM_PRIORS))
-            for agreed, factor in ((True, 1.0), (False, 0.65))
-        }
+        self._ngram: dict[tuple[bool, bool], list[list[DecayedRate]]] = (
+            _ngram_rates() if alike is None else alike._ngram
+        )
+
+    @property
+    def skip_rate(self) -> float:
+        """The acceptance rate of tokens drafted by skipping."""
+        return self._skip.mean
+
+    @property
+    def skip_counts(self) -> tuple[int, int]:
+        """(tokens drafted by skipping that were accepted, those whose fate is known)."""
+        return self._skip.hits, self._skip.count
 
     def next_token(self, state: int, bias: TextBias) -> float:
         """The chance of the token that skipping drafts next in a state."""
@@ -252,6 +260,18 @@ class AcceptanceModel:
 
     def _ngram_rates(self, match: Match, sampled: bool) -> list[DecayedRate]:
         return self._ngram[sampled, match.agreed][bisect_right(MATCH_LENGTHS, match.length)]
+
+
+def _ngram_rates() -> dict[tuple[bool, bool], list[list[DecayedRate]]]:
+    """By whether tokens are sampled and whether a match's continuations agree: by match length and
+    kind of position."""
+    return {
+        (sampled, agreed): [
+            [DecayedRate(chance * factor, 4.0) for _ in range(POSITION_KINDS)] for chance in priors
+        ]
+        for sampled, priors in ((False, NGRAM_PRIORS), (True, SAMPLED_NGRAM_PRIORS))
+        for agreed, factor in ((True, 1.0), (False, 0.65))
+    }
 
 
 def agreeing(one: float, other: float) -> float:

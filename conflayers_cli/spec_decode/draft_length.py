@@ -66,6 +66,7 @@ class DraftLengthPolicy:
         plan: what drafting by skipping leaves out; None: only n-grams draft.
         max_tokens: the most tokens drafted at once.
         prior: the acceptance rate of tokens drafted by skipping, where it was measured.
+        alike: a policy that has seen the same texts: what it learns of n-grams is shared.
 
     Attributes:
         acceptance: the estimates learnt.
@@ -76,9 +77,16 @@ class DraftLengthPolicy:
     """
 
     def __init__(
-        self, table: CostTable, plan: SkipPlan | None, max_tokens: int, prior: float | None = None
+        self,
+        table: CostTable,
+        plan: SkipPlan | None,
+        max_tokens: int,
+        prior: float | None = None,
+        alike: DraftLengthPolicy | None = None,
     ) -> None:
-        self.acceptance = AcceptanceModel(prior)
+        self.acceptance: AcceptanceModel = AcceptanceModel(
+            prior, alike.acceptance if alike else None
+        )
         self.max_tokens = max_tokens
         self._table = table
         self._plan = plan
@@ -95,6 +103,11 @@ class DraftLengthPolicy:
         self._continues = [DecayedRate(0.5, 4.0) for _ in range(max_tokens + 1)]
         self.costs = self._costs_for(1, 0)
         self.rate = self.new_rate = self.costs.vanilla_rate
+
+    def set_costs(self, table: CostTable) -> None:
+        """Go on with other costs of passes."""
+        self._table = table
+        self._costs_at.clear()
 
     def _costs_for(self, batch_size: int, context: int) -> StepCosts:
         key = (batch_size, context // CONTEXT_STEP)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 
 import torch
 
 from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.graph_runner import AsyncDecode
-from conflayers_cli.engine.token_choice import TokenChoice, TokenRequest, choose_tokens
+from conflayers_cli.engine.token_choice import (
+    TokenChoice,
+    TokenRequest,
+    choose_tokens,
+    greedy_choices,
+)
+from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.acceptance import NO_UPDATE, agreeing, disagreeing
 from conflayers_cli.spec_decode.draft_chain import DraftChain
@@ -38,9 +45,12 @@ class MixedProposer:
         prior: the acceptance rate measured under the plan.
         max_tokens: the most tokens drafted at once.
         tree: how many leaves are wanted beside each token of a single sequence; None: chains.
+        alike: a proposer that takes turns with this one at the same texts: their n-grams are
+            shared.
 
     Attributes:
         policy: decides how far, and estimates acceptance.
+        passes: (tokens of all sequences, seconds) of each pass of the last call.
     """
 
     def __init__(
@@ -53,14 +63,20 @@ class MixedProposer:
         prior: float | None = None,
         max_tokens: int = 25,
         tree: TreeShape | None = None,
+        alike: MixedProposer | None = None,
     ) -> None:
         self._decoder = decoder
         self._plan = plan or SkipPlan()
         self._ngram = ngram
         self._tree = tree
         self._costs = costs
-        self.policy = DraftLengthPolicy(costs, self._plan or None, max_tokens, prior)
-        self._histories = SequenceHistories(index=ngram)
+        self.policy: DraftLengthPolicy = DraftLengthPolicy(
+            costs, self._plan or None, max_tokens, prior, alike.policy if alike else None
+        )
+        self._histories: SequenceHistories = (
+            alike._histories if alike else SequenceHistories(index=ngram)
+        )
+        self.passes: list[tuple[int, float]] = []
         self._ahead: AsyncDecode | None = None
 
     @property
@@ -83,13 +99,16 @@ class MixedProposer:
             chains.append(DraftChain(context, history, min(limit, policy.max_tokens), state))
         longest = max(len(context.tokens) for context in contexts)
         policy.begin(len(contexts), longest, accepted)
+        self.passes = []
         while True:
             if self._ngram:
                 self._extend_with_ngrams(chains)
             taking = policy.next_pass(chains)
             if not any(taking):
                 break
-            self._run_pass(chains, taking)
+            begin = perf_counter()
+            width = self._run_pass(chains, taking)
+            self.passes.append((width * len(chains), perf_counter() - begin))
         policy.finish(chains)
         self._ahead = None  # it holds the text's cache
         tree = self._tree if len(chains) == 1 else None
@@ -120,13 +139,13 @@ class MixedProposer:
                 return replace(match, tokens=match.tokens[: i + 1])
         return match
 
-    def _run_pass(self, chains: Sequence[DraftChain], taking: Sequence[bool]) -> None:
+    def _run_pass(self, chains: Sequence[DraftChain], taking: Sequence[bool]) -> int:
         """One pass of the skipped model: it checks what n-grams proposed, and adds a token.
 
-        Sequences that take no part run a token again, at its own position.
+        Sequences that take no part run a token again, at its own position. Returns the width.
         """
         if len(chains) == 1 and self._run_ahead(chains[0]):
-            return
+            return 1
         inputs = [
             chain.inputs if takes else chain.inputs[:1]
             for chain, takes in zip(chains, taking, strict=True)
@@ -139,9 +158,6 @@ class MixedProposer:
             for start, own in zip(starts, inputs, strict=True)
         ]
         cache = chains[0].context.cache
-        logits = self._decoder.forward(
-            torch.tensor(padded), torch.tensor(positions), cache, self._plan
-        )
         takers = [i for i, takes in enumerate(taking) if takes]
         asked = [
             TokenRequest(
@@ -153,10 +169,25 @@ class MixedProposer:
             )
             for i in takers
         ]
-        chosen = choose_tokens(logits, asked, others=self._tree.max_leaves if self._tree else 0)
+        chosen = self._choose(torch.tensor(padded), torch.tensor(positions), cache, asked)
         for i, own in zip(takers, chosen, strict=True):
             if not self._check(chains[i], own):
                 chains[i].context.cache.view(i, i + 1).clear(starts[i], starts[i] + width)
+        return width
+
+    def _choose(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        asked: Sequence[TokenRequest],
+    ) -> list[list[TokenChoice]]:
+        """The tokens that a pass of the skipped model chooses."""
+        if self._tree is None and all(request.sampler.takes_best for request in asked):
+            found = self._decoder.greedy_with_confidence(tokens, positions, cache, self._plan)
+            return greedy_choices(found, asked)
+        logits = self._decoder.forward(tokens, positions, cache, self._plan)
+        return choose_tokens(logits, asked, others=self._tree.max_leaves if self._tree else 0)
 
     def _run_ahead(self, chain: DraftChain) -> bool:
         """One more greedy token by a pass launched ahead; False: only `_run_pass` can do it."""

@@ -176,6 +176,7 @@ def test_a_bad_token_that_is_only_drafted_changes_nothing(law: str, dtype: torch
 
 def spoil_drafts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Passes under a plan give NaN, and leave it in the cache; returns how many did, as a list."""
+    tiny.through_logits(decoder, monkeypatch)
     run, spoilt = decoder.passes.run, []
 
     def spoiling(

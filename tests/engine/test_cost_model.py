@@ -250,11 +250,12 @@ def test_logits_of_many_tokens_are_not_all_computed(monkeypatch: pytest.MonkeyPa
     seen: dict[int, set[bool]] = {}
     forward = decoder.forward
 
-    def spy(tokens: torch.Tensor, *args: Any, last_only: bool = False) -> torch.Tensor:
+    def spy(tokens: torch.Tensor, *args: Any, last_only: bool = False, **more: Any) -> torch.Tensor:
         if args[0][0, 0] == 8:  # the passes that are measured, not the one that fills the cache
             seen.setdefault(tokens.numel(), set()).add(last_only)
-        return forward(tokens, *args, last_only=last_only)
+        return forward(tokens, *args, last_only=last_only, **more)
 
+    tiny.through_logits(decoder, monkeypatch)
     monkeypatch.setattr(decoder, "forward", spy)
     measure_costs(decoder, context=8, rounds=1, batch=32)
     assert seen == {32: {False}, 64: {False}, 160: {True}}

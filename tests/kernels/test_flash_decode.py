@@ -213,7 +213,7 @@ def calls(draw: Callable[..., Any]) -> Call:
 
 
 @kernels_run
-@settings(max_examples=16)
+@settings(max_examples=6)
 @given(calls())
 def test_attention(call: Call) -> None:
     assert_right(call)
@@ -285,7 +285,7 @@ def alone(call: Call, row: int, token: int, capacity: int, garbage: float) -> Ca
 
 
 @kernels_run
-@settings(max_examples=8)
+@settings(max_examples=2)
 @given(calls(), st.data())
 def test_bits_of_a_token_alone(call: Call, data: st.DataObject) -> None:
     out = call.run()
@@ -299,7 +299,7 @@ def test_bits_of_a_token_alone(call: Call, data: st.DataObject) -> None:
 
 
 @kernels_run
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(calls(), st.randoms(use_true_random=False))
 def test_bits_of_tokens_in_another_order_with_padding(call: Call, chance: Any) -> None:
     tokens = call.query.shape[2]
@@ -338,7 +338,7 @@ def test_a_value_that_is_not_finite_shows(odd: float) -> None:
 
 
 @kernels_run
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(calls())
 def test_bits_where_programs_take_several_splits(call: Call) -> None:
     out = call.run()

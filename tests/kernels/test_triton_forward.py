@@ -143,7 +143,7 @@ def assert_same(one: Any, other: Any, tolerance: float) -> None:
 
 
 @kernels_run
-@settings(max_examples=16)
+@settings(max_examples=6)
 @given(
     family=st.sampled_from(FAMILIES),
     plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS),
@@ -161,7 +161,7 @@ def test_kernels_give_what_the_others_say(family: str, **sizes: Any) -> None:
 
 
 @kernels_run
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(
     family=st.sampled_from([family for family in FAMILIES if family != BEHIND]),
     plan=st.builds(SkipPlan.of, MIDDLE, MIDDLE, weights=WEIGHTS),

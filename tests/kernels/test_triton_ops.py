@@ -139,7 +139,7 @@ def assert_adds(call: Adding, reference: Adding) -> None:
 
 
 @kernels_run
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 1 << 20),
     batch=st.integers(1, 3),
@@ -298,7 +298,7 @@ def assert_turns(call: Turning, reference: Turning) -> None:
 
 
 @kernels_run
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1 << 20),
     batch=st.integers(1, 3),
@@ -387,7 +387,7 @@ def test_nothing_is_written_beyond_the_cache() -> None:
 
 
 @kernels_run
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1 << 20),
     rows=st.integers(1, 4),

@@ -54,6 +54,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     decoder = planted.decoder()
     made = Clock(decoder)
+    tiny.through_logits(decoder, monkeypatch)
     monkeypatch.setattr(decoder, "forward", made.forward)
     monkeypatch.setattr(module, "clock", made)
     return made
@@ -125,6 +126,7 @@ def test_decodes_plainly_where_no_plan_pays(monkeypatch: pytest.MonkeyPatch) -> 
         return plain(tokens, positions, cache, plan, **more)
 
     plain = decoder.forward
+    tiny.through_logits(decoder, monkeypatch)
     monkeypatch.setattr(decoder, "forward", forward)
     monkeypatch.setattr(module, "clock", lambda device: now[0])
     proposer = AdaptiveProposer(decoder, "conflayers", budget=0.5)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from conflayers_cli.engine.argmax import read_greedy
 from conflayers_cli.engine.cost_model import CostTable, PassCosts
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.sampling_params import SamplingParams
@@ -97,6 +98,11 @@ class Model:
                 logits[row, column, drafted - 1] = torch.tensor(1 - sure).log()
                 logits[row, column, drafted] = torch.tensor(sure).log()
         return logits
+
+    def greedy_with_confidence(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: object, plan: SkipPlan
+    ) -> torch.Tensor:
+        return read_greedy(self.forward(tokens, positions, cache, plan))
 
 
 @dataclass

@@ -83,17 +83,18 @@ def test_a_tree_is_verified_in_its_places(draft: Draft, length: int) -> None:
     forward = decoder.forward
 
     def noting(
-        tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, **more: Any
+        tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, *rest: Any, **more: Any
     ) -> torch.Tensor:
         places = (tokens, positions, more.get("slots", positions))
         seen.append([each[0].tolist() for each in places])
-        return forward(tokens, positions, cache, **more)
+        return forward(tokens, positions, cache, *rest, **more)
 
     proposer = Once(draft)
     one = Generation(decoder, GenerationRequest(tiny.prompt(length), 20), proposer=proposer)
     one.step()
     filled, pending = len(one.tokens) - 1, one.tokens[-1]
     with pytest.MonkeyPatch.context() as patch:
+        tiny.through_logits(decoder, patch)
         patch.setattr(decoder, "forward", noting)
         one.step()
     ((tokens, positions, slots),) = seen

@@ -31,7 +31,7 @@ from conflayers_cli.utils.distributed import broadcast_rank0
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.progress import ProgressCallback
 
-FORMAT = 10
+FORMAT = 11
 """Raised whenever the file changes, or what is measured, or how passes are run."""
 BATCH_STEP = 4
 """Factor from one batch size measured to the next; between them costs are interpolated."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -29,15 +30,18 @@ LONG = 6
 """The longer context that attention's growth is measured at, in multiples of the usual one."""
 LONG_WIDTH = 9
 """The wider pass measured there."""
-STABLE = 0.02
-"""Measuring ends as soon as the two least times of every pass agree within this share."""
-NEARLY_STABLE = 0.1
+RUN = 4
+"""Draft passes behind each other, as in a draft: the second finds a part of the weights in the
+processor's cache, and takes a seventh less."""
+STABLE = 0.01
+"""Measuring ends as soon as the median of every pass is known to this share."""
+NEARLY_STABLE = 0.03
 """The same once it has taken long."""
-MIN_ROUNDS = 4
+MIN_ROUNDS = 5
 PROBES = 5
-"""Passes that tell whether known costs still hold."""
-IMPLAUSIBLE = 0.92
-"""A pass that takes less than this share of what is known: that was measured on a busy machine."""
+"""Rounds that tell whether known costs still hold."""
+IMPLAUSIBLE = 0.1
+"""Share by which a draft may take more or less of a full pass than is known."""
 MIN_SHARE = 0.1
 """Of a layer's cost, for either of its sub-layers: that one of them is free is noise."""
 SHALLOW = 3
@@ -59,8 +63,9 @@ def measure_costs(
     seconds: float = 4.0,
     int4: bool = False,
 ) -> PassCosts:
-    """Measure a model's passes, all kinds interleaved, each the least of the rounds: what else the
-    machine does only adds time.
+    """Measure a model's passes, all kinds in each of several rounds. A pass counts by the median of
+    its ratios to a pass of one token of the same round: a machine is quick at one moment and slow
+    at the next, and all passes of a round meet the same moment.
 
     Sub-layers' costs come from passes that leave out all middle layers, or all middle MLPs. Where
     sub-layers can't be left out one by one, a layer's cost is split evenly: it then only ever
@@ -72,9 +77,8 @@ def measure_costs(
         rounds: measurements of each kind at most; fewer from `MIN_ROUNDS` on, see `STABLE`.
         growth: measure attention at a longer context, too; else it is taken not to grow.
         batch: sequences of every pass.
-        seconds: after which two rounds are enough if they nearly agree (`NEARLY_STABLE`): of a
-            large model's long passes a stall of the machine is a small part. After three times that
-            measuring ends in any case.
+        seconds: after which it is enough to know the medians nearly (`NEARLY_STABLE`); after three
+            times that measuring ends in any case.
         int4: measure drafts with four-bit weights, too, where there are any.
     """
     widths = widths_for(batch)
@@ -91,8 +95,8 @@ def measure_costs(
     passes |= _draft_passes(decoder, cache, context)
     if int4 and decoder.stack.int4.reason is None:
         passes |= _draft_passes(decoder, cache, context, int4=True)
-    least = _least(passes, rounds, seconds, decoder.runner.warm_ups)
-    return broadcast_rank0(_costs(least, widths, decoder.depth, context, long))
+    typical = _typical(passes, rounds, seconds, decoder.runner.warm_ups)
+    return broadcast_rank0(_costs(typical, widths, decoder.depth, context, long))
 
 
 def widths_for(batch: int) -> tuple[int, ...]:
@@ -133,53 +137,71 @@ def _draft_passes(
         plans["no mlp"] = SkipPlan((), middle, weights)
     prefix = "int4 " if int4 else ""
     return {
-        (prefix + name, 1): partial(_time, decoder, cache, plan, context, 1)
+        (prefix + name, 1): partial(_time_draft, decoder, cache, plan, context)
         for name, plan in plans.items()
     }
 
 
 def costs_hold(decoder: Decoder, known: PassCosts) -> bool:
-    """Whether a few passes take as long as is known, or longer, as on a machine that is busy now.
+    """Whether drafts take as much of a full pass as is known.
 
-    False: what is known was measured while the machine was busier, and should be measured again.
+    False: what is known was measured while something else disturbed one of the two.
     """
     context = min(known.context, (decoder.exact_positions or sys.maxsize) - 1)
     cache = _filled_cache(decoder, context + 1, 1)
-    costs = {FULL: known.verify_cost(1)}
-    if known.has_int4:
-        rounded = SkipPlan(weights="int4")
-        costs[rounded] = known.draft_cost(rounded, decoder.depth)
-    holds = all(
-        min(_time(decoder, cache, plan, context, 1) for _ in range(PROBES)) >= IMPLAUSIBLE * cost
-        for plan, cost in costs.items()
+    plan = SkipPlan(weights="int4" if known.has_int4 else None)
+    if not plan:
+        plan = SkipPlan.of_layers(range(1, decoder.depth - 1))
+    if not plan:  # two layers: drafts leave out nothing
+        return True
+    passes: dict[Key, Callable[[], float]] = {
+        ("verify", 1): partial(_time, decoder, cache, FULL, context, 1),
+        ("draft", 1): partial(_time_draft, decoder, cache, plan, context),
+    }
+    now = _typical(passes, PROBES, math.inf, decoder.runner.warm_ups)
+    ratio = known.draft_cost(plan, decoder.depth) / known.verify_cost(1)
+    return broadcast_rank0(
+        abs(now["draft", 1] / now["verify", 1] - ratio) <= IMPLAUSIBLE * max(ratio, IMPLAUSIBLE)
     )
-    return broadcast_rank0(holds)
 
 
-def _least(
+def _typical(
     passes: Mapping[Key, Callable[[], float]], rounds: int, seconds: float, warm_ups: int
 ) -> dict[Key, float]:
-    """The least time of each pass over the rounds, of which there are more while any two least
-    ones disagree."""
+    """Each pass's median ratio to a full pass of one token of the same round, times the median of
+    that one; there are more rounds while these medians are not known well."""
     times: dict[Key, list[float]] = {key: [] for key in passes}
     for _ in range(warm_ups):
         for run in passes.values():
             run()
-    begin = time.perf_counter()
+    one, begin = times["verify", 1], time.perf_counter()
+    ratios: dict[Key, list[float]] = {}
     for round_ in range(rounds):
         for key, run in passes.items():
-            times[key] = sorted([*times[key], run()])[:2]
+            times[key].append(run())
+        ratios = {
+            key: sorted(t / base for t, base in zip(own, one, strict=True))
+            for key, own in times.items()
+        }
         if not round_:
             continue
-        spread = max(second / first - 1 if first else 0.0 for first, second in times.values())
         late = (time.perf_counter() - begin) / seconds if seconds else math.inf
+        error = max(map(_error, ratios.values()))
         if broadcast_rank0(
-            (round_ >= MIN_ROUNDS and spread <= STABLE)
-            or (late > 1 and spread <= NEARLY_STABLE)
+            (round_ + 1 >= MIN_ROUNDS and error <= STABLE)
+            or (late > 1 and error <= NEARLY_STABLE)
             or late > 3
         ):
             break
-    return {key: least for key, (least, *_) in times.items()}
+    level = statistics.median(one)
+    return {key: level * statistics.median(own) for key, own in ratios.items()}
+
+
+def _error(ordered: Sequence[float]) -> float:
+    """The standard error of a median, as a share of it, from the quartiles."""
+    count, middle = len(ordered), statistics.median(ordered)
+    spread = ordered[-1 - count // 4] - ordered[count // 4]
+    return 0.93 * spread / middle / count**0.5 if middle else 0.0
 
 
 @torch.inference_mode()
@@ -204,36 +226,36 @@ def _tokens(decoder: Decoder, batch: int, count: int) -> torch.Tensor:
 
 
 def _costs(
-    least: Mapping[Key, float], widths: tuple[int, ...], depth: int, context: int, long: int
+    typical: Mapping[Key, float], widths: tuple[int, ...], depth: int, context: int, long: int
 ) -> PassCosts:
     """Costs from the seconds of the passes measured."""
     verify, cheapest = {}, math.inf
     for width in reversed(widths):
         # Noise only adds time, and a wider pass takes no less than a narrower one: where one was
         # measured to, it is the narrower one that was disturbed.
-        verify[width] = cheapest = min(cheapest, least["verify", width])
+        verify[width] = cheapest = min(cheapest, typical["verify", width])
     inner = max(depth - 2, 1)
-    none = min(least["none", 1], verify[1])
+    none = min(typical["none", 1], verify[1])
     # Drafts may read fewer slots than verification, so they tell a layer's draft cost better.
-    one_less = least.get(("one less", 1))
+    one_less = typical.get(("one less", 1))
     full, more = (verify[1], inner) if one_less is None else (one_less, depth - 3)
     layer = max(full - none, 0.0) / more if depth > 2 else 0.0
     floor = max(none - 2 * layer, 0.0)
-    no_mlp = least.get(("no mlp", 1), math.nan)
+    no_mlp = typical.get(("no mlp", 1), math.nan)
     mlp = _mlp_share(layer, floor + depth * layer - no_mlp, inner)
-    full = least.get(("int4 full", 1), 0.0)  # all zeros where that was not measured
-    none = min(least.get(("int4 none", 1), 0.0), full)
+    full = typical.get(("int4 full", 1), 0.0)  # all zeros where that was not measured
+    none = min(typical.get(("int4 none", 1), 0.0), full)
     int4_layer = (full - none) / inner if depth > 2 else 0.0
-    int4_mlp = _mlp_share(int4_layer, full - least.get(("int4 no mlp", 1), math.nan), inner)
+    int4_mlp = _mlp_share(int4_layer, full - typical.get(("int4 no mlp", 1), math.nan), inner)
     slope = slope_by_token = turnaround = 0.0
     if long > context:
         wide = min(LONG_WIDTH, widths[-1])
         positions = depth * (long - context)
-        narrow, wider = (max(least["long", w] - verify[w], 0.0) for w in (1, wide))
+        narrow, wider = (max(typical["long", w] - verify[w], 0.0) for w in (1, wide))
         slope = narrow / positions
         slope_by_token = max(wider - narrow, 0.0) / positions / (wide - 1)
-    if ("async", 1) in least:
-        waiting = least["async", 1] - least["async", ASYNC_PASSES]
+    if ("async", 1) in typical:
+        waiting = typical["async", 1] - typical["async", ASYNC_PASSES]
         turnaround = max(waiting, 0.0) / ASYNC_PASSES
     return PassCosts(
         verify=dict(sorted(verify.items())),
@@ -267,6 +289,11 @@ def _time(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int, width:
     else:
         decoder.greedy(tokens, positions, cache)
     return clock(decoder.device) - begin
+
+
+def _time_draft(decoder: Decoder, cache: KVCache, plan: SkipPlan, context: int) -> float:
+    """Seconds of a draft pass of one token, among others of the same draft."""
+    return sum(_time(decoder, cache, plan, context, 1) for _ in range(RUN)) / RUN
 
 
 def _time_async(

@@ -28,7 +28,7 @@ from conflayers_cli.search.memo import Memo, plan_label
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.tree import TreeShape, leaf_counts
 
-DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25)
 STOP_PROBABILITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 STATES_BYTES = 512 << 20
 """Memory that the hidden states of the anchor may take, of all texts (see `ForcedText`)."""
@@ -56,6 +56,9 @@ Setting = DraftParams
 """Old name, kept for one version for users' own strategies."""
 VANILLA = DraftParams(0, 0.0)
 PAPER = DraftParams(25, 0.8)  # how ConfLayers and SWIFT draft
+
+
+SETTINGS = tuple(DraftParams(n, stop) for stop in STOP_PROBABILITIES for n in DRAFT_LENGTHS)
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,13 @@ class Objective:
         )
 
     def as_decoded(self, score: Score) -> Score:
-        """The score as decoding is expected to come out, by drafts of the setting's length.
+        """The score as decoding is expected to come out.
 
         Tokens of a draft see its own keys and values of those before them, which agree a little
         less. And what a plan was chosen by flatters it: of many plans that are as good, the one
-        whose tokens happen to agree comes out best. A second look does not know what was chosen.
+        whose tokens happen to agree comes out best. A second look, at drafts of the setting's
+        length, does not know what was chosen. Decoding adapts the length to the text: the best
+        setting stands for that.
         """
         plan, setting = score.plan, replace(score.setting, tree=None)
         if not plan or setting.max_tokens == 0:
@@ -226,7 +231,11 @@ class Objective:
         )
         chained = [Trace(**trace) for trace in found]
         cost = self.costs.draft_cost(plan, self.decoder.depth)
-        first, own = (replay(t, setting, cost, self.costs) for t in (self.traces(plan), chained))
+        first = replay(self.traces(plan), setting, cost, self.costs)
+        own = max(
+            (replay(chained, each, cost, self.costs) for each in SETTINGS),
+            key=lambda played: played.tokens / played.seconds,
+        )
         return replace(
             score,
             agreement=float(np.concatenate([trace.agrees for trace in chained]).mean()),
@@ -269,7 +278,7 @@ class Objective:
         agreement = float(np.concatenate([t.agrees for t in traces]).mean())
         draft_cost = self.costs.draft_cost(plan, self.decoder.depth)
         scores = []
-        for setting in (DraftParams(n, stop) for stop in STOP_PROBABILITIES for n in DRAFT_LENGTHS):
+        for setting in SETTINGS:
             played = replay(traces, setting, draft_cost, self.costs)
             speedup = played.tokens * vanilla_cost / played.seconds
             scores.append(Score(plan, agreement, setting, speedup, played))

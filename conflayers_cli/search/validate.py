@@ -18,7 +18,7 @@ from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Proposer, SkipProposer
 
 MAX_CHECKED_PROMPTS = 6
-CHECK_TOKENS = 64  # tokens decoded of each prompt by each plan
+CHECK_TOKENS = 96  # tokens decoded of each prompt by each plan
 VANILLA_SHARE = 4
 """Vanilla decoding gets one of so many tokens: its steps all take the same time."""
 TURN = 16

@@ -126,7 +126,8 @@ def generate(
         model: from `load`.
         prompt: a text, a chat, or a list of either. A text is put into the model's chat template,
             if it has one, unless ``raw``.
-        profile: a calibrated profile or its file; None: nobody drafts unless ``draft`` says so.
+        profile: a calibrated profile or its file; None: drafts adapt to the texts, unless
+            ``draft`` says who drafts.
         options: see `Options`.
 
     Returns:

@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
     Attributes:
         seed: of sampling; None: one is drawn, for all prompts of the call; results name it.
         stop: texts that end an output and are not part of it.
-        draft: who drafts; None: as the profile says, without one nobody.
+        draft: who drafts; None: as the profile says, without one what pays.
         lookahead: the old name of ``adaptive_draft_length``, for one more version.
         force: take a profile of another model of the same depth.
     """

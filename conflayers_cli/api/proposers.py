@@ -13,8 +13,8 @@ from conflayers_cli.api.attached_model import AttachedEngine
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersWarning, InputError
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.profile.build_proposer import build_proposer
 from conflayers_cli.profile.schema import Profile
+from conflayers_cli.search.open_proposer import open_proposer
 from conflayers_cli.spec_decode.options import DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.notices import collect_notices
@@ -82,7 +82,7 @@ def get_proposer(
         chosen = Profile.load(path)
     key = (chosen and chosen.model_dump_json(), options)
     if key not in known:
-        known[key] = build_proposer(engine.loaded, engine.decoder, chosen, path, force, options)
+        known[key] = open_proposer(engine.loaded, engine.decoder, chosen, path, force, options)
     if file is not None:
         known[file] = known[key]
     return known[key]

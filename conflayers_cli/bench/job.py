@@ -22,10 +22,11 @@ from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.config_fingerprint import config_fingerprint
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
-from conflayers_cli.profile.build_proposer import as_batch_proposer, build_proposer
+from conflayers_cli.profile.build_proposer import as_batch_proposer
 from conflayers_cli.profile.schema import Profile, SkipSection
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.objective import PAPER
+from conflayers_cli.search.open_proposer import open_proposer
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.by_context import ContextLengthProposer
 from conflayers_cli.spec_decode.options import DraftOptions
@@ -106,13 +107,14 @@ class BenchJob:
             InputError, ConfLayersError: the model, the profile or a prompt is no good.
         """
         loaded, decoder = open_model(request.model, request.load)
-        proposer = build_proposer(
+        proposer = open_proposer(
             loaded,
             decoder,
             request.profile,
             request.profile_path,
             request.force,
             request.drafting,
+            remember=False,
         )
         target = request.target_speedup
         lossy = None if target is None else SkipPlan.unified(decoder.depth, target)

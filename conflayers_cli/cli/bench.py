@@ -56,7 +56,7 @@ def bench(
 
         publish(load_document(stored), exports, gates, as_json=json)
         return
-    measuring.check(profile, model, drafting.method, batch_size)
+    measuring.check(profile, model, batch_size)
     found = load_profile(profile)
     sampling.note_unused()
     drafting = replace(drafting, batch_size=batch_size)

@@ -14,7 +14,6 @@ from conflayers_cli.cli.bench_publish import Exports, Gates
 from conflayers_cli.cli.option_groups import OptionGroup
 from conflayers_cli.errors import InputError
 from conflayers_cli.skip_plan import check_target_speedup
-from conflayers_cli.spec_decode.options import DraftMethod
 
 _export_option = partial(typer.Option, rich_help_panel="Results")
 _gate_option = partial(typer.Option, rich_help_panel="Gates (exit code 3)")
@@ -38,15 +37,13 @@ class MeasureOptions:
     against: list[Baseline] | None = None
     target_speedup: float | None = None
 
-    def check(
-        self, profile: Path | None, model: str | None, method: DraftMethod | None, batch_size: int
-    ) -> None:
+    def check(self, profile: Path | None, model: str | None, batch_size: int) -> None:
         """Raise InputError where there is nothing to measure, or options don't go together."""
         target = self.target_speedup
-        if profile is None and (model is None or (target is None and method is None)):
+        if profile is None and model is None:
             raise InputError(
-                "give --profile FILE, or --model MODEL with --draft ngram or --target-speedup S, "
-                "or --from FILE; see 'conflayers bench --help'"
+                "give --profile FILE or --model MODEL, or --from FILE; see "
+                "'conflayers bench --help'"
             )
         check_target_speedup(target)
         if batch_size == 1:

@@ -17,10 +17,8 @@ from conflayers_cli.cli.generate_options import Stats, Stop, check_stops
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
-from conflayers_cli.profile.build_proposer import (
-    build_proposer,
-)
 from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.search.open_proposer import open_proposer
 from conflayers_cli.utils.distributed import world
 from conflayers_cli.utils.notices import print_notice
 from conflayers_cli.utils.progress import is_terminal
@@ -86,7 +84,7 @@ def chat(
     loaded, decoder = open_model(source, load)
     if not loaded.has_chat_template:
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
-    proposer = build_proposer(loaded, decoder, found, profile, force, drafting)
+    proposer = open_proposer(loaded, decoder, found, profile, force, drafting)
 
     from conflayers_cli.generation.generator import TextGenerator
     from conflayers_cli.generation.prefix_cache import PrefixCache

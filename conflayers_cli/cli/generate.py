@@ -13,6 +13,7 @@ from conflayers_cli.cli import options
 from conflayers_cli.cli.adapt import Adaptation
 from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
 from conflayers_cli.cli.generate_options import (
+    AUTO,
     AdaptFlags,
     FileFlags,
     FileOptions,
@@ -69,10 +70,12 @@ def generate(
     force: options.Force = False,
     load: options.LoadFlags,
 ) -> None:
-    """Generate text with a profile: the very text that the whole model would give.
+    """Generate text: the very text that the whole model would give, only sooner.
 
-    The prompt is an argument, standard input, or a file of prompts (--data).
-    Only the answer goes to standard output.
+    With a profile the model drafts as that says; without one it finds out what
+    pays while it generates (--draft none: nothing is drafted). The prompt is an
+    argument, standard input, or a file of prompts (--data). Only the answer goes
+    to standard output.
 
     \b
       conflayers generate "Why is the sky blue?" --profile deep.yaml --stats
@@ -80,6 +83,7 @@ def generate(
       conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
     """
     file.check(prompt, json)
+    adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
     check_stops(stop)
@@ -101,7 +105,9 @@ def generate(
         profile_path=profile,
         force=force,
         drafting=drafting,
-        adaptation=Adaptation(adapting, sampling.seed or 0) if adapting.adapt else None,
+        adaptation=(
+            Adaptation(adapting, sampling.seed or 0, profile, force) if adapting.adapt else None
+        ),
         lossy=lossy,
         prompts=prompts,
         prompt_options=prompt_options,
@@ -248,7 +254,7 @@ def _cluster(file: FileOptions, adapt: str | None, load: LoadOptions) -> Cluster
     cluster = parse_cluster(file.ray, file.workers, device=load.device, device_map=load.device_map)
     if cluster and not file.data:
         raise InputError("--ray answers a file of prompts: give --data FILE")
-    if cluster and adapt:
+    if cluster and adapt not in (None, AUTO):
         raise InputError("--adapt learns from prompt to prompt, in one process: leave --ray out")
     return cluster
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +18,9 @@ from conflayers_cli.spec_decode.options import DraftOptions
 _prompts_option = partial(typer.Option, rich_help_panel="Prompts")
 _adapt_option = partial(typer.Option, rich_help_panel="Adapting")
 _lossy_option = partial(typer.Option, rich_help_panel="Lossy: layers left out for good")
-DEFAULT_BUDGET = 0.05
-ADAPT_METHODS = ("conflayers", "swift")
+DEFAULT_BUDGET, AUTO_BUDGET = 0.05, 0.03
+AUTO = "auto"
+ADAPT_METHODS = (AUTO, "conflayers", "swift")
 
 Prompts = Annotated[
     list[str] | None,
@@ -119,17 +120,36 @@ class AdaptOptions:
     adapt: str | None = None
     adapt_budget: float | None = None
     save_profile: Path | None = None
+    remember: bool | None = None
+
+    def resolved(self, profile: Path | None, drafting: DraftOptions, lossy: bool) -> AdaptOptions:
+        """With the method filled in: drafts adapt unless something else says who drafts."""
+        told = profile is not None or drafting.method is not None or lossy
+        return self if self.adapt or told else replace(self, adapt=AUTO)
+
+    @property
+    def budget(self) -> float:
+        """Most of the time to spend on the search, as a share."""
+        return self.adapt_budget or (AUTO_BUDGET if self.adapt == AUTO else DEFAULT_BUDGET)
 
     def check(self, drafting: DraftOptions, batch_size: int) -> None:
         """Raise InputError for an unknown method, or options that don't go together."""
         if self.adapt is None:
-            needing = {"--adapt-budget": self.adapt_budget, "--save-profile": self.save_profile}
+            needing = {
+                "--adapt-budget": self.adapt_budget,
+                "--save-profile": self.save_profile,
+                "--remember": self.remember,
+            }
             for flag, value in needing.items():
                 if value is not None:
-                    raise InputError(f"{flag} goes with --adapt {' or '.join(ADAPT_METHODS)}")
+                    methods = f"{', '.join(ADAPT_METHODS[:-1])} or {ADAPT_METHODS[-1]}"
+                    raise InputError(f"{flag} goes with --adapt {methods}")
             return
         if self.adapt not in ADAPT_METHODS:
-            raise InputError(f"--adapt {self.adapt}: there is {' and '.join(ADAPT_METHODS)}")
+            names = f"{', '.join(ADAPT_METHODS[:-1])} and {ADAPT_METHODS[-1]}"
+            raise InputError(f"--adapt {self.adapt}: there is {names}")
+        if self.remember is not None and self.adapt != AUTO:
+            raise InputError(f"--remember goes with --adapt {AUTO}")
         budget = self.adapt_budget
         if budget is not None and not 0 < budget <= 1:
             raise InputError(f"--adapt-budget {budget:g}: allowed is over 0, at most 1")
@@ -140,32 +160,36 @@ class AdaptOptions:
 
             check_replaceable(self.save_profile)
         others = {
-            "--batch-size": batch_size > 1,
+            "--batch-size": batch_size > 1 and self.adapt != AUTO,
             "--draft": drafting.method is not None,
             "--adaptive-draft-length": drafting.adaptive_draft_length is not None,
         }
         for flag, given in others.items():
             if given:
-                raise InputError(
-                    f"--adapt drafts in its own way, a prompt at a time: leave {flag} out"
-                )
+                raise InputError(f"--adapt {self.adapt} drafts in its own way: leave {flag} out")
 
 
 ADAPT = OptionGroup(
     adapt=_adapt_option(
         "--adapt",
         metavar="METHOD",
-        help="Find the layers to skip while generating: conflayers or swift. No profile is needed; "
-        "with one, its set is where the search starts. The text stays the model's own (sampled, it "
-        "differs from run to run, for tries depend on time).",
+        help="Find out while generating what to leave out of drafts: auto (as without a profile), "
+        "or by the papers' loops, conflayers or swift. With a profile, its set is where the "
+        "search starts. The text stays the model's own.",
     ),
     adapt_budget=_adapt_option(
         "--adapt-budget",
         metavar="SHARE",
-        help=f"Most of the wall time to spend on the search, over 0 up to 1 ({DEFAULT_BUDGET:g}).",
+        help="Most of the time to spend on passes of the search, over 0 up to 1 "
+        f"({AUTO_BUDGET:g}; the papers' loops {DEFAULT_BUDGET:g}).",
     ),
     save_profile=_adapt_option(
-        "--save-profile", metavar="FILE", help="With --adapt: write what was found as a profile."
+        "--save-profile", metavar="FILE", help="Write what was found as a profile."
+    ),
+    remember=_adapt_option(
+        "--remember/--no-remember",
+        help="Begin with what earlier runs have found out about the model on this device, and "
+        "keep what this one does (models --clear learnt forgets it). It changes the speed alone.",
     ),
 )
 AdaptFlags = Annotated[AdaptOptions, ADAPT]

@@ -10,7 +10,7 @@ import typer
 
 from conflayers_cli.cli import completion, options
 from conflayers_cli.cli.terminal import emit, emit_json, emit_rich
-from conflayers_cli.models.registry import COMPILE_FOLDER, REGISTRY, WHEEL_COMMAND
+from conflayers_cli.models.registry import COMPILE_FOLDER, LEARNT_FOLDER, REGISTRY, WHEEL_COMMAND
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,9 +26,10 @@ Clear = Annotated[
     typer.Option(
         "--clear",
         metavar="NAME",
-        help="Delete what was made of a built-in model; costs: what was measured; compiled: what "
-        "the compiler made. It is made again when it is needed.",
-        autocompletion=completion.one_of(*REGISTRY, "costs", COMPILE_FOLDER),
+        help="Delete what was made of a built-in model; costs: what was measured; learnt: what "
+        "was learnt while generating; compiled: what the compiler made. It is made again when it "
+        "is needed.",
+        autocompletion=completion.one_of(*REGISTRY, "costs", LEARNT_FOLDER, COMPILE_FOLDER),
         show_default=False,
     ),
 ]
@@ -81,6 +82,8 @@ def _show(found: Inventory) -> None:
     if found.costs:
         emit_rich(_costs(found))
     emit(f"kept in {found.cache_folder}\n")
+    if found.learnt:
+        emit(f"learnt while generating: of {found.learnt} models and devices\n")
     if found.outdated:
         emit(f"outdated, --clear deletes them: {', '.join(found.outdated)}\n")
     if found.compiled_bytes:

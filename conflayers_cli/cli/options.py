@@ -180,7 +180,7 @@ DRAFT = OptionGroup(
     method=_drafting_option(
         "--draft",
         help="The proposer: skip (the profile's skipped layers), ngram (n-grams found in prompt "
-        "and output), mixed (both) or none; by default as the profile says, else none.",
+        "and output), mixed (both) or none; by default as the profile says, else what pays.",
     ),
     adaptive_draft_length=_drafting_option(
         "--adaptive-draft-length/--no-adaptive-draft-length",

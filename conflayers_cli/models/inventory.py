@@ -21,6 +21,7 @@ from conflayers_cli.models.registry import (
     CONFIG_FILE,
     COST_FOLDER,
     GENERATIVE,
+    LEARNT_FOLDER,
     REGISTRY,
     TEMP_PREFIX,
     cache_folder,
@@ -30,8 +31,8 @@ from conflayers_cli.models.registry import (
 from conflayers_cli.utils.error_text import did_you_mean
 from conflayers_cli.utils.text_files import read_json_object
 
-COSTS = "costs"
-"""The name of the measured costs for `clear_cache`."""
+CACHES = {"costs": COST_FOLDER, LEARNT_FOLDER: LEARNT_FOLDER, COMPILE_FOLDER: COMPILE_FOLDER}
+"""Folders in the cache folder, by their names for `clear_cache`."""
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 _SNAPSHOTS = "models--"
 
@@ -77,12 +78,14 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All models and caches; ``outdated`` are folders of earlier conversions, no longer used."""
+    """All models and caches; ``outdated`` are folders of earlier conversions, no longer used,
+    ``learnt`` is the number of models and devices that something was learnt of."""
 
     cache_folder: str
     builtin: tuple[BuiltinStatus, ...]
     outdated: tuple[str, ...]
     costs: tuple[MeasuredCosts, ...]
+    learnt: int
     compiled_bytes: int
     hub: tuple[HubModel, ...]
 
@@ -108,13 +111,15 @@ def take_inventory() -> Inventory:
         ),
         outdated=tuple(str(path) for path in _outdated(folder)),
         costs=tuple(_costs(folder / COST_FOLDER)),
+        learnt=len(_children(folder / LEARNT_FOLDER)),
         compiled_bytes=folder_bytes(folder / COMPILE_FOLDER),
         hub=tuple(_hub_models(hub_folder())),
     )
 
 
 def clear_cache(name: str) -> tuple[list[Path], int]:
-    """Delete a built-in model's conversions, outdated ones too, the ``costs`` or ``compiled`` code.
+    """Delete a built-in model's conversions, outdated ones too, the ``costs``, what was ``learnt``,
+    or ``compiled`` code.
 
     Returns:
         (the folders deleted, their size in bytes).
@@ -127,10 +132,10 @@ def clear_cache(name: str) -> tuple[list[Path], int]:
     if name in REGISTRY:
         outdated = [path for path in _outdated(folder) if _model_name(path) == name]
         targets = [REGISTRY[name].folder, *outdated]
-    elif name in (COSTS, COMPILE_FOLDER):
-        targets = [folder / (COST_FOLDER if name == COSTS else COMPILE_FOLDER)]
+    elif name in CACHES:
+        targets = [folder / CACHES[name]]
     else:
-        known = (*REGISTRY, COSTS, COMPILE_FOLDER)
+        known = (*REGISTRY, *CACHES)
         names, hint = ", ".join(known), did_you_mean(name, known)
         raise InputError(f"clear {name}: there is {names}{hint}", names=(f"clear {name}:",))
     existing = [path for path in targets if path.is_dir() and not path.is_symlink()]

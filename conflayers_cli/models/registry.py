@@ -22,6 +22,8 @@ TEMP_PREFIX = ".making-"
 
 COST_FOLDER = "latencies"
 """The folder in the cache folder for measured costs."""
+LEARNT_FOLDER = "learnt"
+"""The one for what was learnt while generating."""
 COMPILE_FOLDER = "compiled"
 """The one for the compiler's output."""
 

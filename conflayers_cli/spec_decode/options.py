@@ -41,7 +41,7 @@ class DraftMethod(StrEnum):
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """Who drafts, and how far; None leaves it to the profile.
+    """Who drafts, and how far; None leaves it to the profile, or without one to what pays.
 
     Attributes:
         method: who drafts.
@@ -71,8 +71,7 @@ class DraftOptions:
                 f"with draft {method}",
                 names=("adaptive_draft_length=False", f"draft {method}"),
             )
-        drafting = method is not DraftMethod.NONE and bool(method or profile)
-        if self.adaptive_draft_length and not drafting:
+        if self.adaptive_draft_length and method is DraftMethod.NONE:
             raise InputError(
                 "adaptive_draft_length is about drafts, and nobody drafts: see draft",
                 names=("adaptive_draft_length", "draft"),

@@ -71,6 +71,8 @@ CL_API int64_t cl_forward(int64_t unit, const cl_model* model, const cl_pass* pa
 // [tokens, cols] -> [tokens, rows], both of `kind`.
 CL_API int64_t cl_linear(int64_t unit, const cl_weight* weight, int64_t kind, const void* in, int64_t tokens,
                   void* out, int64_t threads);
+// The weight in four bits, in panels: [rows/16][cols/32] groups of int4. Cols are a multiple of 32.
+CL_API int64_t cl_round(int64_t unit, const cl_weight* weight, void* out, int64_t threads);
 // Reads memory once, as a product does; for measuring.
 CL_API int64_t cl_read(int64_t unit, const void* data, int64_t bytes, int64_t threads);
 // Asks for large pages, where there are any.

@@ -28,7 +28,7 @@ static bool runs(int64_t) { return true; }
 
 static const int64_t count = sizeof units / sizeof *units;
 
-int64_t cl_version(void) { return 2; }
+int64_t cl_version(void) { return 3; }
 
 const char* cl_unit_name(int64_t unit) { return unit >= 0 && unit < count ? units[unit]->name : nullptr; }
 
@@ -41,6 +41,10 @@ int64_t cl_forward(int64_t unit, const cl_model* model, const cl_pass* pass) {
 int64_t cl_linear(int64_t unit, const cl_weight* weight, int64_t kind, const void* in, int64_t tokens,
                   void* out, int64_t threads) {
     return units[unit]->linear(weight, kind, in, tokens, out, threads);
+}
+
+int64_t cl_round(int64_t unit, const cl_weight* weight, void* out, int64_t threads) {
+    return units[unit]->round(weight, out, threads);
 }
 
 int64_t cl_read(int64_t unit, const void* data, int64_t bytes, int64_t threads) {

@@ -2,6 +2,7 @@
 #include "unit.h"
 
 #include "forward.h"
+#include "rounding.h"
 
 namespace {
 
@@ -72,6 +73,11 @@ int64_t linear(const cl_weight* weight, int64_t kind, const void* from, int64_t 
     return conflayers::run_team(int(threads), job.take(nullptr), work, &job) ? 0 : -1;
 }
 
+int64_t round(const cl_weight* weight, void* to, int64_t threads) {
+    Rounding job{*weight, (char*)to};
+    return conflayers::run_team(int(threads), 64, &Rounding::work, &job) ? 0 : -1;
+}
+
 struct Reading {
     const char* data;
     int64_t lines, found;
@@ -100,4 +106,4 @@ int64_t read(const void* data, int64_t bytes, int64_t threads) {
 #define SYMBOL(unit) SYMBOL_OF(unit)
 
 extern const conflayers::Unit SYMBOL(UNIT);
-const conflayers::Unit SYMBOL(UNIT) = {NAME(UNIT), forward, linear, read};
+const conflayers::Unit SYMBOL(UNIT) = {NAME(UNIT), forward, linear, round, read};

@@ -8,10 +8,12 @@ accepted one is moved. A view shows some sequences as a cache of their own, in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -98,7 +100,7 @@ class SlotLayer(CacheLayerMixin):
             self.use_buffers(parent.keys[self._shown], parent.values[self._shown])
             return
         keys, values = (
-            states.new_zeros((self.batch, states.shape[1], self.capacity, states.shape[3]))
+            zeros((self.batch, states.shape[1], self.capacity, states.shape[3]), states)
             for states in (key_states, value_states)
         )
         self.use_buffers(keys, values)
@@ -272,3 +274,12 @@ class KVCache(Cache):
     def bytes(self) -> int:
         """Memory held, in bytes; a view's is that of its sequences."""
         return sum(t.nbytes for layer in self._allocated for t in (layer.keys, layer.values))
+
+
+def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros on the device and in the dtype of a tensor; on a CPU memory that the system hands over
+    as it is written to: a text that ends long before its budget never takes the rest."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    memory = np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(like.dtype).view(shape)

@@ -13,8 +13,8 @@ from conflayers_cli.kernels.int4_linear import GROUP_SIZE
 from conflayers_cli.kernels.native_weights import (
     NativeWeight,
     pack,
-    quantize,
     read_rows,
+    round_packed,
     unpack,
 )
 from conflayers_cli.kernels.packed_linear import (
@@ -144,8 +144,7 @@ def to_int4(weight: NativeWeight) -> NativeWeight:
     """A weight in four bits; itself where it has them already, or can't have them."""
     if weight.bits == 4 or weight.cols % GROUP_SIZE:
         return weight
-    bias = None if weight.bias is None else weight.bias[: weight.rows]
-    return quantize(unpack(weight), 4, bias)
+    return round_packed(weight)
 
 
 def read_layer(layer: Any, pack: PackFn) -> NativeLayer:

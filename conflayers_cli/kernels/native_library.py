@@ -23,7 +23,7 @@ UNIT_VARIABLE = "CONFLAYERS_NATIVE"
 """Environment variable: the unit to use, or ``off``."""
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 INT4, INT8 = 4, 5
-_VERSION = 2
+_VERSION = 3
 
 
 class CWeight(ctypes.Structure):
@@ -101,7 +101,8 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     library.cl_unit_name.restype = c_char_p
-    for name in ("cl_version", "cl_unit_runs", "cl_forward", "cl_linear", "cl_read"):
+    numbers = ("version", "unit_runs", "forward", "linear", "round", "read")
+    for name in (f"cl_{each}" for each in numbers):
         getattr(library, name).restype = c_int64
     library.cl_advise.restype = None
     library.cl_unit_name.argtypes = library.cl_unit_runs.argtypes = (c_int64,)
@@ -110,6 +111,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         *(c_int64, POINTER(CWeight), c_int64),
         *(c_void_p, c_int64, c_void_p, c_int64),
     )
+    library.cl_round.argtypes = (c_int64, POINTER(CWeight), c_void_p, c_int64)
     library.cl_read.argtypes = (c_int64, c_void_p, c_int64, c_int64)
     library.cl_advise.argtypes = (c_void_p, c_int64)
     if library.cl_version() != _VERSION:

@@ -170,6 +170,30 @@ def quantize(weight: torch.Tensor, bits: int, bias: torch.Tensor | None = None) 
     return NativeWeight(data, rows, cols, bits, _padded(bias))
 
 
+def round_packed(
+    weight: NativeWeight, threads: int | None = None, unit: str | None = None
+) -> NativeWeight:
+    """A packed weight in four bits, rounded as `quantize` does, by the library.
+
+    Raises:
+        ValueError: the inputs are no multiple of `GROUP_SIZE`.
+        MemoryError: there is no memory.
+    """
+    if weight.cols % GROUP_SIZE:
+        raise ValueError(f"4 bits for a weight {[weight.rows, weight.cols]}")
+    shape = (-(-weight.rows // PANEL), weight.cols // GROUP_SIZE, _group_bytes(4))
+    data = _empty(shape, torch.uint8)
+    failed = load_library().cl_round(
+        unit_number(unit),
+        ctypes.byref(weight.described),
+        data.data_ptr(),
+        threads or usable_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for rounding a weight")
+    return NativeWeight(data, weight.rows, weight.cols, 4, weight.bias)
+
+
 def from_groups(
     codes: torch.Tensor,
     scale: torch.Tensor,

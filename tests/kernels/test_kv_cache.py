@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conflayers_cli.kernels.kv_cache import KV_BLOCK as EXTENT
-from conflayers_cli.kernels.kv_cache import KVCache, round_up_kv_len
+from conflayers_cli.kernels.kv_cache import KVCache, KVLayout, round_up_kv_len
 from tests import tiny
 
 HEADS, DIM = 2, 4
@@ -149,3 +149,17 @@ def test_a_row_is_copied_as_far_as_it_is_filled() -> None:
         assert torch.equal(now[0, :, :3], then[2, :, :3])
         assert torch.equal(now[0, :, 3:], then[0, :, 3:])
         assert torch.equal(now[1:], then[1:])
+
+
+def test_a_large_cache_takes_memory_only_where_it_is_written() -> None:
+    """A budget of a million tokens that ends after a few."""
+    psutil = pytest.importorskip("psutil")
+    layout = KVLayout((((2, 64), (2, 64)),) * 4, torch.bfloat16, torch.device("cpu"))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = KVCache(4, 1, 1 << 20)
+    cache.allocate(layout)
+    cache.layers[0].keys[:, :, :600] = 1.0
+    assert cache.bytes == 4 * 2 * 2 * 64 * 2 << 20
+    assert process.memory_info().rss - before < 64 << 20
+    assert not cache.layers[3].values[:, :, -1].any()

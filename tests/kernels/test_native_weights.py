@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from conflayers_cli.kernels.native_weights import NativeWeight, from_groups, pack, quantize, unpack
+from conflayers_cli.kernels.native_weights import (
+    NativeWeight,
+    from_groups,
+    pack,
+    quantize,
+    round_packed,
+    unpack,
+)
 from tests.kernels import native
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -133,3 +140,28 @@ def test_callers_may_be_many_threads_and_forked_processes() -> None:
     torch.set_num_threads(torch.get_num_threads())
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert all(map(torch.equal, pool.map(_product, range(4)), expected))
+
+
+@pytest.mark.parametrize("unit", native.UNITS)
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("shape", [each for each in SHAPES if each[1] % 32 == 0])
+def test_rounding_by_the_library(shape: tuple[int, int], dtype: torch.dtype, unit: str) -> None:
+    """Bit for bit what PyTorch's operations give; groups of one value, and of very small ones."""
+    weight, bias = made(*shape, dtype=dtype), made(shape[0], dtype=torch.float32, seed=1)
+    weight[0, :32], weight[-1, -32:] = 0.5, 0.0
+    weight[1, :32] *= 1e-6
+    packed = pack(weight, bias)
+    expected = quantize(weight, 4, bias)
+    for threads in (1, 3):
+        rounded = round_packed(packed, threads, unit)
+        assert (rounded.bits, rounded.rows, rounded.cols) == (4, *shape)
+        assert torch.equal(unpack(rounded), unpack(expected))
+        assert rounded.bias is not None and torch.equal(rounded.bias[: shape[0]], bias)
+    eight = quantize(weight, 8)
+    again = quantize(unpack(eight), 4)
+    assert torch.equal(unpack(round_packed(eight, unit=unit)), unpack(again))
+
+
+def test_rounding_refuses_what_has_no_groups() -> None:
+    with pytest.raises(ValueError, match="4 bits for a weight"):
+        round_packed(pack(made(4, 6)))

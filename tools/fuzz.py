@@ -40,6 +40,8 @@ MUTATIONS = (1, 1, 1, 2, 3, 6)
 MAX_INPUT = 60_000
 """Bytes of an input."""
 
+PROMPT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv")
+
 _NUMBER = re.compile(rb"[0-9]+")
 _WORD = re.compile(rb"[\w.]+")
 
@@ -100,7 +102,7 @@ def sound_profile(found: object, path: Path) -> str | None:
 
 
 READERS = (
-    Reader("prompts", read_prompts, sound_prompts, (".jsonl", ".json", ".txt"), prompt_corpus()),
+    Reader("prompts", read_prompts, sound_prompts, PROMPT_SUFFIXES, prompt_corpus()),
     Reader("profile", Profile.load, sound_profile, (".yaml",), profile_corpus()),
 )
 

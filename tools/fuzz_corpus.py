@@ -16,7 +16,14 @@ PROMPT_LINES = (
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
     {"turns": ["First", "Second"], "question_id": 81, "category": "writing"},
     {"conversations": [{"from": "system", "value": ""}, *_TURN, _TURN[0]], "id": "x_0"},
+    {"prompt": ["First", "Second"], "messages": None, "id": "l"},
+    {"prompt": [*_CHAT, _USER], "id": "t"},
+    {"conversations": _CHAT, "id": "c"},
+    {"instruction": "Do", "input": "it", "output": "done", "id": "i"},
+    {"question": "2 + 2?", "article": "", "id": "q"},
 )
+PROMPT_TABLE = 'id,prompt,n\na,"one, ""two""",1\n,"with a\nline end",2\nb,plain,\n'
+
 PROFILE_TEXT = """\
 # A profile with every key
 schema_version: 1
@@ -110,6 +117,10 @@ def prompt_corpus() -> tuple[bytes, ...]:
             "\r\n".join([*lines[:2], "", lines[4]]),
             *lines,
             json.dumps(PROMPT_LINES, indent=1),
+            json.dumps({"version": 1, "data": PROMPT_LINES[:3]}, indent=1),
+            json.dumps({"rows": PROMPT_LINES[5:]}),
+            PROMPT_TABLE,
+            PROMPT_TABLE.replace(",", "\t").replace("\n", "\r\n"),
             "A plain text\n\n {odd} \n[1]\n",
             "\ufeffWith a mark\nand more",
         )

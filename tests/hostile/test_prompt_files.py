@@ -19,7 +19,8 @@ from tests.hostile.conftest import Refuse
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "latin-1": ("p.jsonl", b'{"prompt": "\xe9"}', "1: is not UTF-8 text"),
-    "UTF-16": ("p.txt", "hello".encode("utf-16"), "1: is not UTF-8 text"),
+    "UTF-16": ("p.txt", b"\xff\xfeh\0i", "1: is not UTF-16-LE text"),
+    "UTF-32": ("p.txt", "hello".encode("utf-32"), " is UTF-32 text"),
     "UTF-16 without a mark": ("p.txt", "hello".encode("utf-16-le"), "1: has a NUL byte"),
     "cut in a character": ("p.txt", b"a\ncaf\xc3", "2: is not UTF-8 text"),
     "NUL": ("p.txt", b"a\nb\0c", "2: has a NUL byte"),

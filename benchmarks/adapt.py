@@ -33,6 +33,7 @@ from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.adaptive.proposer import AutoProposer, Learnt
 from conflayers_cli.search.adaptive.report import describe
 from conflayers_cli.search.online import AdaptiveProposer
+from conflayers_cli.search.open_proposer import BUDGET
 from conflayers_cli.spec_decode.options import DraftOptions
 from conflayers_cli.spec_decode.proposer import Proposer
 from conflayers_cli.utils.environment import describe_environment
@@ -112,7 +113,7 @@ def proposers(
         return build_proposer(loaded, decoder, profile, path, False, DraftOptions())
 
     return {
-        "auto": lambda: AutoProposer(decoder, keep=keep.append),
+        "auto": lambda: AutoProposer(decoder, budget=BUDGET, keep=keep.append),
         "profile": by_profile,
         "conflayers": lambda: AdaptiveProposer(decoder, "conflayers"),
         "swift": lambda: AdaptiveProposer(decoder, "swift"),
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.say("by what a second process begins with:")
         again: dict[str, Arm] = {
             "plain": Arm(None),
-            "again": Arm(AutoProposer(decoder, learnt=kept[-1])),
+            "again": Arm(AutoProposer(decoder, budget=BUDGET, learnt=kept[-1])),
         }
         if "profile" in arms:
             again["profile"] = Arm(arms["profile"].proposer)

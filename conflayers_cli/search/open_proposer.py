@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.profile.build_proposer import build_proposer
-from conflayers_cli.profile.check import check_fit
-from conflayers_cli.profile.schema import Profile
-from conflayers_cli.search.adaptive.proposer import BUDGET, AutoProposer, Learnt
-from conflayers_cli.search.adaptive.race import OPTIMISTIC
-from conflayers_cli.search.adaptive.remembered import Memory
-from conflayers_cli.spec_decode.options import DraftOptions
-from conflayers_cli.spec_decode.proposer import Proposer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conflayers_cli.engine.decoder import Decoder
+    from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.profile.schema import Profile
+    from conflayers_cli.search.adaptive.proposer import AutoProposer
+    from conflayers_cli.spec_decode.options import DraftOptions
+    from conflayers_cli.spec_decode.proposer import Proposer
+
+BUDGET = 0.03
+"""Share of the time that passes for the search of a learning proposer may take."""
 
 
 def open_proposer(
@@ -52,6 +56,11 @@ def open_auto_proposer(
     Raises:
         InputError: the profile was made for another model.
     """
+    from conflayers_cli.profile.check import check_fit
+    from conflayers_cli.search.adaptive.proposer import AutoProposer, Learnt
+    from conflayers_cli.search.adaptive.race import OPTIMISTIC
+    from conflayers_cli.search.adaptive.remembered import Memory
+
     memory = Memory(loaded, decoder) if remember and profile is None else None
     learnt = memory.read() if memory else None
     if profile is not None:

@@ -32,6 +32,8 @@ EXPLORATION = 0.004
 """Share of the time given to finding out whether drafting, which did not pay, does now."""
 MAX_EXPLORATION = 2.0
 """Most of it that is saved up, in tokens per sequence."""
+ROW_CHANGE = 0.2
+"""Share by which the time of choosing a token must change to count."""
 MAX_DROPS = 8
 """Consecutive drafts dropped unverified, after which the next one must be saved for."""
 
@@ -98,7 +100,7 @@ class DraftLengthPolicy:
         self._expected_gain: float | None = None
         self._longest_accepted = 0
         self._drops = 0
-        self._draft_seconds = 0.0
+        self._draft_seconds = self._row_seconds = 0.0
         self._num_passes = 0
         self._continues = [DecayedRate(0.5, 4.0) for _ in range(max_tokens + 1)]
         self.costs = self._costs_for(1, 0)
@@ -109,15 +111,25 @@ class DraftLengthPolicy:
         self._table = table
         self._costs_at.clear()
 
+    def set_row_seconds(self, seconds: float) -> None:
+        """What choosing one token takes beside the pass; 0 where the costs have it already."""
+        if abs(seconds - self._row_seconds) > ROW_CHANGE * max(seconds, self._row_seconds):
+            self._row_seconds = seconds
+            self._costs_at.clear()
+
     def _costs_for(self, batch_size: int, context: int) -> StepCosts:
         key = (batch_size, context // CONTEXT_STEP)
         if key not in self._costs_at:
             costs = self._table.at(batch_size, key[1] * CONTEXT_STEP + CONTEXT_STEP // 2)
             widths = range(self.max_tokens + HORIZON + 3)
-            verify = tuple(costs.verify_cost(max(width, 1)) for width in widths)
+            plain = [costs.verify_cost(max(width, 1)) for width in widths]
             one = costs.draft_cost(self._plan, self._table.depth) if self._plan else 0.0
             # A draft pass grows with its width as a full pass does.
-            draft = tuple(one * seconds / verify[1] for seconds in verify)
+            chosen = [batch_size * max(width, 1) * self._row_seconds for width in widths]
+            verify = tuple(each + own for each, own in zip(plain, chosen, strict=True))
+            draft = tuple(
+                one * each / plain[1] + own for each, own in zip(plain, chosen, strict=True)
+            )
             self._costs_at[key] = StepCosts(verify, draft, batch_size, costs.turnaround)
         return self._costs_at[key]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -27,6 +29,8 @@ from conflayers_cli.spec_decode.ngram import NO_MATCH, Match
 from conflayers_cli.spec_decode.proposer import Context, Draft, propose_leaves
 from conflayers_cli.spec_decode.tree import TreeShape
 
+ROWS_TIMED = 31
+"""Choices of sampled tokens whose time counts, the latest ones."""
 MIN_COMPARED = 8
 """Tokens of a match that are compared with the text, drafted or not."""
 
@@ -45,6 +49,7 @@ class MixedProposer:
         prior: the acceptance rate measured under the plan.
         max_tokens: the most tokens drafted at once.
         tree: how many leaves are wanted beside each token of a single sequence; None: chains.
+        rows_apart: whether costs leave out what sampling a token takes, which is then added.
         alike: a proposer that takes turns with this one at the same texts: their n-grams are
             shared.
 
@@ -63,6 +68,7 @@ class MixedProposer:
         prior: float | None = None,
         max_tokens: int = 25,
         tree: TreeShape | None = None,
+        rows_apart: bool = True,
         alike: MixedProposer | None = None,
     ) -> None:
         self._decoder = decoder
@@ -77,6 +83,8 @@ class MixedProposer:
             alike._histories if alike else SequenceHistories(index=ngram)
         )
         self.passes: list[tuple[int, float]] = []
+        self._rows_apart = rows_apart
+        self._row_seconds: deque[float] = deque(maxlen=ROWS_TIMED)
         self._ahead: AsyncDecode | None = None
 
     @property
@@ -98,6 +106,9 @@ class MixedProposer:
             accepted.append(num_accepted)
             chains.append(DraftChain(context, history, min(limit, policy.max_tokens), state))
         longest = max(len(context.tokens) for context in contexts)
+        sampled = any(chain.sampled for chain in chains)
+        known = self._rows_apart and sampled and self._row_seconds
+        policy.set_row_seconds(median(self._row_seconds) if known else 0.0)
         policy.begin(len(contexts), longest, accepted)
         self.passes = []
         while True:
@@ -187,7 +198,11 @@ class MixedProposer:
             found = self._decoder.greedy_with_confidence(tokens, positions, cache, self._plan)
             return greedy_choices(found, asked)
         logits = self._decoder.forward(tokens, positions, cache, self._plan)
-        return choose_tokens(logits, asked, others=self._tree.max_leaves if self._tree else 0)
+        begin = perf_counter()
+        chosen = choose_tokens(logits, asked, others=self._tree.max_leaves if self._tree else 0)
+        rows = sum(request.count for request in asked)
+        self._row_seconds.append((perf_counter() - begin) / rows)
+        return chosen
 
     def _run_ahead(self, chain: DraftChain) -> bool:
         """One more greedy token by a pass launched ahead; False: only `_run_pass` can do it."""

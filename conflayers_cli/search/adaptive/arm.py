@@ -28,6 +28,7 @@ class Arm:
         times: of draft passes.
         proposer: drafts.
         steps: decoded with it.
+        rows: numbers of sequences that the proposer knows the costs of.
     """
 
     plan: SkipPlan
@@ -35,6 +36,7 @@ class Arm:
     times: PassTimes
     proposer: MixedProposer = field(init=False)
     steps: int = 0
+    rows: tuple[int, ...] = ()
 
     def draft_seconds(self, verify: PassTimes, rows: Sequence[int]) -> dict[int, float]:
         """Seconds of a draft pass of one token of each of so many sequences."""
@@ -44,6 +46,7 @@ class Arm:
 
     def set_costs(self, verify: PassTimes, rows: Sequence[int], depth: int) -> None:
         """Let the proposer know what passes cost by now."""
+        self.rows = tuple(rows)
         draft = self.draft_seconds(verify, rows)
         self.proposer.policy.set_costs(cost_table(verify, draft, depth, rows))
 

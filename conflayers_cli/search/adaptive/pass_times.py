@@ -10,18 +10,20 @@ import statistics
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping
-from math import log
+from math import exp, log
 
 from conflayers_cli.engine.cost_model import CostTable, PassCosts
 
 GROWTH = ((1, 1.0), (2, 1.08), (3, 1.12), (5, 1.3), (9, 2.0), (17, 3.8), (26, 5.8))
 """(width, seconds over those of one token), as with native kernels on two kinds of processor."""
-REMEMBERED = 15
-"""Passes of a kind that count, the latest ones."""
+REMEMBERED = 256
+"""Passes that count, the latest ones: contexts grow, and what else the machine does changes."""
 MIN_SEEN = 2
 """Passes of a width before it is believed: a single one may have been disturbed."""
-FAST_SHARE = 0.25
-"""Of the passes of a kind this share was faster than what counts: a busy machine only adds."""
+MOST_WEIGHT = 15
+"""Passes of a width beyond which more of them say no more."""
+BREADTH = 0.35
+"""How far passes tell of those of other widths, in logarithms of the width."""
 
 
 class PassTimes:
@@ -32,29 +34,38 @@ class PassTimes:
     """
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
-        self._times: dict[int, deque[float]] = {}
+        self._passes: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
         for width, seconds in (known or {}).items():
-            self._times[width] = deque([seconds] * MIN_SEEN, REMEMBERED)
+            self._passes.extend([(width, seconds)] * MIN_SEEN)
 
     def add(self, width: int, seconds: float) -> None:
-        self._times.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
+        self._passes.append((width, seconds))
 
     @property
     def known(self) -> dict[int, float]:
-        """Seconds by the widths seen."""
-        return {
-            width: fast(times)
-            for width, times in sorted(self._times.items())
-            if len(times) >= MIN_SEEN
-        }
+        """Median seconds by the widths seen."""
+        return {width: statistics.median(times) for width, times in self._by_width().items()}
 
     def costs(self, widths: Iterable[int]) -> dict[int, float]:
-        """Seconds by width, never falling; 1 for a single token where no pass was seen."""
-        ratios = [(log(width), own / _growth(width)) for width, own in self.known.items()]
+        """Seconds by width, never falling; 1 for a single token where no pass was seen.
+
+        What passes take over their usual growth is averaged over neighbouring widths: of each
+        there are few, and what disturbs one of them must not look like a step.
+        """
+        ratios = [
+            (log(width), statistics.median(times) / _growth(width), min(len(times), MOST_WEIGHT))
+            for width, times in self._by_width().items()
+        ]
         found, slowest = {}, 0.0
         for width in sorted(widths):
-            found[width] = slowest = max(slowest, _growth(width) * _between(ratios, log(width)))
+            found[width] = slowest = max(slowest, _growth(width) * _average(ratios, log(width)))
         return found
+
+    def _by_width(self) -> dict[int, list[float]]:
+        times: dict[int, list[float]] = {}
+        for width, seconds in self._passes:
+            times.setdefault(width, []).append(seconds)
+        return {width: own for width, own in sorted(times.items()) if len(own) >= MIN_SEEN}
 
 
 def cost_table(
@@ -73,29 +84,28 @@ def cost_table(
     return CostTable(by_batch, depth)
 
 
-def fast(times: Iterable[float]) -> float:
-    """The seconds that a share of passes of a kind were faster than."""
-    ordered = sorted(times)
-    at = FAST_SHARE * (len(ordered) - 1)
-    low = ordered[int(at)]
-    return statistics.fmean([low, ordered[min(int(at) + 1, len(ordered) - 1)]]) if at % 1 else low
+def _average(ratios: list[tuple[float, float, int]], at: float) -> float:
+    """The average of (place, value, weight) by nearness to a place; 1 where there are none."""
+    if not ratios:
+        return 1.0
+    nearest = min(abs(place - at) for place, _, _ in ratios)
+    weights = [
+        weight * exp((nearest**2 - (place - at) ** 2) / (2 * BREADTH**2))
+        for place, _, weight in ratios
+    ]
+    total = sum(w * value for w, (_, value, _) in zip(weights, ratios, strict=True))
+    return total / sum(weights)
 
 
 def _growth(width: int) -> float:
-    return _between([(float(known), grown) for known, grown in GROWTH], float(width), beyond=True)
-
-
-def _between(points: list[tuple[float, float]], at: float, *, beyond: bool = False) -> float:
-    """The value at a place by straight lines; 1 without points. Outside that of the nearest one,
-    or with ``beyond`` in proportion to the place behind the last."""
-    if not points:
-        return 1.0
-    number = bisect_left([place for place, _ in points], at)
-    if number == len(points):
-        place, value = points[-1]
-        return value * at / place if beyond else value
-    (high, upper) = points[number]
-    if number == 0 or at == high:
+    """The usual seconds of a pass over those of one token: by straight lines, and beyond the last
+    width in proportion."""
+    number = bisect_left([known for known, _ in GROWTH], width)
+    if number == len(GROWTH):
+        known, grown = GROWTH[-1]
+        return grown * width / known
+    high, upper = GROWTH[number]
+    if number == 0 or width == high:
         return upper
-    low, lower = points[number - 1]
-    return lower + (upper - lower) * (at - low) / (high - low)
+    low, lower = GROWTH[number - 1]
+    return lower + (upper - lower) * (width - low) / (high - low)

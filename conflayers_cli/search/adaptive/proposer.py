@@ -32,14 +32,16 @@ MAX_DRAFT_TOKENS = 25
 """Tokens drafted at once at the most."""
 EFFECT_TOKENS = 24
 """Tokens of the text that the effects of sub-layers are measured on."""
-ROUNDING_BYTES = 1.5e9
+ROUNDING_BYTES = 3e9
 """Bytes of weights a second that rounding takes, before it was timed."""
 EARNED = 6.0
-"""Rounding and the like begin once decoding has taken so many times as long as they will."""
-BUDGET = 0.03
-"""Share of the time that passes for the search may take."""
+"""Rounding begins once decoding has taken so many times as long as it will,"""
+SHORT = 40
+"""and not before so many tokens: most answers that end by then would have gained nothing."""
+LONG = 64
+"""Budget, in tokens, from which on what an earlier run has learnt is worth rounding at once."""
 COSTS_EVERY = 8
-"""Steps between two looks at what passes cost."""
+"""Steps with an arm between two looks at what its passes cost."""
 WATCHED = 128
 """Drafted tokens of the settled plan that are compared with those before."""
 CHANGE = 4.0
@@ -93,14 +95,14 @@ class AutoProposer:
         arm: drafts now.
         settled_after: tokens after which the search came to its end; None: it has not.
         setup_seconds, search_seconds: spent on rounding weights, and on passes for the search.
-        decode_seconds, tokens: of all steps.
+        seconds, tokens: of all steps, set-up and search included.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         *,
-        budget: float = BUDGET,
+        budget: float,
         learnt: Learnt | None = None,
         keep: Callable[[Learnt], None] | None = None,
     ) -> None:
@@ -116,13 +118,13 @@ class AutoProposer:
         self.arm = self._make_arm(SkipPlan(), OPTIMISTIC)
         self.race: PlanRace | None = None
         self._settled: Arm | None = None
-        self.setup_seconds = self.search_seconds = self.decode_seconds = 0.0
+        self.setup_seconds = self.search_seconds = self.seconds = 0.0
         self.tokens = self.tried = 0
         self.settled_after: int | None = None
-        self._steps = 0
         self._last: _LastStep | None = None
         self._watched = WATCHED
         self._contexts: Sequence[Context] = ()
+        self._limits: Sequence[int] = ()
         self._turns = self._script()
 
     @property
@@ -147,8 +149,7 @@ class AutoProposer:
     @property
     def search_share(self) -> float:
         """Share of the time that passes for the search took."""
-        both = self.decode_seconds + self.search_seconds
-        return self.search_seconds / both if both else 0.0
+        return self.search_seconds / self.seconds if self.seconds else 0.0
 
     def propose(self, context: Context, limit: int) -> Draft:
         return self.propose_batch([context], [limit])[0]
@@ -156,19 +157,19 @@ class AutoProposer:
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         begin = self._now()
         self._note_step(contexts, begin)
-        self._contexts = contexts
+        self._contexts, self._limits = contexts, limits
         self.arm = next(self._turns)
-        if self._steps % COSTS_EVERY == 0 or len(contexts) not in self._rows:
+        if len(contexts) not in self._rows:
             self._rows = tuple(sorted({*self._rows, len(contexts)}))
-            for arm in self._arms:
-                arm.set_costs(self._verify, self._rows, self._decoder.depth)
+        if self.arm.rows != self._rows or self.arm.steps % COSTS_EVERY == 0:
+            self.arm.set_costs(self._verify, self._rows, self._decoder.depth)
+        self._contexts = ()  # they hold the texts' cache
         drafts = self.arm.proposer.propose_batch(contexts, limits)
         for width, seconds in self.arm.proposer.passes:
             self.arm.times.add(width, seconds)
-        self._steps += 1
         self.arm.steps += 1
         end = self._now()
-        self.decode_seconds += end - begin
+        self.seconds += end - begin
         width = 1 + max(len(draft.tokens) for draft in drafts)
         texts = tuple(context.tokens for context in contexts)
         self._last = _LastStep(texts, tuple(map(len, texts)), end, width * len(texts))
@@ -202,7 +203,7 @@ class AutoProposer:
         grown = [len(text) - size for text, size in zip(last.texts, last.lengths, strict=True)]
         if all(same) and min(grown) > 0:
             self._verify.add(last.tokens, now - last.end)
-            self.decode_seconds += now - last.end
+            self.seconds += now - last.end
             self.tokens += sum(grown)
 
     # What happens when: yields the arm of each step.
@@ -211,25 +212,28 @@ class AutoProposer:
         plain, known = self.arm, self._learnt
         weights: Weights | None = None
         if self._decoder.stack.int4.worthwhile:
-            while self.decode_seconds < EARNED * self._rounding_estimate():
+            while not self._is_earned():
                 yield plain
             weights = "int4" if self._round() else None
-        if known is not None and known.settled and (plan := replace(known.plan, weights=weights)):
-            best = self._make_arm(plan, known.acceptance, PassTimes(known.draft))
-            yield from self._watch(best, known.acceptance)
+        before: Arm | None = None
+        if known is not None and (plan := replace(known.plan, weights=weights)):
+            before = self._make_arm(plan, known.acceptance, PassTimes(known.draft))
+            if known.settled or not self._searching:
+                yield from self._watch(before, known.acceptance)
         while True:
             start = self._make_arm(SkipPlan(weights=weights), OPTIMISTIC) if weights else plain
             best = start
             if self._searching:
-                yield from self._search(start)
+                yield from self._search(start, before if before and len(before.plan) else None)
                 best = self.race.best if self.race else start
             self._arms = list({id(arm): arm for arm in (plain, start, best)}.values())
             yield from self._watch(best)
+            before = best
 
-    def _search(self, start: Arm) -> Iterator[Arm]:
-        """Find out which sub-layers change least, and race the plans without them."""
+    def _search(self, start: Arm, known: Arm | None) -> Iterator[Arm]:
+        """Find out which sub-layers change least, and race plans without them, and a known one."""
         while not self._may_search():
-            yield start
+            yield known or start
         begin = self._now()
         effects = self._effects(self._contexts[0])
         self.search_seconds += self._now() - begin
@@ -240,7 +244,7 @@ class AutoProposer:
             whole_layers=len(self._decoder.sub_layers) < 2,
         )
         before = self.tried
-        self.race = PlanRace(order, start, self._make_arm, self._verify)
+        self.race = PlanRace(order, start, self._make_arm, self._verify, known)
         for arm in self.race.turns():
             self.tried = before + self.race.tried
             yield arm
@@ -272,12 +276,11 @@ class AutoProposer:
     def _may_search(self) -> bool:
         """Whether there is text, room in the cache, and time for a pass over some of it."""
         context = self._contexts[0]
-        single = len(self._contexts) == 1
         room = context.cache.capacity - len(context.tokens)
-        if not single or room < EFFECT_TOKENS or len(context.tokens) <= EFFECT_TOKENS:
+        if room < EFFECT_TOKENS or len(context.tokens) <= EFFECT_TOKENS:
             return False
         cost = self._verify.costs([EFFECT_TOKENS])[EFFECT_TOKENS]
-        return self.search_seconds + cost <= self._budget * self.decode_seconds
+        return self.search_seconds + cost <= self._budget * self.seconds
 
     def _effects(self, context: Context) -> dict[tuple[int, str], float]:
         filled = len(context.tokens) - 1
@@ -285,32 +288,47 @@ class AutoProposer:
         tokens = torch.tensor([context.tokens[filled - EFFECT_TOKENS : filled]])
         # In slots behind the text: what the text holds stays as it is.
         slots = positions + EFFECT_TOKENS
-        return sub_layer_effects(self._decoder, tokens, positions, context.cache, slots)
+        cache = context.cache.view(0, 1) if context.cache.batch > 1 else context.cache
+        return sub_layer_effects(self._decoder, tokens, positions, cache, slots)
 
     def _make_arm(self, plan: SkipPlan, rate: float, draft: PassTimes | None = None) -> Arm:
         """An arm that shares n-grams with the others; ``rate``: the acceptance expected."""
         depth = self._decoder.depth
-        share = pass_share(depth, plan, self._sizes)
-        arm = Arm(plan, share, draft or PassTimes())
+        arm = Arm(plan, self._share(plan), draft or PassTimes())
         costs = cost_table(
             self._verify, arm.draft_seconds(self._verify, self._rows), depth, self._rows
         )
+        arm.rows = self._rows
         arm.proposer = MixedProposer(
             self._decoder,
             plan or None,
             costs,
             prior=rate if plan else None,
             max_tokens=MAX_DRAFT_TOKENS,
+            rows_apart=False,  # passes are timed with it
             alike=self._arms[0].proposer if self._arms else None,
         )
         self._arms.append(arm)
         return arm
 
-    def _rounding_estimate(self) -> float:
-        """Seconds that rounding the weights will take."""
-        if self._learnt is not None and self._learnt.rounding_seconds:
-            return self._learnt.rounding_seconds
-        return self._decoder.stack.int4.nbytes / ROUNDING_BYTES
+    def _share(self, plan: SkipPlan) -> float:
+        """A draft pass's seconds over a full one's, by those of a plan with the same weights."""
+        share = pass_share(self._decoder.depth, plan, self._sizes)
+        for arm in self._arms:
+            if arm.plan and arm.plan.weights == plan.weights and arm.times.known:
+                timed = arm.times.costs((1,))[1] / self._verify.costs((1,))[1]
+                return share * timed / pass_share(self._decoder.depth, arm.plan, self._sizes)
+        return share
+
+    def _is_earned(self) -> bool:
+        """Whether the run is long enough for rounding the weights to pay."""
+        known = self._learnt
+        if known is not None and known.plan.weights and max(self._limits) >= LONG:
+            return True
+        seconds = self._decoder.stack.int4.nbytes / ROUNDING_BYTES
+        if known is not None and known.rounding_seconds:
+            seconds = known.rounding_seconds
+        return self.tokens >= SHORT and self.seconds >= EARNED * seconds
 
     def _round(self) -> bool:
         """Make the weights in four bits; False: there is no memory for them."""

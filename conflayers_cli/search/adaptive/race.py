@@ -64,6 +64,7 @@ class PlanRace:
         start: the arm to be beaten, with its kind of weights; leaves out nothing.
         make_arm: makes an arm of a plan and the acceptance rate expected.
         verify: what full passes cost.
+        known: a plan from elsewhere that is likely to be good: the best one until another is.
 
     Attributes:
         best: the fastest arm by now.
@@ -76,6 +77,7 @@ class PlanRace:
         start: Arm,
         make_arm: Callable[[SkipPlan, float], Arm],
         verify: PassTimes,
+        known: Arm | None = None,
     ) -> None:
         self._order = order
         self._make_arm = make_arm
@@ -83,6 +85,9 @@ class PlanRace:
         self._arms = {0: start}
         self._best = 0
         self._most = int(LARGEST_SHARE * len(order))
+        if known is not None:
+            self._best = max(min(len(known.plan), self._most), 1)
+            self._arms[self._best] = known
 
     @property
     def best(self) -> Arm:

@@ -18,6 +18,7 @@ from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.adaptive import proposer as module
 from conflayers_cli.search.adaptive.proposer import AutoProposer, Learnt
 from conflayers_cli.search.adaptive.report import describe
+from conflayers_cli.search.open_proposer import BUDGET
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted
@@ -83,9 +84,9 @@ def test_a_second_run_begins_where_the_first_ended(clock: Clock) -> None:
     first: list[Learnt] = []
     stream(AutoProposer(planted.decoder(), budget=0.1, keep=first.append), rounds=3)
     before = clock.now
-    stream(AutoProposer(planted.decoder()))
+    stream(AutoProposer(planted.decoder(), budget=BUDGET))
     cold, before = clock.now - before, clock.now
-    second = AutoProposer(planted.decoder(), learnt=first[-1])
+    second = AutoProposer(planted.decoder(), budget=BUDGET, learnt=first[-1])
     stream(second)
     assert clock.now - before < 0.95 * cold
     assert second.settled and not second.tried
@@ -106,7 +107,9 @@ def test_a_short_answer_is_decoded_as_without_drafts(clock: Clock) -> None:
     before = clock.now
     tiny.steps_of(text)
     plain, before = clock.now - before, clock.now
-    one = Generation(decoder, GenerationRequest(PROMPTS[0], 8), proposer=AutoProposer(decoder))
+    one = Generation(
+        decoder, GenerationRequest(PROMPTS[0], 8), proposer=AutoProposer(decoder, budget=BUDGET)
+    )
     tiny.steps_of(one)
     assert clock.now - before <= 1.02 * plain
 

@@ -53,6 +53,7 @@ class AttachedEngine:
         self.proposers: dict[Hashable, Proposer | None] = {}
         self._lock = threading.RLock()
         self._users = 0
+        self._own: list[Any] = []
         self._training: list[nn.Module] = []
         tables = _tables(model, settings_only=in_place)
         before = [dict(table) for table in tables]
@@ -62,6 +63,7 @@ class AttachedEngine:
             self.decoder = Decoder(model, exact=exact)
         finally:
             self._swaps = list(_differences(tables, before))
+            self._own = [swap.own for swap in self._swaps]
             self._restore()
         name = getattr(model, "name_or_path", "") or type(model).__name__
         self.loaded: LoadedModel = wrap_model(model, None, name, f"{model.dtype}, as it is")
@@ -80,6 +82,8 @@ class AttachedEngine:
         """
         with self._lock:
             if not self._users:
+                # What is there now: the owner may have changed a setting since the last time.
+                self._own = [table.get(key, _ABSENT) for table, key, _, _ in self._swaps]
                 for table, key, _, engines in self._swaps:
                     _put(table, key, engines)
                 self._eval()
@@ -101,7 +105,7 @@ class AttachedEngine:
             module.training = False
 
     def _restore(self) -> None:
-        for table, key, own, _ in self._swaps:
+        for (table, key, _, _), own in zip(self._swaps, self._own, strict=True):
             _put(table, key, own)
         for module in self._training:
             module.training = True

@@ -38,7 +38,7 @@ from conflayers_cli.api.proposers import (
 )
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.generator import TextGenerator, name_failed_prompt
+from conflayers_cli.generation.generator import TextGenerator, batch_size_for, name_failed_prompt
 from conflayers_cli.generation.prompt_encoding import encode_prompts
 from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.generation.request import GenerationRequest
@@ -191,8 +191,9 @@ def _prepare(
 ) -> tuple[Engine, TextGenerator, list[GenerationRequest]]:
     """The engine, the generator on it, and the encoded prompts."""
     options.sampling.note_unused()
-    loaded, engine, batch_size = model.loaded, model.engine(), options.drafting.batch_size
+    loaded, engine = model.loaded, model.engine()
     requests = encode_prompts(loaded, prompts, options.prompts, options.sampling, options.stops)
+    batch_size = batch_size_for(requests, options.drafting.batch_size)
     with engine.active():
         proposer = get_proposer(engine, profile, options.drafting, options.force)
     generator = TextGenerator(

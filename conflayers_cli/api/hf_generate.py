@@ -20,7 +20,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from conflayers_cli.api.attached_model import attach
-from conflayers_cli.api.hf_processors import ProcessedText, begin_processed
+from conflayers_cli.api.hf_processors import begin_processed
 from conflayers_cli.api.hf_request import GenerateError, HFRequest, StopConditions
 from conflayers_cli.api.proposers import (
     DraftMethodName,
@@ -32,6 +32,7 @@ from conflayers_cli.api.proposers import (
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.generator import TextGenerator
+from conflayers_cli.generation.processed import ProcessedText
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.profile.build_proposer import as_batch_proposer
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
@@ -66,11 +67,59 @@ def conflayers_generate(
     GenerateError (a ValueError) for what can't be done, ConfLayersError as `Generation`.
     """
     outer = _arguments_of_generate(model)
+    streamer = outer.get("streamer") if streamer is None else streamer
+    try:
+        adaptive = resolve_lookahead(adaptive_draft_length, lookahead)
+        return _generate(
+            model,
+            input_ids,
+            outer=outer,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            profile=profile,
+            draft=draft,
+            adaptive_draft_length=adaptive,
+            force=force,
+            exact=exact,
+            in_place=in_place,
+            streamer=streamer,
+            model_kwargs=model_kwargs,
+        )
+    except InputError as error:
+        raise GenerateError(str(error)) from error
+    finally:
+        if streamer is not None:  # after an error, too: whoever reads it would wait for ever
+            streamer.end()
+
+
+def _generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    outer: dict[str, Any],
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    profile: ProfileLike | None,
+    draft: DraftMethodName | None,
+    adaptive_draft_length: bool | None,
+    force: bool,
+    exact: bool,
+    in_place: bool,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """`conflayers_generate`, which ends the streamer; ``outer``: arguments of `generate`."""
+    if torch.is_autocast_enabled(model.device.type):
+        raise GenerateError(
+            "torch.autocast: passes run in the model's own dtype here, and would give another text "
+            "than under autocast: leave it, or load the model in the dtype that is wanted"
+        )
     if outer.get("assistant_model") is not None:
         raise GenerateError("assistant_model: the model drafts for itself here, leave it out")
     request = HFRequest.parse(input_ids, logits_processor, generation_config, model_kwargs)
     conditions = StopConditions.parse(stopping_criteria, request)
-    streamer = outer.get("streamer") if streamer is None else streamer
     if streamer is not None:
         if request.batch_size > 1:
             raise GenerateError(
@@ -78,22 +127,17 @@ def conflayers_generate(
             )
         if outer.get("streamer") is None:  # else `generate` has put the prompt
             streamer.put(input_ids.cpu())
-    try:
-        with notes_as_warnings():
-            engine = attach(model, exact=exact, in_place=in_place)
-            options = DraftOptions(
-                method=None if draft is None else DraftMethod.parse(draft),
-                adaptive_draft_length=resolve_lookahead(adaptive_draft_length, lookahead),
-                tree=False,
-                batch_size=request.batch_size if request.batched else 1,
-            )
-            with engine.active() as decoder:
-                proposer = get_proposer(engine, profile, options, force)
-                texts, outputs = _decode(decoder, proposer, request, conditions, streamer)
-    except InputError as error:
-        raise GenerateError(str(error)) from error
-    if streamer is not None:
-        streamer.end()
+    with notes_as_warnings(stacklevel=5):
+        engine = attach(model, exact=exact, in_place=in_place)
+        options = DraftOptions(
+            method=None if draft is None else DraftMethod.parse(draft),
+            adaptive_draft_length=adaptive_draft_length,
+            tree=False,
+            batch_size=request.batch_size if request.batched else 1,
+        )
+        with engine.active() as decoder:
+            proposer = get_proposer(engine, profile, options, force)
+            texts, outputs = _decode(decoder, proposer, request, conditions, streamer)
     if not generation_config.return_dict_in_generate:
         return outputs
     return GenerateDecoderOnlyOutput(

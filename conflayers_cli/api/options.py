@@ -54,6 +54,8 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     system: str | None
+    sampling: str | None
+    template: Mapping[str, Any] | None
     raw: bool
     draft: DraftMethodName | None
     adaptive_draft_length: bool | None

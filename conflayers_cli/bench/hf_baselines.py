@@ -83,7 +83,7 @@ class TransformersSystem:
         packed = sum(weight.nbytes for weight in self.decoder.model.parameters())
         with (
             self.decoder.plain() as model,
-            _own_settings(model),
+            _own_depth(model),
             _seeded(self.sampling.seed or 0, device),
         ):
             twice = sum(weight.nbytes for weight in model.parameters()) - packed
@@ -109,7 +109,10 @@ class TransformersSystem:
         config: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "do_sample": not settings.greedy,
-            "repetition_penalty": settings.repetition_penalty,
+            # What is None here is as the model's generation config has it.
+            "repetition_penalty": None
+            if settings.repetition_penalty == 1
+            else settings.repetition_penalty,
             "eos_token_id": ends or None,
             "pad_token_id": ends[0] if ends else 0,
         }
@@ -118,7 +121,7 @@ class TransformersSystem:
                 "temperature": settings.temperature,
                 "top_k": settings.top_k or 0,  # 50 would be the default
                 "top_p": 1.0 if settings.top_p is None else settings.top_p,
-                "min_p": settings.min_p,
+                "min_p": settings.min_p or 0.0,
             }
         return GenerationConfig(**config, **self.more)
 
@@ -151,19 +154,15 @@ class _Stopwatch(StoppingCriteria):
 
 
 @contextmanager
-def _own_settings(model: Any) -> Iterator[None]:
-    """Within: the model has no generation settings of its own, which would fill in for ours.
-
-    Early exit changes the depth in the model's configuration and, should it fail, leaves it so.
-    """
-    kept, config = model.generation_config, model.config.get_text_config()
+def _own_depth(model: Any) -> Iterator[None]:
+    """Within: transformers may change the depth in the model's configuration, as early exit does
+    (should it fail, it leaves it so)."""
+    config = model.config.get_text_config()
     depth = config.num_hidden_layers
-    model.generation_config = GenerationConfig()
     try:
         with quiet_transformers():
             yield
     finally:
-        model.generation_config = kept
         config.num_hidden_layers = depth
 
 

@@ -16,6 +16,7 @@ from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, System
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.engine.run_info import run_details
+from conflayers_cli.generation.generator import batch_size_for
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.generation.prompts import Prompt, fingerprint
 from conflayers_cli.generation.request import GenerationRequest
@@ -107,21 +108,29 @@ class BenchJob:
             InputError, ConfLayersError: the model, the profile or a prompt is no good.
         """
         loaded, decoder = open_model(request.model, request.load)
-        proposer = open_proposer(
-            loaded,
-            decoder,
-            request.profile,
-            request.profile_path,
-            request.force,
-            request.drafting,
-            remember=False,
-        )
         target = request.target_speedup
         lossy = None if target is None else SkipPlan.unified(decoder.depth, target)
         as_paper = lossy is not None and request.profile is None and request.drafting.method is None
+        proposer: Proposer | None = None
         if lossy and as_paper:
             proposer = SkipProposer(decoder, lossy, PAPER.max_tokens, PAPER.stop_probability)
-        encoded = encode_prompts(loaded, request.prompts, request.prompt_options)
+        elif not as_paper:
+            proposer = open_proposer(
+                loaded,
+                decoder,
+                request.profile,
+                request.profile_path,
+                request.force,
+                request.drafting,
+                remember=False,
+            )
+        encoded = encode_prompts(loaded, request.prompts, request.prompt_options, request.sampling)
+        request = replace(
+            request,
+            # with the model's own repetition penalty, where it has one
+            sampling=encoded[0].sampling if encoded else request.sampling,
+            batch_size=batch_size_for(encoded, request.batch_size),
+        )
         if proposer is None:
             logger.warning("note: nothing is left out while drafting, so both arms decode vanilla")
         return cls(request, loaded, decoder, proposer, lossy, as_paper, encoded)
@@ -171,6 +180,7 @@ class BenchJob:
                 each.category,
                 tuple(each.prompt),
                 each.max_new_tokens,
+                each.processors,
             )
             for each in self.encoded
         ]

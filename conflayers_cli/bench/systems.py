@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.generator import TextGenerator
@@ -25,12 +25,14 @@ class BenchPrompt:
         category: what kind of prompt it is, if it says so.
         tokens: the prompt's token ids.
         max_new_tokens: the most tokens produced.
+        processors: as of `GenerationRequest`.
     """
 
     id: str
     category: str | None
     tokens: tuple[int, ...]
     max_new_tokens: int
+    processors: tuple[Any, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ class EngineSystem:
             skip_plan=self.skip_plan,
         )
         results = generator.generate(
-            GenerationRequest(each.tokens, each.max_new_tokens, self.sampling) for each in prompts
+            GenerationRequest(
+                each.tokens, each.max_new_tokens, self.sampling, processors=each.processors
+            )
+            for each in prompts
         )
         return [Run(each.token_ids, each.stats, each.cache_bytes) for each in results]

@@ -8,7 +8,8 @@ import typer
 
 from conflayers_cli.cli import bench_options, options
 from conflayers_cli.cli.bench_publish import publish
-from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
+from conflayers_cli.cli.common import load_profile, model_source
+from conflayers_cli.cli.data_options import DataFlags
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
@@ -20,8 +21,7 @@ def bench(
     context: typer.Context,
     profile: options.ProfileFile = None,
     model: options.Model = None,
-    data: options.Data = None,
-    max_prompts: options.MaxPrompts = None,
+    file: DataFlags,
     batch_size: bench_options.BatchSize = 1,
     prompt_options: options.PromptFlags = PromptOptions(max_new_tokens=128),
     measuring: bench_options.MeasureFlags,
@@ -70,8 +70,8 @@ def bench(
         profile=found,
         profile_path=profile,
         force=force,
-        prompts=read_prompt_file(data, max_prompts),
-        data=data,
+        prompts=file.read(),
+        data=file.data,
         prompt_options=prompt_options,
         sampling=sampling,
         drafting=drafting,

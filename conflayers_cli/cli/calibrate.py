@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from conflayers_cli.cli import calibrate_options as search_options
 from conflayers_cli.cli import options
-from conflayers_cli.cli.common import read_prompt_file
+from conflayers_cli.cli.data_options import DataFlags
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import emit, emit_json, emit_rich
 from conflayers_cli.errors import ConfLayersError, InputError
@@ -32,11 +32,10 @@ DEFAULT_MODEL = "smollm2-deep"
 def calibrate(
     *,
     model: options.Model = None,
-    data: options.Data = None,
+    file: DataFlags,
     output: search_options.Output = None,
     resume: search_options.Resume = None,
     search: search_options.SearchFlags,
-    max_prompts: options.MaxPrompts = None,
     prompt_options: search_options.PromptFlags = PromptOptions(max_new_tokens=128),
     load: search_options.LoadFlags,
     as_json: options.Json = False,
@@ -57,6 +56,7 @@ def calibrate(
       conflayers calibrate --model ./my-model --data prompts.jsonl --strategy auto
       conflayers calibrate -m ./my-model --strategy unified --target-speedup 1.5
     """
+    file.check_reading()
     check_options(search)
     if search.draft_weights is DraftWeights.INT4 and not search.max_refined:
         raise InputError("--draft-weights int4 is for refinement to use: not with --no-refine")
@@ -78,9 +78,9 @@ def calibrate(
             # tensors of another profile are not overwritten
             check_replaceable(target, tensors_path(target))
         # Unified's rule needs no text; with --data its plan is measured.
-        needs_text = search.strategy != UNIFIED or data is not None
-        prompts = read_prompt_file(data, max_prompts) if needs_text else []
-        search = replace(search, judged_prompts=max_prompts)
+        needs_text = search.strategy != UNIFIED or file.data is not None
+        prompts = file.read() if needs_text else []
+        search = replace(search, judged_prompts=file.max_prompts)
         job = CalibrationJob.open(model, load, prompts, prompt_options, search)
         journal.begin(job.header())
         with Display(job.decoder.depth) as display:

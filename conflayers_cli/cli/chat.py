@@ -13,8 +13,9 @@ from conflayers_cli.cli.chat_input import Line, from_stdin, from_terminal, read_
 from conflayers_cli.cli.chat_session import Session
 from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
-from conflayers_cli.cli.generate_options import Stats, Stop, check_stops
+from conflayers_cli.cli.generate_options import Stats
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
@@ -55,7 +56,7 @@ def chat(
     model: options.Model = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 1024,
-    stop: Stop = None,
+    text: TextFlags,
     stats: Stats = False,
     sampling: SamplingFlags,
     drafting: options.DraftFlags,
@@ -74,7 +75,7 @@ def chat(
     """
     if world().size > 1:
         raise InputError("chat runs in one process, not under torchrun: generate takes --data")
-    check_stops(stop)
+    stop, template = text.read_stops(), text.read_template()
     found = load_profile(profile)
     source = model_source(model, found)
     sampling.note_unused()
@@ -96,6 +97,7 @@ def chat(
         end_tokens=loaded.end_tokens,
         proposer=proposer,
         begin=PrefixCache(decoder, loaded.context_length).begin,
+        keep_special=text.keep_special_tokens,
     )
     session = Session(
         loaded=loaded,
@@ -104,6 +106,7 @@ def chat(
         stop=tuple(stop or ()),
         max_new_tokens=max_new_tokens,
         system=system,
+        template=template,
         interactive=interactive,
     )
     if interactive:

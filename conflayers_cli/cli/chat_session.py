@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.generate_output import print_stats
 from conflayers_cli.cli.terminal import emit
@@ -51,6 +51,7 @@ class Session:
         stop: strings that end an answer.
         max_new_tokens: the most tokens of an answer.
         system: the system message; None: there is none.
+        template: arguments of the chat template.
         interactive: Ctrl-C ends an answer, not the chat.
         messages: by user and assistant in turn.
         dropped: how many of the first messages no longer fit into the context.
@@ -65,6 +66,7 @@ class Session:
     max_new_tokens: int
     system: str | None
     interactive: bool
+    template: dict[str, Any] | None = None
     messages: list[Message] = field(default_factory=list)
     dropped: int = 0
     answers: int = 0
@@ -158,7 +160,7 @@ class Session:
         from conflayers_cli.models.tokenization import encode
 
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return encode(self.loaded, [*first, *messages], None)
+        return encode(self.loaded, [*first, *messages], None, self.template)
 
     def _generate(self, tokens: list[int]) -> GenerationResult:
         from conflayers_cli.generation.request import GenerationRequest
@@ -166,7 +168,17 @@ class Session:
         budget = self.max_new_tokens
         if self.loaded.context_length is not None:
             budget = min(budget, self.loaded.context_length - len(tokens))
-        request = GenerationRequest(tokens, budget, self.sampling, self.stop, answer=self.answers)
+        settings, sampling = self.loaded.settings, self.sampling
+        if sampling.repetition_penalty == 1:
+            sampling = replace(sampling, repetition_penalty=settings.repetition_penalty)
+        request = GenerationRequest(
+            tokens,
+            budget,
+            sampling,
+            (*self.stop, *settings.stops),
+            processors=settings.processors(len(tokens), budget),
+            answer=self.answers,
+        )
         result = None
         with _stoppable(self.interactive) as stopped:
             for response in self.generator.stream([request]):

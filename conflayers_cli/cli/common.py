@@ -1,4 +1,4 @@
-"""What commands share: the profile, the model's name and the prompts."""
+"""What commands share: the profile and the model's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from conflayers_cli.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conflayers_cli.generation.prompts import Prompt
     from conflayers_cli.profile.schema import Profile
 
 
@@ -30,15 +29,3 @@ def model_source(model: str | None, profile: Profile | None) -> str:
             "or --model MODEL to decode without one"
         )
     return profile.model.name
-
-
-def read_prompt_file(path: Path | None, max_prompts: int | None) -> list[Prompt]:
-    """The first ``max_prompts`` prompts of a file, or of those that come with the package.
-
-    Raises:
-        InputError: the file can't be read, or a line of it is no prompt.
-    """
-    from conflayers_cli.generation.prompts import builtin_prompts, read_prompts
-
-    prompts = builtin_prompts() if path is None else read_prompts(path)
-    return prompts[:max_prompts]

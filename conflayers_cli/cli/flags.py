@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 from conflayers_cli.errors import ConfLayersError
 
-OTHERWISE: Mapping[str, str] = MappingProxyType({"compiled": "--compile"})
+OTHERWISE: Mapping[str, str] = MappingProxyType(
+    {"compiled": "--compile", "column": "--prompt-column"}
+)
 """Flags that are not just the argument's name with hyphens."""
 
 _NAME = re.compile(r"([a-z_][a-z0-9_]*)(=False)?")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli import options
 from conflayers_cli.cli.adapt import Adaptation
-from conflayers_cli.cli.common import load_profile, model_source, read_prompt_file
+from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.generate_options import (
     AUTO,
     AdaptFlags,
@@ -21,13 +21,12 @@ from conflayers_cli.cli.generate_options import (
     SkipOnlyFlags,
     SkipOnlyOptions,
     Stats,
-    Stop,
     Stream,
-    check_stops,
 )
 from conflayers_cli.cli.generate_output import generate_file, generate_one, request_keys
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.cli.terminal import suppress_failures
+from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.cluster.ray_cluster import Cluster, parse_cluster
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
@@ -58,9 +57,9 @@ def generate(
     profile: options.ProfileFile = None,
     model: options.Model = None,
     file: FileFlags,
-    prompt_options: options.PromptFlags,
+    prompt_options: options.SampledPromptFlags,
     sampling: options.SamplingFlags,
-    stop: Stop = None,
+    text: TextFlags,
     stream: Stream = True,
     json: options.Json = False,
     stats: Stats = False,
@@ -86,7 +85,8 @@ def generate(
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
-    check_stops(stop)
+    stop = text.read_stops()
+    prompt_options = replace(prompt_options, template=text.read_template())
     cluster = _cluster(file, adapting.adapt, load)
     found = load_profile(profile)
     source = model_source(model, found)
@@ -94,10 +94,8 @@ def generate(
     drafting = replace(drafting, batch_size=file.size)
     if not (lossy.skip_only or adapting.adapt):
         drafting.check(profile)
-    if file.data:
-        prompts = read_prompt_file(file.data, file.max_prompts)
-    else:  # only one of torchrun's processes has the standard input
-        prompts = [run_on_rank0(lambda: _prompt(prompt or []))]
+    # only one of torchrun's processes has the standard input
+    prompts = file.read() if file.data else [run_on_rank0(lambda: _prompt(prompt or []))]
     job = GenerateJob(
         source=source,
         load=load,
@@ -113,6 +111,7 @@ def generate(
         prompt_options=prompt_options,
         sampling=sampling,
         stop=stop,
+        keep_special=text.keep_special_tokens,
         stats=stats,
     )
     try:
@@ -142,6 +141,7 @@ class GenerateJob:
         lossy: what is left out for good.
         prompts, prompt_options: texts, and how they are encoded.
         sampling, stop: how tokens are found, and strings that end a text.
+        keep_special: whether special tokens are part of texts.
         stats: measure what ``--stats`` prints.
     """
 
@@ -157,11 +157,12 @@ class GenerateJob:
     prompt_options: PromptOptions
     sampling: SamplingParams
     stop: list[str] | None
+    keep_special: bool
     stats: bool
 
     def prepare(self, dtype: str | None = None) -> GenerationRun:
         """Load the model, build what drafts, encode the prompts."""
-        from conflayers_cli.generation.generator import TextGenerator
+        from conflayers_cli.generation.generator import TextGenerator, batch_size_for
 
         loaded, decoder = open_model(
             self.source, replace(self.load, dtype=dtype or self.load.dtype)
@@ -184,7 +185,10 @@ class GenerateJob:
 
             memory = PeakMemory(loaded.device)
             memory.begin()
-        size = self.drafting.batch_size
+        requests = encode_prompts(
+            loaded, self.prompts, self.prompt_options, self.sampling, self.stop or ()
+        )
+        size = batch_size_for(requests, self.drafting.batch_size)
         generator = TextGenerator(
             decoder,
             loaded.tokenizer,
@@ -192,9 +196,7 @@ class GenerateJob:
             proposer=as_batch_proposer(proposer) if size > 1 else proposer,
             batch_size=size,
             skip_plan=skipped,
-        )
-        requests = encode_prompts(
-            loaded, self.prompts, self.prompt_options, self.sampling, self.stop or ()
+            keep_special=self.keep_special,
         )
         return GenerationRun(loaded, generator, requests, memory)
 
@@ -232,8 +234,14 @@ class GenerateJob:
             self.prompt_options.raw,
             self.stop,
         ]
+        if self.keep_special:
+            settings += ["keep-special-tokens"]
         if self.prompt_options.truncate:
             settings += ["truncate"]
+        if self.prompt_options.template:
+            settings += ["template", self.prompt_options.template]
+        if self.prompt_options.sampling:
+            settings += ["sampling", self.prompt_options.sampling]
         if self.load.quantize:
             settings += ["quantize", self.load.quantize]
         if self.load.keep_quantized is not None:

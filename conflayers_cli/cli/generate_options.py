@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Annotated
 
 import typer
 
+from conflayers_cli.cli.data_options import DATA, DataOptions
 from conflayers_cli.cli.option_groups import OptionGroup
-from conflayers_cli.cli.options import DATA, MAX_PROMPTS, utf8
 from conflayers_cli.errors import InputError
 from conflayers_cli.skip_plan import check_target_speedup
 from conflayers_cli.spec_decode.options import DraftOptions
+
+logger = logging.getLogger(__name__)
 
 _prompts_option = partial(typer.Option, rich_help_panel="Prompts")
 _adapt_option = partial(typer.Option, rich_help_panel="Adapting")
@@ -30,15 +33,6 @@ Prompts = Annotated[
         show_default=False,
     ),
 ]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End before this text; may be given repeatedly.",
-        callback=utf8,
-    ),
-]
 Stream = Annotated[
     bool, typer.Option("--stream/--no-stream", help="Print the text while it is decoded.")
 ]
@@ -48,13 +42,11 @@ Stats = Annotated[
 
 
 @dataclass(frozen=True)
-class FileOptions:
-    """Options about a file of prompts, each as its flag says."""
+class FileOptions(DataOptions):
+    """Options about a file of prompts and what is made of it, each as its flag says."""
 
-    data: Path | None = None
     output: Path | None = None
     resume: bool = False
-    max_prompts: int | None = None
     batch_size: int | None = None
     ray: str | None = None
     workers: int | None = None
@@ -82,15 +74,15 @@ class FileOptions:
         for flag, value in needing.items():
             if value is not None and not self.data:
                 raise InputError(f"{flag} goes with --data, a file of prompts")
+        self.check_reading()
 
 
 FILE = OptionGroup(
-    data=DATA,
+    **DATA.options,
     output=typer.Option(
         "--output", "-o", metavar="FILE", help="With --data: where the JSON lines go, one a prompt."
     ),
     resume=typer.Option("--resume", help="With --output: go on where an interrupted run stopped."),
-    max_prompts=MAX_PROMPTS,
     batch_size=_prompts_option(
         "--batch-size",
         min=1,
@@ -124,7 +116,8 @@ class AdaptOptions:
 
     def resolved(self, profile: Path | None, drafting: DraftOptions, lossy: bool) -> AdaptOptions:
         """With the method filled in: drafts adapt unless something else says who drafts."""
-        told = profile is not None or drafting.method is not None or lossy
+        told = profile is not None or drafting.method is not None or lossy or drafting.tree
+        told = told or drafting.adaptive_draft_length is False
         return self if self.adapt or told else replace(self, adapt=AUTO)
 
     @property
@@ -162,7 +155,8 @@ class AdaptOptions:
         others = {
             "--batch-size": batch_size > 1 and self.adapt != AUTO,
             "--draft": drafting.method is not None,
-            "--adaptive-draft-length": drafting.adaptive_draft_length is not None,
+            "--adaptive-draft-length": drafting.adaptive_draft_length is not None
+            and not (self.adapt == AUTO and drafting.adaptive_draft_length),
         }
         for flag, given in others.items():
             if given:
@@ -239,9 +233,3 @@ SKIP_ONLY = OptionGroup(
     ),
 )
 SkipOnlyFlags = Annotated[SkipOnlyOptions, SKIP_ONLY]
-
-
-def check_stops(stops: list[str] | None) -> None:
-    """Raise InputError for an empty stop string."""
-    if "" in (stops or ()):
-        raise InputError("--stop: an empty text would end every answer at once")

@@ -62,17 +62,6 @@ Force = Annotated[
         "--force", help="Use the profile although it was made for another model of this depth."
     ),
 ]
-DATA = _prompts_option(
-    "--data",
-    metavar="FILE",
-    help="Prompt file: JSONL (prompt, messages, turns or conversations) or a prompt a line.",
-    autocompletion=completion.files(".jsonl", ".json", ".jsonlines", ".ndjson", ".txt"),
-)
-Data = Annotated[Path | None, DATA]
-MAX_PROMPTS = _prompts_option(
-    "--max-prompts", min=1, metavar="N", help="Use only the first N prompts."
-)
-MaxPrompts = Annotated[int | None, MAX_PROMPTS]
 LOAD = OptionGroup(
     device=_model_option(
         "--device",
@@ -146,6 +135,14 @@ PROMPTS = OptionGroup(
     ),
 )
 PromptFlags = Annotated[PromptOptions, PROMPTS]
+SAMPLED_PROMPTS = PROMPTS.but(
+    sampling=_sampling_option(
+        "--sampling",
+        metavar="model",
+        help="Choose tokens as the model's generation config says (temperature, top-p and so on).",
+    ),
+)
+SampledPromptFlags = Annotated[PromptOptions, SAMPLED_PROMPTS]
 SAMPLING = OptionGroup(
     temperature=_sampling_option(
         "--temperature",

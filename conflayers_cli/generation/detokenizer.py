@@ -17,15 +17,28 @@ class Detokenizer:
 
     Args:
         tokenizer: a transformers tokenizer.
-        stops: strings that end the text; they are not part of it.
+        stops: strings that end the text; they are not part of it. One that a special token is
+            written as is that token: special tokens are no part of the text.
+        keep_special: whether special tokens are part of the text all the same.
+        prompt: tokens that the text goes on behind, as one text with theirs: a SentencePiece
+            tokenizer drops the space before the first word of a text of its own.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        *,
+        keep_special: bool = False,
+        prompt: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._keep_special = keep_special
         self._stops = tuple(filter(None, stops))
-        self._tokens: list[int] = []
+        self._stop_tokens = frozenset(special_tokens(tokenizer, self._stops).values())
+        self._tokens: list[int] = list(prompt[-_MAX_HELD_TOKENS:])
         self._context = 0  # tokens decoded along, so that spaces between words come out right
-        self._decided = 0  # tokens whose text has been decided
+        self._decided = len(self._tokens)  # tokens whose text has been decided
         self._pending = ""
         self.text = ""
         self.stopped = False
@@ -33,6 +46,11 @@ class Detokenizer:
     def feed(self, token: int) -> bool:
         """Add one token. True when a stop string is complete; later tokens are ignored."""
         if self.stopped:
+            return True
+        if token in self._stop_tokens:
+            self._advance(spare=0)
+            self._cut_at_stop()
+            self.stopped = True
             return True
         self._tokens.append(token)
         self._advance()
@@ -71,7 +89,9 @@ class Detokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens,
+            skip_special_tokens=not self._keep_special,
+            clean_up_tokenization_spaces=False,
         )
         return text
 
@@ -91,3 +111,12 @@ class Detokenizer:
             if self._pending.endswith(stop[:length])
         )
         return 0 if self.stopped else max(lengths, default=0)
+
+
+def special_tokens(tokenizer: Any, texts: Sequence[str]) -> dict[str, int]:
+    """The special tokens that these texts are written as; a text that is none is left out."""
+    if not texts:
+        return {}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    known = {str(token): number for number, token in added.items() if token.special}
+    return {text: known[text] for text in texts if text in known}

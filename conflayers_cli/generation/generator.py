@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from conflayers_cli.engine.argmax import LogitsError
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.detokenizer import Detokenizer
-from conflayers_cli.generation.loop import Generation
+from conflayers_cli.generation.processed import begin_generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse, GenerationResult
 from conflayers_cli.generation.sequence import Step
@@ -20,6 +21,8 @@ from conflayers_cli.generation.serial import BeginGeneration, SerialQueue
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
+
+logger = logging.getLogger(__name__)
 
 
 class TextGenerator:
@@ -37,6 +40,7 @@ class TextGenerator:
         batch_size: requests decoded at once.
         skip_plan: what is left out behind the prompts for good, which is lossy; None: nothing.
         begin: begins to decode a request if ``batch_size`` is 1; None: a `Generation`.
+        keep_special: whether special tokens are part of texts, but for one that ends the output.
 
     Raises:
         ValueError: the proposer does not draft for several sequences, as for `Batch`.
@@ -52,7 +56,9 @@ class TextGenerator:
         batch_size: int = 1,
         skip_plan: SkipPlan | None = None,
         begin: BeginGeneration | None = None,
+        keep_special: bool = False,
     ) -> None:
+        self._keep_special = keep_special
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
@@ -105,8 +111,14 @@ class TextGenerator:
         text = None
         watched = request
         if self.tokenizer is not None:
-            text = Detokenizer(self.tokenizer, request.stop)
-            watched = replace(request, on_token=partial(_on_token, text, request))
+            text = Detokenizer(
+                self.tokenizer,
+                request.stop,
+                keep_special=self._keep_special,
+                prompt=request.prompt if request.continues else (),
+            )
+            unseen = self.end_tokens if self._keep_special else frozenset()
+            watched = replace(request, on_token=partial(_on_token, text, request, unseen))
         elif request.stop:
             raise ValueError("stop strings need a tokenizer")
         number = self._queue.add(watched)
@@ -132,7 +144,7 @@ class TextGenerator:
         if self.batch_size == 1 and self.skip_plan is None:
             return SerialQueue(
                 self.decoder,
-                begin=self._begin or partial(Generation, self.decoder),
+                begin=self._begin or partial(begin_generation, self.decoder),
                 proposer=cast("Proposer | None", self.proposer),
                 end_tokens=self.end_tokens,
             )
@@ -175,9 +187,22 @@ class TextGenerator:
         return result
 
 
-def _on_token(text: Detokenizer, request: GenerationRequest, token: int) -> bool:
-    stopped = text.feed(token)
+def _on_token(
+    text: Detokenizer, request: GenerationRequest, unseen: frozenset[int], token: int
+) -> bool:
+    stopped = token not in unseen and text.feed(token)
     return (request.on_token is not None and request.on_token(token)) or stopped
+
+
+def batch_size_for(requests: Sequence[GenerationRequest], wanted: int) -> int:
+    """How many of the requests can be decoded at once: processors look at one text at a time."""
+    if wanted > 1 and any(request.processors for request in requests):
+        logger.warning(
+            "note: the model's generation config has settings that look at one text at a time: "
+            "prompts are decoded one after the other"
+        )
+        return 1
+    return wanted
 
 
 @contextmanager

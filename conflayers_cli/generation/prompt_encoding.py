@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompts import Prompt, as_messages, plain_text, with_system
@@ -14,10 +14,16 @@ from conflayers_cli.generation.request import GenerationRequest, with_seed
 from conflayers_cli.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from conflayers_cli.models.generation_settings import GenerationSettings
     from conflayers_cli.models.loaded_model import LoadedModel
 
 logger = logging.getLogger(__name__)
 
+_OWN_ARGUMENTS = frozenset(
+    ("conversation", "add_generation_prompt", "tokenize", "return_dict", "truncation")
+)
+MODEL = "model"
+"""Sampling as the model's generation config has it."""
 _ADVICE = "(truncate shortens it)"
 
 
@@ -27,8 +33,11 @@ class PromptOptions:
 
     Attributes:
         max_new_tokens: the most tokens of an output.
+        sampling: "model": tokens are chosen as the model's generation config says.
         system: a system message in place of the prompts' own; None: keep those.
         raw: no chat template.
+        template: arguments of the chat template, such as ``enable_thinking``, ``tools`` or
+            ``documents``.
         truncate: shorten a prompt that leaves no room for ``max_new_tokens``.
     """
 
@@ -36,6 +45,16 @@ class PromptOptions:
     system: str | None = None
     raw: bool = False
     truncate: bool = False
+    sampling: str | None = None
+    template: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling not in (None, MODEL):
+            raise InputError(
+                f"sampling {self.sampling}: there is {MODEL}", names=(f"sampling {self.sampling}",)
+            )
+        if taken := sorted({*(self.template or ())} & _OWN_ARGUMENTS):
+            raise InputError(f"template argument {taken[0]}: is given by other options")
 
 
 def encode_prompt(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
@@ -50,10 +69,13 @@ def _rendered(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool
     return Prompt(prompt.id, messages=with_system(prompt, system))
 
 
-def _encode(loaded: LoadedModel, rendered: Prompt) -> list[int]:
+def _encode(
+    loaded: LoadedModel, rendered: Prompt, template: Mapping[str, Any] | None = None
+) -> list[int]:
     from conflayers_cli.models.tokenization import encode
 
-    return encode(loaded, as_messages(rendered) if rendered.messages else None, rendered.text)
+    messages = as_messages(rendered) if rendered.messages else None
+    return encode(loaded, messages, rendered.text, template)
 
 
 def encode_prompts(
@@ -77,7 +99,10 @@ def encode_prompts(
     from conflayers_cli.models.tokenization import TooLongError
 
     context, wanted = loaded.context_length, options.max_new_tokens
-    sampling = with_seed(sampling or SamplingParams())
+    settings = loaded.settings
+    sampling = with_seed(_sampling(settings, sampling or SamplingParams(), options))
+    _note_ignored(loaded, settings)
+    _note_no_template(loaded, prompts, options)
     requests = []
     for prompt in prompts:
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
@@ -85,9 +110,9 @@ def encode_prompts(
             rendered = _rendered(loaded, prompt, options.system, options.raw)
             if options.truncate and context is not None:
                 limit = context - min(wanted, context // 2)
-                tokens, left_out = _truncated(loaded, rendered, limit)
+                tokens, left_out = _truncated(loaded, rendered, limit, options.template)
             else:
-                tokens, left_out = _encode(loaded, rendered), 0
+                tokens, left_out = _encode(loaded, rendered, options.template), 0
         except TooLongError as error:
             raise InputError(
                 f"{which} {error.reason} {_ADVICE}", names=("truncate shortens",)
@@ -110,22 +135,58 @@ def encode_prompts(
                 tokens,
                 min(wanted, remaining),
                 sampling,
-                stop=tuple(stop),
+                stop=(*stop, *settings.stops),
                 id=prompt.id,
                 category=prompt.category,
                 truncated=left_out,
+                continues=rendered.messages is None,
+                processors=settings.processors(len(tokens), min(wanted, remaining)),
             )
         )
     _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)
     return requests
 
 
-def _truncated(loaded: LoadedModel, rendered: Prompt, limit: int) -> tuple[list[int], int]:
+def _sampling(
+    settings: GenerationSettings, given: SamplingParams, options: PromptOptions
+) -> SamplingParams:
+    """The caller's sampling, with the model's repetition penalty where the caller has none."""
+    if options.sampling == MODEL:
+        given = replace(given, **settings.sampling)  # type: ignore[arg-type]
+    if given.repetition_penalty == 1 and settings.repetition_penalty != 1:
+        given = replace(given, repetition_penalty=settings.repetition_penalty)
+    return given
+
+
+def _note_no_template(
+    loaded: LoadedModel, prompts: Sequence[Prompt], options: PromptOptions
+) -> None:
+    if loaded.has_chat_template or options.raw:
+        return
+    if options.template:
+        logger.warning(f"note: {loaded.name} has no chat template, so its arguments do nothing")
+    if any(prompt.messages for prompt in prompts):
+        logger.warning(
+            f"note: {loaded.name} has no chat template: chats are given to it as plain text, their "
+            "messages joined by blank lines"
+        )
+
+
+def _note_ignored(loaded: LoadedModel, settings: GenerationSettings) -> None:
+    if ignored := settings.ignored:
+        logger.warning(
+            f"note: {', '.join(ignored)} in the generation config of {loaded.name} is not followed"
+        )
+
+
+def _truncated(
+    loaded: LoadedModel, rendered: Prompt, limit: int, template: Mapping[str, Any] | None
+) -> tuple[list[int], int]:
     """(at most ``limit`` tokens of a prompt, how many of its text are left out)."""
     from conflayers_cli.generation.truncation import prompt_texts, truncate_prompt
     from conflayers_cli.models.tokenization import count_tokens
 
-    truncated = truncate_prompt(rendered, lambda part: _encode(loaded, part), limit)
+    truncated = truncate_prompt(rendered, lambda part: _encode(loaded, part, template), limit)
     if truncated.prompt == rendered:
         return truncated.tokens, 0
     before, after = (

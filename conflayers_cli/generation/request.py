@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import SamplingParams
@@ -34,6 +35,8 @@ class GenerationRequest:
         id: the prompt's name in its file.
         category: what kind of prompt it is, if the file says so.
         truncated: tokens left out of the prompt so that it fits.
+        continues: whether prompt and output are one text, without a chat template between.
+        processors: transformers' logits processors that the model's settings ask for, of this text.
         answer: which of several answers to the same prompt it is: each has random numbers of its
             own.
 
@@ -49,6 +52,8 @@ class GenerationRequest:
     id: str = ""
     category: str | None = None
     truncated: int = 0
+    continues: bool = False
+    processors: tuple[Any, ...] = field(default=(), compare=False)
     answer: int = 0
 
     def __post_init__(self) -> None:

@@ -102,7 +102,7 @@ def run_stats(
         kept = " ".join(map(str, _kept_layers(generator)))
         lossy = f"lossy: decoded with layers {kept} of {decoder.depth} alone"
     sampled = sampling and not sampling.greedy
-    seed = (f"sampled with seed {sampling.seed}",) if sampling and sampled else ()
+    seed = (_sampled(sampling),) if sampling and sampled else ()
     return RunStats(
         batch_size=generator.batch_size,
         lossy=lossy,
@@ -113,6 +113,17 @@ def run_stats(
             *seed,
         ),
     )
+
+
+def _sampled(sampling: SamplingParams) -> str:
+    given = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
+    how = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    return f"sampled with seed {sampling.seed}: {how}"
 
 
 def _kept_layers(generator: TextGenerator) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.device import describe_spread, input_device
 from conflayers_cli.models.peft_modules import unwrap_peft
+from conflayers_cli.models.support import context_length
 from conflayers_cli.models.weight_sketch import WeightSketch, sketch_weights
+
+if TYPE_CHECKING:
+    from conflayers_cli.models.generation_settings import GenerationSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,13 @@ class LoadedModel:
     sketch: WeightSketch | None = None
 
     @property
+    def settings(self) -> GenerationSettings:
+        """What the model's generation config says of its texts."""
+        from conflayers_cli.models.generation_settings import GenerationSettings
+
+        return GenerationSettings(getattr(self.model, "generation_config", None), self.end_tokens)
+
+    @property
     def device_label(self) -> str:
         return f"{self.device}, {self.spread}" if self.spread else str(self.device)
 
@@ -57,7 +68,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> Load
         dtype=model.dtype,
         dtype_reason=dtype_reason,
         end_tokens=end_tokens(model, tokenizer, name),
-        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        context_length=context_length(model.config.get_text_config()),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=describe_spread(model),
         sketch=sketch_weights(model),  # now: a decoder may rearrange the weights

@@ -11,6 +11,12 @@ from conflayers_cli.models.builtin import quiet_transformers
 from conflayers_cli.models.device import check_device_map, find_device
 from conflayers_cli.models.dtype import check_dtype, choose_dtype
 from conflayers_cli.models.few_bits import FewBits
+from conflayers_cli.models.gguf_settings import (
+    apply_to_config,
+    apply_to_model,
+    apply_to_tokenizer,
+    read_gguf_settings,
+)
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
 from conflayers_cli.models.native_kernels import NativeKernels
@@ -106,6 +112,9 @@ def _load_plain(
     on_step(0.0)
     with quiet_transformers(on_step):
         config = read_config(origin, trusted)
+        header = read_gguf_settings(origin)
+        if header is not None:
+            apply_to_config(config, header, source)
         check_files(origin, config)
         measure = native.bfloat16_ratio if native else None
         dtype, reason = run_on_rank0(
@@ -123,6 +132,9 @@ def _load_plain(
             model = read_model(origin, config, dtype, trusted, kwargs)
         few_bits.round(model, source, options.quantize)
         tokenizer = read_tokenizer(origin, trusted)
+        if header is not None:
+            apply_to_model(model, header)
+            apply_to_tokenizer(tokenizer, header, source)
     on_step(1.0)
     if quantized is not None and model.dtype != dtype:
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,6 +34,8 @@ PICKLE = "adapter_model.bin"
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 _WHOLE = ("model.safetensors", "model.safetensors.index.json")
 _NAME = "default"
+_PREFIX = "base_model.model."
+"""Of the names of weights in an adapter's file."""
 
 # initialisations that leave the base's weights as they are
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -121,6 +123,7 @@ def attach_adapter(model: Any, adapter: Adapter, source: str, *, merge: bool) ->
         with _quiet():
             peft = import_module("peft")
             config = peft.PeftConfig.from_peft_type(**{**adapter.settings, "inference_mode": True})
+            _resize(model, adapter)
             own = {id(weight) for weight in model.parameters()}
             # no memory for its weights before their files are read
             wrapped = peft.PeftModel(
@@ -144,6 +147,26 @@ def attach_adapter(model: Any, adapter: Adapter, source: str, *, merge: bool) ->
     found.eval()
     found.requires_grad_(False)
     return found
+
+
+def _resize(model: Any, adapter: Adapter) -> None:
+    """Give the base as many tokens as the adapter's own embeddings have, where it added some."""
+    embeddings = {
+        id(each): each
+        for each in (model.get_input_embeddings(), model.get_output_embeddings())
+        if each is not None
+    }
+    names = [name for name, module in model.named_modules() if id(module) in embeddings]
+    with safe_open(adapter.weights, framework="pt") as file:
+        rows = {
+            file.get_slice(key).get_shape()[0]
+            for key in file.keys()  # noqa: SIM118 - it is no mapping
+            for name in names
+            if key in (f"{_PREFIX}{name}.weight", f"{_PREFIX}{name}.base_layer.weight")
+        }
+    count = int(model.get_input_embeddings().weight.shape[0])
+    if len(rows) == 1 and (wanted := rows.pop()) != count:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
 def _fill(wrapped: Any, adapter: Adapter, source: str) -> None:

@@ -69,6 +69,26 @@ def exact_positions(config: Any) -> int | None:
     return min(map(int, lengths), default=None)
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model takes, prompt and answer together; None: its configuration names none.
+
+    With "linear", "dynamic" and "yarn" scaling ``max_position_embeddings`` is the trained length in
+    most configurations, and the factor says what becomes of it. "llama3" and "longrope" models name
+    the scaled length, as do those whose kinds of layers differ (Gemma 3), and GGUF files.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if not isinstance(length, int) or not isinstance(factor, int | float) or not factor > 1:
+        return length if isinstance(length, int) else None
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(length * factor)
+    if rope.get("rope_type") == "yarn":
+        trained = rope.get("original_max_position_embeddings") or length
+        return max(length, int(trained * factor))
+    return length
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The ModuleList of decoder layers; InputError where there is none."""
     from torch import nn

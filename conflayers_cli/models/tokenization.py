@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +14,8 @@ from conflayers_cli.utils.error_text import first_line
 
 if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 18
 """Characters tokenised at once where a long text's tokens are counted."""
@@ -29,11 +33,14 @@ class TooLongError(InputError):
 
 
 def encode(
-    loaded: LoadedModel, messages: list[dict[str, str]] | None, text: str | None
+    loaded: LoadedModel,
+    messages: list[dict[str, str]] | None,
+    text: str | None,
+    template: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation (by the chat template, up to the answer) or of a plain text.
 
-    Exactly one of ``messages`` and ``text`` is given.
+    Exactly one of ``messages`` and ``text`` is given; ``template``: arguments of the chat template.
 
     Raises:
         TooLongError: there are far more tokens than the model's context.
@@ -49,7 +56,7 @@ def encode(
             f"{loaded.name} has no chat template: give plain text (raw)", names=("raw)",)
         )
     try:
-        made = render_chat(loaded.tokenizer, messages)
+        made = render_chat(loaded.tokenizer, messages, template)
     except InputError as error:
         raise InputError(
             f"the chat template of {loaded.name} refuses the messages: {error}"
@@ -68,10 +75,19 @@ def _ids(loaded: LoadedModel, text: str, *, special: bool) -> list[int]:
     )
     if not ids:
         raise InputError("the prompt is empty: it gives no tokens")
+    first = getattr(loaded.tokenizer, "bos_token_id", None)
+    if special and first is not None and ids[:2] == [first, first]:
+        logger.warning(
+            f"note: the prompt spells the token {loaded.tokenizer.bos_token} that the tokenizer "
+            "puts before a text: it is there once"
+        )
+        del ids[0]
     return ids
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str | list[int]:
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], template: Mapping[str, Any] | None = None
+) -> str | list[int]:
     """A conversation by the chat template, up to the answer.
 
     Token ids from tokenizers that make them without a text. As everywhere in transformers, what
@@ -84,7 +100,11 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str | list[in
     try:
         with bounded_template():
             made: str | list[int] = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=own, return_dict=False
+                messages,
+                **(template or {}),
+                add_generation_prompt=True,
+                tokenize=own,
+                return_dict=False,
             )
     except MemoryError:
         raise InputError("it takes too much memory") from None

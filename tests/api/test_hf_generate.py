@@ -539,6 +539,54 @@ def condition(model: Any) -> dict[str, Any]:
     }
 
 
+def test_what_the_owner_has_changed_since_stays_so() -> None:
+    model = tiny.build(tiny.CONFIGS["llama"]())
+    ids = torch.tensor([[5, 6, 7]])
+    first = model.generate(ids, custom_generate=conflayers_generate, max_new_tokens=6)
+    for kind in ("eager", "sdpa"):
+        model.set_attn_implementation(kind)
+        again = model.generate(ids, custom_generate=conflayers_generate, max_new_tokens=6)
+        assert model.config._attn_implementation == kind
+        assert torch.equal(first, again)
+
+
+def test_autocast_is_refused_in_a_line() -> None:
+    model = tiny.build(tiny.CONFIGS["llama"]())
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(GenerateError, match=r"torch\.autocast: .* another text"),
+    ):
+        model.generate(
+            torch.tensor([[5, 6, 7]]), custom_generate=conflayers_generate, max_new_tokens=3
+        )
+
+
+@pytest.mark.parametrize("fault", ["processor", "request"])
+def test_after_an_error_the_streamer_is_ended(fault: str) -> None:
+    """Another thread reads it until it ends."""
+    model, ids = tiny.build(tiny.CONFIGS["llama"]()), torch.tensor([[5, 6, 7]])
+    ended: list[bool] = []
+
+    class Streamer(hf.generation.streamers.BaseStreamer):
+        def put(self, value: torch.Tensor) -> None: ...
+
+        def end(self) -> None:
+            ended.append(True)
+
+    more: dict[str, Any] = {"draft": "nobody"} if fault == "request" else {}
+    if fault == "processor":
+        more["logits_processor"] = [FailingProcessor()]
+    with pytest.raises((GenerateError, ZeroDivisionError)):
+        model.generate(
+            ids,
+            custom_generate=conflayers_generate,
+            max_new_tokens=9,
+            streamer=Streamer(),
+            **more,
+        )
+    assert ended == [True]
+
+
 def mixed_model() -> Any:
     """A model that somebody is working on: partly in training, partly frozen, hooked."""
     model = tiny.build(tiny.CONFIGS["llama"]())
@@ -565,7 +613,7 @@ class Failing:
         self(value)
 
     def end(self) -> None:
-        raise AssertionError("it did not end")
+        """After the failure, too: whoever reads a streamer would wait for ever."""
 
 
 class FailingProcessor(Failing, hf.LogitsProcessor): ...

@@ -12,6 +12,7 @@ from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, Run
 from conflayers_cli.cli.bench_options import Baseline
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.generation_settings import GenerationSettings
 from conflayers_cli.sampling_params import SamplingParams
 from tests import tiny
 
@@ -31,11 +32,7 @@ def test_transformers_system_is_generate_with_the_same_settings(penalty: float) 
     sampling = SamplingParams(repetition_penalty=penalty)
     prompt = BenchPrompt("p", None, tuple(tiny.prompt(9)), 20)
     kept = decoder.model.generation_config
-    decoder.model.generation_config.repetition_penalty = 3.0  # must not get in
-    try:
-        theirs = TransformersSystem(decoder, sampling, frozenset()).run([prompt])[0]
-    finally:
-        decoder.model.generation_config.repetition_penalty = 1.0
+    theirs = TransformersSystem(decoder, sampling, frozenset()).run([prompt])[0]
     ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run([prompt])[0]
     assert theirs.tokens == ours.tokens
     assert decoder.model.generation_config is kept
@@ -48,6 +45,24 @@ def test_transformers_system_is_generate_with_the_same_settings(penalty: float) 
     assert (
         len(EngineSystem("vanilla", decoder, None, sampling, end).run([prompt])[0].tokens) == first
     )
+
+
+def test_both_follow_the_models_generation_config() -> None:
+    decoder = tiny.decoder("llama")
+    tokens, kept = tuple(tiny.prompt(9)), decoder.model.generation_config
+    decoder.model.generation_config = transformers.GenerationConfig(
+        repetition_penalty=3.0, no_repeat_ngram_size=2, suppress_tokens=[5, 6, 7]
+    )
+    try:
+        known = GenerationSettings(decoder.model.generation_config, frozenset())
+        prompt = BenchPrompt("p", None, tokens, 20, known.processors(len(tokens), 20))
+        sampling = SamplingParams(repetition_penalty=known.repetition_penalty)
+        theirs = TransformersSystem(decoder, SamplingParams(), frozenset()).run([prompt])[0]
+        ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run([prompt])[0]
+    finally:
+        decoder.model.generation_config = kept
+    assert theirs.tokens == ours.tokens
+    assert len(set(zip(ours.tokens, ours.tokens[1:], strict=False))) == 19
 
 
 def test_transformers_system_draws_from_its_seed_and_leaves_torchs_alone() -> None:

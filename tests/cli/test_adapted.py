@@ -102,7 +102,8 @@ def test_the_whole_way(
     # Drafts as long as the profile says: on a tiny model nothing ever pays. A profile of the plain
     # model goes with what was made of it.
     profile = save_profile(tmp_path / "plain.yaml", plain)
-    vanilla = done("generate", "Hello", "-m", folder, "-n", 24, "--json").document
+    plain_way = ("-m", folder, "--draft", "none")
+    vanilla = done("generate", "Hello", *plain_way, "-n", 24, "--json").document
     fast = done("generate", "Hello", "-m", folder, "-p", profile, "-n", 24, "--json").document
     assert fast["token_ids"] == vanilla["token_ids"]
     assert fast["stats"]["drafted"] > 0 == vanilla["stats"]["drafted"]

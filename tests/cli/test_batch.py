@@ -46,7 +46,7 @@ class Interrupting(SkipRows):
 
 @pytest.fixture
 def drafting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes generate draft for rows; with ``last``, be interrupted behind so many drafts."""
+    """Has generate --draft draft for rows; with ``last``, be interrupted behind so many drafts."""
 
     def patch(last: int = 10**9) -> None:
         monkeypatch.setattr(Interrupting, "calls", 0)
@@ -88,7 +88,7 @@ def test_drafts_change_the_steps_alone(
     arguments = arguments_for(short, prompts)
     alone = run(*arguments)
     drafting()
-    together = run(*arguments, "--batch-size", size, "--stats")
+    together = run(*arguments, "--draft", "ngram", "--batch-size", size, "--stats")
     assert without_times(together.lines) == without_times(alone.lines)
     stats = [line["stats"] for line in together.lines]
     drafted, accepted = (sum(each[key] for each in stats) for key in ("drafted", "accepted"))
@@ -112,7 +112,7 @@ def test_an_interruption_keeps_what_could_be_written(
     run: Run, short: Path, prompts: Path, drafting: Callable[..., None], last: int, tmp_path: Path
 ) -> None:
     """Whole lines in order; an answer that waits for an earlier one is lost."""
-    arguments = arguments_for(short, prompts, "--batch-size", 3)
+    arguments = arguments_for(short, prompts, "--batch-size", 3, "--draft", "ngram")
     whole = run(*arguments).lines
     drafting(last)
     output = tmp_path / "out.jsonl"

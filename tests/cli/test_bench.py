@@ -295,6 +295,7 @@ class TestGates:
     [
         (["-p", "missing.yaml"], "missing.yaml: there is no such file"),
         (["-p", "PROFILE", "--data", "missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["-p", "PROFILE", "--strict"], "--strict goes with --data"),
         (["-p", "PROFILE", "-o", "no/where.json"], "does not exist"),
         (["-p", "PROFILE", "-t", "-1"], "--temperature"),
         (["-p", "PROFILE", "--runs", "0"], "--runs"),

@@ -87,6 +87,7 @@ def test_the_same_seed_finds_the_same_sets(run: Run, model: Path, prompts: Path)
         (("--skip-ratio", "2"), "--skip-ratio"),
         (("--output", "nowhere/p.yaml"), "nowhere does not exist"),
         (("--data", "missing.jsonl"), "missing.jsonl"),
+        (("--prompt-column", "x"), "--prompt-column goes with --data"),
         (("--max-iterations", "0"), "--max-iterations"),
     ],
 )

@@ -151,9 +151,11 @@ def test_each_range_has_its_drafter(
         (("--tree",), "there are none"),
         (("--draft", "ngram", "--no-adaptive-draft-length"), "not with --draft ngram"),
         (("--draft", "ngram", "--tree"), "there are none"),
-        (("--adaptive-draft-length",), "nobody drafts"),
         (("--draft", "none", "--adaptive-draft-length"), "nobody drafts"),
-        (("--lookahead",), "--adaptive-draft-length is about drafts"),  # its old names
+        (
+            ("--draft", "none", "--lookahead"),
+            "--adaptive-draft-length is about drafts",
+        ),  # old names
         (("--draft", "ngram", "--no-lookahead"), "--no-adaptive-draft-length drafts as"),
         (("--draft", "everything"), "'everything' is not one of"),
         (("--adapt", "conflayers", "--draft", "ngram"), "leave --draft out"),
@@ -207,8 +209,10 @@ def test_every_drafter_gives_the_same_text(
     run: Run, model: Path, profile: Path, tmp_path: Path
 ) -> None:
     arguments = ("generate", REPEATING, "-n", 60, "--dtype", "float32", "--json")
-    plain = run(*arguments, "-m", model).document
+    plain = run(*arguments, "-m", model, "--draft", "none").document
     assert plain["stats"]["drafted"] == 0
+    adaptive = run(*arguments, "-m", model, "--adaptive-draft-length").document
+    assert adaptive["token_ids"] == plain["token_ids"]
     ngram = run(*arguments, "-m", model, "--draft", "ngram").document
     assert set(ngram["stats"]["by_drafter"]) <= {"ngram"}
     ways = [("--draft", by.value) for by in DraftMethod] + [("--no-adaptive-draft-length",)]

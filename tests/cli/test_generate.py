@@ -52,7 +52,12 @@ class TestOnePrompt:
     ) -> None:
         empty = save_profile(tmp_path / "empty.yaml", model, SkipPlan())
         none = save_profile(tmp_path / "none.yaml", model, max_tokens=0)
-        sources = (["-p", profile], ["--model", model], ["-p", empty], ["-p", none])
+        sources = (
+            ["-p", profile],
+            ["--model", model, "--draft", "none"],
+            ["-p", empty],
+            ["-p", none],
+        )
         runs = [run("generate", "Hello", *source, *FAST, "--json") for source in sources]
         ids = [result.document["token_ids"] for result in runs]
         assert ids == [ids[0]] * 4
@@ -158,11 +163,13 @@ class TestPromptText:
             ([""], None, "the prompt is empty"),
             (["-"], "", "the prompt is empty"),
             ([], " \n", "the prompt is empty"),
-            (["-"], b"\xff\xfe", "standard input:1: is not UTF-8"),
+            (["-"], b"\xff\xfd", "standard input:1: is not UTF-8"),
             (["caf\udce9"], None, "the prompt is not UTF-8"),
             (["hi", "--data", "x.jsonl"], None, "give one of the two"),
             (["hi", "--output", "x.jsonl"], None, "--output goes with --data"),
             (["hi", "--max-prompts", "2"], None, "--max-prompts goes with --data"),
+            (["hi", "--prompt-column", "x"], None, "--prompt-column goes with --data"),
+            (["hi", "--strict"], None, "--strict goes with --data"),
             (["--data", "x.jsonl", "--resume"], None, "--output FILE"),
             (["--data", "x.jsonl", "--json"], None, "--json"),
             (["--data", "missing.jsonl"], None, "missing.jsonl: there is no such file"),
@@ -256,6 +263,29 @@ class TestFile:
         result = run("generate", *arguments)
         assert len(result.lines) == 2
         assert "12 tokens for 2 prompts" in result.err
+
+    def test_rows_are_skipped_and_a_resumed_run_may_read_another_format(
+        self, run: Run, model: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.csv").write_text("text,prompt\none,\n,no\ntwo,\n")
+        (tmp_path / "b.jsonl").write_text('{"prompt": "one", "id": 1}\n{"prompt": "two", "id": 3}')
+        arguments = ("generate", "-m", model, *FAST, "-o", "out.jsonl")
+        refused = run(*arguments, "--data", "a.csv", "--prompt-column", "texts")
+        assert refused.code == 2
+        assert 'no column "texts"; give --prompt-column NAME as one of its keys: "text"' in (
+            refused.err
+        )
+        column = ("--data", "a.csv", "--prompt-column", "text")
+        strict = run(*arguments, *column, "--strict")
+        assert (strict.code, "a.csv:3: text is empty" in strict.err) == (2, True)
+        assert run(*arguments, *column, "--max-prompts", 1).code == 0
+        result = run(*arguments, *column, "--resume")
+        assert result.code == 0
+        assert "note: skipped 1 of 3 rows of a.csv: 1 without usable text (line 3)" in result.err
+        again = run(*arguments, "--data", "b.jsonl", "--resume")
+        assert again.code == 0
+        lines = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines] == ["1", "3"]
 
     def test_an_output_with_content_is_kept(
         self, run: Run, model: Path, prompts: Path, tmp_path: Path

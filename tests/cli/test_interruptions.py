@@ -92,7 +92,7 @@ def test_what_a_library_makes_of_an_interruption_is_one(
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr(generate, "check_stops", importing)
+    monkeypatch.setattr(generate, "load_profile", importing)
     before = signal.getsignal(signal.SIGTERM)
     result = run("generate", "hi", "--model", "x")
     assert (result.code, result.out, result.err) == (143, "", "conflayers: terminated\n")

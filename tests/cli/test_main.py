@@ -100,7 +100,7 @@ def test_failures_are_one_line(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(generate, "check_stops", fail)
+    monkeypatch.setattr(generate, "load_profile", fail)
     result = run("generate", "hi", "--model", "x")
     assert (result.code, result.out) == (code, "")
     assert result.err.strip().startswith(f"conflayers: {said}")
@@ -114,7 +114,7 @@ def test_debug_shows_the_traceback(
     def fail(*arguments: object) -> None:
         raise TypeError("x is none")
 
-    monkeypatch.setattr(generate, "check_stops", fail)
+    monkeypatch.setattr(generate, "load_profile", fail)
     result = run(*arguments, "hi", "--model", "x")
     assert result.code == 1
     assert "Traceback" in result.err

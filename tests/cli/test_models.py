@@ -168,7 +168,7 @@ def test_clear_leaves_a_linked_folder_alone(run: Run, cache: Path, hub: Path) ->
 def test_clear_of_something_unknown(run: Run, cache: Path, hub: Path) -> None:
     result = run("models", "--clear", "smolm2")
     assert result.code == 2
-    assert "smollm2, smollm2-deep, costs, compiled" in result.err
+    assert "smollm2, smollm2-deep, costs, learnt, compiled" in result.err
     assert "did you mean smollm2?" in result.err
 
 

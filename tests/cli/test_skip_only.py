@@ -143,7 +143,7 @@ def test_bench_has_a_lossy_arm_with_its_agreement(run: Run, model: Path, prompts
 
 
 def test_bench_needs_a_profile_or_a_target(run: Run, model: Path) -> None:
-    assert "--profile FILE, or --model" in run("bench", "-m", model).err
+    assert "--profile FILE or --model MODEL" in run("bench").err
     assert run("bench", "--target-speedup", 2).code == 2
     bad = run("bench", "-m", model, "--target-speedup", "0.5")
     assert bad.code == 2 and "--target-speedup 0.5" in bad.err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -179,3 +179,32 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
 def test_an_empty_stop_string_is_none(stops: tuple[str, ...]) -> None:
     stream = Detokenizer(tokenizer(), stops)
     assert "".join(parts(stream, ids("the end"))) == "the end"
+
+
+def test_a_special_token_ends_the_text_where_its_text_is_a_stop() -> None:
+    end = tokenizer().convert_tokens_to_ids(END)
+    stream = Detokenizer(tokenizer(), [END])
+    assert not any(stream.feed(token) for token in ids("the 🙂"))
+    assert stream.feed(end)
+    assert stream.take() + stream.finish() == "the 🙂"
+    assert stream.stopped
+
+
+def test_special_tokens_may_stay_in_the_text() -> None:
+    end = tokenizer().convert_tokens_to_ids(END)
+    tokens = [*ids("the "), end, *ids("dog")]
+    assert "".join(parts(Detokenizer(tokenizer(), keep_special=True), tokens)) == f"the {END}dog"
+
+
+class Words:
+    """A tokenizer that drops the space before the first word of a text, as SentencePiece does."""
+
+    added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return "".join(f" w{token}" for token in tokens)[1:]
+
+
+def test_a_text_goes_on_behind_its_prompt() -> None:
+    assert "".join(parts(Detokenizer(Words(), prompt=[1, 2]), [3, 4])) == " w3 w4"
+    assert "".join(parts(Detokenizer(Words()), [3, 4])) == "w3 w4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,15 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path) -> None:
         load_model(str(odd), options(quantize="int4"), native=NativeLibrary())
 
 
-def write_gguf(path: Path, model: Any, kinds: dict[str, str], default: str = "F32") -> None:
-    """A model as llama.cpp's converter writes it; ``kinds``: a type by a part of the name."""
+def write_gguf(
+    path: Path,
+    model: Any,
+    kinds: dict[str, str],
+    default: str = "F32",
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """A model as llama.cpp's converter writes it; ``kinds``: a type by a part of the name;
+    ``more`` adds what else the file says."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
@@ -157,6 +165,7 @@ def write_gguf(path: Path, model: Any, kinds: dict[str, str], default: str = "F3
         type_ = gguf.GGMLQuantizationType[wanted if weight.dim() == 2 else "F32"]
         data = gguf.quantize(np.ascontiguousarray(numbers.numpy()), type_)
         writer.add_tensor(f"{names.get_name(stem)}.{kind}", data, raw_dtype=type_)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

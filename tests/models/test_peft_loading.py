@@ -373,6 +373,33 @@ def test_an_adapter_is_loaded_with_its_base(
     )
 
 
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_that_added_tokens(tmp_path: Path, tied: bool, merge: bool) -> None:
+    """As somebody trains it: the base's embeddings were resized, and are saved with the adapter."""
+    plain = tiny.build(hf.LlamaConfig(**{**tiny.LLAMA_LIKE, "tie_word_embeddings": tied}))
+    plain.save_pretrained(tmp_path / "base")
+    byte_tokenizer(None).save_pretrained(tmp_path / "base")
+    plain.resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
+    whole = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    model = peft.get_peft_model(plain, lora(modules_to_save=whole))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    loaded = load_model(str(tmp_path / "adapter"), LoadOptions(merge_adapter=merge))
+    ids = torch.tensor([[5, tiny.VOCABULARY + 1, 7, tiny.VOCABULARY + 2]])
+    with torch.inference_mode():
+        found, expected = loaded.model(ids).logits, model.eval()(ids).logits
+    assert found.shape[-1] == tiny.VOCABULARY + 3
+    if tied:  # the file has the inputs' new rows, and not the outputs'
+        found, expected = (each[..., : tiny.VOCABULARY] for each in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_are_merged_unless_told_otherwise(folders: tuple[Path, Path]) -> None:
     loaded = load_model(str(folders[1]), LoadOptions(device="cpu", dtype="bfloat16"))
     assert "merged into the weights" in loaded.dtype_reason

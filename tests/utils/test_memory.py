@@ -61,7 +61,8 @@ def test_what_was_freed_long_ago_does_not_hide_a_peak() -> None:
         watch.begin()
         blocks = [torch.ones(60_000, dtype=torch.uint8) for _ in range(1000)]
         peak = watch.peak()
-        assert peak is not None and peak > 50 * MIB
+        # hidden, it would be next to nothing; what the process gives back meanwhile is not much
+        assert peak is not None and peak > 40 * MIB
         del blocks
 
 

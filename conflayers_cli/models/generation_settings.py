@@ -1,0 +1,128 @@
+"""What a model's generation config says of its texts, beside end tokens: which tokens may come, and
+what ends a text. transformers' `generate` follows it, so it is part of the model's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+"""Of a generation config, what `SamplingParams` has fields for."""
+REFUSED = {
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "dola_layers": (None,),
+    "token_healing": (None, False),
+    "top_h": (None,),
+}
+"""Settings that are not followed unless they have one of these values; a note says so."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """A model's settings.
+
+    Attributes:
+        config: the generation config.
+        end_tokens: ids that end a text.
+    """
+
+    config: Any
+    end_tokens: frozenset[int]
+
+    @property
+    def repetition_penalty(self) -> float:
+        """1: none."""
+        return float(getattr(self.config, "repetition_penalty", None) or 1.0)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end a text."""
+        given = getattr(self.config, "stop_strings", None) or ()
+        return (given,) if isinstance(given, str) else tuple(filter(None, given))
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The model's own sampling, as fields of `SamplingParams`: greedy if it does not sample."""
+        if not getattr(self.config, "do_sample", None):
+            return {"temperature": 0.0}
+        given = {name: getattr(self.config, name, None) for name in SAMPLING_KEYS}
+        found = {name: value for name, value in given.items() if value is not None}
+        if not found.get("top_k"):
+            found.pop("top_k", None)  # 0: all tokens
+        return {"temperature": 1.0, **found}
+
+    @property
+    def ignored(self) -> list[str]:
+        """Settings that are not followed, as ``name value``."""
+        return [
+            f"{name} {value}"
+            for name, usual in REFUSED.items()
+            if (value := getattr(self.config, name, None)) not in usual
+        ]
+
+    def processors(self, prompt_length: int, max_new_tokens: int) -> tuple[Any, ...]:
+        """transformers' logits processors for one prompt, in the order of its `generate`, without
+        the repetition penalty and what is about sampling."""
+        config, ends = self.config, sorted(self.end_tokens)
+        most = prompt_length + max_new_tokens
+        found: list[Any] = []
+
+        def add(name: str, make: Any, *, count: bool = False) -> None:
+            value = getattr(config, name, None)
+            if value is not None and value is not False and not (count and value <= 0):
+                found.append(make(value))
+
+        add("sequence_bias", SequenceBiasLogitsProcessor)
+        add("no_repeat_ngram_size", NoRepeatNGramLogitsProcessor, count=True)
+        add("bad_words_ids", lambda words: NoBadWordsLogitsProcessor(words, ends or None))
+        if ends:
+            add("min_length", lambda length: MinLengthLogitsProcessor(length, ends), count=True)
+            add(
+                "min_new_tokens",
+                lambda new: MinNewTokensLengthLogitsProcessor(prompt_length, new, ends),
+                count=True,
+            )
+        add("forced_bos_token_id", ForcedBOSTokenLogitsProcessor)
+        add("forced_eos_token_id", lambda token: ForcedEOSTokenLogitsProcessor(most, token))
+        add("remove_invalid_values", lambda _: InfNanRemoveLogitsProcessor())
+        if ends:
+            add(
+                "exponential_decay_length_penalty",
+                lambda decay: ExponentialDecayLengthPenalty(tuple(decay), ends, prompt_length),
+            )
+        add("suppress_tokens", SuppressTokensLogitsProcessor)
+        add("begin_suppress_tokens", self._suppressed_at_begin(prompt_length))
+        return tuple(found)
+
+    def _suppressed_at_begin(self, prompt_length: int) -> Any:
+        """As `generate`: a token that is forced first moves the begin by one."""
+        forced = getattr(self.config, "forced_bos_token_id", None)
+        begin = prompt_length if prompt_length > 1 or forced is None else prompt_length + 1
+
+        def make(tokens: Sequence[int]) -> Any:
+            return SuppressTokensAtBeginLogitsProcessor(list(tokens), begin)
+
+        return make

@@ -1,0 +1,144 @@
+"""The header of a GGUF file: its metadata, and the names of its tensors.
+
+The gguf package reads it, too, but makes an object of every token of the vocabulary, which takes
+some seconds; here arrays are skipped, or kept as a count.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"GGUF"
+MAX_ENTRIES = 1 << 20
+"""Entries, tensors, or items of an array of texts beyond which a file is broken."""
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_FLOAT32 = 0
+
+
+@dataclass(frozen=True)
+class GGUFMetadata:
+    """What a file's header says.
+
+    Attributes:
+        values: numbers and texts by key; of an array how many items it has.
+        tensors: for each tensor (type, shape, offset in the file).
+        path: the file.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, tuple[int, tuple[int, ...], int]]
+    path: Path
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", ""))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key of the architecture's own, such as ``context_length``."""
+        return self.values.get(f"{self.architecture}.{name}", default)
+
+    def floats(self, tensor: str) -> npt.NDArray[np.float32] | None:
+        """The numbers of a small float32 tensor; None: there is none."""
+        found = self.tensors.get(tensor)
+        if found is None or found[0] != _FLOAT32:
+            return None
+        _, shape, offset = found
+        return np.fromfile(self.path, np.float32, prod(shape), offset=offset)
+
+
+class _Reader:
+    """Reads one thing behind the other."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self.at = 0
+
+    def number(self, kind: str) -> Any:
+        size = struct.calcsize(f"<{kind}")
+        (value,) = struct.unpack_from(f"<{kind}", self._data, self.at)
+        self.at += size
+        return value
+
+    def text(self) -> str:
+        begin = self.skip(self.number("Q"))
+        return self._data[begin : self.at].decode("utf-8", "replace")
+
+    def skip(self, count: int) -> int:
+        """Go on behind so many bytes; returns where they begin."""
+        begin = self.at
+        self.at += count
+        if self.at > len(self._data):
+            raise ValueError("it ends too early")
+        return begin
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        items, count = self.number("I"), self.number("Q")
+        if items in _NUMBERS:
+            self.skip(count * struct.calcsize(f"<{_NUMBERS[items]}"))
+        elif items == _STRING and count <= MAX_ENTRIES:
+            for _ in range(count):
+                self.skip(self.number("Q"))
+        else:
+            raise ValueError(f"an array of {count} items of type {items}")
+        return count
+
+
+def read_metadata(path: Path) -> GGUFMetadata:
+    """The header of a file.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is broken, or no GGUF file of version 2 or 3.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _parse(_Reader(data), data, path)
+        except (struct.error, KeyError, OverflowError) as error:
+            raise ValueError(f"its header is broken: {error}") from error
+
+
+def _parse(reader: _Reader, data: mmap.mmap, path: Path) -> GGUFMetadata:
+    if data[:4] != MAGIC:
+        raise ValueError("it is no GGUF file")
+    reader.skip(4)
+    version, tensors, entries = reader.number("I"), reader.number("Q"), reader.number("Q")
+    if version not in (2, 3) or max(tensors, entries) > MAX_ENTRIES:
+        raise ValueError(f"version {version}, {tensors} tensors, {entries} entries")
+    values = {}
+    for _ in range(entries):
+        key = reader.text()
+        values[key] = reader.value(reader.number("I"))
+    found: dict[str, tuple[int, tuple[int, ...], int]] = {}
+    for _ in range(tensors):
+        name = reader.text()
+        shape = tuple(reader.number("Q") for _ in range(min(reader.number("I"), 8)))
+        found[name] = (reader.number("I"), shape, reader.number("Q"))
+    alignment = int(values.get("general.alignment", 32)) or 32
+    begin = -(-reader.at // alignment) * alignment
+    placed = {name: (kind, shape, begin + at) for name, (kind, shape, at) in found.items()}
+    return GGUFMetadata(values, placed, path)

@@ -1,0 +1,141 @@
+"""Writes ``docs/compatibility.md``: what a model's files can say that changes text, and what
+becomes of it. The table is made of what the code reads; a test compares the two.
+
+    python -m tools.compatibility
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import transformers as hf
+
+from conflayers_cli.kernels.fused_forward import FAMILIES
+from conflayers_cli.models.generation_settings import REFUSED, SAMPLING_KEYS
+from conflayers_cli.models.gguf_settings import (
+    END_KEYS,
+    FACTORS,
+    LONG_FACTORS,
+    PRE_TOKENIZERS,
+    READ_HERE,
+)
+
+TARGET = Path("docs/compatibility.md")
+
+FOLLOWED = {
+    "bad_words_ids": "never produced",
+    "begin_suppress_tokens": "never the first token",
+    "eos_token_id": "ends the text, with those of the config and the tokenizer",
+    "exponential_decay_length_penalty": "ends grow likelier",
+    "forced_bos_token_id": "forced behind a prompt of one token",
+    "forced_eos_token_id": "forced at the end of the budget",
+    "min_length": "no end before",
+    "min_new_tokens": "no end before",
+    "no_repeat_ngram_size": "such n-grams never come twice",
+    "remove_invalid_values": "NaN and infinity become numbers",
+    "repetition_penalty": "unless `--repetition-penalty` says otherwise",
+    "sequence_bias": "added to the scores",
+    "stop_strings": "end the text, as `--stop`",
+    "suppress_tokens": "never produced",
+}
+WITHOUT_EFFECT = {
+    "not about text: how it is computed": (
+        "cache_config cache_implementation compile_config continuous_batching_config "
+        "disable_compile low_memory max_cache_len prefill_chunk_size use_cache"
+    ),
+    "not about text: transformers' own drafts": (
+        "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
+        "assistant_lookbehind is_assistant max_matching_ngram_size num_assistant_tokens "
+        "num_assistant_tokens_schedule prompt_lookup_num_tokens speculation_type "
+        "target_lookbehind use_mtp"
+    ),
+    "not about text: what is given back": (
+        "num_return_sequences output_attentions output_hidden_states output_logits output_scores "
+        "return_dict_in_generate transformers_version"
+    ),
+    "only for encoders and decoders": "decoder_start_token_id encoder_no_repeat_ngram_size",
+    "only with beams, which are not searched": (
+        "constraints diversity_penalty early_stopping force_words_ids length_penalty "
+        "num_beam_groups renormalize_logits"
+    ),
+    "the tokenizer's is taken": "bos_token_id pad_token_id",
+    "`--max-new-tokens` says how long": "max_length max_new_tokens max_time",
+    "`--sampling model` samples, else the options say": "do_sample",
+}
+TOKENIZER = {
+    "add_bos_token, post_processor": "as the tokenizer does; a spelt one is not doubled",
+    "added_tokens_decoder": "special ones are no part of the text, unless `--keep-special-tokens`",
+    "chat_template": "used for every prompt but with `--raw`",
+    "clean_up_tokenization_spaces": "not followed: text is what tokens decode to",
+    "eos_token": "ends the text",
+    "model_max_length": "not followed: the config's context counts",
+}
+CONFIG = {
+    "eos_token_id": "ends the text",
+    "max_position_embeddings": "the context, with `rope_parameters`",
+    "rope_parameters, rope_scaling": "as in transformers; `linear`, `dynamic` and `yarn` lengthen "
+    "the context; `dynamic` and `longrope` are decoded up to the trained length",
+    "sliding_window, layer_types": "as in transformers: full and sliding attention, others refused",
+    "tie_word_embeddings": "as in transformers",
+}
+GGUF = {
+    **dict.fromkeys(END_KEYS, "ends the text"),
+    "tokenizer.ggml.eos_token_id": "ends the text",
+    "tokenizer.ggml.pre": f"followed: {', '.join(sorted(PRE_TOKENIZERS))}; others noted",
+    "tokenizer.ggml.add_bos_token": "followed",
+    "tokenizer.chat_template": "used as a folder's",
+    f"tensor {FACTORS}": "followed",
+    f"tensors {', '.join(LONG_FACTORS)}": "refused",
+    **{f"ARCH.{key}": "followed, but for `longrope`: refused" for key in sorted(READ_HERE)},
+    "ARCH.*, read by transformers": "followed, as transformers does",
+    "ARCH.*, read by nobody": "named in a note",
+}
+
+
+def generation_rows() -> dict[str, str]:
+    """What becomes of each key of a generation config."""
+    rows = dict(FOLLOWED)
+    for name, usual in REFUSED.items():
+        rows[name] = f"not followed, noted unless {' or '.join(map(str, usual))}"
+    for name in SAMPLING_KEYS:
+        rows[name] = "by `--sampling model`"
+    for what, names in WITHOUT_EFFECT.items():
+        rows |= dict.fromkeys(names.split(), what)
+    return rows
+
+
+def unknown_keys() -> set[str]:
+    """Keys of transformers' generation config that the table does not have."""
+    public = {name for name in vars(hf.GenerationConfig()) if not name.startswith("_")}
+    return public - generation_rows().keys()
+
+
+def table(rows: dict[str, str]) -> Iterable[str]:
+    yield "| key | what becomes of it |"
+    yield "|---|---|"
+    for key, what in sorted(rows.items()):
+        yield f"| `{key}` | {what} |"
+
+
+def page() -> str:
+    """The page."""
+    parts = [
+        "# What a model's files say, and what becomes of it",
+        "",
+        "Keys that change text. Made by `python -m tools.compatibility` of what the code reads.",
+        f"Native kernels know {', '.join(sorted(FAMILIES))}; other families run by PyTorch"
+        " ([families](families.md)).",
+    ]
+    for head, rows in (
+        ("generation_config.json", generation_rows()),
+        ("config.json", CONFIG),
+        ("tokenizer_config.json", TOKENIZER),
+        ("GGUF", GGUF),
+    ):
+        parts += ["", f"## {head}", "", *table(rows)]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")

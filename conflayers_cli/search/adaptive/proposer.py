@@ -212,7 +212,10 @@ class AutoProposer:
         plain, known = self.arm, self._learnt
         weights: Weights | None = None
         if self._decoder.stack.int4.worthwhile:
-            while not self._is_earned():
+            seconds = self._decoder.stack.int4.nbytes / ROUNDING_BYTES
+            if known is not None and known.rounding_seconds:
+                seconds = known.rounding_seconds
+            while not self._is_earned(seconds):
                 yield plain
             weights = "int4" if self._round() else None
         before: Arm | None = None
@@ -320,14 +323,11 @@ class AutoProposer:
                 return share * timed / pass_share(self._decoder.depth, arm.plan, self._sizes)
         return share
 
-    def _is_earned(self) -> bool:
-        """Whether the run is long enough for rounding the weights to pay."""
+    def _is_earned(self, seconds: float) -> bool:
+        """Whether the run is long enough for rounding the weights, which takes so long, to pay."""
         known = self._learnt
         if known is not None and known.plan.weights and max(self._limits) >= LONG:
             return True
-        seconds = self._decoder.stack.int4.nbytes / ROUNDING_BYTES
-        if known is not None and known.rounding_seconds:
-            seconds = known.rounding_seconds
         return self.tokens >= SHORT and self.seconds >= EARNED * seconds
 
     def _round(self) -> bool:

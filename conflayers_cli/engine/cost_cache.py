@@ -33,6 +33,17 @@ from conflayers_cli.utils.progress import ProgressCallback
 
 FORMAT = 11
 """Raised whenever the file changes, or what is measured, or how passes are run."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a damaged or foreign JSON file raises; the last two: a number, or brackets, without
+end."""
 BATCH_STEP = 4
 """Factor from one batch size measured to the next; between them costs are interpolated."""
 
@@ -198,16 +209,7 @@ def _read(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
         found = {int(batch): _parse(entry) for batch, entry in by_batch.items()}
         # The growth of the others is that of a single sequence.
         return found if min(found) == 1 else {}
-    # The last two: a number, or brackets, without end.
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ):
+    except UNREADABLE:
         return {}
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conflayers_cli.engine.cost_cache import cost_subject, make_model_key
+from conflayers_cli.engine.cost_cache import UNREADABLE, cost_subject, make_model_key
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersError
 from conflayers_cli.models import registry
@@ -63,16 +63,7 @@ class Memory:
                 return None
             learnt = _parse(document.pop("learnt"), self._depth)
             return learnt if document == self._subject else None
-        # The last two: a number, or brackets, without end.
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ):
+        except UNREADABLE:
             return None
 
     def write(self, learnt: Learnt) -> None:

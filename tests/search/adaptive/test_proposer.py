@@ -139,6 +139,14 @@ def test_the_text_is_the_models_own(seed: int, temperature: float, budget: int) 
         assert text.output == plain.output
 
 
+def check_same_text(decoder: Decoder, request: GenerationRequest, proposer: AutoProposer) -> None:
+    """The text is that without drafts."""
+    plain, text = (Generation(decoder, request, proposer=p) for p in (None, proposer))
+    tiny.steps_of(plain)
+    tiny.steps_of(text)
+    assert text.output == plain.output
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_to_the_bit(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at the hidden states leaves the keys and values of the text as they were."""
@@ -149,10 +157,7 @@ def test_half_precision_to_the_bit(native: bool, monkeypatch: pytest.MonkeyPatch
     proposer = AutoProposer(decoder, budget=1.0)
     for seed in range(3):
         request = GenerationRequest(tiny.prompt(20, seed), 80)
-        plain, text = (Generation(decoder, request, proposer=p) for p in (None, proposer))
-        tiny.steps_of(plain)
-        tiny.steps_of(text)
-        assert text.output == plain.output
+        check_same_text(decoder, request, proposer)
     assert proposer.search_seconds > 0
 
 
@@ -178,7 +183,4 @@ def test_shallow_models(depth: int) -> None:
     proposer = AutoProposer(decoder, budget=1.0)
     for seed in range(4):
         request = GenerationRequest(tiny.prompt(9, seed), 60)
-        plain, text = (Generation(decoder, request, proposer=p) for p in (None, proposer))
-        tiny.steps_of(plain)
-        tiny.steps_of(text)
-        assert text.output == plain.output
+        check_same_text(decoder, request, proposer)

@@ -62,7 +62,7 @@ def test_what_was_freed_long_ago_does_not_hide_a_peak() -> None:
         blocks = [torch.ones(60_000, dtype=torch.uint8) for _ in range(1000)]
         peak = watch.peak()
         # hidden, it would be next to nothing; what the process gives back meanwhile is not much
-        assert peak is not None and peak > 40 * MIB
+        assert peak is not None and peak > 20 * MIB
         del blocks
 
 

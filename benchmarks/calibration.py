@@ -1,20 +1,28 @@
 """What calibrating takes and what it is worth: seconds, passes, memory, plan, prediction.
 
-Every model is loaded once and calibrated with each seed and budget as `conflayers calibrate` would.
-With ``--depths``, random Llamas of a width whose odd layers are nearly the identity are searched
-instead, to see how seconds and passes grow.
+Every model is loaded once and calibrated with each strategy, seed, budget and number of judged
+prompts as `conflayers calibrate` would. With ``--data`` each plan then decodes prompts of that
+file, the categories in turns, by turns with vanilla: that is the measured speed-up of the row, in
+place of that of the few prompts which calibrate holds out. With ``--depths``, random Llamas of a
+width whose odd layers are nearly the identity are searched instead, to see how seconds and passes
+grow.
 
     python -m benchmarks.calibration --models smollm2 smollm2-deep --seeds 0 1 2 --output found.json
+    python -m benchmarks.calibration --strategies local swift --data spec_bench.jsonl
     python -m benchmarks.calibration --budgets 15 30 60 120 300
+    python -m benchmarks.calibration --judged 2 4 6 12 24
     python -m benchmarks.calibration --depths 30 60 120 --hidden 576
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +31,28 @@ import torch
 import transformers as hf
 
 from benchmarks import common
+from conflayers_cli.engine.cost_cache import get_costs
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.prompt_encoding import PromptOptions
+from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.generation.prompts import builtin_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.search.calibrate import Candidate, search_and_refine
 from conflayers_cli.search.job import CalibrationJob
 from conflayers_cli.search.journal import open_journal
-from conflayers_cli.search.options import SearchOptions
+from conflayers_cli.search.options import LOCAL, UNIFIED, SearchOptions
 from conflayers_cli.search.problem import SearchProblem
 from conflayers_cli.search.strategies.local import Local
-from conflayers_cli.search.strategies.registry import make_strategies
+from conflayers_cli.search.strategies.registry import STRATEGIES, make_strategies
+from conflayers_cli.search.validate import check_by_decoding
 from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
 from conflayers_cli.utils.memory import PeakMemory
 
 PROMPT_TOKENS = 32
 PLANTED_SCALE = 0.02
+TARGET = 1.5
+"""Target speed-up of the unified rule."""
 
 
 def ignore(*args: Any) -> None:
@@ -65,39 +77,86 @@ def plan_row(candidate: Candidate, planted: set[int]) -> dict[str, Any]:
 
 
 def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each seed and budget."""
+    """A row for each strategy, seed, budget and number of judged prompts."""
     prompts = builtin_prompts()
-    first = SearchOptions(strategy=options.strategy)
     prompt_options = PromptOptions(max_new_tokens=128)
-    job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, first)
+    job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, SearchOptions())
     planted = set(getattr(job.decoder.config, "conflayers_planted", ()))
-    rows, memory = [], PeakMemory(job.decoder.device)
-    for seed in options.seeds:
-        for budget in options.budgets or [None]:
-            wanted = replace(first, seed=seed, budget=budget)
-            own = replace(job, options=wanted, strategies=make_strategies(wanted))
-            memory.begin()
-            begin = time.perf_counter()
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                open_journal(Path(folder) / "p.yaml", None) as journal,
-            ):
-                journal.begin(own.header())
-                found = own.run(journal, on_stage=ignore, on_trial=ignore, on_better=ignore)
-                journal.remove()
-            rows.append(
-                {
-                    "model": name,
-                    "seed": seed,
-                    "budget": budget,
-                    "seconds": time.perf_counter() - begin,
-                    "peak_mib": (memory.peak() or 0) >> 20,
-                    "measured": found.check.speedup if found.check else None,
-                    **plan_row(found.candidate, planted),
-                }
-            )
-            show(rows[-1])
+    unseen = unseen_problem(job, options)
+    rows = []
+    for strategy, seed, budget, judged in itertools.product(
+        options.strategies, options.seeds, options.budgets or [None], options.judged or [None]
+    ):
+        target = TARGET if strategy == UNIFIED else None
+        wanted = SearchOptions(
+            strategy=strategy,
+            target_speedup=target,
+            refine=not options.no_refine,
+            seed=seed,
+            budget=budget,
+            judged_prompts=judged,
+        )
+        own = replace(job, options=wanted, strategies=make_strategies(wanted))
+        rows.append({"model": name, "strategy": strategy, "seed": seed})
+        rows[-1] |= {"budget": budget, "judged_prompts": judged}
+        rows[-1] |= calibrate_once(own, planted, unseen)
+        show(rows[-1])
     return rows
+
+
+def calibrate_once(
+    job: CalibrationJob, planted: set[int], unseen: SearchProblem | None
+) -> dict[str, Any]:
+    """What one calibration takes and finds; ``unseen``: the prompts that its plan decodes."""
+    memory = PeakMemory(job.decoder.device)
+    memory.begin()
+    begin = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_journal(Path(folder) / "p.yaml", None) as journal,
+    ):
+        journal.begin(job.header())
+        found = job.run(journal, on_stage=ignore, on_trial=ignore, on_better=ignore)
+        journal.remove()
+    seconds, check = time.perf_counter() - begin, found.check
+    peak = (memory.peak() or 0) >> 20
+    if unseen is not None:
+        candidate = found.candidate
+        (check,) = check_by_decoding(
+            unseen,
+            [(candidate.plan, candidate.setting)],
+            unseen.prompts,
+            adaptive_draft_length=candidate.refined,
+        )
+    return {
+        "seconds": seconds,
+        "peak_mib": peak,
+        "measured": check.speedup if check else None,
+        "prompts": check.prompts if check else 0,
+        "acceptance": check.acceptance_rate if check else None,
+        **plan_row(found.candidate, planted),
+    }
+
+
+def unseen_problem(job: CalibrationJob, options: argparse.Namespace) -> SearchProblem | None:
+    """The prompts of ``--data`` with the model's costs; None: there is no such file."""
+    if options.data is None:
+        return None
+    prompts = common.interleave(common.prompts_by_category(options))[: options.prompts]
+    encoded = encode_prompts(job.loaded, prompts, PromptOptions(max_new_tokens=128))
+    return SearchProblem(
+        job.decoder,
+        tuple(tuple(request.prompt) for request in encoded),
+        get_costs(job.loaded, job.decoder, int4=True).table.by_batch[1],
+        128,
+        job.loaded.end_tokens,
+    )
+
+
+def errors_of_prediction(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How far each row's prediction is from what was measured, as a share of that."""
+    pairs = ((row.get("expected"), row.get("measured")) for row in rows)
+    return [abs(expected / measured - 1) for expected, measured in pairs if expected and measured]
 
 
 def search_depth(depth: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,9 +208,15 @@ def main() -> None:
     """Run and write."""
     parser = common.plain_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(common.MODELS))
-    parser.add_argument("--strategy", default=SearchOptions.strategy)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=[LOCAL])
+    parser.add_argument("--no-refine", action="store_true", help="the strategies' own plans")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--budgets", nargs="+", type=float, help="seconds; else no bound")
+    parser.add_argument("--judged", nargs="+", type=int, help="prompts; else as many as it takes")
+    parser.add_argument("--data", type=Path, help="prompts with categories, to measure plans on")
+    parser.add_argument("--categories", nargs="+", help="of those prompts; else the large ones")
+    parser.add_argument("--per-category", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=24, help="of the file, at the most")
     parser.add_argument(
         "--depths", nargs="+", type=int, help="of random models, in place of others"
     )
@@ -166,6 +231,8 @@ def main() -> None:
         rows = [search_depth(depth, options) for depth in options.depths]
     else:
         rows = [row for name in options.models for row in calibrate_model(name, options)]
+    if errors := errors_of_prediction(rows):
+        print(f"predictions are off by {statistics.median(errors):.1%} in the median")
     if options.output:
         write_json(
             options.output, {"environment": describe_environment(torch.device("cpu")), "rows": rows}

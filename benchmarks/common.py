@@ -47,11 +47,13 @@ class Subject:
 
     Attributes:
         profile: its calibrated profile; None: there is none, or it leaves out nothing.
+        quantize: the bits that its weights were rounded to.
     """
 
     loaded: LoadedModel
     decoder: Decoder
     profile: Profile | None
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Subject:
 
     @property
     def dtype(self) -> str:
-        return str(self.loaded.dtype).removeprefix("torch.")
+        return self.quantize or str(self.loaded.dtype).removeprefix("torch.")
 
 
 def plain_parser(document: str | None) -> argparse.ArgumentParser:
@@ -132,10 +134,11 @@ def parse_quick(
 def open_subject(name: str, options: argparse.Namespace) -> Subject:
     """Load a model, and its profile where the folder has one that leaves out anything."""
     say(f"loading {name}")
-    loaded, decoder = open_model(name, LoadOptions(dtype=options.dtype))
+    quantize = getattr(options, "quantize", None)
+    loaded, decoder = open_model(name, LoadOptions(dtype=options.dtype, quantize=quantize))
     file = options.profiles / f"{Path(name).name}.yaml"
     profile = Profile.load(file) if file.is_file() else None
-    return Subject(loaded, decoder, profile if profile and profile.plan else None)
+    return Subject(loaded, decoder, profile if profile and profile.plan else None, quantize)
 
 
 def choose_prompts(

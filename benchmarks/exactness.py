@@ -208,7 +208,9 @@ def line(row: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every model in every dtype and print a table."""
     parser = common.make_parser(__doc__, per_category=4, max_new_tokens=128)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], help="int8, int4: rounded weights"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
     quick = {"dtypes": ["bfloat16"], "batches": [1, 2], "samplings": ["greedy", "T 1"]}
@@ -216,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name in options.models:
         for dtype in options.dtypes:
-            options.dtype = dtype
+            quantize = dtype if dtype in ("int8", "int4") else None
+            options.dtype, options.quantize = ("auto" if quantize else dtype), quantize
             subject = common.open_subject(name, options)
             rows += run(subject, options)
             common.save(options, "exactness", subject, {"rows": rows})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,11 @@ def with_range(found: Mapping[str, float | None] | None) -> str:
 def speed_rows(name: str, entry: Mapping[str, Any], labels: Mapping[str, str]) -> list[list[str]]:
     """A model's rows of the first table, in the order of ``labels``."""
     speed = entry.get("speed", {"arms": {}, "memory_bytes": {}})
-    lengths = {row["context"]: row["arms"] for row in entry.get("contexts", {}).get("rows", [])}
+    # 8,000 tokens and 8,192 are both 8k: some models have no room for more behind them
+    lengths = {
+        2 ** round(math.log2(row["context"])): row["arms"]
+        for row in entry.get("contexts", {}).get("rows", [])
+    }
     rows = []
     for arm, label in labels.items():
         if arm not in speed["arms"] and not any(arm in arms for arms in lengths.values()):

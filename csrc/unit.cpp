@@ -1,7 +1,7 @@
 // The entry points of one instruction set: compiled several times, with UNIT as its name.
 #include "unit.h"
 
-#include "forward.h"
+#include "forward_head.h"
 #include "rounding.h"
 
 namespace {

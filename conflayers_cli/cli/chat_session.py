@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,13 +168,11 @@ class Session:
         budget = self.max_new_tokens
         if self.loaded.context_length is not None:
             budget = min(budget, self.loaded.context_length - len(tokens))
-        settings, sampling = self.loaded.settings, self.sampling
-        if sampling.repetition_penalty == 1:
-            sampling = replace(sampling, repetition_penalty=settings.repetition_penalty)
+        settings = self.loaded.settings
         request = GenerationRequest(
             tokens,
             budget,
-            sampling,
+            settings.penalize(self.sampling),
             (*self.stop, *settings.stops),
             processors=settings.processors(len(tokens), budget),
             answer=self.answers,

@@ -116,10 +116,7 @@ def generate(
     )
     try:
         if file.data:
-            keys = request_keys(prompts, job.request_settings())
-            # Drawn here, once, and not by each of several workers.
-            job = replace(job, sampling=with_seed(sampling))
-            generate_file(prompts, keys, job.prepare, file, cluster, stats=stats)
+            job.run_file(file, cluster)
         else:
             generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
     except KeyboardInterrupt:  # it must not cost what was found until then
@@ -159,6 +156,13 @@ class GenerateJob:
     stop: list[str] | None
     keep_special: bool
     stats: bool
+
+    def run_file(self, file: FileOptions, cluster: Cluster | None) -> None:
+        """Answer a file of prompts, here or on a cluster."""
+        keys = request_keys(self.prompts, self.request_settings())
+        # Drawn here, once, and not by each of several workers.
+        job = replace(self, sampling=with_seed(self.sampling))
+        generate_file(self.prompts, keys, job.prepare, file, cluster, stats=self.stats)
 
     def prepare(self, dtype: str | None = None) -> GenerationRun:
         """Load the model, build what drafts, encode the prompts."""

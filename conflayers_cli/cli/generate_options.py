@@ -13,6 +13,7 @@ import typer
 from conflayers_cli.cli.data_options import DATA, DataOptions
 from conflayers_cli.cli.option_groups import OptionGroup
 from conflayers_cli.errors import InputError
+from conflayers_cli.search.open_proposer import BUDGET
 from conflayers_cli.skip_plan import check_target_speedup
 from conflayers_cli.spec_decode.options import DraftOptions
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _prompts_option = partial(typer.Option, rich_help_panel="Prompts")
 _adapt_option = partial(typer.Option, rich_help_panel="Adapting")
 _lossy_option = partial(typer.Option, rich_help_panel="Lossy: layers left out for good")
-DEFAULT_BUDGET, AUTO_BUDGET = 0.05, 0.03
+DEFAULT_BUDGET = 0.05
 AUTO = "auto"
 ADAPT_METHODS = (AUTO, "conflayers", "swift")
 
@@ -123,7 +124,7 @@ class AdaptOptions:
     @property
     def budget(self) -> float:
         """Most of the time to spend on the search, as a share."""
-        return self.adapt_budget or (AUTO_BUDGET if self.adapt == AUTO else DEFAULT_BUDGET)
+        return self.adapt_budget or (BUDGET if self.adapt == AUTO else DEFAULT_BUDGET)
 
     def check(self, drafting: DraftOptions, batch_size: int) -> None:
         """Raise InputError for an unknown method, or options that don't go together."""
@@ -175,7 +176,7 @@ ADAPT = OptionGroup(
         "--adapt-budget",
         metavar="SHARE",
         help="Most of the time to spend on passes of the search, over 0 up to 1 "
-        f"({AUTO_BUDGET:g}; the papers' loops {DEFAULT_BUDGET:g}).",
+        f"({BUDGET:g}; the papers' loops {DEFAULT_BUDGET:g}).",
     ),
     save_profile=_adapt_option(
         "--save-profile", metavar="FILE", help="Write what was found as a profile."

@@ -153,9 +153,7 @@ def _sampling(
     """The caller's sampling, with the model's repetition penalty where the caller has none."""
     if options.sampling == MODEL:
         given = replace(given, **settings.sampling)  # type: ignore[arg-type]
-    if given.repetition_penalty == 1 and settings.repetition_penalty != 1:
-        given = replace(given, repetition_penalty=settings.repetition_penalty)
-    return given
+    return settings.penalize(given)
 
 
 def _note_no_template(

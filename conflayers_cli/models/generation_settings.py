@@ -5,8 +5,8 @@ what ends a text. transformers' `generate` follows it, so it is part of the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     ExponentialDecayLengthPenalty,
@@ -21,6 +21,9 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+
+if TYPE_CHECKING:
+    from conflayers_cli.sampling_params import SamplingParams
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 """Of a generation config, what `SamplingParams` has fields for."""
@@ -56,6 +59,12 @@ class GenerationSettings:
     def repetition_penalty(self) -> float:
         """1: none."""
         return float(getattr(self.config, "repetition_penalty", None) or 1.0)
+
+    def penalize(self, sampling: SamplingParams) -> SamplingParams:
+        """``sampling`` with the model's repetition penalty, where it has none of its own."""
+        if sampling.repetition_penalty != 1:
+            return sampling
+        return replace(sampling, repetition_penalty=self.repetition_penalty)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from conflayers_cli.engine.cost_model import CostTable
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search.adaptive.pass_times import PassTimes, cost_table
 from conflayers_cli.skip_plan import SkipPlan
@@ -44,11 +45,10 @@ class Arm:
         found = (self.times if known else verify).costs(rows)
         return {row: seconds * (1 if known else self.share) for row, seconds in found.items()}
 
-    def set_costs(self, verify: PassTimes, rows: Sequence[int], depth: int) -> None:
-        """Let the proposer know what passes cost by now."""
+    def costs(self, verify: PassTimes, rows: Sequence[int], depth: int) -> CostTable:
+        """What passes cost by now, for so many sequences; the proposer is to know it."""
         self.rows = tuple(rows)
-        draft = self.draft_seconds(verify, rows)
-        self.proposer.policy.set_costs(cost_table(verify, draft, depth, rows))
+        return cost_table(verify, self.draft_seconds(verify, rows), depth, rows)
 
     def speed(self, verify: PassTimes, deviations: float = 0.0) -> float:
         """Tokens a second of one sequence, over those without drafts, by the acceptance rate seen,

@@ -20,7 +20,7 @@ from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.effects import sub_layer_effects
 from conflayers_cli.engine.graph_runner import clock
 from conflayers_cli.search.adaptive.arm import Arm, pass_share, weight_sizes
-from conflayers_cli.search.adaptive.pass_times import PassTimes, cost_table
+from conflayers_cli.search.adaptive.pass_times import PassTimes
 from conflayers_cli.search.adaptive.race import OPTIMISTIC, PlanRace, order_parts
 from conflayers_cli.skip_plan import SkipPlan, Weights
 from conflayers_cli.spec_decode.mixed import MixedProposer
@@ -162,7 +162,8 @@ class AutoProposer:
         if len(contexts) not in self._rows:
             self._rows = tuple(sorted({*self._rows, len(contexts)}))
         if self.arm.rows != self._rows or self.arm.steps % COSTS_EVERY == 0:
-            self.arm.set_costs(self._verify, self._rows, self._decoder.depth)
+            costs = self.arm.costs(self._verify, self._rows, self._decoder.depth)
+            self.arm.proposer.policy.set_costs(costs)
         self._contexts = ()  # they hold the texts' cache
         drafts = self.arm.proposer.propose_batch(contexts, limits)
         for width, seconds in self.arm.proposer.passes:
@@ -296,12 +297,8 @@ class AutoProposer:
 
     def _make_arm(self, plan: SkipPlan, rate: float, draft: PassTimes | None = None) -> Arm:
         """An arm that shares n-grams with the others; ``rate``: the acceptance expected."""
-        depth = self._decoder.depth
         arm = Arm(plan, self._share(plan), draft or PassTimes())
-        costs = cost_table(
-            self._verify, arm.draft_seconds(self._verify, self._rows), depth, self._rows
-        )
-        arm.rows = self._rows
+        costs = arm.costs(self._verify, self._rows, self._decoder.depth)
         arm.proposer = MixedProposer(
             self._decoder,
             plan or None,

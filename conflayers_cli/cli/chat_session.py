@@ -176,7 +176,7 @@ class Session:
             budget,
             sampling,
             (*self.stop, *settings.stops),
-            processors=settings.processors(len(tokens), budget),
+            processors=settings.processors(tokens, budget),
             answer=self.answers,
         )
         result = None

@@ -140,7 +140,7 @@ def encode_prompts(
                 category=prompt.category,
                 truncated=left_out,
                 continues=rendered.messages is None,
-                processors=settings.processors(len(tokens), min(wanted, remaining)),
+                processors=settings.processors(tokens, min(wanted, remaining)),
             )
         )
     _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)

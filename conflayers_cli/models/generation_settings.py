@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -32,7 +35,6 @@ REFUSED = {
     "typical_p": (None, 1, 1.0),
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
-    "encoder_repetition_penalty": (None, 1, 1.0),
     "dola_layers": (None,),
     "token_healing": (None, False),
     "top_h": (None,),
@@ -83,10 +85,11 @@ class GenerationSettings:
             if (value := getattr(self.config, name, None)) not in usual
         ]
 
-    def processors(self, prompt_length: int, max_new_tokens: int) -> tuple[Any, ...]:
+    def processors(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[Any, ...]:
         """transformers' logits processors for one prompt, in the order of its `generate`, without
         the repetition penalty and what is about sampling."""
         config, ends = self.config, sorted(self.end_tokens)
+        prompt_length, ids = len(prompt), torch.tensor([prompt])
         most = prompt_length + max_new_tokens
         found: list[Any] = []
 
@@ -96,10 +99,18 @@ class GenerationSettings:
                 found.append(make(value))
 
         add("sequence_bias", SequenceBiasLogitsProcessor)
+        if (penalty := float(getattr(config, "encoder_repetition_penalty", None) or 1.0)) != 1:
+            found.append(EncoderRepetitionPenaltyLogitsProcessor(penalty, ids))
         add("no_repeat_ngram_size", NoRepeatNGramLogitsProcessor, count=True)
+        add(
+            "encoder_no_repeat_ngram_size",
+            lambda size: EncoderNoRepeatNGramLogitsProcessor(size, ids),
+            count=True,
+        )
         add("bad_words_ids", lambda words: NoBadWordsLogitsProcessor(words, ends or None))
         if ends:
-            add("min_length", lambda length: MinLengthLogitsProcessor(length, ends), count=True)
+            if getattr(config, "min_new_tokens", None) is None:  # which takes precedence
+                add("min_length", lambda length: MinLengthLogitsProcessor(length, ends), count=True)
             add(
                 "min_new_tokens",
                 lambda new: MinNewTokensLengthLogitsProcessor(prompt_length, new, ends),

@@ -53,13 +53,12 @@ WITHOUT_EFFECT = {
         "target_lookbehind use_mtp"
     ),
     "not about text: what is given back": (
-        "num_return_sequences output_attentions output_hidden_states output_logits output_scores "
+        "output_attentions output_hidden_states output_logits output_scores "
         "return_dict_in_generate transformers_version"
     ),
     "only for encoders and decoders": "decoder_start_token_id",
     "only with beams, which are not searched": (
-        "constraints diversity_penalty early_stopping force_words_ids length_penalty "
-        "num_beam_groups renormalize_logits"
+        "diversity_penalty early_stopping length_penalty num_beam_groups renormalize_logits"
     ),
     "the tokenizer's is taken": "bos_token_id pad_token_id",
     "`--max-new-tokens` says how long": "max_length max_new_tokens max_time",

@@ -165,7 +165,9 @@ def _padding(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> tuple[
         raise GenerateError("attention_mask: has another shape than input_ids")
     seen = mask.ne(0).long()
     padding = tuple((seen.shape[1] - seen.sum(dim=1)).tolist())
-    if not torch.equal(seen.sort(dim=1).values, seen) or max(padding) == seen.shape[1]:
+    if max(padding) == seen.shape[1]:
+        raise GenerateError(f"input_ids: prompt {padding.index(max(padding))} is all padding")
+    if not torch.equal(seen.sort(dim=1).values, seen):
         raise GenerateError(
             "attention_mask: leaves out tokens that are no padding on the left "
             "(a tokenizer with padding_side='left' makes it so)"

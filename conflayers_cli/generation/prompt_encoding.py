@@ -151,11 +151,13 @@ def _sampling(
     settings: GenerationSettings, given: SamplingParams, options: PromptOptions
 ) -> SamplingParams:
     """The caller's sampling, with the model's repetition penalty where the caller has none."""
-    if options.sampling == MODEL:
-        given = replace(given, **settings.sampling)  # type: ignore[arg-type]
-    if given.repetition_penalty == 1 and settings.repetition_penalty != 1:
-        given = replace(given, repetition_penalty=settings.repetition_penalty)
-    return given
+    own: dict[str, float] = settings.sampling if options.sampling == MODEL else {}
+    if given.repetition_penalty == 1:
+        own["repetition_penalty"] = settings.repetition_penalty
+    try:
+        return replace(given, **own)  # type: ignore[arg-type]
+    except InputError as error:  # without names: no option is to blame
+        raise InputError(f"the model's generation config: {error}") from error
 
 
 def _note_no_template(

@@ -25,10 +25,15 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
+from conflayers_cli.errors import InputError
+
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 """Of a generation config, what `SamplingParams` has fields for."""
 REFUSED = {
     "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
     "penalty_alpha": (None, 0, 0.0),
     "guidance_scale": (None, 1, 1.0),
     "watermarking_config": (None,),
@@ -40,6 +45,12 @@ REFUSED = {
     "top_h": (None,),
 }
 """Settings that are not followed unless they have one of these values; a note says so."""
+
+
+def _unusable(name: str, value: Any, error: Exception) -> InputError:
+    return InputError(
+        f"{name} {str(value)[:60]} in the model's generation config can't be followed: {error}"
+    )
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,12 @@ class GenerationSettings:
 
     @property
     def repetition_penalty(self) -> float:
-        """1: none."""
-        return float(getattr(self.config, "repetition_penalty", None) or 1.0)
+        """1: none; InputError: it is no number."""
+        value = getattr(self.config, "repetition_penalty", None) or 1.0
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise _unusable("repetition_penalty", value, error) from error
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -87,7 +102,11 @@ class GenerationSettings:
 
     def processors(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[Any, ...]:
         """transformers' logits processors for one prompt, in the order of its `generate`, without
-        the repetition penalty and what is about sampling."""
+        the repetition penalty and what is about sampling.
+
+        Raises:
+            InputError: a setting has a value that none can follow.
+        """
         config, ends = self.config, sorted(self.end_tokens)
         prompt_length, ids = len(prompt), torch.tensor([prompt])
         most = prompt_length + max_new_tokens
@@ -95,12 +114,20 @@ class GenerationSettings:
 
         def add(name: str, make: Any, *, count: bool = False) -> None:
             value = getattr(config, name, None)
-            if value is not None and value is not False and not (count and value <= 0):
-                found.append(make(value))
+            if value is None or value is False:
+                return
+            try:
+                if not (count and value <= 0):
+                    found.append(make(value))
+            except (TypeError, ValueError) as error:
+                raise _unusable(name, value, error) from error
 
         add("sequence_bias", SequenceBiasLogitsProcessor)
-        if (penalty := float(getattr(config, "encoder_repetition_penalty", None) or 1.0)) != 1:
-            found.append(EncoderRepetitionPenaltyLogitsProcessor(penalty, ids))
+        if getattr(config, "encoder_repetition_penalty", None) != 1:
+            add(
+                "encoder_repetition_penalty",
+                lambda penalty: EncoderRepetitionPenaltyLogitsProcessor(float(penalty), ids),
+            )
         add("no_repeat_ngram_size", NoRepeatNGramLogitsProcessor, count=True)
         add(
             "encoder_no_repeat_ngram_size",

@@ -848,12 +848,14 @@ def test_other_inputs_are_refused() -> None:
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* keeps the state of a batch"),
         ({"stopping_criteria": hf.StoppingCriteriaList([LogStop(3)])}, "LogStop may depend"),
         ({"max_time": 9.0}, "eos_token_id: without one"),
+        ({"attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "prompt 1 is all padding"),
     ],
 )
 def test_what_batches_can_not_do_is_said(model: Any, more: dict[str, Any], message: str) -> None:
     inputs = padded([tiny.prompt(9), tiny.prompt(4)])
+    given = {**inputs, "max_new_tokens": 4, **more}
     with pytest.raises(GenerateError, match=message):
-        model.generate(**inputs, max_new_tokens=4, custom_generate=conflayers_generate, **more)
+        model.generate(custom_generate=conflayers_generate, **given)
 
 
 def test_n_grams_need_no_profile(model: Any) -> None:

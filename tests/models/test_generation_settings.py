@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
@@ -101,7 +102,9 @@ def proposer_of(decoder: Decoder, drafts: str, batch_size: int) -> Any:
         return AutoProposer(decoder, budget=1.0)
     if batch_size > 1:
         return SkipRows(decoder, plan, 4)
-    return SkipProposer(decoder, plan, 4, 0.0, tree=TreeShape(((0.0, 2),)) if drafts == "tree" else None)
+    return SkipProposer(
+        decoder, plan, 4, 0.0, tree=TreeShape(((0.0, 2),)) if drafts == "tree" else None
+    )
 
 
 DRAFTS = st.sampled_from(["none", "skip", "tree", "auto"])
@@ -189,10 +192,22 @@ def test_the_models_own_sampling() -> None:
 
 
 def test_what_is_not_followed_is_named() -> None:
-    config = hf.GenerationConfig(num_beams=4, guidance_scale=1.5)
-    assert GenerationSettings(config, frozenset()).ignored == ["num_beams 4", "guidance_scale 1.5"]
+    config = hf.GenerationConfig(num_beams=4, guidance_scale=1.5, num_return_sequences=2)
+    named = ["num_beams 4", "num_return_sequences 2", "guidance_scale 1.5"]
+    assert GenerationSettings(config, frozenset()).ignored == named
     assert not GenerationSettings(hf.GenerationConfig(), frozenset()).ignored
     assert not GenerationSettings(None, frozenset()).processors([3, 4, 5], 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bad_words_ids", []), ("no_repeat_ngram_size", "3"), ("sequence_bias", {"a": 1})],
+)
+def test_values_that_nobody_can_follow_are_refused(name: str, value: Any) -> None:
+    config = hf.GenerationConfig()
+    setattr(config, name, value)
+    with pytest.raises(InputError, match=f"{name} .* in the model's generation config"):
+        GenerationSettings(config, frozenset()).processors([1, 2], 3)
 
 
 @pytest.mark.parametrize(

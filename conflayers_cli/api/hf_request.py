@@ -196,6 +196,6 @@ def _check_stateless(functions: Sequence[Any], what: str) -> None:
             )
         if not type(each).__module__.startswith("transformers."):
             raise GenerateError(
-                f"{what}: {type(each).__name__} may depend on how a batch is decoded: one text at a "
-                "time, or an attribute rowwise = True, which says that it treats each row alone"
+                f"{what}: {type(each).__name__} may depend on how a batch is decoded: one text at "
+                "a time, or an attribute rowwise = True, which says that it treats each row alone"
             )

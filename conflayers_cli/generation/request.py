@@ -37,7 +37,7 @@ class GenerationRequest:
         truncated: tokens left out of the prompt so that it fits.
         continues: whether prompt and output are one text, without a chat template between.
         processors: transformers' logits processors that the model's settings ask for, of this text.
-        text: a `ProcessedText` with processors and stopping criteria of a program, for one decoding,
+        text: a `ProcessedText`, for one decoding, with a program's processors and stopping criteria
             in place of ``processors``.
         answer: which of several answers to the same prompt it is: each has random numbers of its
             own.

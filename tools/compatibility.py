@@ -26,6 +26,8 @@ TARGET = Path("docs/compatibility.md")
 FOLLOWED = {
     "bad_words_ids": "never produced",
     "begin_suppress_tokens": "never the first token",
+    "encoder_no_repeat_ngram_size": "the prompt's n-grams never come again",
+    "encoder_repetition_penalty": "the prompt's tokens grow likelier",
     "eos_token_id": "ends the text, with those of the config and the tokenizer",
     "exponential_decay_length_penalty": "ends grow likelier",
     "forced_bos_token_id": "forced behind a prompt of one token",
@@ -51,13 +53,12 @@ WITHOUT_EFFECT = {
         "target_lookbehind use_mtp"
     ),
     "not about text: what is given back": (
-        "num_return_sequences output_attentions output_hidden_states output_logits output_scores "
+        "output_attentions output_hidden_states output_logits output_scores "
         "return_dict_in_generate transformers_version"
     ),
-    "only for encoders and decoders": "decoder_start_token_id encoder_no_repeat_ngram_size",
+    "only for encoders and decoders": "decoder_start_token_id",
     "only with beams, which are not searched": (
-        "constraints diversity_penalty early_stopping force_words_ids length_penalty "
-        "num_beam_groups renormalize_logits"
+        "diversity_penalty early_stopping length_penalty num_beam_groups renormalize_logits"
     ),
     "the tokenizer's is taken": "bos_token_id pad_token_id",
     "`--max-new-tokens` says how long": "max_length max_new_tokens max_time",

@@ -38,7 +38,7 @@ from conflayers_cli.api.proposers import (
 )
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.generator import TextGenerator, batch_size_for, name_failed_prompt
+from conflayers_cli.generation.generator import TextGenerator, name_failed_prompt
 from conflayers_cli.generation.prompt_encoding import encode_prompts
 from conflayers_cli.generation.prompts import Prompt
 from conflayers_cli.generation.request import GenerationRequest
@@ -193,7 +193,7 @@ def _prepare(
     options.sampling.note_unused()
     loaded, engine = model.loaded, model.engine()
     requests = encode_prompts(loaded, prompts, options.prompts, options.sampling, options.stops)
-    batch_size = batch_size_for(requests, options.drafting.batch_size)
+    batch_size = options.drafting.batch_size
     with engine.active():
         proposer = get_proposer(engine, profile, options.drafting, options.force)
     generator = TextGenerator(

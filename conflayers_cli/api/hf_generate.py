@@ -5,7 +5,8 @@ transformers prepares inputs, generation config, logits processors and stopping 
 half precision as far as kernels round alike), sampled ones have the same distribution.
 
 Processors and criteria are called once for each token, in order, with the text up to there, as by
-transformers, so those that keep state work; for the texts of a batch one after the other.
+transformers, so those that keep state work for a text alone. In a batch, whose texts part in length
+where drafts are accepted, each row's are called on that row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from conflayers_cli.api.attached_model import attach
-from conflayers_cli.api.hf_processors import begin_processed
+from conflayers_cli.api.hf_processors import of_row
 from conflayers_cli.api.hf_request import GenerateError, HFRequest, StopConditions
 from conflayers_cli.api.proposers import (
     DraftMethodName,
@@ -133,7 +134,7 @@ def _generate(
             method=None if draft is None else DraftMethod.parse(draft),
             adaptive_draft_length=adaptive_draft_length,
             tree=False,
-            batch_size=request.batch_size if request.batched else 1,
+            batch_size=request.batch_size,
         )
         with engine.active() as decoder:
             proposer = get_proposer(engine, profile, options, force)
@@ -160,17 +161,16 @@ def _decode(
         ProcessedText(
             ids[row, None],
             budget,
-            request.processors,
-            conditions.others if request.batched else conditions.all,
-            row=row,
-            rows=request.batch_size,
+            of_row(request.processors, row, request.batch_size),
+            conditions.others if request.chosen_by_engine else conditions.all,
+            samples=True,
             recording=request.recording,
         )
         for row in range(request.batch_size)
     ]
 
     def on_token(text: ProcessedText, token: int) -> bool:
-        ended = request.batched and bool(conditions.others) and text.add(token)
+        ended = request.chosen_by_engine and bool(conditions.others) and text.add(token)
         if streamer is not None:
             streamer.put(torch.tensor([token]))
         return ended
@@ -182,17 +182,16 @@ def _decode(
             budget,
             request.sampling,
             on_token=partial(on_token, text),
+            text=None if request.chosen_by_engine else text,
             answer=prompts[:row].count(prompt),
         )
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
-    batch_size = request.batch_size if request.batched else 1
     generator = TextGenerator(
         decoder,
         end_tokens=conditions.end_tokens,
-        proposer=as_batch_proposer(proposer) if batch_size > 1 else proposer,
-        batch_size=batch_size,
-        begin=None if request.batched else begin_processed(decoder, texts),
+        proposer=as_batch_proposer(proposer) if request.batch_size > 1 else proposer,
+        batch_size=request.batch_size,
     )
     results = generator.generate(requests)
     outputs = [torch.tensor(result.token_ids) for result in results]

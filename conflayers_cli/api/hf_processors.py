@@ -1,27 +1,26 @@
-"""transformers' logits processors as the engine's own sampling, and texts decoded by them."""
+"""transformers' logits processors as the engine's own sampling, and for one row of a batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.loop import Generation
-from conflayers_cli.generation.processed import ProcessedGeneration, ProcessedText
-from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.generation.serial import BeginGeneration
 from conflayers_cli.sampling_params import SamplingParams
-from conflayers_cli.spec_decode.proposer import Proposer
 
 _KNOWN = (
     RepetitionPenaltyLogitsProcessor,
@@ -31,6 +30,8 @@ _KNOWN = (
     MinPLogitsWarper,
 )
 """What the engine's own `SamplingParams` does, in its order."""
+_BY_INDEX = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+"""transformers' processors that keep something for each row of a batch."""
 
 
 def as_sampling(
@@ -76,14 +77,30 @@ def _values(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
     return {"min_p": float(processor.min_p)}
 
 
-def begin_processed(decoder: Decoder, texts: Iterable[ProcessedText]) -> BeginGeneration:
-    """A function that begins a `ProcessedGeneration` for each request, on the next text."""
-    following = iter(texts)
+class _OneRow(LogitsProcessor):
+    """A processor that knows the rows of its batch by their indices, for one of them alone."""
 
-    def begin(
-        request: GenerationRequest, /, *, proposer: Proposer | None, end_tokens: frozenset[int]
-    ) -> Generation:
-        text = next(following)
-        return ProcessedGeneration(decoder, text, request, proposer=proposer, end_tokens=end_tokens)
+    def __init__(self, processor: Any, row: int, rows: int) -> None:
+        self._processor, self._row, self._rows = processor, row, rows
 
-    return begin
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        many = input_ids.repeat(self._rows, 1), scores.repeat(self._rows, 1)
+        processed: torch.Tensor = self._processor(*many)[self._row, None]
+        return processed
+
+
+def of_row(processors: Sequence[Any], row: int, rows: int) -> LogitsProcessorList:
+    """The processors of a batch for one of its rows, which they are given as a batch of one."""
+    return LogitsProcessorList(
+        _of_row(each, row, rows) if rows > 1 else each for each in processors
+    )
+
+
+def _of_row(processor: Any, row: int, rows: int) -> Any:
+    if type(processor) is PrefixConstrainedLogitsProcessor:  # its function is called for each row
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    by_index = isinstance(processor, _BY_INDEX)
+    if type(processor) is RepetitionPenaltyLogitsProcessor:
+        by_index = isinstance(processor.prompt_ignore_length, torch.Tensor)
+    return _OneRow(processor, row, rows) if by_index else processor

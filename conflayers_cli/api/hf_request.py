@@ -86,8 +86,8 @@ class HFRequest:
         return self.input_ids.shape[0]
 
     @property
-    def batched(self) -> bool:
-        """Whether the engine itself can choose the tokens, of all texts at once."""
+    def chosen_by_engine(self) -> bool:
+        """Whether the engine itself can choose the tokens, without the processors."""
         return self.same_law and not self.recording
 
     @property
@@ -165,7 +165,9 @@ def _padding(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> tuple[
         raise GenerateError("attention_mask: has another shape than input_ids")
     seen = mask.ne(0).long()
     padding = tuple((seen.shape[1] - seen.sum(dim=1)).tolist())
-    if not torch.equal(seen.sort(dim=1).values, seen) or max(padding) == seen.shape[1]:
+    if max(padding) == seen.shape[1]:
+        raise GenerateError(f"input_ids: prompt {padding.index(max(padding))} is all padding")
+    if not torch.equal(seen.sort(dim=1).values, seen):
         raise GenerateError(
             "attention_mask: leaves out tokens that are no padding on the left "
             "(a tokenizer with padding_side='left' makes it so)"
@@ -181,10 +183,19 @@ def _padding(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> tuple[
 
 
 def _check_stateless(functions: Sequence[Any], what: str) -> None:
-    """Raise GenerateError for what may treat a batch as a whole, or keeps state between calls."""
+    """Raise GenerateError for what may treat a batch as a whole, or keeps state between calls.
+
+    A program's own says by an attribute ``rowwise`` that it does neither.
+    """
     for each in functions:
-        if not type(each).__module__.startswith("transformers.") or isinstance(each, _STATEFUL):
+        if getattr(each, "rowwise", False):
+            continue
+        if isinstance(each, _STATEFUL):
             raise GenerateError(
-                f"{what}: {type(each).__name__} may depend on how a batch is decoded: "
-                "one text at a time"
+                f"{what}: {type(each).__name__} keeps the state of a batch: one text at a time"
+            )
+        if not type(each).__module__.startswith("transformers."):
+            raise GenerateError(
+                f"{what}: {type(each).__name__} may depend on how a batch is decoded: one text at "
+                "a time, or an attribute rowwise = True, which says that it treats each row alone"
             )

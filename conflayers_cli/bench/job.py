@@ -16,7 +16,6 @@ from conflayers_cli.bench.systems import BenchPrompt, EngineSystem, System
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.engine.run_info import run_details
-from conflayers_cli.generation.generator import batch_size_for
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
 from conflayers_cli.generation.prompts import Prompt, fingerprint
 from conflayers_cli.generation.request import GenerationRequest
@@ -129,7 +128,6 @@ class BenchJob:
             request,
             # with the model's own repetition penalty, where it has one
             sampling=encoded[0].sampling if encoded else request.sampling,
-            batch_size=batch_size_for(encoded, request.batch_size),
         )
         if proposer is None:
             logger.warning("note: nothing is left out while drafting, so both arms decode vanilla")

@@ -172,9 +172,9 @@ class Session:
         request = GenerationRequest(
             tokens,
             budget,
-            settings.penalize(self.sampling),
+            settings.complete(self.sampling),
             (*self.stop, *settings.stops),
-            processors=settings.processors(len(tokens), budget),
+            processors=settings.processors(tokens, budget),
             answer=self.answers,
         )
         result = None

@@ -166,7 +166,7 @@ class GenerateJob:
 
     def prepare(self, dtype: str | None = None) -> GenerationRun:
         """Load the model, build what drafts, encode the prompts."""
-        from conflayers_cli.generation.generator import TextGenerator, batch_size_for
+        from conflayers_cli.generation.generator import TextGenerator
 
         loaded, decoder = open_model(
             self.source, replace(self.load, dtype=dtype or self.load.dtype)
@@ -192,7 +192,7 @@ class GenerateJob:
         requests = encode_prompts(
             loaded, self.prompts, self.prompt_options, self.sampling, self.stop or ()
         )
-        size = batch_size_for(requests, self.drafting.batch_size)
+        size = self.drafting.batch_size
         generator = TextGenerator(
             decoder,
             loaded.tokenizer,

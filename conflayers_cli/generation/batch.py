@@ -248,14 +248,18 @@ class Batch:
             else:
                 decided.append((*accepted, token))
         if not all(decided):
-            again = self._verify([NO_DRAFT] * len(drafts))
+            missing = [not own for own in decided]
+            again = self._verify([NO_DRAFT] * len(drafts), missing)
             decided = [own or row[1:] for own, row in zip(decided, again, strict=True)]
         return decided
 
-    def _verify(self, drafts: list[Draft]) -> list[tuple[int, int]]:
+    def _verify(
+        self, drafts: list[Draft], asked: Iterable[bool] | None = None
+    ) -> list[tuple[int, int]]:
         """How far each sequence follows its draft, and its next token (see `Sequence.decide`).
 
         Shorter rows repeat their last token at its own position, which writes the same key again.
+        Of sequences that are not ``asked`` (None: all are) none is decided: `INVALID_TOKEN`.
         """
         width = 1 + max(len(draft.tokens) for draft in drafts)
         tokens, positions = [], []
@@ -272,8 +276,10 @@ class Batch:
             return [draft.follow(own) for (_, draft), own in zip(pairs, best, strict=True)]
         logits = self._decoder.forward(*inputs)
         return [
-            sequence.decide(draft, own[: 1 + len(draft.tokens)])
-            for (sequence, draft), own in zip(pairs, logits, strict=True)
+            sequence.decide(draft, own[: 1 + len(draft.tokens)]) if wanted else (0, INVALID_TOKEN)
+            for (sequence, draft), own, wanted in zip(
+                pairs, logits, [True] * len(pairs) if asked is None else asked, strict=True
+            )
         ]
 
     def _view(self) -> KVCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ from conflayers_cli.engine.argmax import LogitsError
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.detokenizer import Detokenizer
-from conflayers_cli.generation.processed import begin_generation
+from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse, GenerationResult
 from conflayers_cli.generation.sequence import Step
@@ -21,8 +20,6 @@ from conflayers_cli.generation.serial import BeginGeneration, SerialQueue
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
-
-logger = logging.getLogger(__name__)
 
 
 class TextGenerator:
@@ -144,7 +141,7 @@ class TextGenerator:
         if self.batch_size == 1 and self.skip_plan is None:
             return SerialQueue(
                 self.decoder,
-                begin=self._begin or partial(begin_generation, self.decoder),
+                begin=self._begin or partial(Generation, self.decoder),
                 proposer=cast("Proposer | None", self.proposer),
                 end_tokens=self.end_tokens,
             )
@@ -192,17 +189,6 @@ def _on_token(
 ) -> bool:
     stopped = token not in unseen and text.feed(token)
     return (request.on_token is not None and request.on_token(token)) or stopped
-
-
-def batch_size_for(requests: Sequence[GenerationRequest], wanted: int) -> int:
-    """How many of the requests can be decoded at once: processors look at one text at a time."""
-    if wanted > 1 and any(request.processors for request in requests):
-        logger.warning(
-            "note: the model's generation config has settings that look at one text at a time: "
-            "prompts are decoded one after the other"
-        )
-        return 1
-    return wanted
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -80,6 +81,8 @@ class Generation(Sequence):
     def _advance(self) -> Step:
         begin = perf_counter()
         draft = self._draft(self.remaining)
+        if self.processed is not None and self.decoder.invariance.depends_on_slot:
+            draft = replace(draft, leaves=())  # processors see a token once, when it is certain
         drafted = perf_counter() if draft.tokens else begin
         decided = self._read_ahead() or self._verify(draft)
         kept = self.keep(decided)
@@ -104,8 +107,7 @@ class Generation(Sequence):
 
         Only without a proposer, greedily, can a pass begin before the host knows its token.
         """
-        sampler = self.sampler
-        if self.proposer is not None or not sampler.settings.greedy or sampler.has_penalty:
+        if self.proposer is not None or not self.takes_best:
             self._async = None
             return ()
         token, position, ahead = self.tokens[-1], len(self.tokens) - 1, self._async

@@ -13,7 +13,6 @@ from itertools import takewhile
 
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.loop import Generation
-from conflayers_cli.generation.processed import begin_generation
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import check_request
 from conflayers_cli.kernels.kv_cache import KVCache
@@ -65,7 +64,7 @@ class PrefixCache:
         # The last token is run in any case: it decides the first new one.
         shared = common_length(self.cached_tokens, request.prompt)
         num_cached = min(shared, len(request.prompt) - 1)
-        self._latest = begin_generation(
+        self._latest = Generation(
             self._decoder,
             request,
             proposer=proposer,

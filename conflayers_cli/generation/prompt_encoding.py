@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
@@ -100,7 +100,8 @@ def encode_prompts(
 
     context, wanted = loaded.context_length, options.max_new_tokens
     settings = loaded.settings
-    sampling = with_seed(_sampling(settings, sampling or SamplingParams(), options))
+    own = options.sampling == MODEL
+    sampling = with_seed(settings.complete(sampling or SamplingParams(), own=own))
     _note_ignored(loaded, settings)
     _note_no_template(loaded, prompts, options)
     requests = []
@@ -140,20 +141,11 @@ def encode_prompts(
                 category=prompt.category,
                 truncated=left_out,
                 continues=rendered.messages is None,
-                processors=settings.processors(len(tokens), min(wanted, remaining)),
+                processors=settings.processors(tokens, min(wanted, remaining)),
             )
         )
     _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)
     return requests
-
-
-def _sampling(
-    settings: GenerationSettings, given: SamplingParams, options: PromptOptions
-) -> SamplingParams:
-    """The caller's sampling, with the model's repetition penalty where the caller has none."""
-    if options.sampling == MODEL:
-        given = replace(given, **settings.sampling)  # type: ignore[arg-type]
-    return settings.penalize(given)
 
 
 def _note_no_template(

@@ -37,6 +37,8 @@ class GenerationRequest:
         truncated: tokens left out of the prompt so that it fits.
         continues: whether prompt and output are one text, without a chat template between.
         processors: transformers' logits processors that the model's settings ask for, of this text.
+        text: a `ProcessedText`, for one decoding, with a program's processors and stopping criteria
+            in place of ``processors``.
         answer: which of several answers to the same prompt it is: each has random numbers of its
             own.
 
@@ -54,6 +56,7 @@ class GenerationRequest:
     truncated: int = 0
     continues: bool = False
     processors: tuple[Any, ...] = field(default=(), compare=False)
+    text: Any = field(default=None, compare=False)
     answer: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.processed import ProcessedChoice
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.spec_decode.proposer import NO_DRAFT, Draft
@@ -81,6 +82,8 @@ class Sequence:
         steps: in order.
         finish: why it ended, None while it goes on.
         num_cached: how many of the prompt's first tokens were in the cache before.
+        sampler: how tokens are drafted, and chosen where there are no processors.
+        processed: how tokens are chosen by logits processors; None: there are none.
 
     Raises:
         InputError: as `check_request`.
@@ -106,6 +109,7 @@ class Sequence:
         self.sampler = Sampler(
             request.sampling, decoder.vocabulary, decoder.device, request.prompt, request.answer
         )
+        self.processed = ProcessedChoice.of(decoder, request)
 
     @property
     def output(self) -> list[int]:
@@ -131,7 +135,7 @@ class Sequence:
     @property
     def takes_best(self) -> bool:
         """Whether the highest logit decides every token: then no other need be known."""
-        return self.sampler.takes_best
+        return self.processed is None and self.sampler.takes_best
 
     def decide(self, draft: Draft, logits: torch.Tensor) -> tuple[int, int]:
         """Which drafted tokens are accepted, and the token that follows them.
@@ -143,6 +147,8 @@ class Sequence:
         Returns:
             (row, token) as `Draft.follow`; the token may be `INVALID_TOKEN`.
         """
+        if self.processed is not None:
+            return self.processed.decide(draft, logits)
         return draft.follow(
             self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
         )
@@ -161,7 +167,8 @@ class Sequence:
             self.tokens.append(token)
             kept += 1
             watched = self.request.on_token is not None and self.request.on_token(token)
-            if token in self.end_tokens or watched:
+            ended = self.processed is not None and self.processed.ends(len(self.tokens))
+            if token in self.end_tokens or watched or ended:
                 self.finish = "stop"
             elif len(self.tokens) - self.prompt_length >= self.max_new_tokens:
                 self.finish = "length"

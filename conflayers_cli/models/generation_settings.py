@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -22,6 +25,8 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
+from conflayers_cli.errors import InputError
+
 if TYPE_CHECKING:
     from conflayers_cli.sampling_params import SamplingParams
 
@@ -29,18 +34,26 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 """Of a generation config, what `SamplingParams` has fields for."""
 REFUSED = {
     "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
     "penalty_alpha": (None, 0, 0.0),
     "guidance_scale": (None, 1, 1.0),
     "watermarking_config": (None,),
     "typical_p": (None, 1, 1.0),
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
-    "encoder_repetition_penalty": (None, 1, 1.0),
     "dola_layers": (None,),
     "token_healing": (None, False),
     "top_h": (None,),
 }
 """Settings that are not followed unless they have one of these values; a note says so."""
+
+
+def _unusable(name: str, value: Any, error: Exception) -> InputError:
+    return InputError(
+        f"{name} {str(value)[:60]} in the model's generation config can't be followed: {error}"
+    )
 
 
 @dataclass(frozen=True)
@@ -57,14 +70,25 @@ class GenerationSettings:
 
     @property
     def repetition_penalty(self) -> float:
-        """1: none."""
-        return float(getattr(self.config, "repetition_penalty", None) or 1.0)
+        """1: none; InputError: it is no number."""
+        value = getattr(self.config, "repetition_penalty", None) or 1.0
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise _unusable("repetition_penalty", value, error) from error
 
-    def penalize(self, sampling: SamplingParams) -> SamplingParams:
-        """``sampling`` with the model's repetition penalty, where it has none of its own."""
-        if sampling.repetition_penalty != 1:
-            return sampling
-        return replace(sampling, repetition_penalty=self.repetition_penalty)
+    def complete(self, sampling: SamplingParams, *, own: bool = False) -> SamplingParams:
+        """``sampling`` with the model's repetition penalty, where it has none.
+
+        ``own``: with all that the model's settings say of sampling. InputError: they are unusable.
+        """
+        more: dict[str, float] = self.sampling if own else {}
+        if sampling.repetition_penalty == 1:
+            more["repetition_penalty"] = self.repetition_penalty
+        try:
+            return replace(sampling, **more)  # type: ignore[arg-type]
+        except InputError as error:  # without names: no option is to blame
+            raise InputError(f"the model's generation config: {error}") from error
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -92,23 +116,44 @@ class GenerationSettings:
             if (value := getattr(self.config, name, None)) not in usual
         ]
 
-    def processors(self, prompt_length: int, max_new_tokens: int) -> tuple[Any, ...]:
+    def processors(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[Any, ...]:
         """transformers' logits processors for one prompt, in the order of its `generate`, without
-        the repetition penalty and what is about sampling."""
+        the repetition penalty and what is about sampling.
+
+        Raises:
+            InputError: a setting has a value that none can follow.
+        """
         config, ends = self.config, sorted(self.end_tokens)
+        prompt_length, ids = len(prompt), torch.tensor([prompt])
         most = prompt_length + max_new_tokens
         found: list[Any] = []
 
         def add(name: str, make: Any, *, count: bool = False) -> None:
             value = getattr(config, name, None)
-            if value is not None and value is not False and not (count and value <= 0):
-                found.append(make(value))
+            if value is None or value is False:
+                return
+            try:
+                if not (count and value <= 0):
+                    found.append(make(value))
+            except (TypeError, ValueError) as error:
+                raise _unusable(name, value, error) from error
 
         add("sequence_bias", SequenceBiasLogitsProcessor)
+        if getattr(config, "encoder_repetition_penalty", None) != 1:
+            add(
+                "encoder_repetition_penalty",
+                lambda penalty: EncoderRepetitionPenaltyLogitsProcessor(float(penalty), ids),
+            )
         add("no_repeat_ngram_size", NoRepeatNGramLogitsProcessor, count=True)
+        add(
+            "encoder_no_repeat_ngram_size",
+            lambda size: EncoderNoRepeatNGramLogitsProcessor(size, ids),
+            count=True,
+        )
         add("bad_words_ids", lambda words: NoBadWordsLogitsProcessor(words, ends or None))
         if ends:
-            add("min_length", lambda length: MinLengthLogitsProcessor(length, ends), count=True)
+            if getattr(config, "min_new_tokens", None) is None:  # which takes precedence
+                add("min_length", lambda length: MinLengthLogitsProcessor(length, ends), count=True)
             add(
                 "min_new_tokens",
                 lambda new: MinNewTokensLengthLogitsProcessor(prompt_length, new, ends),

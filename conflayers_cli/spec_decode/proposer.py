@@ -72,14 +72,21 @@ class Draft:
             `INVALID_TOKEN`. Row k ≤ γ: the first k drafted tokens are the model's choices. A row
             beyond: a leaf is, and the drafted tokens before it.
         """
-        drafted, leaves = self.tokens, self.leaves
-        kept = 0
-        while kept < len(drafted) and drafted[kept] == chosen[kept]:
-            kept += 1
-        if leaves and kept < len(drafted) and chosen[kept] in leaves[kept]:
-            before = sum(map(len, leaves[:kept])) + leaves[kept].index(chosen[kept])
-            kept = len(drafted) + 1 + before
-        return kept, chosen[kept]
+        row = 0
+        while (following := self.next_row(row, chosen[row])) is not None:
+            row = following
+        return row, chosen[row]
+
+    def next_row(self, row: int, token: int) -> int | None:
+        """The row behind a token that was drafted at ``row``; None: it was not."""
+        if row >= len(self.tokens):
+            return None
+        if self.tokens[row] == token:
+            return row + 1
+        if self.leaves and token in self.leaves[row]:
+            before = sum(map(len, self.leaves[:row])) + self.leaves[row].index(token)
+            return len(self.tokens) + 1 + before
+        return None
 
 
 NO_DRAFT = Draft()

@@ -363,11 +363,26 @@ def padded(prompts: Sequence[Ids]) -> dict[str, torch.Tensor]:
     }
 
 
+def allowed_in(row: int, ids: torch.Tensor) -> Ids:
+    """A rule of what may follow, by the row and the last token, that knows whose the text is."""
+    assert int(ids[-1]) < tiny.VOCABULARY and row < 3
+    return [token for token in range(tiny.VOCABULARY) if (token + int(ids[-1]) + row) % 3]
+
+
+class ShiftRows(Shift):
+    """Treats each row alone, and says so."""
+
+    rowwise = True
+
+
 BATCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "penalty": {"repetition_penalty": 1.3},
     "processed": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
     "the prompts' n-grams": {"encoder_no_repeat_ngram_size": 1},
+    "the prompts' penalty": {"encoder_repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+    "allowed": {"prefix_allowed_tokens_fn": allowed_in},
+    "somebody's": {"logits_processor": hf.LogitsProcessorList([ShiftRows()])},
     "ends": {"eos_token_id": list(range(12)), "pad_token_id": 99},
     "processed, ends": {
         "eos_token_id": list(range(12)),
@@ -388,7 +403,8 @@ def test_batches_with_padding(family: str, name: str) -> None:
     assert torch.equal(model.generate(**inputs, **more, **own), model.generate(**inputs, **more))
 
 
-def test_a_batch_drafts_by_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["plain", "processed", "allowed"])
+def test_a_batch_drafts_by_rows(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """n-grams pay nowhere on a tiny model: here they draft without asking."""
 
     class Rows(tiny.Scripted):
@@ -399,7 +415,8 @@ def test_a_batch_drafts_by_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
             ]
 
     inputs = padded([tiny.prompt(9), tiny.prompt(4, seed=1)])
-    expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    more = {"max_new_tokens": NEW, "do_sample": False, **BATCHES[name]}
+    expected = model.generate(**inputs, **more)
     texts = [row.tolist() for row in expected]
     texts[1] = texts[1][5:]  # without its padding
 
@@ -418,9 +435,7 @@ def test_a_batch_drafts_by_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return decided
 
     monkeypatch.setattr(Batch, "step", noted)
-    given = model.generate(
-        **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=conflayers_generate
-    )
+    given = model.generate(**inputs, **more, custom_generate=conflayers_generate)
     assert torch.equal(given, expected)
     assert accepted == [17, 17]
 
@@ -830,15 +845,17 @@ def test_other_inputs_are_refused() -> None:
             {"logits_processor": hf.LogitsProcessorList([Shift()])},
             "logits_processor: Shift may depend on how a batch is decoded: one text at a time",
         ),
-        ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* may depend"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* keeps the state of a batch"),
         ({"stopping_criteria": hf.StoppingCriteriaList([LogStop(3)])}, "LogStop may depend"),
         ({"max_time": 9.0}, "eos_token_id: without one"),
+        ({"attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "prompt 1 is all padding"),
     ],
 )
 def test_what_batches_can_not_do_is_said(model: Any, more: dict[str, Any], message: str) -> None:
     inputs = padded([tiny.prompt(9), tiny.prompt(4)])
+    given = {**inputs, "max_new_tokens": 4, **more}
     with pytest.raises(GenerateError, match=message):
-        model.generate(**inputs, max_new_tokens=4, custom_generate=conflayers_generate, **more)
+        model.generate(custom_generate=conflayers_generate, **given)
 
 
 def test_n_grams_need_no_profile(model: Any) -> None:

@@ -55,7 +55,7 @@ def test_both_follow_the_models_generation_config() -> None:
     )
     try:
         known = GenerationSettings(decoder.model.generation_config, frozenset())
-        prompt = BenchPrompt("p", None, tokens, 20, known.processors(len(tokens), 20))
+        prompt = BenchPrompt("p", None, tokens, 20, known.processors(tokens, 20))
         sampling = SamplingParams(repetition_penalty=known.repetition_penalty)
         theirs = TransformersSystem(decoder, SamplingParams(), frozenset()).run([prompt])[0]
         ours = EngineSystem("vanilla", decoder, None, sampling, frozenset()).run([prompt])[0]

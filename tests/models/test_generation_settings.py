@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conflayers_cli.engine.decoder import Decoder
-from conflayers_cli.generation.generator import TextGenerator, batch_size_for
+from conflayers_cli.errors import InputError
+from conflayers_cli.generation.batch import Batch
+from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.models.generation_settings import GenerationSettings
 from conflayers_cli.models.support import context_length
@@ -19,7 +23,9 @@ from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.adaptive.proposer import AutoProposer
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import SkipProposer
+from conflayers_cli.spec_decode.tree import TreeShape
 from tests import tiny
+from tests.engine.rows import SkipRows
 
 TOKENS = st.integers(3, tiny.VOCABULARY - 1)
 SETTINGS = st.fixed_dictionaries(
@@ -35,9 +41,14 @@ SETTINGS = st.fixed_dictionaries(
         "forced_eos_token_id": st.just(2),
         "sequence_bias": st.just([[[5], 4.0], [[7, 9], -3.0]]),
         "exponential_decay_length_penalty": st.just((3, 1.2)),
+        "encoder_repetition_penalty": st.sampled_from([0.5, 2.0]),
+        "encoder_no_repeat_ngram_size": st.integers(1, 2),
     },
 )
 FAMILIES = ("llama", "gpt2", "qwen2", "mistral", "opt", "phi3")
+
+
+ENDS = [2, 11]
 
 
 def by_transformers(model: Any, prompt: list[int], ends: list[int], budget: int) -> list[int]:
@@ -53,41 +64,122 @@ def by_transformers(model: Any, prompt: list[int], ends: list[int], budget: int)
     return output[0, len(prompt) :].tolist()
 
 
-def ours(decoder: Decoder, prompt: list[int], ends: list[int], budget: int, proposer: Any) -> Any:
-    known = GenerationSettings(decoder.model.generation_config, frozenset(ends))
-    sampling = SamplingParams(temperature=0.0, repetition_penalty=known.repetition_penalty)
-    request = GenerationRequest(
-        prompt, budget, sampling, processors=known.processors(len(prompt), budget)
+def ours(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    budget: int,
+    proposer: Any = None,
+    batch_size: int = 1,
+    **sampling: Any,
+) -> list[list[int]]:
+    known = GenerationSettings(decoder.model.generation_config, frozenset(ENDS))
+    own = SamplingParams(repetition_penalty=known.repetition_penalty, **sampling)
+    requests = [
+        GenerationRequest(each, budget, own, processors=known.processors(each, budget))
+        for each in prompts
+    ]
+    generator = TextGenerator(
+        decoder, end_tokens=frozenset(ENDS), proposer=proposer, batch_size=batch_size
     )
-    generator = TextGenerator(decoder, end_tokens=frozenset(ends), proposer=proposer)
-    (result,) = generator.generate([request])
-    return list(result.token_ids)
+    return [list(result.token_ids) for result in generator.generate(requests)]
 
 
-@settings(max_examples=40)
+@contextmanager
+def following(decoder: Decoder, config: dict[str, Any]) -> Iterator[None]:
+    before = decoder.model.generation_config
+    decoder.model.generation_config = hf.GenerationConfig(**config)
+    try:
+        yield
+    finally:
+        decoder.model.generation_config = before
+
+
+def proposer_of(decoder: Decoder, drafts: str, batch_size: int) -> Any:
+    plan = SkipPlan.of_layers([2])
+    if drafts == "none":
+        return None
+    if drafts == "auto":
+        return AutoProposer(decoder, budget=1.0)
+    if batch_size > 1:
+        return SkipRows(decoder, plan, 4)
+    return SkipProposer(
+        decoder, plan, 4, 0.0, tree=TreeShape(((0.0, 2),)) if drafts == "tree" else None
+    )
+
+
+DRAFTS = st.sampled_from(["none", "skip", "tree", "auto"])
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+
+
+def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
+    return [tiny.prompt(length, seed + 7 * i) for i, length in enumerate(lengths)]
+
+
+@settings(max_examples=50)
 @given(
     given_=SETTINGS,
     family=st.sampled_from(FAMILIES),
     seed=st.integers(0, 99),
-    drafts=st.sampled_from(["none", "skip", "auto"]),
+    drafts=DRAFTS,
+    lengths=LENGTHS,
+    batch_size=st.integers(1, 3),
 )
 def test_greedy_texts_are_those_of_generate(
-    given_: dict[str, Any], family: str, seed: int, drafts: str
+    given_: dict[str, Any],
+    family: str,
+    seed: int,
+    drafts: str,
+    lengths: list[int],
+    batch_size: int,
 ) -> None:
-    decoder, prompt, ends = tiny.decoder(family), tiny.prompt(6, seed), [2, 11]
-    before = decoder.model.generation_config
-    decoder.model.generation_config = hf.GenerationConfig(**given_)
-    try:
-        proposer = {
-            "none": None,
-            "skip": SkipProposer(decoder, SkipPlan.of_layers([2]), 4, 0.0),
-            "auto": AutoProposer(decoder, budget=1.0),
-        }[drafts]
-        text = ours(decoder, prompt, ends, 16, proposer)
+    """Of each prompt for itself, whatever it is decoded beside."""
+    decoder, prompts = tiny.decoder(family), prompts_of(lengths, seed)
+    with following(decoder, given_):
+        proposer = proposer_of(decoder, drafts, batch_size)
+        texts = ours(decoder, prompts, 16, proposer, batch_size)
         with decoder.plain() as model:
-            assert text == by_transformers(model, prompt, ends, 16)
-    finally:
-        decoder.model.generation_config = before
+            assert texts == [by_transformers(model, each, ENDS, 16) for each in prompts]
+
+
+@settings(max_examples=20)
+@given(
+    given_=SETTINGS,
+    seed=st.integers(0, 99),
+    drafts=DRAFTS,
+    lengths=LENGTHS,
+    batch_size=st.integers(1, 3),
+    top_k=st.sampled_from([None, 8]),
+)
+def test_sampled_texts_are_those_without_drafts_alone(
+    given_: dict[str, Any],
+    seed: int,
+    drafts: str,
+    lengths: list[int],
+    batch_size: int,
+    top_k: int | None,
+) -> None:
+    decoder, prompts = tiny.decoder("llama"), prompts_of(lengths, seed)
+    sampling = {"temperature": 0.8, "top_k": top_k, "seed": seed}
+    with following(decoder, given_):
+        proposer = proposer_of(decoder, drafts, batch_size)
+        texts = ours(decoder, prompts, 16, proposer, batch_size, **sampling)
+        assert texts == [ours(decoder, [each], 16, **sampling)[0] for each in prompts]
+
+
+def test_a_batch_drafts_under_processors() -> None:
+    """Drafts are accepted in several rows at once, some of which no processor looks at."""
+    decoder = tiny.decoder("llama")
+    with following(decoder, {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3}):
+        known = GenerationSettings(decoder.model.generation_config, frozenset())
+        requests = [
+            GenerationRequest(each, 12, processors=known.processors(each, 12) if i else ())
+            for i, each in enumerate(prompts_of([5, 9, 3], 4))
+        ]
+        batch = Batch(decoder, requests, proposer=SkipRows(decoder, SkipPlan.of_layers([1]), 4))
+        batch.run()
+        alone = [list(r.token_ids) for r in TextGenerator(decoder).generate(requests)]
+    assert batch.outputs == alone
+    assert all(sum(step.accepted for step in steps) > 0 for steps in batch.steps)
 
 
 def test_the_models_own_sampling() -> None:
@@ -100,18 +192,22 @@ def test_the_models_own_sampling() -> None:
 
 
 def test_what_is_not_followed_is_named() -> None:
-    config = hf.GenerationConfig(num_beams=4, guidance_scale=1.5)
-    assert GenerationSettings(config, frozenset()).ignored == ["num_beams 4", "guidance_scale 1.5"]
+    config = hf.GenerationConfig(num_beams=4, guidance_scale=1.5, num_return_sequences=2)
+    named = ["num_beams 4", "num_return_sequences 2", "guidance_scale 1.5"]
+    assert GenerationSettings(config, frozenset()).ignored == named
     assert not GenerationSettings(hf.GenerationConfig(), frozenset()).ignored
-    assert not GenerationSettings(None, frozenset()).processors(3, 4)
+    assert not GenerationSettings(None, frozenset()).processors([3, 4, 5], 4)
 
 
-def test_texts_that_processors_look_at_are_decoded_one_by_one() -> None:
-    known = GenerationSettings(hf.GenerationConfig(no_repeat_ngram_size=2), frozenset())
-    plain = GenerationRequest([1, 2], 3)
-    looked_at = GenerationRequest([1, 2], 3, processors=known.processors(2, 3))
-    assert batch_size_for([plain, plain], 4) == 4
-    assert batch_size_for([plain, looked_at], 4) == 1
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bad_words_ids", []), ("no_repeat_ngram_size", "3"), ("sequence_bias", {"a": 1})],
+)
+def test_values_that_nobody_can_follow_are_refused(name: str, value: Any) -> None:
+    config = hf.GenerationConfig()
+    setattr(config, name, value)
+    with pytest.raises(InputError, match=f"{name} .* in the model's generation config"):
+        GenerationSettings(config, frozenset()).processors([1, 2], 3)
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,4 @@ def test_what_is_said_to_be_followed_has_a_processor() -> None:
     }
     for name in compatibility.FOLLOWED.keys() - others:
         config = hf.GenerationConfig(**{name: values.get(name, 3)})
-        assert GenerationSettings(config, frozenset({2})).processors(4, 8), name
+        assert GenerationSettings(config, frozenset({2})).processors([4, 5, 6, 7], 8), name

@@ -154,7 +154,9 @@ def _known_stages(tokenizer: Any) -> list[Stage] | None:
         return [PerToken(str, " {}".format)]
     try:
         spec = json.loads(decoder.__getstate__())
-    except Exception:  # the package raises bare ones: it is somebody's own, in Python
+    except Exception as error:
+        if type(error) is not Exception:  # the package raises bare ones for what is not its own
+            raise
         return None
     stages: list[Stage] = []
     make: Mapping[str, Callable[[Mapping[str, Any]], Stage | None]] = _TOKEN_STAGES

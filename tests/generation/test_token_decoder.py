@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from conflayers_cli.generation.detokenizer import Detokenizer
+from conflayers_cli.generation.text_stages import common_prefix
 from tests.generation.test_detokenizer import parts
 
 SPECIAL, ADDED = "<end>", "<added one>"
@@ -23,11 +23,28 @@ RUNS = bytes("é€🙂", "utf-8")
 METASPACE = ["▁", "▁the", "▁a", "cat", "▁.", ",", "日", "\ufffd", "", "▁▁", "\n", "▁n't", "<0x4G>"]
 SUFFIXED = ["the</w>", "cat</w>", "ca", "t</w>", ".</w>", "a</w>b", "x", "</w>", "日</w>"]
 WORDS = ["the", "##s", "cat", ".", "?", "!", ",", "'", "n't", "'m", "do", "not", "s", "日", "##'s"]
-SPACED = ["a", " ", ".", " .", "?", " '", "' ", "'", " n", "'t", " '", "s", "ve", " '", "re", "\ufffd"]
+SPACED = [
+    "a",
+    " ",
+    ".",
+    " .",
+    "?",
+    " '",
+    "' ",
+    "'",
+    " n",
+    "'t",
+    " '",
+    "s",
+    "ve",
+    " '",
+    "re",
+    "\ufffd",
+]
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 
 KINDS: dict[str, tuple[list[str], Any]] = {
-    "byte-level": (sorted(pre_tokenizers.ByteLevel.alphabet()) + ["Ġth", "ðŁĻ", "日"], "ByteLevel"),
+    "byte-level": ([*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġth", "ðŁĻ", "日"], "ByteLevel"),
     "byte fallback": ([*METASPACE, *BYTES], decoders.Sequence(LLAMA)),
     "byte fallback, a space stripped": (
         [*METASPACE, *BYTES],
@@ -92,9 +109,138 @@ def texts(draw: st.DrawFn) -> tuple[Any, list[int]]:
     return its, tokens + draw(st.lists(ids, max_size=4))
 
 
-@settings(max_examples=1500)
+@settings(max_examples=300)
 @given(texts(), st.booleans())
 def test_pieces_are_what_decoding_gives_at_once(text: tuple[Any, list[int]], keep: bool) -> None:
     its, tokens = text
     taken = parts(Detokenizer(its, keep_special=keep), tokens)
     assert "".join(taken) == its.decode(tokens, skip_special_tokens=not keep)
+
+
+def settled(its: Any, tokens: list[int], beyond: list[list[int]]) -> str:
+    """What all texts that go on from these tokens begin with."""
+    texts = [its.decode(tokens + more, skip_special_tokens=True) for more in beyond]
+    return texts[0][: min(common_prefix(texts[0], text) for text in texts)]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"replaced after all"}))
+def test_a_piece_comes_as_soon_as_no_later_token_can_change_it(kind: str) -> None:
+    its = tokenizer(kind, False)
+    size, numbers = len(its), its.get_vocab()
+    beyond = [[], *([token] for token in range(size))]
+    if size < 20:
+        beyond += [[one, other] for one in range(size) for other in range(size)]
+    for value in (0x80, 0x90, 0xA0):  # ends of characters
+        letters = [f"<0x{value:02X}>", "<0x80>"]
+        if kind == "byte-level":  # GPT-2's letters for them
+            letters = [chr(value - 0x80 + 0x122), chr(0x122)]
+        if letters[0] in numbers:
+            first, more = (numbers[each] for each in letters)
+            beyond += [[first, *[more] * count] for count in range(1, 3)]
+    chance = random.Random(0)
+    for _ in range(4):
+        tokens = [chance.randrange(size) for _ in range(6)]
+        stream = Detokenizer(its)
+        for count, token in enumerate(tokens, 1):
+            stream.feed(token)
+            stream.take()
+            assert stream.text == settled(its, tokens[:count], beyond), tokens[:count]
+
+
+@settings(max_examples=200)
+@given(texts(), st.integers(0, 30), st.integers(1, 4), st.integers(0, 9))
+def test_a_stop_string_ends_a_text_with_the_token_that_completes_it(
+    text: tuple[Any, list[int]], begin: int, length: int, other: int
+) -> None:
+    """Also where the tokenizer might still read that token in another way."""
+    its, tokens = text
+    whole = its.decode(tokens, skip_special_tokens=True)
+    stops = [stop for stop in (whole[begin : begin + length], whole[other : other + 2]) if stop]
+    stream = Detokenizer(its, stops)
+    expected, stopped = whole, False
+    for count in range(1, len(tokens) + 1):
+        so_far = its.decode(tokens[:count], skip_special_tokens=True)
+        found = [so_far.index(stop) for stop in stops if stop in so_far]
+        if found and (count == len(tokens) or not so_far.endswith("\ufffd")):
+            expected, stopped = so_far[: min(found)], True
+            break
+    taken = parts(stream, tokens)
+    assert ("".join(taken), stream.stopped) == (expected, stopped)
+
+
+@settings(max_examples=200)
+@given(texts(), st.integers(0, 25))
+def test_behind_a_prompt_a_text_is_what_it_adds(text: tuple[Any, list[int]], cut: int) -> None:
+    its, tokens = text
+    prompt, whole = (its.decode(ids, skip_special_tokens=True) for ids in (tokens[:cut], tokens))
+    stream = Detokenizer(its, prompt=tokens[:cut])
+    taken = "".join(parts(stream, tokens[cut:]))
+    assert taken == whole[common_prefix(prompt, whole) :]
+
+
+def test_lines_of_byte_tokens_stop_at_once() -> None:
+    """SentencePiece vocabularies without a line feed spell it as a byte."""
+    its = tokenizer("byte fallback", False)
+    the, feed = its.convert_tokens_to_ids(["▁the", "<0x0A>"])
+    stream = Detokenizer(its, ["\n\n"])
+    assert [stream.feed(token) for token in (the, feed, feed)] == [False, False, True]
+    assert stream.take() + stream.finish() == " the"
+
+
+class Joined(PreTrainedTokenizer):
+    """Written in Python: "@@" joins a token to the next, as CTRL's and BlenderBot's."""
+
+    words = ("the", "ca@@", "t", "d@@", "og", ".", "@@", "re@@", "s")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.words)}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.words.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.words[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens).replace("@@ ", "")
+
+
+class Loud(PreTrainedTokenizerFast):
+    """With a decoding of its own, in which the first letter is a capital one."""
+
+    def _decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str:
+        text: str = super()._decode(token_ids, *args, **kwargs)
+        return text.replace("cat", "CAT")
+
+    def clean_up_tokenization(self, text: str) -> str:
+        return text.replace(" ?", "??")
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 8), max_size=60), st.booleans())
+def test_tokenizers_in_python_come_a_token_later(tokens: list[int], clean: bool) -> None:
+    its = Joined(clean_up_tokenization_spaces=clean)
+    taken = parts(Detokenizer(its), tokens)
+    assert "".join(taken) == its.decode(tokens, skip_special_tokens=True)
+    assert all(taken[2:-1]) or "@@" in its.decode(tokens) or clean
+
+
+@settings(max_examples=100)
+@given(st.text(st.sampled_from("aé€🙂 "), max_size=40))
+def test_bytes_read_in_python(text: str) -> None:
+    its = ByT5Tokenizer()
+    tokens = its.encode(text, add_special_tokens=False)
+    assert "".join(parts(Detokenizer(its), tokens)) == text
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(0, 14), max_size=40), st.booleans())
+def test_a_decoding_of_the_tokenizers_own(tokens: list[int], clean: bool) -> None:
+    own = tokenizer("word pieces", False).backend_tokenizer
+    its = Loud(tokenizer_object=own, clean_up_tokenization_spaces=clean)
+    taken = "".join(parts(Detokenizer(its), tokens))
+    assert taken == its.decode(tokens, skip_special_tokens=True)

@@ -190,7 +190,7 @@ def test_lines_of_byte_tokens_stop_at_once() -> None:
 class Joined(PreTrainedTokenizer):
     """Written in Python: "@@" joins a token to the next, as CTRL's and BlenderBot's."""
 
-    words = ("the", "ca@@", "t", "d@@", "og", ".", "@@", "re@@", "s")
+    words = ("the", "ca@@", "t", "d@@", "og", ".", "?", "re@@", "s")
 
     def get_vocab(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.words)}

@@ -68,7 +68,7 @@ TOKENIZER = {
     "add_bos_token, post_processor": "as the tokenizer does; a spelt one is not doubled",
     "added_tokens_decoder": "special ones are no part of the text, unless `--keep-special-tokens`",
     "chat_template": "used for every prompt but with `--raw`",
-    "clean_up_tokenization_spaces": "not followed: text is what tokens decode to",
+    "clean_up_tokenization_spaces": "followed, but for BPE, as by transformers",
     "eos_token": "ends the text",
     "model_max_length": "not followed: the config's context counts",
 }

@@ -56,6 +56,7 @@ class Options(TypedDict, total=False):
     system: str | None
     sampling: str | None
     template: Mapping[str, Any] | None
+    continue_final_message: bool
     raw: bool
     draft: DraftMethodName | None
     adaptive_draft_length: bool | None

@@ -35,8 +35,10 @@ class DataOptions:
             if given and not self.data:
                 raise InputError(f"{flag} goes with --data, a file of prompts")
 
-    def read(self) -> list[Prompt]:
+    def read(self, *, keep_answer: bool = False) -> list[Prompt]:
         """The prompts of the file, or those that come with the package.
+
+        ``keep_answer``: as of `read_prompts`.
 
         Raises:
             InputError: the file can't be read or is refused.
@@ -47,7 +49,11 @@ class DataOptions:
         if self.data is None:
             return builtin_prompts()[: self.max_prompts]
         return read_prompts(
-            self.data, column=self.prompt_column, strict=self.strict, limit=self.max_prompts
+            self.data,
+            column=self.prompt_column,
+            strict=self.strict,
+            limit=self.max_prompts,
+            keep_answer=keep_answer,
         )
 
 

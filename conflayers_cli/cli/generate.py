@@ -82,6 +82,9 @@ def generate(
       conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
     """
     file.check(prompt, json)
+    continued = prompt_options.continue_final_message
+    if continued and not file.data:
+        raise InputError("--continue-final-message goes with --data, a file of prompts")
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
@@ -95,7 +98,11 @@ def generate(
     if not (lossy.skip_only or adapting.adapt):
         drafting.check(profile)
     # only one of torchrun's processes has the standard input
-    prompts = file.read() if file.data else [run_on_rank0(lambda: _prompt(prompt or []))]
+    prompts = (
+        file.read(keep_answer=continued)
+        if file.data
+        else [run_on_rank0(lambda: _prompt(prompt or []))]
+    )
     job = GenerateJob(
         source=source,
         load=load,
@@ -244,6 +251,8 @@ class GenerateJob:
             settings += ["truncate"]
         if self.prompt_options.template:
             settings += ["template", self.prompt_options.template]
+        if self.prompt_options.continue_final_message:
+            settings += ["continue-final-message"]
         if self.prompt_options.sampling:
             settings += ["sampling", self.prompt_options.sampling]
         if self.load.quantize:

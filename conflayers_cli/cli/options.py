@@ -141,6 +141,11 @@ SAMPLED_PROMPTS = PROMPTS.but(
         metavar="model",
         help="Choose tokens as the model's generation config says (temperature, top-p and so on).",
     ),
+    continue_final_message=_prompts_option(
+        "--continue-final-message",
+        help="With --data: go on with the assistant's message that each chat ends with. Without, "
+        "such messages are taken for answers and left out.",
+    ),
 )
 SampledPromptFlags = Annotated[PromptOptions, SAMPLED_PROMPTS]
 SAMPLING = OptionGroup(

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OWN_ARGUMENTS = frozenset(
-    ("conversation", "add_generation_prompt", "tokenize", "return_dict", "truncation")
+    (
+        *("conversation", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "return_dict", "truncation"),
+    )
 )
 MODEL = "model"
 """Sampling as the model's generation config has it."""
@@ -39,6 +42,8 @@ class PromptOptions:
         template: arguments of the chat template, such as ``enable_thinking``, ``tools`` or
             ``documents``.
         truncate: shorten a prompt that leaves no room for ``max_new_tokens``.
+        continue_final_message: go on with the assistant's message that ends each chat, as with
+            transformers' `apply_chat_template`; the output is what comes behind it.
     """
 
     max_new_tokens: int = 256
@@ -47,8 +52,14 @@ class PromptOptions:
     truncate: bool = False
     sampling: str | None = None
     template: Mapping[str, Any] | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
+        if self.raw and self.continue_final_message:
+            raise InputError(
+                "continue_final_message: goes by the chat template, which raw leaves out: give one",
+                names=("continue_final_message", "raw leaves"),
+            )
         if self.sampling not in (None, MODEL):
             raise InputError(
                 f"sampling {self.sampling}: there is {MODEL}", names=(f"sampling {self.sampling}",)
@@ -70,12 +81,19 @@ def _rendered(loaded: LoadedModel, prompt: Prompt, system: str | None, raw: bool
 
 
 def _encode(
-    loaded: LoadedModel, rendered: Prompt, template: Mapping[str, Any] | None = None
+    loaded: LoadedModel, rendered: Prompt, options: PromptOptions | None = None
 ) -> list[int]:
     from conflayers_cli.models.tokenization import encode
 
     messages = as_messages(rendered) if rendered.messages else None
-    return encode(loaded, messages, rendered.text, template)
+    options = options or PromptOptions()
+    return encode(
+        loaded,
+        messages,
+        rendered.text,
+        options.template,
+        continue_final=options.continue_final_message,
+    )
 
 
 def encode_prompts(
@@ -94,7 +112,8 @@ def encode_prompts(
     prompts: a text depends on the seed and its own prompt, not on its place or its neighbours.
 
     Raises:
-        InputError: a prompt can't be encoded or fills the context; it is named.
+        InputError: a prompt can't be encoded, can't be continued, or fills the context; it is
+            named.
     """
     from conflayers_cli.models.tokenization import TooLongError
 
@@ -103,17 +122,25 @@ def encode_prompts(
     own = options.sampling == MODEL
     sampling = with_seed(settings.complete(sampling or SamplingParams(), own=own))
     _note_ignored(loaded, settings)
+    if options.continue_final_message and not loaded.has_chat_template:
+        raise InputError(
+            f"continue_final_message: {loaded.name} has no chat template, which says where the "
+            "message goes on: give plain text (raw)",
+            names=("continue_final_message", "raw)"),
+        )
     _note_no_template(loaded, prompts, options)
     requests = []
     for prompt in prompts:
         which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
+        if options.continue_final_message:
+            prompt.check_continued(which)
         try:
             rendered = _rendered(loaded, prompt, options.system, options.raw)
             if options.truncate and context is not None:
                 limit = context - min(wanted, context // 2)
-                tokens, left_out = _truncated(loaded, rendered, limit, options.template)
+                tokens, left_out = _truncated(loaded, rendered, limit, options)
             else:
-                tokens, left_out = _encode(loaded, rendered, options.template), 0
+                tokens, left_out = _encode(loaded, rendered, options), 0
         except TooLongError as error:
             raise InputError(
                 f"{which} {error.reason} {_ADVICE}", names=("truncate shortens",)
@@ -140,7 +167,7 @@ def encode_prompts(
                 id=prompt.id,
                 category=prompt.category,
                 truncated=left_out,
-                continues=rendered.messages is None,
+                continues=rendered.messages is None or options.continue_final_message,
                 processors=settings.processors(tokens, min(wanted, remaining)),
             )
         )
@@ -170,13 +197,13 @@ def _note_ignored(loaded: LoadedModel, settings: GenerationSettings) -> None:
 
 
 def _truncated(
-    loaded: LoadedModel, rendered: Prompt, limit: int, template: Mapping[str, Any] | None
+    loaded: LoadedModel, rendered: Prompt, limit: int, options: PromptOptions
 ) -> tuple[list[int], int]:
     """(at most ``limit`` tokens of a prompt, how many of its text are left out)."""
     from conflayers_cli.generation.truncation import prompt_texts, truncate_prompt
     from conflayers_cli.models.tokenization import count_tokens
 
-    truncated = truncate_prompt(rendered, lambda part: _encode(loaded, part, template), limit)
+    truncated = truncate_prompt(rendered, lambda part: _encode(loaded, part, options), limit)
     if truncated.prompt == rendered:
         return truncated.tokens, 0
     before, after = (

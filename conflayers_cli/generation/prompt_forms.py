@@ -53,11 +53,13 @@ class UnusableRowError(InputError):
         self.reason = reason
 
 
-def to_prompt(row: Row, column: str | None = None) -> Prompt:
+def to_prompt(row: Row, column: str | None = None, *, keep_answer: bool = False) -> Prompt:
     """The prompt that a row is.
 
     Args:
         column: the key of the prompt's text (or chat); None: whichever form is known.
+        keep_answer: it is a chat of which the last message, the assistant's, is to be continued;
+            otherwise messages of the assistant at the end are answers, which are left out.
 
     Raises:
         UnusableRowError: it is no prompt.
@@ -70,9 +72,11 @@ def to_prompt(row: Row, column: str | None = None) -> Prompt:
         )
     form = _find_form(value, where) if column is None else _find_column(value, column, where)
     identity, category = _id(value, str(row.number), where), _category(value, where)
-    body = _body(value, form, where, is_column=column is not None)
+    body = _body(value, form, where, column is not None, keep_answer)
     text, messages = (body, None) if isinstance(body, str) else (None, body)
     prompt = Prompt(identity, messages, text, category)
+    if keep_answer:
+        prompt.check_continued(where)
     try:  # JSON can spell half a surrogate pair, but no tokenizer can take it
         json.dumps(asdict(prompt), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -131,18 +135,20 @@ def _columns(value: Mapping[str, object]) -> str:
 
 
 def _body(
-    value: Mapping[str, object], form: str, where: str, is_column: bool
+    value: Mapping[str, object], form: str, where: str, is_column: bool, keep_answer: bool
 ) -> str | tuple[Message, ...]:
     """The text or the chat under a row's key."""
     body = value[form]
     if form in _CHATS and not (is_column and isinstance(body, str)):
-        return _chat(body, form, where)
+        return _chat(body, form, where, keep_answer)
     if form == "turns" and not is_column:
         return _first_turn(body, form, where)
     if isinstance(body, list) and (is_column or form == "prompt"):
         # TRL's prompts are chats, those of MT-bench turns
         chat = bool(body) and isinstance(body[0], dict)
-        return _chat(body, form, where) if chat else _first_turn(body, form, where)
+        if chat:
+            return _chat(body, form, where, keep_answer)
+        return _first_turn(body, form, where)
     text = _text(body, form, where)
     extra = value.get("input") if form == "instruction" and not is_column else None
     if extra is None or (isinstance(extra, str) and not extra.strip()):
@@ -196,14 +202,16 @@ def _first_turn(value: object, form: str, where: str) -> str:
     return _text(value[0], "turn 1", where)
 
 
-def _chat(value: object, form: str, where: str) -> tuple[Message, ...]:
-    """The messages up to what the model is to answer."""
+def _chat(value: object, form: str, where: str, keep_answer: bool) -> tuple[Message, ...]:
+    """The messages up to what the model is to answer, or with ``keep_answer`` all."""
     if not isinstance(value, list) or not value:
         raise UnusableRowError(
             f"{where}: {form} is {_kind(value)}, not a list of messages",
             Reason.EMPTY if value == [] else Reason.NO_TEXT,
         )
     messages = [_message(item, n, form, where) for n, item in enumerate(value, 1)]
+    if keep_answer:
+        return tuple(messages)
     while messages and messages[-1].role == "assistant":
         messages.pop()
     if not messages or messages[-1].role != "user":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conflayers_cli.errors import InputError
+
 
 @dataclass(frozen=True)
 class Message:
@@ -25,6 +27,17 @@ class Prompt:
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
             raise ValueError("a prompt has either messages or a text")
+
+    def check_continued(self, which: str) -> None:
+        """Raise InputError, which says ``which``, unless its last message is the assistant's."""
+        last = self.messages[-1].role if self.messages else None
+        if last != "assistant":
+            what = f"the last is the {last}'s" if last else "this is a text"
+            raise InputError(
+                f"{which}: {what}, and continue_final_message goes on with a last message of the "
+                "assistant",
+                names=("continue_final_message",),
+            )
 
 
 @dataclass(frozen=True)

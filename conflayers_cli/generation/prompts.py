@@ -47,7 +47,12 @@ MAX_PROMPTS = 1_000_000
 
 
 def read_prompts(
-    path: Path, *, column: str | None = None, strict: bool = False, limit: int | None = None
+    path: Path,
+    *,
+    column: str | None = None,
+    strict: bool = False,
+    limit: int | None = None,
+    keep_answer: bool = False,
 ) -> list[Prompt]:
     """Read a prompt file: JSON lines, an array or object of JSON, CSV, TSV, Parquet, or plain text.
 
@@ -64,12 +69,14 @@ def read_prompts(
         column: the key of the prompts; None: known forms are looked for.
         strict: refuse a row that would be skipped.
         limit: read no more prompts than that, and no more of the file than they need.
+        keep_answer: leave the assistant's message at the end of a chat, to be continued; a row
+            without one is refused.
 
     Raises:
         InputError: the file can't be read, holds no prompts or more than `MAX_PROMPTS`, has a row
             that is too long, or is refused for what is in a row.
     """
-    return _collect(file_rows(path, column), str(path), column, strict, limit)
+    return _collect(file_rows(path, column), str(path), column, strict, limit, keep_answer)
 
 
 def builtin_prompts() -> list[Prompt]:
@@ -119,7 +126,12 @@ def with_system(prompt: Prompt, system: str | None) -> tuple[Message, ...]:
 
 
 def _collect(
-    rows: Generator[Row], name: str, column: str | None, strict: bool, limit: int | None
+    rows: Generator[Row],
+    name: str,
+    column: str | None,
+    strict: bool,
+    limit: int | None,
+    keep_answer: bool = False,
 ) -> list[Prompt]:
     """The prompts that rows are; a warning says which are none."""
     prompts: list[Prompt] = []
@@ -130,7 +142,7 @@ def _collect(
     with closing(rows):
         for number, row in enumerate(rows, 1):
             try:
-                prompt = to_prompt(row, column)
+                prompt = to_prompt(row, column, keep_answer=keep_answer)
             except UnusableRowError as error:
                 if strict or (number == 1 and error.reason is Reason.NO_FORM):
                     raise

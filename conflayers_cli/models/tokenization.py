@@ -37,10 +37,13 @@ def encode(
     messages: list[dict[str, str]] | None,
     text: str | None,
     template: Mapping[str, Any] | None = None,
+    *,
+    continue_final: bool = False,
 ) -> list[int]:
     """Token ids of a conversation (by the chat template, up to the answer) or of a plain text.
 
-    Exactly one of ``messages`` and ``text`` is given; ``template``: arguments of the chat template.
+    Exactly one of ``messages`` and ``text`` is given; ``template``: arguments of the chat template;
+    ``continue_final``: the last message is the beginning of the answer.
 
     Raises:
         TooLongError: there are far more tokens than the model's context.
@@ -56,7 +59,7 @@ def encode(
             f"{loaded.name} has no chat template: give plain text (raw)", names=("raw)",)
         )
     try:
-        made = render_chat(loaded.tokenizer, messages, template)
+        made = render_chat(loaded.tokenizer, messages, template, continue_final=continue_final)
     except InputError as error:
         raise InputError(
             f"the chat template of {loaded.name} refuses the messages: {error}"
@@ -86,9 +89,13 @@ def _ids(loaded: LoadedModel, text: str, *, special: bool) -> list[int]:
 
 
 def render_chat(
-    tokenizer: Any, messages: list[dict[str, str]], template: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template: Mapping[str, Any] | None = None,
+    *,
+    continue_final: bool = False,
 ) -> str | list[int]:
-    """A conversation by the chat template, up to the answer.
+    """A conversation by the chat template, up to the answer, or to where the last message ends.
 
     Token ids from tokenizers that make them without a text. As everywhere in transformers, what
     reads like a special token in a message becomes one: ``<|im_end|>`` may be meant.
@@ -102,13 +109,16 @@ def render_chat(
             made: str | list[int] = tokenizer.apply_chat_template(
                 messages,
                 **(template or {}),
-                add_generation_prompt=True,
+                add_generation_prompt=not continue_final,
+                continue_final_message=continue_final,
                 tokenize=own,
                 return_dict=False,
             )
     except MemoryError:
         raise InputError("it takes too much memory") from None
     except TEMPLATE_ERRORS as error:
+        if continue_final and "final message does not appear" in str(error):
+            raise InputError("it alters the last one, which can't be continued then") from error
         raise InputError(first_line(error)) from error
     return made
 

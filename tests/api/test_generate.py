@@ -153,6 +153,49 @@ def test_stop_texts(model: Model) -> None:
     assert generate(model, "Why?", max_new_tokens=24, stop=["¿", stop]).text == answer.text
 
 
+BEGUN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because é "}]
+
+
+def test_a_final_message_is_continued_as_by_transformers(model: Model, profile: Path) -> None:
+    """The text is what comes behind the message, drafted or not, at once or in pieces."""
+    tokenizer = model.loaded.tokenizer
+    ids = tokenizer.apply_chat_template(
+        BEGUN, continue_final_message=True, return_tensors="pt", return_dict=False
+    )
+    with model.engine().decoder.plain() as plain:
+        mask = torch.ones_like(ids)
+        out = plain.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    given, whole = (tokenizer.decode(each, skip_special_tokens=True) for each in (ids[0], out[0]))
+    assert given.endswith("<assistant>Because é ")
+    answer = generate(model, BEGUN, profile, continue_final_message=True, max_new_tokens=24)
+    assert list(answer.token_ids) == out[0, ids.shape[1] :].tolist()
+    assert given + answer.text == whole
+    pieces = stream(model, BEGUN, draft="none", continue_final_message=True, max_new_tokens=24)
+    assert "".join(pieces) == answer.text
+    anew = generate(model, BEGUN, draft="none", max_new_tokens=24)  # a turn of its own
+    assert anew.prompt_tokens == answer.prompt_tokens + len("\n<assistant>")
+
+
+@pytest.mark.parametrize("prompt", ["Why?", CHAT])
+def test_what_ends_with_no_message_of_the_assistant_is_not_continued(
+    model: Model, prompt: Any
+) -> None:
+    with pytest.raises(InputError, match="continue_final_message goes on with a last message"):
+        generate(model, prompt, continue_final_message=True)
+
+
+def test_a_message_that_the_template_alters_is_not_continued(tmp_path: Path) -> None:
+    altering = "{% for m in messages %}{{ m['content'] | replace('Because', 'As') }}{% endfor %}"
+    own = load(str(save_model(tmp_path / "own", template=altering)), dtype="float32")
+    with pytest.raises(InputError, match="it alters the last one, which can't be continued"):
+        generate(own, BEGUN, continue_final_message=True)
+    plain = load(str(save_model(tmp_path / "plain", template=None)), dtype="float32")
+    with pytest.raises(InputError, match="has no chat template, which says where"):
+        generate(plain, BEGUN, continue_final_message=True)
+    with pytest.raises(InputError, match="goes by the chat template, which raw leaves out"):
+        generate(own, BEGUN, continue_final_message=True, raw=True)
+
+
 def test_a_stream_adds_up(model: Model, profile: Path) -> None:
     expected = generate(model, "Why?", profile, max_new_tokens=24)
     pieces = stream(model, "Why?", profile, max_new_tokens=24)

@@ -122,3 +122,55 @@ def test_special_tokens_in_texts(run: Run, tmp_path: Path) -> None:
     assert run(*call, "--keep-special-tokens").out.strip() in (END * 3, "")
     stopped = run(*call, "--stop", END, "--json").document
     assert stopped["finish_reason"] == "stop" and len(stopped["token_ids"]) == 1
+
+
+def test_final_messages_of_a_file_are_continued_where_that_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
+    """Otherwise they are reference answers, as data sets have them."""
+    model = save_model(tmp_path / "model")
+    asked = {"role": "user", "content": "Why?"}
+    chats = [[asked, {"role": "assistant", "content": text}] for text in ("So ", "")]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    call = ("generate", "-m", model, "--data", data, "-n", 6, "--dtype", "float32")
+    continued = run(*call, "--continue-final-message")
+    assert continued.code == 0, continued.err
+    begun, empty = continued.lines
+    left_out = run(*call).lines[0]
+    assert empty["token_ids"] == left_out["token_ids"]  # this template has nothing in between
+    assert begun["prompt_tokens"] == left_out["prompt_tokens"] + len("So ")
+    ids = hf.AutoTokenizer.from_pretrained(model).apply_chat_template(
+        chats[0], continue_final_message=True, return_dict=False
+    )
+    plain = hf.AutoModelForCausalLM.from_pretrained(model).eval()
+    given = torch.tensor([ids])
+    output = plain.generate(
+        given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=6
+    )
+    assert begun["token_ids"] == output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "told"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, (), "chats.jsonl:1: the last is the us"),
+        ({"prompt": "a"}, (), "chats.jsonl:1: this is a text, and --continue-final-message goes"),
+        ({"turns": ["a"]}, (), "this is a text"),
+        ({"prompt": "a"}, ("--raw",), "which --raw leaves out"),
+        ({"prompt": "a"}, ("--template-arg", "continue_final_message=true"), "by other options"),
+    ],
+)
+def test_what_can_not_be_continued_is_refused(
+    run: Run, tmp_path: Path, row: dict[str, Any], arguments: tuple[str, ...], told: str
+) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    result = run("generate", "-m", "none", "--data", data, "--continue-final-message", *arguments)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert told in result.err
+
+
+def test_there_is_no_final_message_without_a_file(run: Run) -> None:
+    result = run("generate", "Hello", "-m", "none", "--continue-final-message")
+    assert (result.code, "goes with --data" in result.err) == (2, True)

@@ -598,3 +598,14 @@ def test_an_array_is_read_as_python_reads_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_files, "_CHUNK", random.Random(seed).randint(1, 40))
         assert texts(path) == [row["prompt"] for row in rows]
+
+
+def test_answers_at_the_end_are_left_out_or_kept_to_be_continued(tmp_path: Path) -> None:
+    rows = [{"messages": ANSWERED}, {"conversations": [{"from": "gpt", "value": "Hello"}]}]
+    path = write(tmp_path, json.dumps(rows), "chats.json")
+    answer = Message("assistant", "Hello")
+    kept = read_prompts(path, keep_answer=True)
+    assert [prompt.messages for prompt in kept] == [(USER, answer), (answer,)]
+    assert [prompt.messages for prompt in read_prompts(path)] == [(USER,)]
+    with pytest.raises(InputError, match="continue_final_message goes on with a last message"):
+        read_prompts(write(tmp_path, json.dumps([{"messages": ASKED}]), "a.json"), keep_answer=True)

@@ -159,7 +159,7 @@ def test_sampled_texts_are_those_without_drafts_alone(
     top_k: int | None,
 ) -> None:
     decoder, prompts = tiny.decoder("llama"), prompts_of(lengths, seed)
-    sampling = {"temperature": 0.8, "top_k": top_k, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": top_k, "seed": seed}
     with following(decoder, given_):
         proposer = proposer_of(decoder, drafts, batch_size)
         texts = ours(decoder, prompts, 16, proposer, batch_size, **sampling)

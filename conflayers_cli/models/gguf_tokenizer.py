@@ -8,15 +8,15 @@ special token's number is out of range.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.models.gguf_detokenizer import SPACE, GGUFTokenizer, TokenBytes
 from conflayers_cli.models.gguf_metadata import GGUFMetadata
 from conflayers_cli.models.gguf_splits import PRE_TOKENIZERS, WHOLE_WORDS, pre_tokenizer
 from conflayers_cli.models.gguf_vocabulary import (
@@ -45,8 +45,6 @@ READ_KEYS = frozenset(
         *("prefix_token_id", "suffix_token_id", "middle_token_id"),
     )
 )
-SPACE = "\u2581"
-"""SentencePiece's sign for a space."""
 DEFAULT_SPLIT = "default"
 _MODEL_NAMES = ("phi-3", "phi3")
 """Parts of names of models whose special tokens take the white space behind them."""
@@ -61,19 +59,22 @@ def build_tokenizer(known: GGUFMetadata, source: str) -> PreTrainedTokenizerBase
     """
     vocabulary = read_vocabulary(known, source)
     build = {BYTE_LEVEL: _byte_level, UNIGRAM: _unigram, **dict.fromkeys(SENTENCEPIECE, _pieces)}
+    whole = known.values.get(WHOLE)
     try:
-        backend = build[vocabulary.kind](known, vocabulary, source)
-        _add_tokens(backend, known, vocabulary)
+        if isinstance(whole, str):
+            backend = Tokenizer.from_str(whole)
+        else:
+            backend = build[vocabulary.kind](known, vocabulary, source)
+            _add_tokens(backend, known, vocabulary)
     except InputError:
         raise
     except Exception as error:  # the tokenizers package raises bare ones
-        raise InputError(
-            f"the vocabulary of {source} is broken: {first_line(error)}"
-        ) from error
+        raise InputError(f"the vocabulary of {source} is broken: {first_line(error)}") from error
     begins = known.values.get(f"{PREFIX}add_bos_token", _begins(known, vocabulary))
     # transformers invents a beginning and an end for tokenizers that have none
     named = {"bos_token": None, "eos_token": None, **vocabulary.named}
-    return PreTrainedTokenizerFast(
+    kind = PreTrainedTokenizerFast if isinstance(whole, str) else GGUFTokenizer
+    tokenizer = kind(
         tokenizer_object=backend,
         add_bos_token=bool(begins) and named["bos_token"] is not None,
         add_eos_token=bool(known.values.get(f"{PREFIX}add_eos_token", False)),
@@ -81,6 +82,17 @@ def build_tokenizer(known: GGUFMetadata, source: str) -> PreTrainedTokenizerBase
         clean_up_tokenization_spaces=False,
         **named,
     )
+    if isinstance(tokenizer, GGUFTokenizer):
+        prefixed = _prefixed(known, vocabulary)
+        tokenizer.token_bytes = TokenBytes(vocabulary, prefixed=prefixed)
+    return tokenizer
+
+
+def _prefixed(known: GGUFMetadata, vocabulary: Vocabulary) -> bool:
+    """Whether a space is put before a text, and behind every special token."""
+    if vocabulary.kind == BYTE_LEVEL:
+        return False
+    return bool(known.values.get(f"{PREFIX}add_space_prefix", vocabulary.kind != "gemma4"))
 
 
 def _begins(known: GGUFMetadata, vocabulary: Vocabulary) -> bool:
@@ -121,20 +133,8 @@ def _byte_level(known: GGUFMetadata, vocabulary: Vocabulary, source: str) -> Any
     ]
     backend = Tokenizer(models.BPE(tokens, merges, ignore_merges=name in WHOLE_WORDS))
     backend.pre_tokenizer = pre_tokenizer(splits or PRE_TOKENIZERS[DEFAULT_SPLIT])
-    backend.decoder = decoders.Sequence([*_respelt(vocabulary), decoders.ByteLevel()])
+    backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _respelt(vocabulary: Vocabulary) -> list[Any]:
-    """Decoders of tokens that are plain text, and read as letters for bytes mean something else."""
-    letters = set(pre_tokenizers.ByteLevel.alphabet())
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    plain = [*vocabulary.special(), *vocabulary.of_type(TokenType.USER_DEFINED)]
-    return [
-        decoders.Replace(Regex(rf"\A{re.escape(token)}\z"), spell.pre_tokenize_str(token)[0][0])
-        for token in plain
-        if not token.isascii() and set(token) <= letters
-    ]
 
 
 def _pieces(known: GGUFMetadata, vocabulary: Vocabulary, source: str) -> Any:
@@ -194,7 +194,7 @@ def _mark_spaces(
     backend: Any, known: GGUFMetadata, vocabulary: Vocabulary, steps: list[Any]
 ) -> None:
     """Spaces become letters, with one before a text and behind every special token, if wanted."""
-    prefixed = known.values.get(f"{PREFIX}add_space_prefix", vocabulary.kind != "gemma4")
+    prefixed = _prefixed(known, vocabulary)
     before = [normalizers.Prepend(SPACE)] if prefixed else []
     backend.normalizer = normalizers.Sequence([*steps, *before, normalizers.Replace(" ", SPACE)])
     after = [decoders.Strip(" ", 1, 0)] if prefixed else []

@@ -130,12 +130,6 @@ def read_vocabulary(known: GGUFMetadata, source: str) -> Vocabulary:
                 f"the vocabulary of {source} is broken: {len(items):,} {name} for "
                 f"{len(tokens):,} tokens"
             )
-    if twice := len(tokens) - len(set(tokens)):
-        logger.warning(
-            f"note: {twice:,} of the {len(tokens):,} tokens of {source} are spelt as others are: "
-            "the last of each spelling is taken, and where the model writes another its text is "
-            "left out"
-        )
     merges = known.texts(f"{PREFIX}merges")
     return Vocabulary(
         kind=kind,

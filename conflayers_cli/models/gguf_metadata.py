@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata, and the names of its tensors.
 
 The gguf package reads it, too, but makes an object of every token of the vocabulary, which takes
-some seconds; here arrays are skipped, or kept as a count.
+some seconds; here arrays are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 MAGIC = b"GGUF"
 MAX_ENTRIES = 1 << 20
@@ -42,11 +43,13 @@ class GGUFMetadata:
 
     Attributes:
         values: numbers and texts by key; of an array how many items it has.
+        arrays: for each array (type of its items, offset of the first in the file).
         tensors: for each tensor (type, shape, offset in the file).
         path: the file.
     """
 
     values: dict[str, Any]
+    arrays: dict[str, tuple[int, int]]
     tensors: dict[str, tuple[int, tuple[int, ...], int]]
     path: Path
 
@@ -66,13 +69,35 @@ class GGUFMetadata:
         _, shape, offset = found
         return np.fromfile(self.path, np.float32, prod(shape), offset=offset)
 
+    def texts(self, key: str) -> list[str] | None:
+        """The items of an array of texts; None: there is no such array."""
+        kind, offset = self.arrays.get(key, (None, 0))
+        if kind != _STRING:
+            return None
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            reader = _Reader(data, offset)
+            return [reader.text() for _ in range(self.values[key])]
+
+    def numbers(self, key: str) -> list[Any] | None:
+        """The items of an array of numbers; None: there is no such array."""
+        kind, offset = self.arrays.get(key, (None, 0))
+        if kind not in _NUMBERS:
+            return None
+        dtype = np.dtype(f"<{_NUMBERS[kind]}")
+        found = np.fromfile(self.path, dtype, self.values[key], offset=offset)
+        items: list[Any] = found.tolist()
+        return items
+
 
 class _Reader:
     """Reads one thing behind the other."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, at: int = 0) -> None:
         self._data = data
-        self.at = 0
+        self.at = at
 
     def number(self, kind: str) -> Any:
         size = struct.calcsize(f"<{kind}")
@@ -92,12 +117,10 @@ class _Reader:
             raise ValueError("it ends too early")
         return begin
 
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            return self.number(_NUMBERS[kind])
+    def array(self) -> tuple[int, int, int]:
+        """Go on behind an array: (type of its items, how many, where they begin)."""
         items, count = self.number("I"), self.number("Q")
+        begin = self.at
         if items in _NUMBERS:
             self.skip(count * struct.calcsize(f"<{_NUMBERS[items]}"))
         elif items == _STRING and count <= MAX_ENTRIES:
@@ -105,7 +128,7 @@ class _Reader:
                 self.skip(self.number("Q"))
         else:
             raise ValueError(f"an array of {count} items of type {items}")
-        return count
+        return items, count, begin
 
 
 def read_metadata(path: Path) -> GGUFMetadata:
@@ -126,13 +149,21 @@ def _parse(reader: _Reader, data: mmap.mmap, path: Path) -> GGUFMetadata:
     if data[:4] != MAGIC:
         raise ValueError("it is no GGUF file")
     reader.skip(4)
-    version, tensors, entries = reader.number("I"), reader.number("Q"), reader.number("Q")
+    version = reader.number("I")
+    if version and not version & 0xFFFF:
+        raise ValueError("its numbers are big-endian: gguf-convert-endian FILE little turns them")
+    tensors, entries = reader.number("Q"), reader.number("Q")
     if version not in (2, 3) or max(tensors, entries) > MAX_ENTRIES:
         raise ValueError(f"version {version}, {tensors} tensors, {entries} entries")
-    values = {}
+    values: dict[str, Any] = {}
+    arrays: dict[str, tuple[int, int]] = {}
     for _ in range(entries):
-        key = reader.text()
-        values[key] = reader.value(reader.number("I"))
+        key, kind = reader.text(), reader.number("I")
+        if kind == _ARRAY:
+            items, values[key], begin = reader.array()
+            arrays[key] = items, begin
+        else:
+            values[key] = reader.text() if kind == _STRING else reader.number(_NUMBERS[kind])
     found: dict[str, tuple[int, tuple[int, ...], int]] = {}
     for _ in range(tensors):
         name = reader.text()
@@ -141,4 +172,16 @@ def _parse(reader: _Reader, data: mmap.mmap, path: Path) -> GGUFMetadata:
     alignment = int(values.get("general.alignment", 32)) or 32
     begin = -(-reader.at // alignment) * alignment
     placed = {name: (kind, shape, begin + at) for name, (kind, shape, at) in found.items()}
-    return GGUFMetadata(values, placed, path)
+    for name, (kind, shape, at) in placed.items():
+        if at + _size(name, kind, shape) > len(data):
+            raise ValueError(f"it ends too early, before {name}: is it whole?")
+    return GGUFMetadata(values, arrays, placed, path)
+
+
+def _size(name: str, kind: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; raises ValueError for a type that is not known."""
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except ValueError:
+        raise ValueError(f"{name} is of type {kind}, which is not known") from None
+    return prod(shape) // block * size

@@ -1,50 +1,54 @@
-"""What a GGUF file says and transformers passes over: RoPE scaling, further end tokens, how text is
-split before its tokens are found, whether a text begins with a special token.
+"""What a GGUF file says of its model and transformers passes over: rotary embeddings, windows, soft
+caps, biases, sizes of experts, further end tokens, sampling.
 
-A key of the architecture that neither of us reads is named in a note: it may change texts. See
-``docs/compatibility.md``.
+A key that nobody reads is named in a note: it may change texts. The tokenizer is in
+`gguf_tokenizer`. See ``docs/compatibility.md``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from math import log
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from tokenizers import Regex, pre_tokenizers, processors
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.gguf_metadata import GGUFMetadata, read_metadata
+from conflayers_cli.models.gguf_tokenizer import READ_KEYS as TOKENIZER_KEYS
+from conflayers_cli.models.gguf_vocabulary import (
+    END_KEYS,
+    NAMED_TOKENS,
+    PREFIX,
+    end_numbers,
+    find_ends,
+)
 from conflayers_cli.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
-END_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-"""Ends of a turn and of a message, which end a text as the end of text does."""
 FACTORS = "rope_freqs.weight"
 """Divisors of the rotary embedding's frequencies, as Llama 3 has them."""
 LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
-GPT2, DIGITS = "gpt-2", "digits"
-PRE_TOKENIZERS: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jina-es", "jina-de", "gigachat"), GPT2)
-    | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), DIGITS)
-    | dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe", "dbrx"), _LLAMA3)
-    | dict.fromkeys(("qwen2", "stablelm2", "megrez", "deepseek-r1-qwen"), _QWEN2)
-)
-"""How llama.cpp's pre-tokenizers split a text: a regular expression, or one of two kinds."""
-READ_HERE = frozenset(
+ATTRIBUTES = {
+    "attention.key_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Keys of an architecture that are taken where its config has such an attribute."""
+BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_down.bias": "mlp_bias"}
+"""Tensors that say whether a config's layers have biases."""
+WINDOW, SCALE = "attention.sliding_window", "attention.scale"
+ROPE_KEYS = frozenset(
     {
-        *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length")),
-        *(f"rope.scaling.{name}" for name in ("attn_factor", "finetuned", "yarn_log_multiplier")),
-        "rope.scale_linear",
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+        *("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.finetuned"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scale_linear"),
+        *("rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"),
     }
 )
 """Keys of an architecture that are followed, or refused, here."""
@@ -53,39 +57,131 @@ WITHOUT_EFFECT = frozenset(
         "tensor_data_layout",
         "leading_dense_block_count",
         "attention.causal",
-        "attention.key_length",
         "attention.value_length",
         "attention.clamp_kqv",
         "pooling_type",
     }
 )
 """Keys that change nothing in the families supported, or that shapes tell as well."""
+SAMPLING_KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+}
+_OWN_CONFIGS = ("gemma4", "qwen35", "qwen35moe", "lfm2")
+"""Architectures whose attention transformers reads as a whole."""
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+"""Layers of those models of a family whose queries are scaled by the width, not by a head's size:
+no key says so, and llama.cpp knows them by their layers, too."""
 
 
 def read_gguf_settings(origin: ModelSource) -> GGUFMetadata | None:
-    """The header of a model's GGUF file; None: it has none. InputError: it is broken."""
+    """The header of a model's GGUF file; None: it has none.
+
+    Raises:
+        InputError: it is broken, a part of a model, or no model.
+    """
     if origin.gguf is None:
         return None
     path = Path(origin.location) / origin.gguf
     try:
-        return read_metadata(path)
+        known = read_metadata(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {origin.source}: {error}") from error
+    parts = known.values.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise InputError(
+            f"{origin.source} is one of {parts} parts of a model: join them first "
+            "(llama-gguf-split --merge FIRST-PART WHOLE.gguf)"
+        )
+    kind = known.values.get("general.type", "model")
+    if kind != "model":
+        raise InputError(f"{origin.source} is no model: its general.type is {str(kind)[:40]!r}")
+    return known
 
 
 def apply_to_config(config: Any, known: GGUFMetadata, source: str) -> None:
-    """Put the RoPE scaling into a configuration, and note what is not followed.
+    """Put what the file says into a configuration, and note what is not followed.
 
     Raises:
-        InputError: the scaling is of a kind that can't be had from a GGUF file.
+        InputError: the rotary embedding is of a kind that can't be had from a GGUF file.
     """
     text = config.get_text_config()
-    scaling = _scaling(known, source)
-    if scaling:
-        before = dict(getattr(text, "rope_parameters", None) or {})
-        text.rope_parameters = {**before, **scaling}
-    if unread := unread_keys(known):
+    embedding = known.tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding[1]) == 2:
+        text.vocab_size = embedding[1][1]
+    followed = set()
+    if known.architecture not in _OWN_CONFIGS:
+        followed = _apply_attention(text, known)
+    _apply_rope(text, known, source)
+    if unread := unread_keys(known, followed):
         logger.warning(f"note: {', '.join(unread)} in {source} is not followed")
+
+
+def _apply_attention(text: Any, known: GGUFMetadata) -> set[str]:
+    """What changes a layer's computation; returns the keys that were followed."""
+    followed = set()
+    for key, name in ATTRIBUTES.items():
+        value = known.get(key)
+        if value is not None and hasattr(text, name):
+            setattr(text, name, value)
+            followed.add(key)
+    for tensor, name in BIASES.items():
+        if hasattr(text, name):
+            setattr(text, name, tensor in known.tensors)
+    kinds = getattr(text, "layer_types", None)
+    window = known.get(WINDOW) or None
+    if kinds is None and hasattr(text, "sliding_window"):
+        text.sliding_window = window  # else a config's own default would hold
+        followed.add(WINDOW)
+    elif kinds is not None and "sliding_attention" in kinds and window:
+        text.sliding_window = window
+        followed.add(WINDOW)
+    elif window is None or window >= (known.get("context_length") or 0):
+        followed.add(WINDOW)
+    if hasattr(text, "query_pre_attn_scalar"):
+        size: float = text.head_dim
+        if text.num_hidden_layers == _SCALED_BY_WIDTH.get(known.architecture):
+            size = text.hidden_size / text.num_attention_heads
+        scale = known.get(SCALE)
+        text.query_pre_attn_scalar = scale**-2 if scale else size
+        followed.add(SCALE)
+    return followed
+
+
+def _apply_rope(text: Any, known: GGUFMetadata, source: str) -> None:
+    """The rotary embedding's base, how much of a head it turns, and its scaling."""
+    before = getattr(text, "rope_parameters", None)
+    if not isinstance(before, dict):  # no rotary embedding
+        return
+    own = _scaling(known, source)
+    if base := known.get("rope.freq_base"):
+        own["rope_theta"] = float(base)
+    turned, size = known.get("rope.dimension_count"), _head_size(text)
+    if "partial_rotary_factor" in before and known.architecture not in _OWN_CONFIGS:
+        own["partial_rotary_factor"] = turned / size if turned and size else 1.0
+    elif turned and size and turned != size and not hasattr(text, "rotary_dim"):
+        raise InputError(
+            f"{source} turns {turned} of the {size} numbers of a head, which models of type "
+            f"{text.model_type} can't: give the model's folder with safetensors"
+        )
+    if "full_attention" in before:
+        windowed = dict(before.get("sliding_attention") or {})
+        if base := known.get("rope.freq_base_swa"):
+            windowed["rope_theta"] = float(base)
+        full = {**before["full_attention"], **own}
+        text.rope_parameters = {**before, "sliding_attention": windowed, "full_attention": full}
+    elif own:
+        text.rope_parameters = {**before, **own}
+
+
+def _head_size(text: Any) -> int | None:
+    own = getattr(text, "head_dim", None)
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(own, int) or not heads:
+        return own
+    return int(text.hidden_size // heads)
 
 
 def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
@@ -103,35 +199,65 @@ def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
-    if kind == "yarn":
-        trained = known.get("rope.scaling.original_context_length")
-        more = {} if trained is None else {"original_max_position_embeddings": int(trained)}
-        return {"rope_type": "yarn", "factor": float(factor), **more}
-    raise InputError(f"{source} has RoPE scaling of the kind {kind!r}: not supported")
+    if kind != "yarn":
+        raise InputError(f"{source} has RoPE scaling of the kind {kind!r}: not supported")
+    found = {"rope_type": "yarn", "factor": float(factor)}
+    if (trained := known.get("rope.scaling.original_context_length")) is not None:
+        found["original_max_position_embeddings"] = int(trained)
+    for name in ("beta_fast", "beta_slow"):
+        if (beta := known.get(f"rope.scaling.yarn_{name}")) is not None:
+            found[name] = float(beta)
+    more = known.get("rope.scaling.attn_factor", known.get("rope.scaling.yarn_attn_factor"))
+    if more is not None and more != 1.0:
+        # llama.cpp multiplies YaRN's own factor, transformers takes the product
+        found["attention_factor"] = float(more) * (0.1 * log(factor) + 1)
+    return found
 
 
-def unread_keys(known: GGUFMetadata) -> list[str]:
-    """Keys of the architecture that nobody reads."""
+def unread_keys(known: GGUFMetadata, followed: set[str]) -> list[str]:
+    """Keys that may change texts and that nobody reads; ``followed``: by a config's attributes."""
     name = known.architecture
     read = {
         key
         for kind, keys in GGUF_CONFIG_MAPPING.items()
-        if kind.replace("_", "") in (name, name.replace("_", ""), "mistral", "general")
+        if _plain(kind) in (_plain(name), "mistral", "general")
         for key in keys
     }
+    read |= ROPE_KEYS | WITHOUT_EFFECT | followed
     own = (key.removeprefix(f"{name}.") for key in known.values if key.startswith(f"{name}."))
-    return sorted(f"{name}.{key}" for key in own if key not in read | READ_HERE | WITHOUT_EFFECT)
+    unread = [f"{name}.{key}" for key in own if key not in read]
+    tokenizer = TOKENIZER_KEYS | {*NAMED_TOKENS.values(), *END_KEYS}
+    unread += [
+        key
+        for key in known.values
+        if (key.startswith(PREFIX) and key not in tokenizer)
+        or (key.startswith("general.sampling.") and key not in SAMPLING_KEYS)
+    ]
+    if known.values.get(f"{PREFIX}add_sep_token"):
+        unread.append(f"{PREFIX}add_sep_token")
+    return sorted(unread)
 
 
-def apply_to_model(model: Any, known: GGUFMetadata) -> None:
-    """Further end tokens, and the factors of the rotary embedding's frequencies."""
-    ends = [known.values[key] for key in END_KEYS if isinstance(known.values.get(key), int)]
-    if ends and model.generation_config is not None:
-        own = model.generation_config.eos_token_id
+def _plain(architecture: str) -> str:
+    return architecture.replace("_", "").replace("-", "")
+
+
+def apply_to_model(model: Any, known: GGUFMetadata, tokenizer: Any) -> None:
+    """Further end tokens, sampling, and the factors of the rotary embedding's frequencies."""
+    settings = model.generation_config
+    if settings is not None:
+        own = settings.eos_token_id
         before = own if isinstance(own, list) else [] if own is None else [own]
-        if not before and isinstance(known.values.get("tokenizer.ggml.eos_token_id"), int):
-            before = [known.values["tokenizer.ggml.eos_token_id"]]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*before, *ends]))
+        if not before:
+            before = end_numbers(known, (NAMED_TOKENS["eos_token"],))
+        named = find_ends(tokenizer.backend_tokenizer.token_to_id)
+        ends = [*before, *end_numbers(known, END_KEYS), *named.values()]
+        settings.eos_token_id = list(dict.fromkeys(ends)) or None
+        given = {name: known.values.get(key) for key, name in SAMPLING_KEYS.items()}
+        for name, value in given.items():
+            if value is not None:
+                setattr(settings, name, value)
+                settings.do_sample = given["temperature"] != 0
     factors = known.floats(FACTORS)
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if factors is None or rotary is None or len(factors) != len(rotary.inv_freq):
@@ -140,47 +266,3 @@ def apply_to_model(model: Any, known: GGUFMetadata) -> None:
     rotary.inv_freq = divided
     if hasattr(rotary, "original_inv_freq"):
         rotary.original_inv_freq = divided.clone()
-
-
-def apply_to_tokenizer(tokenizer: Any, known: GGUFMetadata, source: str) -> None:
-    """How text is split, and what a text begins with."""
-    backend, name = getattr(tokenizer, "backend_tokenizer", None), "tokenizer.ggml.pre"
-    if backend is None:
-        return
-    if known.values.get("tokenizer.ggml.model") == "gpt2" and name in known.values:
-        split = PRE_TOKENIZERS.get(str(known.values[name]))
-        if split is None:
-            logger.warning(
-                f"note: {source} splits text as {known.values[name]!r} does, which is not known: "
-                "its tokens may be others than the model was trained on"
-            )
-        else:
-            backend.pre_tokenizer = _pre_tokenizer(split)
-    begins = known.values.get("tokenizer.ggml.add_bos_token")
-    if begins is None or tokenizer.bos_token is None:
-        return
-    ids = tokenizer("a")["input_ids"]
-    if begins != (ids[:1] == [tokenizer.bos_token_id]):
-        first = f"{tokenizer.bos_token} " if begins else ""
-        special = [(tokenizer.bos_token, tokenizer.bos_token_id)] if begins else []
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{first}$A", pair=f"{first}$A {first}$B", special_tokens=special
-        )
-
-
-def _pre_tokenizer(split: str) -> Any:
-    if split == GPT2:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if split == DIGITS:
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )

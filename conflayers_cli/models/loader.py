@@ -14,9 +14,9 @@ from conflayers_cli.models.few_bits import FewBits
 from conflayers_cli.models.gguf_settings import (
     apply_to_config,
     apply_to_model,
-    apply_to_tokenizer,
     read_gguf_settings,
 )
+from conflayers_cli.models.gguf_tokenizer import build_tokenizer
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
 from conflayers_cli.models.native_kernels import NativeKernels
@@ -111,8 +111,8 @@ def _load_plain(
 
     on_step(0.0)
     with quiet_transformers(on_step):
+        header = read_gguf_settings(origin)  # first: it says more plainly what is wrong
         config = read_config(origin, trusted)
-        header = read_gguf_settings(origin)
         if header is not None:
             apply_to_config(config, header, source)
         check_files(origin, config)
@@ -131,10 +131,11 @@ def _load_plain(
         if model is None:
             model = read_model(origin, config, dtype, trusted, kwargs)
         few_bits.round(model, source, options.quantize)
-        tokenizer = read_tokenizer(origin, trusted)
-        if header is not None:
-            apply_to_model(model, header)
-            apply_to_tokenizer(tokenizer, header, source)
+        if header is None:
+            tokenizer = read_tokenizer(origin, trusted)
+        else:
+            tokenizer = build_tokenizer(header, source)
+            apply_to_model(model, header, tokenizer)
     on_step(1.0)
     if quantized is not None and model.dtype != dtype:
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.gguf_metadata import read_metadata
-from conflayers_cli.models.gguf_settings import PRE_TOKENIZERS, _pre_tokenizer
+from conflayers_cli.models.gguf_splits import PRE_TOKENIZERS, pre_tokenizer
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
@@ -115,7 +115,7 @@ def test_what_a_text_begins_with(tmp_path: Path, begins: bool, first: list[int])
     ],
 )
 def test_how_text_is_split(name: str, pieces: list[str]) -> None:
-    split = _pre_tokenizer(PRE_TOKENIZERS[name]).pre_tokenize_str("in 1999, it's")
+    split = pre_tokenizer(PRE_TOKENIZERS[name]).pre_tokenize_str("in 1999, it's")
     assert [piece.replace("Ġ", " ") for piece, _ in split] == pieces
 
 

@@ -163,12 +163,14 @@ def search_depth(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     """A row for one random model."""
     torch.manual_seed(0)
     hidden = options.hidden
+    heads = hidden // 64
+    shared = max(n for n in range(1, heads // 3 + 2) if heads % n == 0)
     config = hf.LlamaConfig(
         hidden_size=hidden,
         intermediate_size=options.intermediate or 8 * hidden // 3 // 32 * 32,
         num_hidden_layers=depth,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(hidden // 192, 1),
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
         vocab_size=options.vocabulary,
         tie_word_embeddings=True,
     )

@@ -34,7 +34,6 @@ from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.mixed import MixedProposer
-from conflayers_cli.spec_decode.ngram import NgramIndex
 from conflayers_cli.spec_decode.proposer import Context
 from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
@@ -191,7 +190,10 @@ class Recorded:
         return torch.tensor([[chosen], [sure]], dtype=torch.float64)
 
 
-Index = SuffixDrafter | NgramIndex
+
+def lookup_rule() -> SuffixDrafter:
+    """What n-grams drafted by so far: 8 occurrences of 4, 2 or 1 tokens."""
+    return SuffixDrafter(Occurrences((4, 2, 1), 8))
 
 
 @dataclass
@@ -203,7 +205,7 @@ class Joined:
         plan: None: drafts in four bits are left out.
     """
 
-    index: Callable[[], Index]
+    index: Callable[[], SuffixDrafter]
     table: CostTable
     plan: SkipPlan | None = INT4
     ngram: bool = True
@@ -227,8 +229,8 @@ class Joined:
         model = Recorded(text)
         self.proposer._decoder = model  # type: ignore[assignment]
         (history,) = self.proposer._histories.get([known])
-        history.index = self.index()  # type: ignore[assignment]
-        history.index.update(known)
+        history.matcher = self.index()  # type: ignore[assignment]
+        history.matcher.update(known)
         while len(known) < end:
             coming = text.output[len(known) - len(text.prompt) :]
             model.widths.clear()
@@ -348,15 +350,15 @@ def study_joined(texts: Sequence[Text], table: CostTable) -> dict[str, Any]:
     """The mixed proposer with n-grams from anywhere, and what it comes to without some of it."""
     found: dict[str, Any] = {}
     plain = {
-        "today": Joined(NgramIndex, table),
-        "four bits alone": Joined(NgramIndex, table, ngram=False),
-        "n-grams alone": Joined(NgramIndex, table, plan=None),
+        "today": Joined(lookup_rule, table),
+        "four bits alone": Joined(lookup_rule, table, ngram=False),
+        "n-grams alone": Joined(lookup_rule, table, plan=None),
     }
     for name, joined in plain.items():
         found[name] = by_category(texts, [joined.replay(text) for text in texts])
     for name, (by_counts, state, limit, sizes) in JOINED.items():
         for kind, plan in (("", INT4), (", without four bits", None)):
-            joined = Joined(NgramIndex, table, plan)
+            joined = Joined(lookup_rule, table, plan)
             counts = []
             for text, store in zip(texts, stores(texts, state, limit, sizes), strict=True):
                 joined.index = drafter_maker(by_counts, store, limit, sizes)
@@ -366,13 +368,13 @@ def study_joined(texts: Sequence[Text], table: CostTable) -> dict[str, Any]:
 
 
 def best_possible(
-    text: Text, table: CostTable, index: Index, plan: bool = True, most: int = 25
+    text: Text, table: CostTable, index: SuffixDrafter, plan: bool = True, most: int = 25
 ) -> float:
     """Speed of a text if it were known beforehand which drafted tokens are right.
 
     A draft is right tokens of a match, then right tokens in four bits, as many as is best.
     """
-    costs, start, size = table.at(1, 64), len(text.prompt), len(text.output)
+    costs, size = table.at(1, 64), len(text.output)
     right = [draft[0] == token for draft, token in zip(text.draft, text.output, strict=True)]
     matched = []
     known = [*text.prompt]
@@ -387,7 +389,6 @@ def best_possible(
         else:
             matched.append(0)
         known.append(token)
-    assert len(known) == start + size
     least = [0.0] * (size + 1)
     for at in range(size - 1, 0, -1):
         best = float("inf")
@@ -407,7 +408,7 @@ def best_possible(
 
 def leaves(texts: Sequence[Text], table: CostTable) -> dict[str, float]:
     """Of the drafts of today's proposer: what alternatives would have been right where one failed."""
-    joined, recycling = Joined(NgramIndex, table), Recycling()
+    joined, recycling = Joined(lookup_rule, table), Recycling()
     found: dict[str, int] = defaultdict(int)
     for text in texts:
         trace: list[tuple[int, int, tuple[str, ...]]] = []
@@ -482,7 +483,7 @@ def bounds(texts: Sequence[Text], table: CostTable) -> dict[str, float]:
     for name, state in (("today", ""), ("longest, cold", "cold"), ("longest, warm", "warm")):
         speeds = []
         for text, store in zip(texts, stores(texts, state or "text", 512, SIZES), strict=True):
-            index: Index = drafter_maker(False, store, 512)() if state else NgramIndex()
+            index: SuffixDrafter = drafter_maker(False, store, 512)() if state else lookup_rule()
             speeds.append(best_possible(text, table, index))
         sizes = [len(text.output) - 1 for text in texts]
         found[name] = sum(sizes) / sum(n / s for n, s in zip(sizes, speeds, strict=True))

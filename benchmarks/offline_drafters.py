@@ -1,4 +1,4 @@
-"""Drafters that need no model, in plain Python, for `drafter_study`: by what they find, not how fast.
+"""Drafters that need no model, in plain Python, for `drafter_study`: what they find, not how fast.
 
 `Occurrences` finds every earlier occurrence of a text's end, so a rule on top of it sees what a
 suffix automaton or a suffix tree would see; with few positions, what a table of hashes sees.
@@ -92,8 +92,8 @@ class Occurrences:
         return found[:count]
 
 
-Continuation = tuple[int, Sequence[int]]
-"""(tokens that agree before it, tokens)"""
+Continuation = tuple[int, Sequence[int], bool]
+"""(tokens that agree before it, tokens, whether it is of a stored text)"""
 
 
 @dataclass
@@ -126,7 +126,10 @@ class SuffixDrafter:
             for length, at in source.find(tail)
         ]
         found.sort(key=lambda each: -each[0])
-        return [(length, source.behind(at, count, drafted)) for length, source, at in found]
+        return [
+            (length, source.behind(at, count, drafted), source is self.store)
+            for length, source, at in found
+        ]
 
     def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
         """The best continuation, as `NgramIndex.lookup`."""
@@ -138,8 +141,8 @@ class SuffixDrafter:
         if not self.by_counts:
             return vote(found)
         best, value = Match(), 0.0
-        for length in sorted({length for length, _ in found}, reverse=True):
-            group = [tokens for own, tokens in found if own >= length]
+        for length in sorted({length for length, *_ in found}, reverse=True):
+            group = [tokens for own, tokens, _ in found if own >= length]
             tokens, score, agreed = likeliest(group, count)
             if score > value * 1.0001:
                 best, value = Match(length, tuple(tokens), agreed), score
@@ -151,16 +154,16 @@ class SuffixDrafter:
         if not found:
             return {}
         longest = found[0][0]
-        return grow([tokens for length, tokens in found if length >= longest], budget)
+        return grow([tokens for length, tokens, _ in found if length >= longest], budget)
 
 
 def vote(found: Sequence[Continuation]) -> Match:
     """Of the longest matches one whose next token followed most often, of these the first."""
-    best = [tokens for length, tokens in found if length == found[0][0]]
-    nexts = [tokens[0] for tokens in best]
+    best = [each for each in found if each[0] == found[0][0]]
+    nexts = [tokens[0] for _, tokens, _ in best]
     counts = [nexts.count(token) for token in nexts]
-    tokens = best[counts.index(max(counts))]
-    return Match(found[0][0], tuple(tokens), counts[0] == len(counts))
+    length, tokens, stored = best[counts.index(max(counts))]
+    return Match(length, tuple(tokens), counts[0] == len(counts), stored)
 
 
 def likeliest(group: Sequence[Sequence[int]], count: int) -> tuple[list[int], float, bool]:

@@ -1,8 +1,8 @@
 """Record a model's greedy texts, and what drafters could know of them, for `drafter_study`.
 
 Every prompt is decoded by the full model, nothing drafted. Of every output position are recorded
-the full model's most likely tokens, which token recycling would have seen there, and the choice and
-confidence of a draft pass in four bits. The draft pass runs over the recorded text in chunks, behind
+the full model's most likely tokens, which token recycling would have seen there, and the choice
+and confidence of a draft pass in four bits. That pass runs over the recorded text in chunks, behind
 keys and values of the full model, as in a real draft of so many tokens that are all accepted.
 
     python -m benchmarks.drafter_record --data spec_bench.jsonl --output recorded.npz

@@ -7,9 +7,10 @@ draft pass in four bits would have chosen. Here drafters are replayed on them:
   joined  the engine's own `MixedProposer`, with drafts in four bits and its estimates as they are;
           only where its n-grams come from differs. What counts is the gain over today's
 
-Seconds are counted in plain steps by measured costs (``--verify``, ``--draft``). A store of earlier
-texts is *cold* (empty at first, grows with the texts, categories by turns), *warm* (it holds all other
-texts of the category) or *again* (it holds the very text as well, as when a request comes twice).
+Seconds are counted in plain steps, by the costs of passes measured on one machine. A store of
+earlier texts is *cold* (empty at first, grows with the texts, categories by turns), *warm* (it
+holds all other texts of the category) or *again* (it holds the very text as well, as when a request
+comes twice).
 
     python -m benchmarks.drafter_study recorded.npz --output drafter-study.json
 """
@@ -188,7 +189,6 @@ class Recorded:
         chosen = [float(self.text.draft[row][0]) for row in rows]
         sure = [self.text.confidence[row] for row in rows]
         return torch.tensor([[chosen], [sure]], dtype=torch.float64)
-
 
 
 def lookup_rule() -> SuffixDrafter:
@@ -407,7 +407,7 @@ def best_possible(
 
 
 def leaves(texts: Sequence[Text], table: CostTable) -> dict[str, float]:
-    """Of the drafts of today's proposer: what alternatives would have been right where one failed."""
+    """Where a token of today's proposer was wrong: which alternatives would have been right."""
     joined, recycling = Joined(lookup_rule, table), Recycling()
     found: dict[str, int] = defaultdict(int)
     for text in texts:

@@ -21,14 +21,16 @@ class DraftStore:
     """The latest texts, up to a number of tokens. Several threads may use it.
 
     Args:
+        vocabulary: ids that are not below it are never drafted: they end a text like `BORDER`.
         capacity: the most tokens held, a power of two; the earliest go first.
 
     Raises:
         ValueError: the capacity is no power of two.
     """
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, vocabulary: int, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
+        self._vocabulary = vocabulary
         self._gained = 0
         self._index = SuffixIndex(capacity)
         self._recent: deque[npt.NDArray[np.int32]] = deque(maxlen=RECENT)
@@ -41,7 +43,7 @@ class DraftStore:
 
     def add(self, text: Sequence[int] | npt.NDArray[np.int32]) -> None:
         """Add a text, but for what it begins with as one of the last texts does."""
-        tokens = np.asarray(text, np.int32)[-self.capacity // 2 :]
+        tokens = self._usable(np.asarray(text, np.int64)[-self.capacity // 2 :])
         with self._lock:
             known = max((_common(tokens, each) for each in self._recent), default=0)
             if known == len(tokens):
@@ -55,7 +57,7 @@ class DraftStore:
     def load(self, tokens: npt.NDArray[np.int32]) -> None:
         """Add texts as `tokens` gives them, which do not count as gained."""
         with self._lock:
-            self._index.extend(tokens[-self.capacity :])
+            self._index.extend(self._usable(tokens[-self.capacity :]))
 
     def take_gained(self) -> npt.NDArray[np.int32]:
         """What was added since the last call, in order, as far as it is held."""
@@ -73,6 +75,10 @@ class DraftStore:
             found = [self._index.behind(at, count) for at in positions]
         found = [tokens for tokens in found if tokens]
         return (length, found) if found else (0, [])
+
+    def _usable(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        known = (tokens >= 0) & (tokens < self._vocabulary)
+        return np.where(known, tokens, BORDER).astype(np.int32)
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """All tokens held, in order, each text with `BORDER` behind it: int32 ``[T]``."""

@@ -40,12 +40,10 @@ class StoredTexts:
 
     Attributes:
         tokenizer: fingerprint of the tokenizer whose token ids they are.
-        vocabulary: ids are below it.
         tokens: int32 ``[T]``: texts in the order in which they came, `BORDER` behind each.
     """
 
     tokenizer: str
-    vocabulary: int
     tokens: npt.NDArray[np.int32]
 
     @property
@@ -55,7 +53,7 @@ class StoredTexts:
     def latest(self, count: int) -> StoredTexts:
         """The latest ``count`` tokens alone."""
         held = self.tokens[max(len(self.tokens) - count, 0) :]
-        return StoredTexts(self.tokenizer, self.vocabulary, held)
+        return StoredTexts(self.tokenizer, held)
 
     @classmethod
     def read(cls, path: Path) -> StoredTexts:
@@ -82,15 +80,12 @@ class StoredTexts:
                 f"this conflayers reads version {VERSION}"
             )
         try:
-            tokenizer, vocabulary = metadata["tokenizer"], int(metadata["vocabulary"])
-            checksum = metadata["sha256"]
-        except (KeyError, ValueError):
+            tokenizer, checksum = metadata["tokenizer"], metadata["sha256"]
+        except KeyError:
             raise _damaged(path, "is a damaged draft store") from None
         if tokens.dtype != np.int32 or tokens.ndim != 1 or checksum != _checksum(tokens):
             raise _damaged(path, "is a damaged draft store")
-        if len(tokens) and not BORDER <= tokens.min() <= tokens.max() < vocabulary:
-            raise _damaged(path, "is a damaged draft store")
-        return cls(tokenizer, vocabulary, tokens)
+        return cls(tokenizer, tokens)
 
     def write(self, path: Path) -> None:
         """Replace a file; errors as of `write_atomically`."""
@@ -98,7 +93,6 @@ class StoredTexts:
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": self.tokenizer,
-            "vocabulary": str(self.vocabulary),
             "sha256": _checksum(self.tokens),
         }
         write_atomically(path, save({"tokens": np.ascontiguousarray(self.tokens)}, metadata))
@@ -109,8 +103,8 @@ class StoreFile:
 
     Args:
         path: the file; it need not be there yet.
-        tokenizer, vocabulary: as of `StoredTexts`.
-        capacity: the most tokens held, in the file as well.
+        tokenizer: as of `StoredTexts`.
+        vocabulary, capacity: as of `DraftStore`; the file holds no more, either.
 
     Attributes:
         store: what the file held, and what is added.
@@ -125,8 +119,8 @@ class StoreFile:
     ) -> None:
         check_target(path)
         self.path = path
-        self._empty = StoredTexts(tokenizer, vocabulary, np.empty(0, np.int32))
-        self.store = DraftStore(capacity)
+        self._empty = StoredTexts(tokenizer, np.empty(0, np.int32))
+        self.store = DraftStore(vocabulary, capacity)
         self.store.load(self._read().tokens)
 
     def _read(self) -> StoredTexts:
@@ -151,7 +145,7 @@ class StoreFile:
             return
         with locked(self.path):
             tokens = np.concatenate([self._read().tokens, gained])
-            texts = StoredTexts(self._empty.tokenizer, self._empty.vocabulary, tokens)
+            texts = StoredTexts(self._empty.tokenizer, tokens)
             texts.latest(self.store.capacity).write(self.path)
 
 

@@ -142,7 +142,9 @@ class SuffixIndex:
         self, number: int, slots: npt.NDArray[np.uint32], positions: npt.NDArray[np.int64]
     ) -> None:
         """Put positions, ascending, at the heads of the chains of their contexts."""
-        latest, before = (np.frombuffer(each[number], np.int32) for each in (self._latest, self._before))
+        latest, before = (
+            np.frombuffer(each[number], np.int32) for each in (self._latest, self._before)
+        )
         order = np.argsort(slots, kind="stable")
         slots, positions = slots[order], positions[order]
         previous = np.empty(len(slots), np.int32)

@@ -22,7 +22,7 @@ import torch
 from benchmarks import common
 from conflayers_cli.bench.systems import BenchPrompt, EngineSystem
 from conflayers_cli.engine.decoder import FULL, Decoder
-from conflayers_cli.generation.prompts import read_prompts
+from conflayers_cli.generation.prompts import builtin_prompts, read_prompts
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
@@ -88,6 +88,12 @@ def record(
     return known
 
 
+def all_categories(options: argparse.Namespace) -> list[str]:
+    """The categories asked for; else all, those with few prompts as well."""
+    prompts = read_prompts(options.data) if options.data else builtin_prompts()
+    return options.categories or sorted({each.category for each in prompts if each.category})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record, write."""
     parser = common.make_parser(
@@ -95,12 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options: argparse.Namespace = common.parse_options(parser, arguments)
     subject = common.open_subject(options.models[0], options)
-    categories = options.categories or sorted(
-        {prompt.category for prompt in read_prompts(options.data) if prompt.category}
-        if options.data
-        else {prompt.category for prompt in read_prompts(REPETITIVE) if prompt.category}
-    )
-    chosen = common.choose_prompts(options.data, categories, options.per_category)
+    chosen = common.choose_prompts(options.data, all_categories(options), options.per_category)
     if not options.quick:
         chosen |= common.choose_prompts(REPETITIVE, None, 100)
     prompts = common.to_bench_prompts(subject, common.interleave(chosen), options.max_new_tokens)

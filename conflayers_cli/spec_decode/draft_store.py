@@ -43,7 +43,7 @@ class DraftStore:
 
     def add(self, text: Sequence[int] | npt.NDArray[np.int32]) -> None:
         """Add a text, but for what it begins with as one of the last texts does."""
-        tokens = self._usable(np.asarray(text, np.int64)[-self.capacity // 2 :])
+        tokens = self._usable(np.asarray(text, np.int64)[-(self.capacity - 1) :])
         with self._lock:
             known = max((_common(tokens, each) for each in self._recent), default=0)
             if known == len(tokens):
@@ -53,6 +53,13 @@ class DraftStore:
             gained = tokens[max(known - MAX_MATCH_LENGTH, 0) :]
             self._index.extend(np.append(gained, np.int32(BORDER)))
             self._gained += len(gained) + 1
+
+    def clear(self) -> None:
+        """Forget all texts."""
+        with self._lock:
+            self._index = SuffixIndex(self.capacity)
+            self._recent.clear()
+            self._gained = 0
 
     def load(self, tokens: npt.NDArray[np.int32]) -> None:
         """Add texts as `tokens` gives them, which do not count as gained."""

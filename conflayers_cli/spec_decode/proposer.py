@@ -24,7 +24,7 @@ class Draft:
     Attributes:
         tokens: γ token ids, possibly none.
         leaves: for each token other candidates for its position; empty: none.
-        sources: for each token who drafted it ("skip", "ngram", "store": an earlier text); empty: the
+        sources: for each token who drafted it ("skip", "ngram", "store": earlier texts); empty: the
             proposer's name holds for all.
 
     Raises:

@@ -91,7 +91,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         groups[row["category"]].append(row)
         groups["all"].append(row)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, own in groups.items():
 
         def over(arm: str, base: str, own: Sequence[Mapping[str, Any]] = own) -> float:

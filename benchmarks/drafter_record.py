@@ -84,7 +84,7 @@ def record(
             known[f"{key}/{name}"] = values
         common.show_progress(key, (number + 1) / len(prompts))
         if options.output and (number % 10 == 9 or number == len(prompts) - 1):
-            np.savez_compressed(options.output, **known)
+            np.savez_compressed(options.output, **known)  # type: ignore[arg-type]
     return known
 
 

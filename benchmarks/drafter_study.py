@@ -229,8 +229,9 @@ class Joined:
         model = Recorded(text)
         self.proposer._decoder = model  # type: ignore[assignment]
         (history,) = self.proposer._histories.get([known])
-        history.matcher = self.index()  # type: ignore[assignment]
-        history.matcher.update(known)
+        matcher = self.index()
+        matcher.update(known)
+        history.matcher = matcher  # type: ignore[assignment]
         while len(known) < end:
             coming = text.output[len(known) - len(text.prompt) :]
             model.widths.clear()

@@ -157,11 +157,11 @@ def locked(path: Path) -> Iterator[None]:
         ConfLayersError: another one does so for too long, or there can be no lock.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS)
-    try:
-        with naming_file(path):
+    with naming_file(path):
+        try:
             lock.acquire()
-    except Timeout:
-        raise ConfLayersError(f"{path}: another process is writing to it") from None
+        except Timeout:  # an OSError, too
+            raise ConfLayersError(f"{path}: another process is writing to it") from None
     try:
         yield
     finally:

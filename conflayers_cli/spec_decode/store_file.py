@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.spec_decode.draft_store import CAPACITY, DraftStore
 from conflayers_cli.spec_decode.suffix_index import BORDER
-from conflayers_cli.utils.distributed import is_rank0
+from conflayers_cli.utils.distributed import is_rank0, run_on_rank0
 from conflayers_cli.utils.files import check_target, naming_file, write_atomically
 
 FORMAT = "conflayers draft store"
@@ -121,7 +121,8 @@ class StoreFile:
         self.path = path
         self._empty = StoredTexts(tokenizer, np.empty(0, np.int32))
         self.store = DraftStore(vocabulary, capacity)
-        self.store.load(self._read().tokens)
+        # All ranks draft from the same: another process may save while they read.
+        self.store.load(run_on_rank0(lambda: self._read().tokens))
 
     def _read(self) -> StoredTexts:
         if not self.path.exists():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.search.adaptive.proposer import AutoProposer
     from conflayers_cli.search.online import AdaptiveProposer
+    from conflayers_cli.spec_decode.draft_store import DraftStore
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +42,30 @@ class Adaptation:
         self._opened: tuple[LoadedModel, Decoder, AutoProposer | AdaptiveProposer] | None = None
 
     def begin(
-        self, loaded: LoadedModel, decoder: Decoder, profile: Profile | None
+        self,
+        loaded: LoadedModel,
+        decoder: Decoder,
+        profile: Profile | None,
+        store: DraftStore | None = None,
     ) -> AutoProposer | AdaptiveProposer:
         """The proposer that searches while it drafts, from the profile's plan where there is one.
+
+        ``store``: of earlier texts; only `AUTO` drafts with it.
 
         Raises:
             InputError: SWIFT without scikit-learn, a model too shallow, or a profile of another
                 model.
         """
-        proposer = self._proposer(loaded, decoder, profile)
+        proposer = self._proposer(loaded, decoder, profile, store)
         self._opened = loaded, decoder, proposer
         return proposer
 
     def _proposer(
-        self, loaded: LoadedModel, decoder: Decoder, profile: Profile | None
+        self,
+        loaded: LoadedModel,
+        decoder: Decoder,
+        profile: Profile | None,
+        store: DraftStore | None,
     ) -> AutoProposer | AdaptiveProposer:
         if self.method == AUTO:
             from conflayers_cli.search.open_proposer import open_auto_proposer
@@ -67,6 +78,7 @@ class Adaptation:
                 self._force,
                 budget=self._options.budget,
                 remember=self._options.remember is not False,
+                store=store,
             )
         from conflayers_cli.search.objective import DraftParams
         from conflayers_cli.search.online import METHODS, AdaptiveProposer

@@ -15,6 +15,7 @@ from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate_options import Stats
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.store_options import StoreFlags, StoreSession
 from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
@@ -60,6 +61,7 @@ def chat(
     stats: Stats = False,
     sampling: SamplingFlags,
     drafting: options.DraftFlags,
+    storing: StoreFlags,
     force: options.Force = False,
     load: options.LoadFlags,
 ) -> None:
@@ -80,12 +82,15 @@ def chat(
     source = model_source(model, found)
     sampling.note_unused()
     drafting.check(profile)
+    storing.check(drafting)
     interactive = is_terminal(sys.stdin)
     line = from_terminal() if interactive else from_stdin()
     loaded, decoder = open_model(source, load)
     if not loaded.has_chat_template:
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
-    proposer = open_proposer(loaded, decoder, found, profile, force, drafting)
+    stored = StoreSession(storing, several=drafting.by_ngrams)
+    store = stored.begin(loaded, decoder)
+    proposer = open_proposer(loaded, decoder, found, profile, force, drafting, store=store)
 
     from conflayers_cli.generation.generator import TextGenerator
     from conflayers_cli.generation.prefix_cache import PrefixCache
@@ -98,6 +103,7 @@ def chat(
         proposer=proposer,
         begin=PrefixCache(decoder, loaded.context_length).begin,
         keep_special=text.keep_special_tokens,
+        store=store,
     )
     session = Session(
         loaded=loaded,
@@ -113,7 +119,10 @@ def chat(
         logger.info(
             f"{loaded.name} on {loaded.device_label}; /help lists what there is beside messages"
         )
-    _converse(session, line, stats=stats)
+    try:
+        _converse(session, line, stats=stats)
+    finally:
+        stored.end()
 
 
 def _converse(session: Session, line: Line, *, stats: bool) -> None:

@@ -25,6 +25,7 @@ from conflayers_cli.cli.generate_options import (
 )
 from conflayers_cli.cli.generate_output import generate_file, generate_one, request_keys
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.store_options import StoreFlags, StoreSession
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.cluster.ray_cluster import Cluster, parse_cluster
@@ -64,6 +65,7 @@ def generate(
     json: options.Json = False,
     stats: Stats = False,
     drafting: options.DraftFlags,
+    storing: StoreFlags,
     adapting: AdaptFlags,
     lossy: SkipOnlyFlags,
     force: options.Force = False,
@@ -91,6 +93,7 @@ def generate(
     stop = text.read_stops()
     prompt_options = replace(prompt_options, template=text.read_template())
     cluster = _cluster(file, adapting.adapt, load)
+    storing.check(drafting, adapting.adapt in (None, AUTO) and not lossy.skip_only and not cluster)
     found = load_profile(profile)
     source = model_source(model, found)
     sampling.note_unused()
@@ -110,6 +113,7 @@ def generate(
         profile_path=profile,
         force=force,
         drafting=drafting,
+        storing=StoreSession(storing, several=len(prompts) > 1 and drafting.by_ngrams),
         adaptation=(
             Adaptation(adapting, sampling.seed or 0, profile, force) if adapting.adapt else None
         ),
@@ -128,9 +132,9 @@ def generate(
             generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
     except KeyboardInterrupt:  # it must not cost what was found until then
         with suppress_failures():
-            job.end_adaptation()
+            job.end()
         raise
-    job.end_adaptation()
+    job.end()
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class GenerateJob:
         source, load: the model, and how it is loaded.
         profile, profile_path, force: the profile, its file, and whether it may be another model's.
         drafting: how drafts are made.
+        storing: the store of earlier texts.
         adaptation: the search while generating; None: there is none.
         lossy: what is left out for good.
         prompts, prompt_options: texts, and how they are encoded.
@@ -155,6 +160,7 @@ class GenerateJob:
     profile_path: Path | None
     force: bool
     drafting: DraftOptions
+    storing: StoreSession
     adaptation: Adaptation | None
     lossy: SkipOnlyOptions
     prompts: list[Prompt]
@@ -179,17 +185,18 @@ class GenerateJob:
             self.source, replace(self.load, dtype=dtype or self.load.dtype)
         )
         proposer, skipped = None, None
+        store = None if self.lossy.skip_only else self.storing.begin(loaded, decoder)
         if self.lossy.skip_only or self.adaptation:
             if self.profile:
                 check_fit(loaded, decoder, self.profile, self.profile_path, self.force)
         else:
             proposer = build_proposer(
-                loaded, decoder, self.profile, self.profile_path, self.force, self.drafting
+                loaded, decoder, self.profile, self.profile_path, self.force, self.drafting, store
             )
         if self.lossy.skip_only:
             skipped = self._skip_plan(decoder)
         if self.adaptation:
-            proposer = self.adaptation.begin(loaded, decoder, self.profile)
+            proposer = self.adaptation.begin(loaded, decoder, self.profile, store)
         memory = None
         if self.stats:
             from conflayers_cli.utils.memory import PeakMemory
@@ -208,6 +215,7 @@ class GenerateJob:
             batch_size=size,
             skip_plan=skipped,
             keep_special=self.keep_special,
+            store=store,
         )
         return GenerationRun(loaded, generator, requests, memory)
 
@@ -264,8 +272,9 @@ class GenerateJob:
             settings += ["skip-only", self.lossy.target_speedup, repr(plan)]
         return settings
 
-    def end_adaptation(self) -> None:
-        """Report and save what ``--adapt`` has found."""
+    def end(self) -> None:
+        """Keep the store; report and save what ``--adapt`` has found."""
+        self.storing.end()
         if self.adaptation:
             self.adaptation.end(self.prompts, show=self.stats)
 

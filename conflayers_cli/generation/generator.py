@@ -19,6 +19,7 @@ from conflayers_cli.generation.sequence import Step
 from conflayers_cli.generation.serial import BeginGeneration, SerialQueue
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
 
 
@@ -38,6 +39,7 @@ class TextGenerator:
         skip_plan: what is left out behind the prompts for good, which is lossy; None: nothing.
         begin: begins to decode a request if ``batch_size`` is 1; None: a `Generation`.
         keep_special: whether special tokens are part of texts, but for one that ends the output.
+        store: gets each text when it ends, for the proposer's drafts of later ones.
 
     Raises:
         ValueError: the proposer does not draft for several sequences, as for `Batch`.
@@ -54,8 +56,10 @@ class TextGenerator:
         skip_plan: SkipPlan | None = None,
         begin: BeginGeneration | None = None,
         keep_special: bool = False,
+        store: DraftStore | None = None,
     ) -> None:
         self._keep_special = keep_special
+        self._store = store
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
@@ -169,6 +173,8 @@ class TextGenerator:
         """The result of a request, which is removed; the last one frees the cache."""
         request, text = self._active.pop(number)
         sequence = self._queue.pop(number)
+        if sequence is not None and self._store is not None:
+            self._store.add(sequence.tokens)
         result = GenerationResult(
             text="" if text is None else text.text,
             token_ids=tuple(sequence.output) if sequence else (),

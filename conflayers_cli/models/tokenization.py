@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -157,6 +159,18 @@ def encode_text(
             f"{vocabulary:,}: they don't belong together"
         )
     return ids
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256, in hex, of which token has which id; also of added ones."""
+    known = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text of any length, without special ones; InputError: there are none."""
+    chunks = (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
+    return [token for chunk in chunks for token in _tokenised(tokenizer, chunk, False)]
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:

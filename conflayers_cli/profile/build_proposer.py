@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import DraftSettings, Profile
     from conflayers_cli.skip_plan import SkipPlan
+    from conflayers_cli.spec_decode.draft_store import DraftStore
     from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
     from conflayers_cli.spec_decode.tree import TreeShape
 
@@ -36,6 +37,7 @@ def build_proposer(
     path: Path | None,
     force: bool,
     options: DraftOptions,
+    store: DraftStore | None = None,
 ) -> Proposer | None:
     """The proposer for a profile and a caller's options; None: decoding is vanilla.
 
@@ -44,6 +46,7 @@ def build_proposer(
         profile, path: the profile and the file it was read from.
         force: go on with a profile of another model of the same depth.
         options: the draft method and length; they go before what the profile says.
+        store: of earlier texts; it drafts wherever n-grams do.
 
     Raises:
         InputError: the profile was made for another model, or this one can't run under its plan.
@@ -54,7 +57,7 @@ def build_proposer(
         check_fit(loaded, decoder, profile, path, force)
     if options.method is DraftMethod.NGRAM:
         costs = costs_for(loaded, decoder, options.batch_size)
-        return MixedProposer(decoder, None, costs, max_tokens=MAX_DRAFT_TOKENS)
+        return MixedProposer(decoder, None, costs, max_tokens=MAX_DRAFT_TOKENS, store=store)
     if profile is None:
         return None
     sections = profile.plans()
@@ -69,7 +72,7 @@ def build_proposer(
     if skipping:  # n-grams draft by nothing that a profile says
         _note_other_device(loaded, profile, path, [draft for _, draft in skipping], options)
     _prepare_weights(decoder, [plan for plan, _ in skipping if plan.weights], path)
-    builder = _Builder(loaded, decoder, profile, options)
+    builder = _Builder(loaded, decoder, profile, options, store)
     proposers = [
         (begin, builder.proposer(mode, plan, draft))
         for (begin, plan, draft), mode in zip(sections, modes, strict=True)
@@ -140,6 +143,7 @@ class _Builder:
     decoder: Decoder
     profile: Profile
     options: DraftOptions
+    store: DraftStore | None
 
     @cached_property
     def costs(self) -> CostTable:
@@ -162,6 +166,7 @@ class _Builder:
                 prior=measured.acceptance_rate if measured else None,
                 max_tokens=MAX_DRAFT_TOKENS,
                 tree=tree,
+                store=self.store,
             )
         from conflayers_cli.spec_decode.proposer import SkipProposer
 

@@ -198,7 +198,7 @@ class AcceptanceModel:
         count = len(CONFIDENCE_PRIORS)
         self._bins = DecayedHistogram([1.0 / count] * count, 4.0)
         self._bins_by_state = {state: DecayedHistogram(self._bins, 4.0) for state in states}
-        self._ngram: dict[tuple[bool, bool], list[list[DecayedRate]]] = (
+        self._ngram: dict[tuple[bool, bool, bool], list[list[DecayedRate]]] = (
             _ngram_rates() if alike is None else alike._ngram
         )
 
@@ -259,18 +259,20 @@ class AcceptanceModel:
         return _by_position(updates, len(match.tokens))
 
     def _ngram_rates(self, match: Match, sampled: bool) -> list[DecayedRate]:
-        return self._ngram[sampled, match.agreed][bisect_right(MATCH_LENGTHS, match.length)]
+        rates = self._ngram[sampled, match.agreed, match.stored]
+        return rates[bisect_right(MATCH_LENGTHS, match.length)]
 
 
-def _ngram_rates() -> dict[tuple[bool, bool], list[list[DecayedRate]]]:
-    """By whether tokens are sampled and whether a match's continuations agree: by match length and
-    kind of position."""
+def _ngram_rates() -> dict[tuple[bool, bool, bool], list[list[DecayedRate]]]:
+    """By whether tokens are sampled, whether a match's continuations agree, and whether it is one
+    of an earlier text: by match length and kind of position."""
     return {
-        (sampled, agreed): [
+        (sampled, agreed, stored): [
             [DecayedRate(chance * factor, 4.0) for _ in range(POSITION_KINDS)] for chance in priors
         ]
         for sampled, priors in ((False, NGRAM_PRIORS), (True, SAMPLED_NGRAM_PRIORS))
         for agreed, factor in ((True, 1.0), (False, 0.65))
+        for stored in (False, True)
     }
 
 

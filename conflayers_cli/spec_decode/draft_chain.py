@@ -27,7 +27,7 @@ class DraftChain:
         tokens: drafted so far.
         survival: the chance that all of the first i tokens are accepted, i = 0 … len(tokens).
         updates: of the estimates, once each token is decided.
-        sources: who drafted each: "skip" or "ngram".
+        sources: who drafted each: "skip", "ngram", or "store" (an n-gram of an earlier text).
         choices: the skipped model's own at each token; None where it has not checked an n-gram's.
         num_checked: how many tokens the skipped model has decided on; those behind are n-grams'.
         closed: nothing is drafted behind the last token.

@@ -163,7 +163,7 @@ class DraftLengthPolicy:
         for chain, match, own in zip(chains, matches, chances, strict=True):
             count = max(width - len(chain.tokens), 0)
             for token, chance in zip(match.tokens[:count], own, strict=False):
-                chain.add(token, chance, "ngram")
+                chain.add(token, chance, match.source)
 
     def _best_width(
         self, fewest: int, survivals: Sequence[tuple[int, Sequence[float]]]
@@ -299,7 +299,7 @@ class DraftLengthPolicy:
             kept = any("skip" in chain.sources for chain in chains)
             self._drops = 0 if kept else self._drops + 1
         seconds = self._draft_seconds + self.costs.verify[width + 1]
-        new = not any("ngram" in chain.sources for chain in chains)
+        new = all(source == "skip" for chain in chains for source in chain.sources)
         for kind in (0, 1) if new else (0,):
             self._gained[kind] = self._gained[kind] * self._decay + len(chains) + gain
             self._spent[kind] = self._spent[kind] * self._decay + seconds * self.costs.vanilla_rate

@@ -13,7 +13,8 @@ from conflayers_cli.spec_decode.acceptance import (
     RateUpdate,
     TextBias,
 )
-from conflayers_cli.spec_decode.ngram import NgramIndex
+from conflayers_cli.spec_decode.draft_store import DraftStore
+from conflayers_cli.spec_decode.ngram import NgramMatcher
 
 MIN_REMEMBERED = 8
 """Sequences kept where fewer are decoded at once: a proposer may serve several in turn."""
@@ -57,14 +58,14 @@ class SequenceHistory:
 
     Attributes:
         tokens: the growing list of its tokens.
-        index: its n-grams.
+        matcher: of its n-grams; None: they don't draft.
         bias: how its acceptance differs from other sequences'.
         pending: proposals for positions not reached yet.
         last_draft: the draft verified last.
     """
 
     tokens: list[int]
-    index: NgramIndex = field(default_factory=NgramIndex)
+    matcher: NgramMatcher | None = None
     bias: TextBias = field(default_factory=TextBias)
     pending: list[PendingOutcome] = field(default_factory=list)
     last_draft: PendingOutcome | None = None
@@ -95,11 +96,11 @@ class SequenceHistory:
 class SequenceHistories:
     """Histories of the current sequences and some earlier ones, by the identity of token lists.
 
-    ``index``: whether n-grams are indexed.
+    ``ngram``: whether n-grams draft, those of ``store`` among them.
     """
 
-    def __init__(self, index: bool) -> None:
-        self._index = index
+    def __init__(self, ngram: bool, store: DraftStore | None = None) -> None:
+        self._ngram, self._store = ngram, store
         self.by_id: dict[int, SequenceHistory] = {}
 
     def get(self, lists: Sequence[list[int]]) -> list[SequenceHistory]:
@@ -117,9 +118,10 @@ class SequenceHistories:
         if history is None:
             for other in self.by_id.values():  # their last drafts are decided by now
                 other.learn()
-            history = SequenceHistory(tokens)
+            matcher = NgramMatcher(self._store) if self._ngram else None
+            history = SequenceHistory(tokens, matcher)
         self.by_id[id(tokens)] = history  # the most recently used is the last
         history.learn()
-        if self._index:
-            history.index.update(tokens)
+        if history.matcher is not None:
+            history.matcher.update(tokens)
         return history

@@ -24,6 +24,7 @@ from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.acceptance import NO_UPDATE, agreeing, disagreeing
 from conflayers_cli.spec_decode.draft_chain import DraftChain
 from conflayers_cli.spec_decode.draft_length import DraftLengthPolicy
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.history import SequenceHistories
 from conflayers_cli.spec_decode.ngram import NO_MATCH, Match
 from conflayers_cli.spec_decode.proposer import Context, Draft, propose_leaves
@@ -51,7 +52,8 @@ class MixedProposer:
         tree: how many leaves are wanted beside each token of a single sequence; None: chains.
         rows_apart: whether costs leave out what sampling a token takes, which is then added.
         alike: a proposer that takes turns with this one at the same texts: their n-grams are
-            shared.
+            shared, and its store.
+        store: of earlier texts, whose n-grams draft, too.
 
     Attributes:
         policy: decides how far, and estimates acceptance.
@@ -70,6 +72,7 @@ class MixedProposer:
         tree: TreeShape | None = None,
         rows_apart: bool = True,
         alike: MixedProposer | None = None,
+        store: DraftStore | None = None,
     ) -> None:
         self._decoder = decoder
         self._plan = plan or SkipPlan()
@@ -80,7 +83,7 @@ class MixedProposer:
             costs, self._plan or None, max_tokens, prior, alike.policy if alike else None
         )
         self._histories: SequenceHistories = (
-            alike._histories if alike else SequenceHistories(index=ngram)
+            alike._histories if alike else SequenceHistories(ngram, store)
         )
         self.passes: list[tuple[int, float]] = []
         self._rows_apart = rows_apart
@@ -141,10 +144,12 @@ class MixedProposer:
                 )
 
     def _lookup(self, chain: DraftChain) -> Match:
-        if not chain.open:
+        matcher = chain.history.matcher
+        if matcher is None or not chain.open:
             return NO_MATCH
         tokens, ends = chain.context.tokens, chain.context.end_tokens
-        match = chain.history.index.lookup(tokens, chain.tokens, chain.limit - len(chain.tokens))
+        count = chain.limit - len(chain.tokens)
+        match = matcher.lookup(tokens, chain.tokens, count)
         for i, token in enumerate(match.tokens):
             if token in ends:
                 return replace(match, tokens=match.tokens[: i + 1])

@@ -1,5 +1,6 @@
-"""n-gram drafts: prompt lookup, as transformers' ``prompt_lookup_num_tokens``, but by the longest
-match, and with an index that grows token by token.
+"""n-gram drafts: what followed earlier occurrences of a text's end, in it and in earlier texts.
+
+As prompt lookup (transformers' ``prompt_lookup_num_tokens``), but by the longest match.
 """
 
 from __future__ import annotations
@@ -7,13 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NGRAM_SIZES = (4, 2, 1)
-"""Tokens of the n-grams indexed, falling. The longest match is searched among the positions of the
-first size that has any, so the sizes between would rarely find another one."""
-MAX_POSITIONS = 8
-"""Positions remembered per n-gram, the latest ones."""
-MAX_MATCH_LENGTH = 32
-"""Tokens compared: a longer match is no better."""
+from conflayers_cli.spec_decode.draft_store import DraftStore
+from conflayers_cli.spec_decode.suffix_index import MAX_MATCH_LENGTH, SuffixIndex
 
 
 @dataclass(frozen=True)
@@ -24,70 +20,72 @@ class Match:
         length: how many tokens agree, up to ``MAX_MATCH_LENGTH``; 0: there is no such position.
         tokens: what followed.
         agreed: whether the same token followed wherever as many agree.
+        stored: whether it is a position of an earlier text.
     """
 
     length: int = 0
     tokens: tuple[int, ...] = ()
     agreed: bool = True
+    stored: bool = False
+
+    @property
+    def source(self) -> str:
+        """Who drafts what followed, for statistics."""
+        return "store" if self.stored else "ngram"
 
 
 NO_MATCH = Match()
 
 
-class NgramIndex:
-    """The n-grams of one text that only grows, but for its last token, which may be taken back.
+class NgramMatcher:
+    """Matches of one text that only grows, but for its last token, which may be taken back.
 
-    So n-grams that end with it are indexed once another token follows.
+    So contexts that end with it are indexed once another token follows.
+
+    Args:
+        store: of earlier texts; None: there are none.
     """
 
-    def __init__(self) -> None:
-        self._positions: dict[tuple[int, ...], list[int]] = {}
-        self._indexed = 0
+    def __init__(self, store: DraftStore | None = None) -> None:
+        self._index = SuffixIndex()
+        self._store = store
 
     def update(self, text: Sequence[int]) -> None:
         """Index what the text has gained."""
-        for end in range(self._indexed, len(text) - 1):
-            for size in NGRAM_SIZES:
-                if size <= end + 1:
-                    ngram = tuple(text[end + 1 - size : end + 1])
-                    positions = self._positions.setdefault(ngram, [])
-                    positions.append(end)
-                    del positions[:-MAX_POSITIONS]
-        self._indexed = max(self._indexed, len(text) - 1)
+        if len(text) - 1 > self._index.size:
+            self._index.extend(text[self._index.size : -1])
 
     def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
         """The longest match of the end of text and draft, and up to ``count`` tokens behind it.
 
-        Of equally long ones one whose next token followed most often, of these the latest. A
-        continuation that reaches the end of the draft goes on into itself, as a period does.
-        ``text`` is that of the last :meth:`update`.
+        Of equally long ones one whose next token followed most often, of these one in the text
+        itself, of these the latest. A continuation that reaches the end of the draft goes on into
+        itself, as a period does. ``text`` is that of the last :meth:`update`.
         """
         if count < 1:
             return NO_MATCH
         tail = [*text[-MAX_MATCH_LENGTH:], *drafted][-MAX_MATCH_LENGTH:]
-        ends = (self._positions.get(tuple(tail[-size:])) for size in NGRAM_SIZES)
-        positions = next(filter(None, ends), None)
-        if positions is None:
+        length, positions = self._index.find(tail)
+        nexts = [text[at + 1] for at in positions]
+        stored: list[list[int]] = []
+        if self._store is not None:
+            found, continuations = self._store.find(tail, count)
+            if found > length:
+                length, positions, nexts = found, [], []
+            if found == length:
+                stored = continuations
+        if not length:
             return NO_MATCH
-        longest = 0
-        best: list[int] = []  # the positions that match longest, the latest first
-        for position in reversed(positions):
-            bound, length = min(len(tail), position + 1), 1
-            while length < bound and text[position - length] == tail[-1 - length]:
-                length += 1
-            if length > longest:
-                longest, best = length, [position]
-            elif length == longest:
-                best.append(position)
-        position, agreed = best[0], True
-        if len(best) > 1:
-            nexts = [text[at + 1] for at in best]
-            counts = [nexts.count(token) for token in nexts]
-            position, agreed = best[counts.index(max(counts))], counts[0] == len(counts)
-        if position + 1 + count <= len(text):
-            return Match(longest, tuple(text[position + 1 : position + 1 + count]), agreed)
-        behind = [*text[position + 1 :], *drafted]
-        known = len(behind)
-        while len(behind) < known + count:
-            behind.append(behind[len(behind) - known])
-        return Match(longest, tuple(behind[:count]), agreed)
+        nexts += [tokens[0] for tokens in stored]
+        counts = [nexts.count(token) for token in nexts]
+        best, agreed = counts.index(max(counts)), counts[0] == len(counts)
+        if best >= len(positions):
+            return Match(length, tuple(stored[best - len(positions)]), agreed, stored=True)
+        begin = positions[best] + 1
+        behind = list(text[begin : begin + count])
+        if len(behind) < count:
+            behind += drafted
+            period = len(behind)
+            while len(behind) < count:
+                behind.append(behind[len(behind) - period])
+        return Match(length, tuple(behind[:count]), agreed)

@@ -56,6 +56,11 @@ class DraftOptions:
     tree: bool | None = None
     batch_size: int = 1
 
+    @property
+    def by_ngrams(self) -> bool:
+        """Whether n-grams may draft, by what is said here."""
+        return self.method is None or self.method.uses_ngrams
+
     def check(self, profile: Path | None) -> None:
         """Raise InputError where options contradict each other; needs no model."""
         method, fixed = self.method, self.adaptive_draft_length is False

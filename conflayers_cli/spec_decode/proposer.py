@@ -24,8 +24,8 @@ class Draft:
     Attributes:
         tokens: γ token ids, possibly none.
         leaves: for each token other candidates for its position; empty: none.
-        sources: for each token who drafted it ("skip", "ngram"); empty: the proposer's name holds
-            for all.
+        sources: for each token who drafted it ("skip", "ngram", "store": earlier texts); empty: the
+            proposer's name holds for all.
 
     Raises:
         ValueError: leaves or sources without an entry for each token.

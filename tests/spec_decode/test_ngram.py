@@ -5,19 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conflayers_cli.spec_decode.ngram import (
-    MAX_MATCH_LENGTH,
-    MAX_POSITIONS,
-    NO_MATCH,
-    Match,
-    NgramIndex,
-)
+from conflayers_cli.spec_decode.ngram import NO_MATCH, Match, NgramMatcher
+from conflayers_cli.spec_decode.suffix_index import MAX_MATCH_LENGTH, MAX_POSITIONS
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=MAX_POSITIONS)
 
 
-def index_of(text: list[int]) -> NgramIndex:
-    index = NgramIndex()
+def index_of(text: list[int]) -> NgramMatcher:
+    index = NgramMatcher()
     index.update(text)
     return index
 
@@ -62,7 +57,7 @@ def test_it_grows_with_the_text(text: list[int], cuts: list[int]) -> None:
     """However it came to be, token by token or at once, and with a last token taken back (another
     one has come in its place by the next time).
     """
-    growing = NgramIndex()
+    growing = NgramMatcher()
     for cut in sorted(cuts):
         if cut < len(text):
             growing.update([*text[:cut], 9])

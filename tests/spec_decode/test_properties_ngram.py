@@ -5,14 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conflayers_cli.spec_decode.ngram import (
-    MAX_MATCH_LENGTH,
-    MAX_POSITIONS,
-    NGRAM_SIZES,
-    NO_MATCH,
-    Match,
-    NgramIndex,
-)
+from conflayers_cli.spec_decode.ngram import NO_MATCH, Match, NgramMatcher
+from conflayers_cli.spec_decode.suffix_index import MAX_MATCH_LENGTH, MAX_POSITIONS, SIZES
 
 PARTS = st.lists(
     st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 8)),
@@ -23,7 +17,7 @@ PARTS = st.lists(
 
 def places_of(text: list[int], tail: list[int]) -> list[int]:
     """Where the first size of n-gram that was there before ended, the latest places."""
-    for size in NGRAM_SIZES:
+    for size in SIZES:
         if size > len(tail):
             continue
         ends = [
@@ -72,7 +66,7 @@ def test_a_lookup_is_a_search(
 ) -> None:
     """Of texts that repeat themselves, and that grew bit by bit."""
     text = [token for part, times in parts for token in part * times]
-    index = NgramIndex()
+    index = NgramMatcher()
     for cut in sorted({*(cut for cut in cuts if cut < len(text)), len(text)}):
         index.update(text[:cut])
     assert index.lookup(text, drafted, count) == searched(text, drafted, count)

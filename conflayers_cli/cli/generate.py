@@ -83,10 +83,8 @@ def generate(
       git diff | conflayers generate "Explain this change:" - -p deep.yaml
       conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
     """
-    file.check(prompt, json)
     continued = prompt_options.continue_final_message
-    if continued and not file.data:
-        raise InputError("--continue-final-message goes with --data, a file of prompts")
+    file.check(prompt, json, continued)
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)

@@ -57,7 +57,7 @@ class FileOptions(DataOptions):
         """Prompts decoded at once."""
         return self.batch_size or 1
 
-    def check(self, prompt: list[str] | None, as_json: bool) -> None:
+    def check(self, prompt: list[str] | None, as_json: bool, continued: bool) -> None:
         """Raise InputError for options that don't go together."""
         if self.data and prompt:
             raise InputError("a PROMPT and --data: give one of the two")
@@ -71,6 +71,7 @@ class FileOptions(DataOptions):
             "--output": self.output,
             "--max-prompts": self.max_prompts,
             "--batch-size": self.batch_size,
+            "--continue-final-message": continued or None,
         }
         for flag, value in needing.items():
             if value is not None and not self.data:

@@ -122,18 +122,12 @@ def encode_prompts(
     own = options.sampling == MODEL
     sampling = with_seed(settings.complete(sampling or SamplingParams(), own=own))
     _note_ignored(loaded, settings)
-    if options.continue_final_message and not loaded.has_chat_template:
-        raise InputError(
-            f"continue_final_message: {loaded.name} has no chat template, which says where the "
-            "message goes on: give plain text (raw)",
-            names=("continue_final_message", "raw)"),
-        )
     _note_no_template(loaded, prompts, options)
+    if options.continue_final_message:
+        _check_continued(loaded, prompts)
     requests = []
     for prompt in prompts:
-        which = f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
-        if options.continue_final_message:
-            prompt.check_continued(which)
+        which = _name(prompt, prompts)
         try:
             rendered = _rendered(loaded, prompt, options.system, options.raw)
             if options.truncate and context is not None:
@@ -173,6 +167,22 @@ def encode_prompts(
         )
     _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)
     return requests
+
+
+def _name(prompt: Prompt, prompts: Sequence[Prompt]) -> str:
+    return f"prompt {prompt.id}" if len(prompts) > 1 else "the prompt"
+
+
+def _check_continued(loaded: LoadedModel, prompts: Sequence[Prompt]) -> None:
+    """Raise InputError where a prompt has no final message that can be continued."""
+    if not loaded.has_chat_template:
+        raise InputError(
+            f"continue_final_message: {loaded.name} has no chat template, which says where the "
+            "message goes on: give plain text (raw)",
+            names=("continue_final_message", "raw)"),
+        )
+    for prompt in prompts:
+        prompt.check_continued(_name(prompt, prompts))
 
 
 def _note_no_template(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
 
 from tokenizers import Regex, decoders
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -35,6 +36,7 @@ _CLEANED = (
 )
 """What transformers' `clean_up_tokenization` replaces, in this order."""
 _ANCHOR = "x"
+_StageMakers: TypeAlias = Mapping[str, Callable[[Mapping[str, Any]], Stage | None]]
 
 
 class TokenDecoder(Protocol):
@@ -159,7 +161,7 @@ def _known_stages(tokenizer: Any) -> list[Stage] | None:
             raise
         return None
     stages: list[Stage] = []
-    make: Mapping[str, Callable[[Mapping[str, Any]], Stage | None]] = _TOKEN_STAGES
+    make: _StageMakers = _TOKEN_STAGES
     for each in _flat(spec):
         if each["type"] in ("Fuse", "ByteLevel") and make is not _TEXT_STAGES:
             if each["type"] == "ByteLevel" and make is not _TOKEN_STAGES:
@@ -172,7 +174,9 @@ def _known_stages(tokenizer: Any) -> list[Stage] | None:
             return None
         stages.append(stage)
         if isinstance(stage, LastDiffers):
-            make = {}  # it gives parts of tokens: nothing but a whole text comes of these
+            make = MappingProxyType(
+                {}
+            )  # it gives parts of tokens: nothing but a whole text comes of these
     return stages
 
 
@@ -212,30 +216,34 @@ def _ctc(spec: Mapping[str, Any]) -> WithoutRepeats:
     return WithoutRepeats(lambda token: decoder.decode([token]))
 
 
-_TOKEN_STAGES: Mapping[str, Callable[[Mapping[str, Any]], Stage | None]] = {
-    "BPEDecoder": _ends_with,
-    "ByteFallback": lambda _: ByteFallback(),
-    "CTC": _ctc,
-    "Metaspace": lambda spec: _per_token(
-        decoders.Metaspace(spec["replacement"], spec["prepend_scheme"], spec["split"])
-    ),
-    "Replace": _replace,
-    "Strip": lambda spec: (
-        None if spec["stop"] else _per_token(decoders.Strip(spec["content"], spec["start"], 0))
-    ),
-    "WordPiece": lambda spec: _per_token(decoders.WordPiece(spec["prefix"], spec["cleanup"])),
-}
+_TOKEN_STAGES: _StageMakers = MappingProxyType(
+    {
+        "BPEDecoder": _ends_with,
+        "ByteFallback": lambda _: ByteFallback(),
+        "CTC": _ctc,
+        "Metaspace": lambda spec: _per_token(
+            decoders.Metaspace(spec["replacement"], spec["prepend_scheme"], spec["split"])
+        ),
+        "Replace": _replace,
+        "Strip": lambda spec: (
+            None if spec["stop"] else _per_token(decoders.Strip(spec["content"], spec["start"], 0))
+        ),
+        "WordPiece": lambda spec: _per_token(decoders.WordPiece(spec["prefix"], spec["cleanup"])),
+    }
+)
 """What decoders do to tokens, by their type."""
 
-_TEXT_STAGES: Mapping[str, Callable[[Mapping[str, Any]], Stage | None]] = {
-    "Fuse": lambda _: Stages(()),
-    "Replace": lambda spec: (
-        Replace(spec["pattern"]["String"], spec["content"])
-        if spec["pattern"].get("String")
-        else None
-    ),
-    "Strip": lambda spec: None if spec["stop"] else StripLeft(spec["content"], spec["start"]),
-}
+_TEXT_STAGES: _StageMakers = MappingProxyType(
+    {
+        "Fuse": lambda _: Stages(()),
+        "Replace": lambda spec: (
+            Replace(spec["pattern"]["String"], spec["content"])
+            if spec["pattern"].get("String")
+            else None
+        ),
+        "Strip": lambda spec: None if spec["stop"] else StripLeft(spec["content"], spec["start"]),
+    }
+)
 """What they do to the whole text, behind `Fuse` and `ByteLevel`."""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -25,6 +25,15 @@ from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Active:
+    """A request that has not ended: its text, and what each token of the last step made certain."""
+
+    request: GenerationRequest
+    text: Detokenizer | None
+    pieces: list[str] = field(default_factory=list)
+
+
 class TextGenerator:
     """Decodes requests one after the other, or several at once (see `Batch`).
 
@@ -41,6 +50,8 @@ class TextGenerator:
         skip_plan: what is left out behind the prompts for good, which is lossy; None: nothing.
         begin: begins to decode a request if ``batch_size`` is 1; None: a `Generation`.
         keep_special: whether special tokens are part of texts, but for one that ends the output.
+        new_batch: makes the batch, for a server with rules of its own; None: `Batch`, and one
+            request after the other if ``batch_size`` is 1.
 
     Raises:
         ValueError: the proposer does not draft for several sequences, as for `Batch`.
@@ -57,8 +68,10 @@ class TextGenerator:
         skip_plan: SkipPlan | None = None,
         begin: BeginGeneration | None = None,
         keep_special: bool = False,
+        new_batch: Callable[..., Batch] | None = None,
     ) -> None:
         self._keep_special = keep_special
+        self._new_batch = new_batch
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
@@ -67,7 +80,7 @@ class TextGenerator:
         self.skip_plan = skip_plan
         self._begin = begin
         self._queue: Batch | SerialQueue = self._new_queue()
-        self._active: dict[int, tuple[GenerationRequest, Detokenizer | None]] = {}
+        self._active: dict[int, _Active] = {}
 
     def generate(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]:
         """Decode requests to their ends; results are in their order, errors as of `stream`."""
@@ -108,21 +121,20 @@ class TextGenerator:
             InputError: the model can't decode it; the others go on.
             ValueError: it has stop strings, and there is no tokenizer.
         """
-        text = None
-        watched = request
+        active, watched = _Active(request, None), request
         if self.tokenizer is not None:
-            text = Detokenizer(
+            active.text = text = Detokenizer(
                 self.tokenizer,
                 request.stop,
                 keep_special=self._keep_special,
                 prompt=request.prompt if request.continues else (),
             )
             unseen = self.end_tokens if self._keep_special else frozenset()
-            watched = replace(request, on_token=partial(_on_token, text, request, unseen))
+            watched = replace(request, on_token=partial(_on_token, text, active, unseen))
         elif request.stop:
             raise ValueError("stop strings need a tokenizer")
         number = self._queue.add(watched)
-        self._active[number] = request, text
+        self._active[number] = active
         return number
 
     def step(self) -> list[GenerationResponse]:
@@ -141,7 +153,7 @@ class TextGenerator:
         return self._response(number, None)
 
     def _new_queue(self) -> Batch | SerialQueue:
-        if self.batch_size == 1 and self.skip_plan is None:
+        if self.batch_size == 1 and self.skip_plan is None and self._new_batch is None:
             return SerialQueue(
                 self.decoder,
                 begin=self._begin or partial(begin_generation, self.decoder),
@@ -150,7 +162,7 @@ class TextGenerator:
             )
         if self.proposer is not None and not isinstance(self.proposer, BatchProposer):
             raise ValueError(f"{self.proposer.name} drafts for one sequence at a time")
-        return Batch(
+        return (self._new_batch or Batch)(
             self.decoder,
             size=self.batch_size,
             proposer=self.proposer,
@@ -160,17 +172,19 @@ class TextGenerator:
 
     def _response(self, number: int, step: Step | None) -> GenerationResponse:
         """A request's response to a step; None: it was cancelled."""
-        _, text = self._active[number]
+        active = self._active[number]
         last = step is None or step.finish is not None
-        piece = ""
-        if text is not None:
-            piece = text.take() + (text.finish() if last else "")
+        pieces, active.pieces = active.pieces, []
+        if active.text is not None and last:
+            rest = active.text.take() + active.text.finish()
+            pieces = [*pieces[:-1], "".join(pieces[-1:]) + rest]
         result = self._end(number) if last else None
-        return GenerationResponse(number, piece, step, result)
+        return GenerationResponse(number, "".join(pieces), step, result, tuple(pieces))
 
     def _end(self, number: int) -> GenerationResult:
         """The result of a request, which is removed; the last one frees the cache."""
-        request, text = self._active.pop(number)
+        active = self._active.pop(number)
+        request, text = active.request, active.text
         sequence = self._queue.pop(number)
         result = GenerationResult(
             text="" if text is None else text.text,
@@ -187,10 +201,10 @@ class TextGenerator:
         return result
 
 
-def _on_token(
-    text: Detokenizer, request: GenerationRequest, unseen: frozenset[int], token: int
-) -> bool:
+def _on_token(text: Detokenizer, active: _Active, unseen: frozenset[int], token: int) -> bool:
+    request = active.request
     stopped = token not in unseen and text.feed(token)
+    active.pieces.append(text.take())
     return (request.on_token is not None and request.on_token(token)) or stopped
 
 

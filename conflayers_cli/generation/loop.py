@@ -83,6 +83,7 @@ class Generation(Sequence):
         drafted = perf_counter() if draft.tokens else begin
         decided = self._read_ahead() or self._verify(draft)
         kept = self.keep(decided)
+        logprobs = self.take_logprobs(len(kept))
         return Step(
             tokens=kept,
             drafted=len(draft.tokens),
@@ -93,6 +94,7 @@ class Generation(Sequence):
             finish=self.finish,
             leaves=draft.width - len(draft.tokens),
             sources=draft.sources,
+            logprobs=logprobs,
         )
 
     @property
@@ -104,8 +106,7 @@ class Generation(Sequence):
 
         Only without a proposer, greedily, can a pass begin before the host knows its token.
         """
-        sampler = self.sampler
-        if self.proposer is not None or not sampler.settings.greedy or sampler.has_penalty:
+        if self.proposer is not None or not self.takes_best:
             self._async = None
             return ()
         token, position, ahead = self.tokens[-1], len(self.tokens) - 1, self._async
@@ -122,7 +123,8 @@ class Generation(Sequence):
         first, self._next_draft = self._next_draft, None
         if self.proposer is None or remaining < 1:
             return NO_DRAFT
-        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
+        prediction = self.request.prediction
+        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens, prediction)
         if first is None:
             return self.proposer.propose(context, remaining)
         token, source = first

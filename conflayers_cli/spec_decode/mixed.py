@@ -25,7 +25,7 @@ from conflayers_cli.spec_decode.acceptance import NO_UPDATE, agreeing, disagreei
 from conflayers_cli.spec_decode.draft_chain import DraftChain
 from conflayers_cli.spec_decode.draft_length import DraftLengthPolicy
 from conflayers_cli.spec_decode.history import SequenceHistories
-from conflayers_cli.spec_decode.ngram import NO_MATCH, Match
+from conflayers_cli.spec_decode.ngram import NO_MATCH, Match, PredictedText
 from conflayers_cli.spec_decode.proposer import Context, Draft, propose_leaves
 from conflayers_cli.spec_decode.tree import TreeShape
 
@@ -103,6 +103,9 @@ class MixedProposer:
         for context, history, limit in zip(contexts, histories, limits, strict=True):
             state, num_accepted = history.last_outcome()
             history.last_draft = None
+            if context.prediction and history.predicted is None and self._ngram:
+                # Reading the prompt has decided a token already.
+                history.predicted = PredictedText(context.prediction, context.tokens[:-1])
             accepted.append(num_accepted)
             chains.append(DraftChain(context, history, min(limit, policy.max_tokens), state))
         longest = max(len(context.tokens) for context in contexts)
@@ -144,7 +147,12 @@ class MixedProposer:
         if not chain.open:
             return NO_MATCH
         tokens, ends = chain.context.tokens, chain.context.end_tokens
-        match = chain.history.index.lookup(tokens, chain.tokens, chain.limit - len(chain.tokens))
+        count, history = chain.limit - len(chain.tokens), chain.history
+        match = history.index.lookup(tokens, chain.tokens, count)
+        if history.predicted is not None:
+            predicted = history.predicted.lookup(tokens, chain.tokens, count)
+            if predicted.tokens and predicted.length >= match.length:
+                match = predicted
         for i, token in enumerate(match.tokens):
             if token in ends:
                 return replace(match, tokens=match.tokens[: i + 1])

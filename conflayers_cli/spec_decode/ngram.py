@@ -65,10 +65,26 @@ class NgramIndex:
         if count < 1:
             return NO_MATCH
         tail = [*text[-MAX_MATCH_LENGTH:], *drafted][-MAX_MATCH_LENGTH:]
+        longest, position, agreed = self.find(text, tail)
+        if not longest:
+            return NO_MATCH
+        if position + 1 + count <= len(text):
+            return Match(longest, tuple(text[position + 1 : position + 1 + count]), agreed)
+        behind = [*text[position + 1 :], *drafted]
+        known = len(behind)
+        while len(behind) < known + count:
+            behind.append(behind[len(behind) - known])
+        return Match(longest, tuple(behind[:count]), agreed)
+
+    def find(self, text: Sequence[int], tail: Sequence[int]) -> tuple[int, int, bool]:
+        """(length, position, agreed) of the longest match of a tail in the text; length 0: none.
+
+        ``text`` as of :meth:`lookup`; the other values as of `Match`.
+        """
         ends = (self._positions.get(tuple(tail[-size:])) for size in NGRAM_SIZES)
         positions = next(filter(None, ends), None)
         if positions is None:
-            return NO_MATCH
+            return 0, 0, True
         longest = 0
         best: list[int] = []  # the positions that match longest, the latest first
         for position in reversed(positions):
@@ -84,10 +100,27 @@ class NgramIndex:
             nexts = [text[at + 1] for at in best]
             counts = [nexts.count(token) for token in nexts]
             position, agreed = best[counts.index(max(counts))], counts[0] == len(counts)
-        if position + 1 + count <= len(text):
-            return Match(longest, tuple(text[position + 1 : position + 1 + count]), agreed)
-        behind = [*text[position + 1 :], *drafted]
-        known = len(behind)
-        while len(behind) < known + count:
-            behind.append(behind[len(behind) - known])
-        return Match(longest, tuple(behind[:count]), agreed)
+        return longest, position, agreed
+
+
+class PredictedText:
+    """A text that another one may go on as: an edited file is mostly what it was.
+
+    Args:
+        tokens: the predicted ones.
+        before: the tokens of the other text that they would follow.
+    """
+
+    def __init__(self, tokens: Sequence[int], before: Sequence[int]) -> None:
+        self._text = (*before[-NGRAM_SIZES[0] :], *tokens)
+        self._index = NgramIndex()
+        self._index.update(self._text)
+
+    def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
+        """The longest match of the end of text and draft, and up to ``count`` tokens behind it."""
+        if count < 1:
+            return NO_MATCH
+        tail = [*text[-MAX_MATCH_LENGTH:], *drafted][-MAX_MATCH_LENGTH:]
+        longest, position, agreed = self._index.find(self._text, tail)
+        tokens = self._text[position + 1 : position + 1 + count] if longest else ()
+        return Match(longest, tokens, agreed)

@@ -15,6 +15,7 @@ from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate_options import Stats
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.show_drafts import ShowDrafts
 from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.engine.open_model import open_model
 from conflayers_cli.errors import InputError
@@ -58,6 +59,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 1024,
     text: TextFlags,
     stats: Stats = False,
+    show_drafts: ShowDrafts = False,
     sampling: SamplingFlags,
     drafting: options.DraftFlags,
     force: options.Force = False,
@@ -108,6 +110,7 @@ def chat(
         system=system,
         template=template,
         interactive=interactive,
+        show_drafts=show_drafts,
     )
     if interactive:
         logger.info(

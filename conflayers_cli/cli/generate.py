@@ -25,6 +25,7 @@ from conflayers_cli.cli.generate_options import (
 )
 from conflayers_cli.cli.generate_output import generate_file, generate_one, request_keys
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.show_drafts import ShowDrafts
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.cluster.ray_cluster import Cluster, parse_cluster
@@ -63,6 +64,7 @@ def generate(
     stream: Stream = True,
     json: options.Json = False,
     stats: Stats = False,
+    show_drafts: ShowDrafts = False,
     drafting: options.DraftFlags,
     adapting: AdaptFlags,
     lossy: SkipOnlyFlags,
@@ -82,6 +84,10 @@ def generate(
       conflayers generate -p deep.yaml --data prompts.jsonl -o out.jsonl --resume
     """
     file.check(prompt, json)
+    if show_drafts and (file.data or json or not stream):
+        raise InputError(
+            "--show-drafts colours a text as it comes: not with --data, --json, --no-stream"
+        )
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
@@ -121,7 +127,9 @@ def generate(
             job = replace(job, sampling=with_seed(sampling))
             generate_file(prompts, keys, job.prepare, file, cluster, stats=stats)
         else:
-            generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
+            generate_one(
+                job.prepare(), stream=stream, as_json=json, stats=stats, show_drafts=show_drafts
+            )
     except KeyboardInterrupt:  # it must not cost what was found until then
         with suppress_failures():
             job.end_adaptation()

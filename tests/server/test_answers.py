@@ -186,6 +186,7 @@ def test_biases_and_penalties_change_what_is_chosen(served: Served) -> None:
     spread = served.answer("abcabcabc", max_tokens=60, frequency_penalty=2, presence_penalty=2)
     assert len(set(spread)) > len(set(plain))
 
+
 def test_tools_and_arguments_reach_the_chat_template(served: Served) -> None:
     encoder = served.service.encoder.loaded.tokenizer
     before = encoder.chat_template

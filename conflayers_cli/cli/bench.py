@@ -44,8 +44,7 @@ def bench(
     float32 are not the same. All results are written before that.
 
     \b
-      conflayers bench --profile deep.yaml --max-prompts 6
-      conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
+      conflayers bench --profile deep.yaml --max-prompts 6 --against transformers
       conflayers bench -p deep.yaml --fail-under 1.2 --export-json bench.json
       conflayers bench -p deep.yaml --compare bench.json --tolerance 5%
       conflayers bench --from bench.json --plot bench.pdf

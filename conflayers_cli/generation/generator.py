@@ -143,7 +143,9 @@ class TextGenerator:
         Raises:
             LogitsError: a request can't go on; it has the number.
         """
-        return [self._response(number, step) for number, step in self._queue.step()]
+        steps = self._queue.step()
+        # One may have been cancelled meanwhile.
+        return [self._response(number, step) for number, step in steps if number in self._active]
 
     def cancel(self, number: int) -> GenerationResponse | None:
         """Decode a request no further; returns its last response, None where it has ended."""

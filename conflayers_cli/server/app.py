@@ -276,7 +276,7 @@ def _middleware(options: ServerOptions) -> list[Middleware]:
     made = []
     if options.is_local:
         # A page of another site can't reach the server by a name of its own (DNS rebinding).
-        hosts = [*LOOPBACK - {"::1"}, "[::1]"]
+        hosts = [*LOOPBACK, "[::1]"]
         made.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False))
     if options.cors_origins:
         made.append(

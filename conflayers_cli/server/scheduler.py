@@ -207,11 +207,10 @@ class Scheduler:
         try:
             responses = self._generator.step()
         except LogitsError as error:
-            ticket = self._running.get(-1 if error.number is None else error.number)
-            if ticket is None:
+            if error.number is None:
                 self._fail_all(error)
-            else:
-                self._drop(ticket, _failure(str(error)))
+            elif (failed := self._running.get(error.number)) is not None:
+                self._drop(failed, _failure(str(error)))
             return
         except Exception as error:  # noqa: BLE001 - the server outlives it; every client is told
             self._fail_all(error)

@@ -156,3 +156,28 @@ def test_sigterm_lets_running_requests_end() -> None:
         received += read_all(connection)
 
     assert received.rstrip().endswith(b"data: [DONE]\n\n\r\n0")
+
+
+def test_many_streams_some_cancelled_are_not_mixed_up() -> None:
+    import asyncio
+
+    import httpx2 as httpx
+
+    from tools.soak_server import LENGTHS, Expected, soak
+
+    prompts = ("Why?", "abcabcabcabc", "x" * 100, "The sky")
+    expected = [
+        Expected(prompt, {length: alone(prompt, length).text for length in LENGTHS})
+        for prompt in prompts
+    ]
+
+    async def run(address: str) -> Any:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60) as client:
+            return await soak(client, expected, streams=12, seconds=1.5)
+
+    with listening(batch_size=4, queue_size=4) as (address, _):
+        seen = asyncio.run(run(address))
+
+    assert (seen.wrong, seen.lost) == ([], [])
+    assert seen.texts > 3 and seen.cancelled > 3

@@ -210,7 +210,7 @@ async def _events(answers: Answers, bodies: Bodies) -> AsyncIterator[str]:
                 continue
             index, response = found
             part = bodies.add(index, response)
-            if response.text or part.get("drafts") or part["logprobs"]:
+            if bodies.says_something(part):
                 yield _event(bodies.chunk(part))
             if response.result is not None:
                 yield _event(bodies.last_chunk(index))

@@ -12,6 +12,7 @@ from conflayers_cli.generation.response import GenerationResponse, GenerationRes
 from conflayers_cli.generation.sequence import MODEL, TokenLogprobs
 from conflayers_cli.server.logprobs import TokenNames, chat_logprobs, completion_logprobs
 from conflayers_cli.server.schema import ChatRequest, CompletionRequest
+from conflayers_cli.server.tool_calls import ToolCallReader
 from conflayers_cli.server.usage import drafting, usage
 from conflayers_cli.version import __version__
 
@@ -22,11 +23,17 @@ class Choice:
 
     Attributes:
         length: characters of it.
+        text: what is no call of a tool, as far as it is certain.
+        reader: parts it from the calls; None: no tools were given.
+        calls: of tools, once it has ended.
         logprobs, drafts: of its tokens, and which texts who drafted.
         result: once it has ended.
     """
 
     length: int = 0
+    text: str = ""
+    reader: ToolCallReader | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafts: list[dict[str, str]] = field(default_factory=list)
     result: GenerationResult | None = None
@@ -59,7 +66,8 @@ class Bodies:
             "system_fingerprint": f"conflayers-{__version__}",
         }
         count = (request.n or 1) * request.num_prompts
-        self.choices = [Choice() for _ in range(count)]
+        tools = isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none"
+        self.choices = [Choice(reader=ToolCallReader() if tools else None) for _ in range(count)]
 
     @property
     def id(self) -> str:
@@ -70,7 +78,9 @@ class Bodies:
         choice, step = self.choices[index], response.step
         logprobs = [each for each in (step.logprobs if step else ()) if self._is_shown(each)]
         drafts = self._drafts(response)
-        part: dict[str, Any] = {"index": index, **self._text(response.text)}
+        text = self._without_calls(choice, response)
+        choice.text += text
+        part: dict[str, Any] = {"index": index, **self._text(text)}
         part["logprobs"] = self._logprobs(logprobs, choice.length)
         choice.length += len(response.text)
         choice.logprobs += logprobs
@@ -80,6 +90,17 @@ class Bodies:
         if self._request.show_drafts:
             part["drafts"] = drafts
         return part
+
+    @staticmethod
+    def _without_calls(choice: Choice, response: GenerationResponse) -> str:
+        """What a response adds to the text; at its end the choice gets the calls."""
+        if choice.reader is None:
+            return response.text
+        text = choice.reader.feed(response.text)
+        if response.result is not None:
+            rest, choice.calls = choice.reader.finish()
+            text += rest
+        return text
 
     def _is_shown(self, token: TokenLogprobs) -> bool:
         return token.token not in self._end_tokens
@@ -102,6 +123,12 @@ class Bodies:
             return chat_logprobs(self._names, tokens)
         return completion_logprobs(self._names, tokens, offset)
 
+    @staticmethod
+    def says_something(part: dict[str, Any]) -> bool:
+        """Whether a choice's part of a chunk is worth sending."""
+        text = part.get("text") or part.get("delta", {}).get("content")
+        return bool(text or part.get("drafts") or part["logprobs"])
+
     def first_chunks(self) -> list[dict[str, Any]]:
         """What begins a stream: the role of each text of a chat."""
         if not self._chat:
@@ -121,6 +148,9 @@ class Bodies:
     def last_chunk(self, index: int) -> dict[str, Any]:
         """The chunk that says why a text has ended."""
         ended: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
+        if calls := self.choices[index].calls:
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            ended["delta"] = {"tool_calls": numbered}
         reason = self._finish(self.choices[index])
         return self.chunk({"index": index, **ended, "logprobs": None, "finish_reason": reason})
 
@@ -140,8 +170,10 @@ class Bodies:
         }
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
-        text = choice.result.text if choice.result else ""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        text = choice.text
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.calls:
+            message |= {"content": text.strip() or None, "tool_calls": choice.calls}
         made: dict[str, Any] = {
             "index": index,
             **({"message": message} if self._chat else {"text": text}),
@@ -159,4 +191,7 @@ class Bodies:
 
     @staticmethod
     def _finish(choice: Choice) -> str | None:
-        return choice.result.finish_reason if choice.result else None
+        if choice.result is None:
+            return None
+        called = choice.calls and choice.result.finish_reason == "stop"
+        return "tool_calls" if called else choice.result.finish_reason

@@ -31,6 +31,7 @@ def stream(body: dict[str, Any]) -> tuple[int, list[Any]]:
 @pytest.fixture
 def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[Any]]:
     """Has a server answer; returns what it is asked."""
+    client = httpx.AsyncClient
 
     def use(answer: Answer) -> list[Any]:
         asked: list[Any] = []
@@ -43,7 +44,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[Any]
             lines = [f"data: {json.dumps(event)}\n\n" for event in events]
             return httpx.Response(status, text="".join([*lines, "data: [DONE]\n\n"]))
 
-        client, transport = httpx.AsyncClient, httpx.MockTransport(handle)
+        transport = httpx.MockTransport(handle)
         monkeypatch.setattr(
             server_load.httpx, "AsyncClient", lambda **more: client(transport=transport, **more)
         )

@@ -3,6 +3,7 @@ adjusted logits, predicted texts. Each text is the one that it would be alone.""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,10 @@ def test_a_step_of_the_others_lies_between_two_chunks() -> None:
     kinds = []
     while not running.outputs[1]:
         kinds.append(bool(running.step()))
-    kinds.pop()  # which decided its first token
 
-    assert kinds == [True, False] * 10 or kinds == [False, True] * 10
+    # the chunks but the last one decide nothing
+    assert kinds.count(False) == 10
+    assert all(one or other for one, other in pairwise(kinds))
 
 
 def test_a_prompt_that_is_being_read_can_be_cancelled() -> None:
@@ -94,7 +96,7 @@ def test_a_prompt_that_is_being_read_can_be_cancelled() -> None:
 def test_shared_beginnings_are_read_once_and_change_no_text() -> None:
     decoder = tiny.decoder("llama")
     start = tiny.prompt(40)
-    store = PrefixStore(decoder, 1 << 20)
+    store = PrefixStore(decoder, 4 << 20)
     running = batch(prefixes=store)
     requests = [
         GenerationRequest([*start, *tiny.prompt(more, more)], 6, owner=owner)

@@ -156,23 +156,26 @@ def test_a_request_has_its_time(start: Callable[..., Client]) -> None:
 
 
 def test_one_texts_broken_numbers_end_that_text_alone(start: Callable[..., Client]) -> None:
-    model = tiny.build(tiny.CONFIGS["llama"]())
-    decoder = Decoder(model)
+    decoder = Decoder(tiny.build(tiny.CONFIGS["llama"]()))
+    prompt = tiny.prompt(12)
+    requests = [
+        GenerationRequest(prompt, 60, id="good"),
+        GenerationRequest(prompt[:4], 20, id="behind"),
+    ]
+    expected = [result.token_ids for result in TextGenerator(decoder).generate(requests)]
+    unused = min({*range(tiny.VOCABULARY)} - {*prompt, *expected[0], *expected[1]})
     with torch.no_grad():
-        decoder.model.get_input_embeddings().weight[99] = float("nan")
+        decoder.model.get_input_embeddings().weight[unused] = float("nan")
     client = start(slots=2, decoder=decoder)
-    prompt = [token for token in tiny.prompt(12) if token != 99]
-    client.submit_request(GenerationRequest(prompt, 60, id="good"))
-    client.submit_request(GenerationRequest([5, 99, 7], 5, id="bad"))
-    client.submit_request(GenerationRequest(prompt[:4], 20, id="behind"))
+    client.submit_request(requests[0])
+    client.submit_request(GenerationRequest([5, unused, 7], 5, id="bad"))
+    client.submit_request(requests[1])
 
     bad = client.outcome("bad")
 
     assert bad.status == 500 and "NaN" in bad.message
-    for name, length, count in (("good", len(prompt), 60), ("behind", 4, 20)):
-        request = GenerationRequest(prompt[:length], count)
-        (alone,) = TextGenerator(decoder).generate([request])
-        assert client.outcome(name) == list(alone.token_ids)
+    for request, tokens in zip(requests, expected, strict=True):
+        assert client.outcome(request.id) == list(tokens)
 
 
 def test_a_failing_engine_ends_what_runs_and_goes_on(

@@ -82,7 +82,7 @@ async function answer() {
   const body = {
     messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
     temperature: Number(at("temperature").value),
-    max_tokens: Math.max(1, Number(at("max").value)),
+    max_tokens: Number(at("max").value) || null,
     stream: true, stream_options: { include_usage: true }, show_drafts: true,
   };
   const article = show("assistant");

@@ -96,7 +96,7 @@ async def one(
         "stream": True,
     }
     text, ended, before = "", False, time.perf_counter()
-    begin, gaps = before, []
+    begin, gaps = before, list[float]()
     try:
         async with asyncio.timeout(cancel):
             async with client.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -9,7 +9,6 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from conflayers_cli.bench import server_load
 from conflayers_cli.bench.server_load import ServerLoad, measure_server
 from conflayers_cli.bench.server_schema import Percentiles, ServerBenchDocument
 from conflayers_cli.errors import ConfLayersError
@@ -46,7 +45,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[Any]
 
         transport = httpx.MockTransport(handle)
         monkeypatch.setattr(
-            server_load.httpx, "AsyncClient", lambda **more: client(transport=transport, **more)
+            httpx, "AsyncClient", lambda **more: client(transport=transport, **more)
         )
         return asked
 

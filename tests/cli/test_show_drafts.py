@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conflayers_cli.cli import terminal
+from conflayers_cli.utils.notices import terminal_safe
 from tests.cli.conftest import Run, save_profile
 
 COMMAND = ("generate", "abcabcabc", "--dtype", "float32", "-n", 30)
@@ -30,7 +31,7 @@ def test_the_colours_say_who_drafted(
     assert stats["accepted"] > 0
     assert "\x1b[32m" in shown.out
     unstyled = re.sub(r"\x1b\[[0-9;]*m", "", shown.out)
-    assert unstyled == terminal.terminal_safe(plain.out)
+    assert unstyled == terminal_safe(plain.out)
 
 
 @pytest.mark.parametrize("other", ["--json", "--no-stream"])

@@ -61,7 +61,10 @@ class Client:
         """The tokens of a text, or the error that ended it."""
         self.wait(lambda: name in self.order)
         last = self.events[name][-1]
-        return last if isinstance(last, ApiError) else list(last.result.token_ids)
+        if isinstance(last, ApiError):
+            return last
+        assert last.result is not None
+        return list(last.result.token_ids)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def document() -> dict[str, Any]:
     }
     answer = {
         "application/json": {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": {}},
     }
     json = {"application/json": {"schema": {"type": "object"}}}
     return {

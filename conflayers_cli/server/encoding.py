@@ -41,14 +41,19 @@ class Encoder:
             ApiError: the request can't be answered.
         """
         try:
-            if isinstance(request, ChatRequest):
-                prompts = [self._chat(request)]
-            else:
-                prompts = [self._completion(each) for each in request.prompts]
-            sampling, adjustments = self._sampling(request), _adjustments(request)
-            prediction = self._prediction(request)
+            return self._encode(request, owner)
         except InputError as error:
             raise ApiError(400, str(error), code="invalid_value") from error
+
+    def _encode(
+        self, request: ChatRequest | CompletionRequest, owner: str
+    ) -> list[GenerationRequest]:
+        if isinstance(request, ChatRequest):
+            prompts = [self._chat(request)]
+        else:
+            prompts = [self._completion(each) for each in request.prompts]
+        sampling, adjustments = self._sampling(request), _adjustments(request)
+        prediction = self._prediction(request)
         stops = (*request.stops, *self.loaded.settings.stops)
         return [
             GenerationRequest(

@@ -21,7 +21,6 @@ import torch
 from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.errors import InputError
-from conflayers_cli.generation.prefix_cache import common_length
 from conflayers_cli.generation.prefix_store import PrefixStore
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Sequence, Step, check_request
@@ -210,27 +209,13 @@ class Batch:
         sequence = Sequence(self._decoder, request, end_tokens=self._end_tokens)
         row = len(self._running)
         if self._prefixes is not None:
-            sequence.num_cached = self._share(cache, row, sequence, self._prefixes)
+            known = [
+                each.tokens[:-1] if each.request.owner == request.owner else []
+                for _, each in self._running
+            ]
+            sequence.num_cached = self._prefixes.fill(cache, row, request, known)
         self._sequences[number] = sequence
         self._reading = _Reading(number, sequence, row, sequence.num_cached)
-
-    def _share(self, cache: KVCache, row: int, sequence: Sequence, prefixes: PrefixStore) -> int:
-        """Copy what is known of a prompt to its row; returns how many tokens that is."""
-        owner, prompt = sequence.request.owner, tuple(sequence.tokens)
-        stored, length = prefixes.find(owner, prompt)
-        source = None
-        for other, (_, each) in enumerate(self._running):
-            if each.request.owner == owner:
-                shared = min(common_length(each.tokens, prompt), len(each.tokens) - 1)
-                if shared > length:
-                    source, length = other, shared
-        # The last token is run in any case: it decides the first new one.
-        length = min(length, len(prompt) - 1)
-        if source is not None:
-            cache.copy_sequence(source, row, length)
-        elif stored is not None:
-            cache.view(row, row + 1).copy_from(stored, length)
-        return length
 
     def _read(self, reading: _Reading) -> list[tuple[int, Step]]:
         """Read on in a prompt, alone, as without a batch; behind its end the sequence runs."""

@@ -8,12 +8,14 @@ tell others what was asked before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from conflayers_cli.engine.decoder import Decoder
+from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.utils.out_of_memory import OutOfMemoryError
 
@@ -64,6 +66,26 @@ class PrefixStore:
         self._entries.remove(best)
         self._entries.append(best)
         return best.cache, length
+
+    def fill(
+        self, cache: KVCache, row: int, request: GenerationRequest, beside: Sequence[list[int]]
+    ) -> int:
+        """Copy what is known of a prompt to a row of a batch; returns how many tokens that is.
+
+        ``beside``: what the rows before it hold of the same owner.
+        """
+        stored, length = self.find(request.owner, tuple(request.prompt))
+        wanted, source = np.array(request.prompt, np.int32), None
+        for other, tokens in enumerate(beside):
+            if tokens and (shared := _shared(np.array(tokens, np.int32), wanted)) > length:
+                source, length = other, shared
+        # The last token is run in any case: it decides the first new one.
+        length = min(length, len(request.prompt) - 1)
+        if source is not None:
+            cache.copy_sequence(source, row, length)
+        elif stored is not None:
+            cache.view(row, row + 1).copy_from(stored, length)
+        return length
 
     def add(self, owner: str, tokens: list[int], cache: KVCache) -> None:
         """Keep a text, whose keys and values ``cache``, of this sequence alone, holds.

@@ -64,3 +64,38 @@ class SamplingParams:
         if self.greedy and unused:
             message = f"note: {', '.join(unused)} changes nothing at temperature 0"
             logger.warning(message, extra={"names": (*unused, "temperature")})
+
+
+@dataclass(frozen=True)
+class LogitAdjustments:
+    """What is added to the logits before a token is chosen, as OpenAI's API defines it.
+
+    Attributes:
+        presence_penalty: taken from the logits of tokens that the output has.
+        frequency_penalty: taken from them as often as it has them.
+        logit_bias: (token, what is added to its logit).
+
+    Raises:
+        InputError: a value is outside its range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"{name} {getattr(self, name)}: allowed is -2 to 2", names=(name,))
+        for token, bias in self.logit_bias:
+            if token < 0 or not -100 <= bias <= 100:
+                raise InputError(
+                    f"logit_bias {token}: {bias}: allowed are token ids and -100 to 100",
+                    names=("logit_bias",),
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+NO_ADJUSTMENTS = LogitAdjustments()

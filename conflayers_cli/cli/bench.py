@@ -8,8 +8,9 @@ import typer
 
 from conflayers_cli.cli import bench_options, options
 from conflayers_cli.cli.bench_publish import publish
+from conflayers_cli.cli.bench_server import SERVER_LOAD, ServerLoadFlags, bench_server
 from conflayers_cli.cli.common import load_profile, model_source
-from conflayers_cli.cli.data_options import DataFlags
+from conflayers_cli.cli.data_options import DATA, DataFlags
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
@@ -31,6 +32,7 @@ def bench(
     stored: bench_options.Stored = None,
     exports: bench_options.ExportFlags,
     gates: bench_options.GateFlags,
+    loading: ServerLoadFlags,
     force: options.Force = False,
     load: options.LoadFlags,
 ) -> None:
@@ -42,19 +44,31 @@ def bench(
     float32 are not the same. All results are written before that.
 
     \b
-      conflayers bench --profile deep.yaml --max-prompts 6
-      conflayers bench -p deep.yaml --data prompts.jsonl --against transformers
+      conflayers bench --profile deep.yaml --max-prompts 6 --against transformers
       conflayers bench -p deep.yaml --fail-under 1.2 --export-json bench.json
       conflayers bench -p deep.yaml --compare bench.json --tolerance 5%
       conflayers bench --from bench.json --plot bench.pdf
+      conflayers bench --server http://127.0.0.1:8000 --clients 1 --clients 8
     """
     exports.check()
     gates.check()
+    loading.check()
     if stored is not None:
-        _check_measures_nothing(context)
+        _check_allowed(context, _FOR_STORED, "about measuring, which --from does not")
         from conflayers_cli.bench.load import load_document
 
         publish(load_document(stored), exports, gates, as_json=json)
+        return
+    if loading.server is not None:
+        _check_allowed(context, _FOR_SERVER, "not about a server's load")
+        bench_server(
+            loading,
+            file.read(),
+            sampling,
+            prompt_options.max_new_tokens,
+            as_json=json,
+            export_json=exports.export_json,
+        )
         return
     measuring.check(profile, model, batch_size)
     found = load_profile(profile)
@@ -87,13 +101,19 @@ def bench(
     publish(job.measure(ran_with), exports, gates, as_json=json)
 
 
-def _check_measures_nothing(context: typer.Context) -> None:
-    """Refuse options about measuring beside --from."""
-    allowed = {"stored", "json", *bench_options.EXPORTS.options, *bench_options.GATES.options}
+_FOR_STORED = frozenset(
+    {"stored", "json", *bench_options.EXPORTS.options, *bench_options.GATES.options}
+)
+_FOR_SERVER = frozenset(
+    {"json", "export_json", "max_new_tokens", "temperature", "seed"}
+    | {*SERVER_LOAD.options, *DATA.options}
+)
+
+
+def _check_allowed(context: typer.Context, allowed: frozenset[str], reason: str) -> None:
+    """Refuse options that change nothing beside --from or --server."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         given = source is not None and source.name == "COMMANDLINE"
         if given and parameter.name not in allowed:
-            raise InputError(
-                f"{parameter.opts[0]} is about measuring, which --from does not: leave one out"
-            )
+            raise InputError(f"{parameter.opts[0]} is {reason}: leave one out")

@@ -15,6 +15,7 @@ from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.flags import in_flags
 from conflayers_cli.cli.generate_options import Stats
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.show_drafts import ShowDrafts
 from conflayers_cli.cli.store_options import StoreFlags, StoreSession
 from conflayers_cli.cli.text_options import TextFlags
 from conflayers_cli.engine.open_model import open_model
@@ -59,6 +60,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 1024,
     text: TextFlags,
     stats: Stats = False,
+    show_drafts: ShowDrafts = False,
     sampling: SamplingFlags,
     drafting: options.DraftFlags,
     storing: StoreFlags,
@@ -114,6 +116,7 @@ def chat(
         system=system,
         template=template,
         interactive=interactive,
+        show_drafts=show_drafts,
     )
     if interactive:
         logger.info(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.generate_output import print_stats
+from conflayers_cli.cli.show_drafts import emit_drafts
 from conflayers_cli.cli.terminal import emit
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.run import run_stats
@@ -53,6 +54,7 @@ class Session:
         system: the system message; None: there is none.
         template: arguments of the chat template.
         interactive: Ctrl-C ends an answer, not the chat.
+        show_drafts: colour answers by who drafted their tokens.
         messages: by user and assistant in turn.
         dropped: how many of the first messages no longer fit into the context.
         answers: how many were begun.
@@ -67,6 +69,7 @@ class Session:
     system: str | None
     interactive: bool
     template: dict[str, Any] | None = None
+    show_drafts: bool = False
     messages: list[Message] = field(default_factory=list)
     dropped: int = 0
     answers: int = 0
@@ -181,7 +184,7 @@ class Session:
         with _stoppable(self.interactive) as stopped:
             for response in self.generator.stream([request]):
                 if response.text:
-                    emit(response.text)
+                    emit_drafts(response) if self.show_drafts else emit(response.text)
                 result = response.result
                 if result is None and stopped():
                     last = self.generator.cancel(response.number)

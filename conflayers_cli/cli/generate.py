@@ -25,6 +25,7 @@ from conflayers_cli.cli.generate_options import (
 )
 from conflayers_cli.cli.generate_output import generate_file, generate_one, request_keys
 from conflayers_cli.cli.option_groups import with_groups
+from conflayers_cli.cli.show_drafts import ShowDrafts
 from conflayers_cli.cli.store_options import StoreFlags, StoreSession
 from conflayers_cli.cli.terminal import suppress_failures
 from conflayers_cli.cli.text_options import TextFlags
@@ -64,6 +65,7 @@ def generate(
     stream: Stream = True,
     json: options.Json = False,
     stats: Stats = False,
+    show_drafts: ShowDrafts = False,
     drafting: options.DraftFlags,
     storing: StoreFlags,
     adapting: AdaptFlags,
@@ -85,6 +87,10 @@ def generate(
     """
     continued = prompt_options.continue_final_message
     file.check(prompt, json, continued)
+    if show_drafts and (file.data or json or not stream):
+        raise InputError(
+            "--show-drafts colours a text as it comes: not with --data, --json, --no-stream"
+        )
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
@@ -127,7 +133,9 @@ def generate(
         if file.data:
             job.run_file(file, cluster)
         else:
-            generate_one(job.prepare(), stream=stream, as_json=json, stats=stats)
+            generate_one(
+                job.prepare(), stream=stream, as_json=json, stats=stats, show_drafts=show_drafts
+            )
     except KeyboardInterrupt:  # it must not cost what was found until then
         with suppress_failures():
             job.end()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.cli.flags import with_flags
+from conflayers_cli.cli.show_drafts import emit_drafts
 from conflayers_cli.cli.terminal import emit, emit_json
 from conflayers_cli.generation.run import (
     GenerationRun,
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 
-def generate_one(prepared: GenerationRun, *, stream: bool, as_json: bool, stats: bool) -> None:
+def generate_one(
+    prepared: GenerationRun, *, stream: bool, as_json: bool, stats: bool, show_drafts: bool = False
+) -> None:
     """Generate from one prompt on standard output: the text as it comes, or one JSON document."""
     streaming = stream and not as_json
     (request,) = prepared.requests
@@ -39,7 +42,7 @@ def generate_one(prepared: GenerationRun, *, stream: bool, as_json: bool, stats:
     try:
         for response in prepared.generator.stream([request]):
             if streaming and response.text:
-                emit(response.text)
+                emit_drafts(response) if show_drafts else emit(response.text)
             result = response.result
     except KeyboardInterrupt:
         if streaming:

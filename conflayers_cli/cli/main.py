@@ -20,6 +20,7 @@ from conflayers_cli.cli.interruptions import INTERRUPTED, Interruptions
 from conflayers_cli.cli.mistakes import with_hint
 from conflayers_cli.cli.models import models
 from conflayers_cli.cli.profile import app as profile_app
+from conflayers_cli.cli.serve import serve
 from conflayers_cli.cli.store import app as store_app
 from conflayers_cli.cli.terminal import discard, emit
 from conflayers_cli.errors import ConfLayersError
@@ -68,7 +69,7 @@ app = typer.Typer(
         "token_normalize_func": lambda name: RENAMED.get(name, name),
     },
 )
-for _command in (calibrate, generate, chat, bench, models, doctor):
+for _command in (calibrate, generate, chat, serve, bench, models, doctor):
     app.command(name=_command.__name__)(_command)
 app.add_typer(profile_app)
 app.add_typer(store_app)

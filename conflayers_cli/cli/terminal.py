@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -45,6 +45,22 @@ def _write(text: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a closed file object
         reason = getattr(error, "strerror", None) or error
         raise ConfLayersError(f"standard output can't be written: {reason}") from error
+
+
+def emit_styled(parts: Iterable[tuple[str, str | None]]) -> None:
+    """Write (text, Rich style) pairs; without styles where stdout is no terminal for colours."""
+    if not is_terminal(sys.stdout):
+        for text, _ in parts:
+            emit(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    line = Text.assemble(*((terminal_safe(text), style or "") for text, style in parts))
+    with console.capture() as captured:
+        console.print(line, end="")
+    _write(captured.get())
 
 
 def emit_json(document: Any, *, indent: int | None = 2) -> None:

@@ -1,6 +1,7 @@
 """Logits → tokens: the likeliest one, or one sampled by a race that drafts can't change.
 
 Order of the transforms as in transformers: repetition penalty, temperature, top-k, top-p, min-p.
+What a caller adds to the logits (`LogitAdjustments`) comes behind the repetition penalty.
 
 A token is sampled as the winner of a race (drafter-invariant speculative decoding, Daliri et al.,
 arXiv 2408.07978): ``argmax_i p_i / E_i``, whose exponentials E depend on the text's seed, its
@@ -20,7 +21,7 @@ import torch
 from conflayers_cli.engine.argmax import float_row, greedy_tokens, most_likely
 from conflayers_cli.engine.noise import BLOCK, ExponentialNoise, stream_key
 from conflayers_cli.engine.race import SCALES, Race, dense_winners
-from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.sampling_params import NO_ADJUSTMENTS, LogitAdjustments, SamplingParams
 
 
 class Sampler:
@@ -32,6 +33,7 @@ class Sampler:
         device: that of the logits.
         prompt: the sequence's prompt.
         answer: which of several answers to the prompt it is.
+        adjustments: what is added to the logits.
 
     Raises:
         ValueError: tokens are sampled, and there is no seed.
@@ -44,8 +46,10 @@ class Sampler:
         device: torch.device,
         prompt: Sequence[int] = (),
         answer: int = 0,
+        adjustments: LogitAdjustments = NO_ADJUSTMENTS,
     ) -> None:
         self.settings = settings
+        self._adjustments = adjustments
         self._noise: ExponentialNoise | None = None
         if not settings.greedy:
             if settings.seed is None:
@@ -55,12 +59,19 @@ class Sampler:
         self._seen: torch.Tensor | None = None
         if settings.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self._counts: torch.Tensor | None = None
         self.mark_seen(prompt)
+        if adjustments.presence_penalty or adjustments.frequency_penalty:
+            self._counts = torch.zeros(vocabulary, dtype=torch.float32, device=device)
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
+        if known := [each for each in adjustments.logit_bias if each[0] < vocabulary]:
+            tokens, biases = zip(*known, strict=True)
+            self._bias = torch.tensor(tokens, device=device), torch.tensor(biases, device=device)
 
     @property
     def has_penalty(self) -> bool:
-        """Whether scores depend on the tokens seen."""
-        return self._seen is not None
+        """Whether scores are others than the logits."""
+        return self._seen is not None or bool(self._adjustments)
 
     @property
     def takes_best(self) -> bool:
@@ -68,9 +79,13 @@ class Sampler:
         return self.settings.greedy and not self.has_penalty
 
     def mark_seen(self, tokens: Iterable[int]) -> None:
-        """Tokens that are part of the text now, for the penalty."""
+        """Tokens that are part of the text now, for the penalties."""
+        tokens = list(tokens)
         if self._seen is not None:
-            self._seen[list(tokens)] = True
+            self._seen[tokens] = True
+        if self._counts is not None:
+            for token in tokens:
+                self._counts[token] += 1
 
     def scores(
         self,
@@ -78,7 +93,7 @@ class Sampler:
         drafted: Sequence[int] = (),
         parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Logits with the repetition penalty.
+        """Logits with the penalties and what else is added to them.
 
         Args:
             logits: ``[T, V]``, one more than there are drafted tokens: logits 0 follow the text.
@@ -87,14 +102,38 @@ class Sampler:
             parents: of each drafted token the index of its parent's logits, ≤ i; None: a chain.
 
         Returns:
-            ``[T, V]``; the input itself where there is no penalty.
+            ``[T, V]``; the input itself where nothing is added.
         """
+        if not self.has_penalty:
+            return logits
+        parents = range(len(drafted)) if parents is None else parents
+        return self._adjusted(self._penalized(logits, drafted, parents), drafted, parents)
+
+    def _adjusted(
+        self, logits: torch.Tensor, drafted: Sequence[int], parents: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits with the adjustments; arguments as of `scores`."""
+        given, logits = self._adjustments, logits.float()
+        if self._counts is not None:
+            counts = self._counts[: logits.shape[1]].repeat(logits.shape[0], 1)
+            for row, (token, parent) in enumerate(zip(drafted, parents, strict=True), 1):
+                counts[row] = counts[parent]
+                counts[row, token] += 1
+            logits = logits - given.frequency_penalty * counts
+            logits -= given.presence_penalty * (counts > 0)
+        if self._bias is not None:
+            logits = logits.index_add(1, self._bias[0], self._bias[1].expand(len(logits), -1))
+        return logits
+
+    def _penalized(
+        self, logits: torch.Tensor, drafted: Sequence[int], parents: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits with the repetition penalty; arguments as of `scores`."""
         if self._seen is None:
             return logits
         # Beyond these bounds numbers would overflow, and nothing else be any different.
         penalty = min(max(self.settings.repetition_penalty, SCALES[0]), SCALES[1])
         seen = self._seen[: logits.shape[1]].repeat(logits.shape[0], 1)
-        parents = range(len(drafted)) if parents is None else parents
         for row, (token, parent) in enumerate(zip(drafted, parents, strict=True), 1):
             seen[row] = seen[parent]
             seen[row, token] = True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -21,11 +21,23 @@ import torch
 from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
 from conflayers_cli.engine.decoder import FULL, Decoder
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prefix_store import PrefixStore
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.sequence import FinishReason, Sequence, Step, check_request
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.proposer import NO_DRAFT, BatchProposer, Context, Draft
+
+
+@dataclass
+class _Reading:
+    """A request whose prompt is being read: in which row, how much of it, for how long."""
+
+    number: int
+    sequence: Sequence
+    row: int
+    done: int
+    seconds: float = 0.0
 
 
 class Batch:
@@ -42,6 +54,10 @@ class Batch:
         proposer: drafts for all sequences; None decodes vanilla.
         plan: what is left out behind the prompts, lossily; the empty plan leaves out nothing.
         end_tokens: ids that end an output; kept as its last token.
+        chunk: prompt tokens read at most between two steps of the others; None: whole prompts.
+        reserve: positions that each of ``size`` rows gets at once, and keeps; 0: as requests come.
+        prefixes: texts read before, for prompts that begin as they do; then prompts also share
+            what sequences beside them have read. None: every prompt is read whole.
 
     Raises:
         InputError: an empty list of requests, or one that can't be decoded.
@@ -58,9 +74,16 @@ class Batch:
         proposer: BatchProposer | None = None,
         plan: SkipPlan = FULL,
         end_tokens: frozenset[int] = frozenset(),
+        chunk: int | None = None,
+        reserve: int = 0,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         if proposer is not None and plan:
             raise ValueError("what is left out for good is not verified: there is no use of drafts")
+        if prefixes is not None and plan:
+            raise ValueError("what is left out for good has no keys and values to share")
+        if reserve and size is None:
+            raise ValueError("memory is reserved for so many rows: a size is needed")
         if size is not None and size < 1:
             raise ValueError(f"batch size {size}: at least 1 is needed")
         decoder.check_plan(plan)
@@ -77,6 +100,12 @@ class Batch:
         self._cache: KVCache | None = None
         self._views: dict[int, KVCache] = {}
         self._delayed: list[tuple[int, Step]] = []  # decided beside a request that failed
+        self._failed: deque[LogitsError] = deque()  # beside the one that was raised
+        self._reading: _Reading | None = None  # in a row behind those that run
+        self._reads_next = True
+        self._chunk, self._prefixes, self._reserved = chunk, prefixes, reserve
+        if reserve:
+            self._cache = decoder.new_cache(reserve, batch=self._size)
         for request in requests or ():
             self.add(request)
         if requests is not None and not self.added:
@@ -93,6 +122,8 @@ class Batch:
     def cancel(self, number: int) -> None:
         """Decode a request no further; no-op where it has ended already."""
         self._waiting = deque(each for each in self._waiting if each[0] != number)
+        if self._reading is not None and self._reading.number == number:
+            self._reading = None
         self._drop_ended(number)
 
     def pop(self, number: int) -> Sequence | None:
@@ -100,8 +131,9 @@ class Batch:
         return self._sequences.pop(number, None)
 
     def release(self) -> None:
-        """Free the cache; only while no request waits or runs."""
-        self._cache, self._views, self._longest = None, {}, 0
+        """Free the cache, unless it is reserved; only while no request waits or runs."""
+        if not self._reserved:
+            self._cache, self._views, self._longest = None, {}, 0
 
     @property
     def cache(self) -> KVCache:
@@ -136,7 +168,7 @@ class Batch:
         return sum(s.seconds for steps in self.steps for s in steps if s.proposer != "prefill")
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
-        while self._waiting or self._running or self._delayed:
+        while self._waiting or self._reading or self._running or self._delayed or self._failed:
             yield from self.step()
 
     def run(self) -> None:
@@ -144,16 +176,23 @@ class Batch:
         deque(self, maxlen=0)
 
     def step(self) -> list[tuple[int, Step]]:
-        """One pass: over a waiting prompt where a row is free, else over all rows.
+        """One pass: over a waiting prompt where a row is free, else over all rows; by turns where
+        prompts are read in chunks.
 
         Raises:
-            LogitsError: a request can't go on. The others' steps are returned by the next call.
+            LogitsError: a request can't go on. The others' steps are returned by a later call.
         """
+        if self._failed:
+            raise self._failed.popleft()
         if self._delayed:
             delayed, self._delayed = self._delayed, []
             return delayed
-        if self._waiting and len(self._running) < self._size:
-            return self._record([self._begin()])
+        if self._reading is None and self._waiting and len(self._running) < self._size:
+            self._begin()
+        if self._reading is not None and (self._reads_next or not self._running):
+            self._reads_next = self._chunk is None
+            return self._record(self._read(self._reading))
+        self._reads_next = True
         return self._record(self._advance()) if self._running else []
 
     def _record(self, steps: list[tuple[int, Step]]) -> list[tuple[int, Step]]:
@@ -163,20 +202,42 @@ class Batch:
         self._drop_ended()
         return steps
 
-    def _begin(self) -> tuple[int, Step]:
-        """Read the next prompt in the first free row, alone, as without a batch."""
+    def _begin(self) -> None:
+        """Begin with the next prompt in the first free row, where what is known of it is put."""
         cache = self._reserve()
         number, request = self._waiting.popleft()
         sequence = Sequence(self._decoder, request, end_tokens=self._end_tokens)
         row = len(self._running)
-        try:
-            step = sequence.read_prompt(cache.view(row, row + 1))
-        except LogitsError as error:
-            error.number = number
-            raise
-        self._running.append((number, sequence))
+        if self._prefixes is not None:
+            known = [
+                each.tokens[:-1] if each.request.owner == request.owner else []
+                for _, each in self._running
+            ]
+            sequence.num_cached = self._prefixes.fill(cache, row, request, known)
         self._sequences[number] = sequence
-        return number, step
+        self._reading = _Reading(number, sequence, row, sequence.num_cached)
+
+    def _read(self, reading: _Reading) -> list[tuple[int, Step]]:
+        """Read on in a prompt, alone, as without a batch; behind its end the sequence runs."""
+        begin, sequence = perf_counter(), reading.sequence
+        view = self.cache.view(reading.row, reading.row + 1)
+        if self._chunk is not None and sequence.prompt_length - reading.done > self._chunk:
+            sequence.read_part(view, reading.done, reading.done + self._chunk)
+            reading.done += self._chunk
+            reading.seconds += perf_counter() - begin
+            return []
+        self._reading = None
+        try:
+            step = sequence.read_prompt(view, reading.done)
+        except LogitsError as error:
+            view.clear(0, sequence.prompt_length)
+            error.number = reading.number
+            raise
+        row = len(self._running)  # sequences may have ended meanwhile
+        if row != reading.row:
+            self.cache.copy_sequence(reading.row, row, sequence.prompt_length)
+        self._running.append((reading.number, sequence))
+        return [(reading.number, replace(step, verify_seconds=step.seconds + reading.seconds))]
 
     def _advance(self) -> list[tuple[int, Step]]:
         """Draft, verify, keep: one pass over all sequences."""
@@ -207,6 +268,7 @@ class Batch:
                     verify_seconds=verify_seconds,
                     finish=sequence.finish,
                     sources=draft.sources,
+                    logprobs=sequence.take_logprobs(len(own)),
                 ),
             )
             for (number, sequence), draft, tokens, own in zip(
@@ -216,8 +278,9 @@ class Batch:
         ]
         if failed:
             self._delayed = self._record(steps)
-            self._drop_ended(*failed)
-            raise next(iter(failed.values()))
+            self._drop_ended(failed=frozenset(failed))
+            self._failed.extend(failed.values())
+            raise self._failed.popleft()
         return steps
 
     def _draft(self) -> list[Draft]:
@@ -227,7 +290,8 @@ class Batch:
             return [NO_DRAFT] * len(limits)
         cache = self._view()
         contexts = [
-            Context(each.tokens, cache, each.sampler, self._end_tokens) for _, each in self._running
+            Context(each.tokens, cache, each.sampler, self._end_tokens, each.request.prediction)
+            for _, each in self._running
         ]
         drafts = self._proposer.propose_batch(contexts, limits)
         return [replace(draft, leaves=()) for draft in drafts]
@@ -307,12 +371,20 @@ class Batch:
         self._cache, self._views = cache, {}
         return cache
 
-    def _drop_ended(self, *gone: int) -> None:
-        """Move the last row into that of each sequence that has ended or is ``gone``."""
+    def _drop_ended(self, *gone: int, failed: frozenset[int] = frozenset()) -> None:
+        """Move the last row into that of each sequence that has ended, is ``gone`` or ``failed``.
+
+        What failed has left NaN behind, which no mask would hide from who gets the row next.
+        """
         for row in reversed(range(len(self._running))):
             number, sequence = self._running[row]
-            if sequence.finish is None and number not in gone:
+            if number in failed:
+                self.cache.view(row, row + 1).clear(0, self.cache.capacity)
+            elif sequence.finish is None and number not in gone:
                 continue
+            elif self._prefixes is not None:
+                view = self.cache.view(row, row + 1)
+                self._prefixes.add(sequence.request.owner, sequence.tokens[:-1], view)
             last = self._running.pop()
             if row < len(self._running):
                 self.cache.copy_sequence(len(self._running), row, len(last[1].tokens) - 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +21,15 @@ from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
+
+
+@dataclass
+class _Active:
+    """A request that has not ended: its text, and what each token of the last step made certain."""
+
+    request: GenerationRequest
+    text: Detokenizer | None
+    pieces: list[str] = field(default_factory=list)
 
 
 class TextGenerator:
@@ -40,6 +49,8 @@ class TextGenerator:
         begin: begins to decode a request if ``batch_size`` is 1; None: a `Generation`.
         keep_special: whether special tokens are part of texts, but for one that ends the output.
         store: gets each text when it ends, for the proposer's drafts of later ones.
+        new_batch: makes the batch, for a server with rules of its own; None: `Batch`, and one
+            request after the other if ``batch_size`` is 1.
 
     Raises:
         ValueError: the proposer does not draft for several sequences, as for `Batch`.
@@ -57,9 +68,11 @@ class TextGenerator:
         begin: BeginGeneration | None = None,
         keep_special: bool = False,
         store: DraftStore | None = None,
+        new_batch: Callable[..., Batch] | None = None,
     ) -> None:
         self._keep_special = keep_special
         self._store = store
+        self._new_batch = new_batch
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
@@ -68,7 +81,7 @@ class TextGenerator:
         self.skip_plan = skip_plan
         self._begin = begin
         self._queue: Batch | SerialQueue = self._new_queue()
-        self._active: dict[int, tuple[GenerationRequest, Detokenizer | None]] = {}
+        self._active: dict[int, _Active] = {}
 
     def generate(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]:
         """Decode requests to their ends; results are in their order, errors as of `stream`."""
@@ -109,21 +122,20 @@ class TextGenerator:
             InputError: the model can't decode it; the others go on.
             ValueError: it has stop strings, and there is no tokenizer.
         """
-        text = None
-        watched = request
+        active, watched = _Active(request, None), request
         if self.tokenizer is not None:
-            text = Detokenizer(
+            active.text = text = Detokenizer(
                 self.tokenizer,
                 request.stop,
                 keep_special=self._keep_special,
                 prompt=request.prompt if request.continues else (),
             )
             unseen = self.end_tokens if self._keep_special else frozenset()
-            watched = replace(request, on_token=partial(_on_token, text, request, unseen))
+            watched = replace(request, on_token=partial(_on_token, text, active, unseen))
         elif request.stop:
             raise ValueError("stop strings need a tokenizer")
         number = self._queue.add(watched)
-        self._active[number] = request, text
+        self._active[number] = active
         return number
 
     def step(self) -> list[GenerationResponse]:
@@ -132,7 +144,9 @@ class TextGenerator:
         Raises:
             LogitsError: a request can't go on; it has the number.
         """
-        return [self._response(number, step) for number, step in self._queue.step()]
+        steps = self._queue.step()
+        # One may have been cancelled meanwhile.
+        return [self._response(number, step) for number, step in steps if number in self._active]
 
     def cancel(self, number: int) -> GenerationResponse | None:
         """Decode a request no further; returns its last response, None where it has ended."""
@@ -142,7 +156,7 @@ class TextGenerator:
         return self._response(number, None)
 
     def _new_queue(self) -> Batch | SerialQueue:
-        if self.batch_size == 1 and self.skip_plan is None:
+        if self.batch_size == 1 and self.skip_plan is None and self._new_batch is None:
             return SerialQueue(
                 self.decoder,
                 begin=self._begin or partial(Generation, self.decoder),
@@ -151,7 +165,7 @@ class TextGenerator:
             )
         if self.proposer is not None and not isinstance(self.proposer, BatchProposer):
             raise ValueError(f"{self.proposer.name} drafts for one sequence at a time")
-        return Batch(
+        return (self._new_batch or Batch)(
             self.decoder,
             size=self.batch_size,
             proposer=self.proposer,
@@ -161,17 +175,19 @@ class TextGenerator:
 
     def _response(self, number: int, step: Step | None) -> GenerationResponse:
         """A request's response to a step; None: it was cancelled."""
-        _, text = self._active[number]
+        active = self._active[number]
         last = step is None or step.finish is not None
-        piece = ""
-        if text is not None:
-            piece = text.take() + (text.finish() if last else "")
+        pieces, active.pieces = active.pieces, []
+        if active.text is not None and last:
+            rest = active.text.take() + active.text.finish()
+            pieces = [*pieces[:-1], "".join(pieces[-1:]) + rest]
         result = self._end(number) if last else None
-        return GenerationResponse(number, piece, step, result)
+        return GenerationResponse(number, "".join(pieces), step, result, tuple(pieces))
 
     def _end(self, number: int) -> GenerationResult:
         """The result of a request, which is removed; the last one frees the cache."""
-        request, text = self._active.pop(number)
+        active = self._active.pop(number)
+        request, text = active.request, active.text
         sequence = self._queue.pop(number)
         if sequence is not None and self._store is not None:
             self._store.add(sequence.tokens)
@@ -190,10 +206,10 @@ class TextGenerator:
         return result
 
 
-def _on_token(
-    text: Detokenizer, request: GenerationRequest, unseen: frozenset[int], token: int
-) -> bool:
+def _on_token(text: Detokenizer, active: _Active, unseen: frozenset[int], token: int) -> bool:
+    request = active.request
     stopped = token not in unseen and text.feed(token)
+    active.pieces.append(text.take())
     return (request.on_token is not None and request.on_token(token)) or stopped
 
 

@@ -86,6 +86,7 @@ class Generation(Sequence):
         drafted = perf_counter() if draft.tokens else begin
         decided = self._read_ahead() or self._verify(draft)
         kept = self.keep(decided)
+        logprobs = self.take_logprobs(len(kept))
         return Step(
             tokens=kept,
             drafted=len(draft.tokens),
@@ -96,6 +97,7 @@ class Generation(Sequence):
             finish=self.finish,
             leaves=draft.width - len(draft.tokens),
             sources=draft.sources,
+            logprobs=logprobs,
         )
 
     @property
@@ -124,7 +126,8 @@ class Generation(Sequence):
         first, self._next_draft = self._next_draft, None
         if self.proposer is None or remaining < 1:
             return NO_DRAFT
-        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens)
+        prediction = self.request.prediction
+        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens, prediction)
         if first is None:
             return self.proposer.propose(context, remaining)
         token, source = first

@@ -109,6 +109,7 @@ class ProcessedChoice:
             decoder.device,
             request.prompt,
             request.answer,
+            request.adjustments,
         )
 
     @classmethod
@@ -128,6 +129,7 @@ class ProcessedChoice:
             token = self._sampler.choose(scores, self._text.length - self._padding)[0]
             if token == INVALID_TOKEN:
                 break
+            self._sampler.mark_seen((token,))
             row = None if self._text.add(token) else draft.next_row(at, token)
         return at, token
 

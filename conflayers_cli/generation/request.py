@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.sampling_params import NO_ADJUSTMENTS, LogitAdjustments, SamplingParams
 from conflayers_cli.utils.distributed import broadcast_rank0
 
 SEED_BITS = 31
@@ -41,6 +41,11 @@ class GenerationRequest:
             in place of ``processors``.
         answer: which of several answers to the same prompt it is: each has random numbers of its
             own.
+        adjustments: what is added to the logits before tokens are chosen.
+        prediction: tokens that the output may hold, from which n-grams draft, too.
+        logprobs: log-probabilities of the tokens, and of so many of the likeliest beside them;
+            None: none.
+        owner: requests of the same owner may share what was read of their prompts.
 
     Raises:
         InputError: no prompt, no budget, or an empty stop string.
@@ -58,6 +63,10 @@ class GenerationRequest:
     processors: tuple[Any, ...] = field(default=(), compare=False)
     text: Any = field(default=None, compare=False)
     answer: int = 0
+    adjustments: LogitAdjustments = NO_ADJUSTMENTS
+    prediction: tuple[int, ...] = ()
+    logprobs: int | None = None
+    owner: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))

@@ -58,9 +58,12 @@ class GenerationResponse:
         text: the newly certain text, possibly empty; the pieces add up to the whole text.
         step: tokens, drafts, seconds; None: the request was cancelled.
         result: with a request's last response; None before.
+        pieces: the parts of the text that the step's tokens made certain, one for each; the last
+            response's last one has what was held back, too.
     """
 
     number: int
     text: str
     step: Step | None
     result: GenerationResult | None = None
+    pieces: tuple[str, ...] = ()

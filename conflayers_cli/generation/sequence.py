@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+import numpy as np
 import torch
 
-from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError
+from conflayers_cli.engine.argmax import INVALID_TOKEN, LogitsError, float_row
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.errors import InputError
@@ -18,6 +19,33 @@ from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.spec_decode.proposer import NO_DRAFT, Draft
 
 FinishReason = Literal["stop", "length"]
+MODEL = "model"
+"""Who drafted a token that nobody drafted."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What the model thought of a token, before penalties, temperature and truncation.
+
+    Attributes:
+        token: the token chosen.
+        logprob: its log-probability.
+        top: the likeliest tokens and theirs, falling.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+        """From logits ``[V]``."""
+        row = float_row(logits.detach().cpu())
+        total = row.max() + np.log(np.exp(row - row.max()).sum())
+        top = np.argpartition(row, -count)[-count:] if count else ()
+        ordered = sorted((int(i) for i in top), key=lambda i: (-row[i], i))
+        pairs = tuple((i, float(row[i] - total)) for i in ordered)
+        return cls(token, float(row[token] - total), pairs)
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class Step:
             budget); None: it doesn't.
         leaves: verified beside the chain.
         sources: for each drafted token who drafted it; empty: ``proposer`` holds for all.
+        logprobs: of each token, if the request asks for them.
     """
 
     tokens: tuple[int, ...]
@@ -47,6 +76,13 @@ class Step:
     finish: FinishReason | None
     leaves: int = 0
     sources: tuple[str, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Who drafted each token; "model": nobody, the pass itself decided it."""
+        by = self.sources or (self.proposer,) * self.drafted
+        return (*by[: self.accepted], *(MODEL,) * (len(self.tokens) - self.accepted))
 
     @property
     def seconds(self) -> float:
@@ -107,9 +143,15 @@ class Sequence:
         self.num_cached = 0
         self.steps: list[Step] = []
         self.sampler = Sampler(
-            request.sampling, decoder.vocabulary, decoder.device, request.prompt, request.answer
+            request.sampling,
+            decoder.vocabulary,
+            decoder.device,
+            request.prompt,
+            request.answer,
+            request.adjustments,
         )
         self.processed = ProcessedChoice.of(decoder, request)
+        self._logprobs: dict[int, TokenLogprobs] = {}  # by position
 
     @property
     def output(self) -> list[int]:
@@ -130,12 +172,19 @@ class Sequence:
         logits = self.decoder.prefill(prompt, cache, start=num_cached)
         _, token = self.decide(NO_DRAFT, logits[0])
         kept = self.keep((token,))
-        return Step(kept, 0, 0, "prefill", 0.0, perf_counter() - begin, self.finish)
+        seconds = perf_counter() - begin
+        logprobs = self.take_logprobs(len(kept))
+        return Step(kept, 0, 0, "prefill", 0.0, seconds, self.finish, logprobs=logprobs)
+
+    def read_part(self, cache: KVCache, begin: int, end: int) -> None:
+        """The pass over prompt tokens ``begin`` to ``end`` (excluded), which are not its last."""
+        self.decoder.prefill(torch.tensor([self.tokens[begin:end]]), cache, start=begin)
 
     @property
     def takes_best(self) -> bool:
         """Whether the highest logit decides every token: then no other need be known."""
-        return self.processed is None and self.sampler.takes_best
+        best = self.processed is None and self.sampler.takes_best
+        return best and self.request.logprobs is None
 
     def decide(self, draft: Draft, logits: torch.Tensor) -> tuple[int, int]:
         """Which drafted tokens are accepted, and the token that follows them.
@@ -148,10 +197,33 @@ class Sequence:
             (row, token) as `Draft.follow`; the token may be `INVALID_TOKEN`.
         """
         if self.processed is not None:
-            return self.processed.decide(draft, logits)
-        return draft.follow(
-            self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
-        )
+            row, token = self.processed.decide(draft, logits)
+        else:
+            chosen = self.sampler.choose(logits, len(self.tokens), draft.nodes, draft.parents)
+            row, token = draft.follow(chosen)
+        if self.request.logprobs is not None:
+            self._note_logprobs(draft, logits, row, token)
+        return row, token
+
+    def _note_logprobs(self, draft: Draft, logits: torch.Tensor, row: int, token: int) -> None:
+        """Note those of the tokens decided; what is decided again is noted again."""
+        count = min(self.request.logprobs or 0, logits.shape[-1])
+        rows, tokens = list(range(row + 1)), [*draft.tokens[:row], token]
+        if row > len(draft.tokens):  # a leaf beside the chain
+            parent = draft.parents[row - 1]
+            rows = [*range(parent + 1), row]
+            tokens = [*draft.tokens[:parent], draft.nodes[row - 1], token]
+        for position, (at, each) in enumerate(zip(rows, tokens, strict=True), len(self.tokens)):
+            if each != INVALID_TOKEN:
+                self._logprobs[position] = TokenLogprobs.of(logits[at], each, count)
+
+    def take_logprobs(self, count: int) -> tuple[TokenLogprobs, ...]:
+        """Those of the last ``count`` tokens; none where they are not asked for."""
+        if self.request.logprobs is None:
+            return ()
+        begin = len(self.tokens) - count
+        found = (self._logprobs.pop(at, None) for at in range(begin, begin + count))
+        return tuple(each for each in found if each is not None)
 
     def keep(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens up to the first that ends the output; returns those kept.

@@ -14,7 +14,7 @@ from conflayers_cli.spec_decode.acceptance import (
     TextBias,
 )
 from conflayers_cli.spec_decode.draft_store import DraftStore
-from conflayers_cli.spec_decode.ngram import NgramMatcher
+from conflayers_cli.spec_decode.ngram import NgramMatcher, PredictedText
 
 MIN_REMEMBERED = 8
 """Sequences kept where fewer are decoded at once: a proposer may serve several in turn."""
@@ -62,6 +62,7 @@ class SequenceHistory:
         bias: how its acceptance differs from other sequences'.
         pending: proposals for positions not reached yet.
         last_draft: the draft verified last.
+        predicted: n-grams of a text that this one may go on as; None: nothing is predicted.
     """
 
     tokens: list[int]
@@ -69,6 +70,7 @@ class SequenceHistory:
     bias: TextBias = field(default_factory=TextBias)
     pending: list[PendingOutcome] = field(default_factory=list)
     last_draft: PendingOutcome | None = None
+    predicted: PredictedText | None = None
 
     def learn(self) -> None:
         """Compare what was proposed with what the sequence has become."""

@@ -26,7 +26,7 @@ from conflayers_cli.spec_decode.draft_chain import DraftChain
 from conflayers_cli.spec_decode.draft_length import DraftLengthPolicy
 from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.history import SequenceHistories
-from conflayers_cli.spec_decode.ngram import NO_MATCH, Match
+from conflayers_cli.spec_decode.ngram import NO_MATCH, Match, PredictedText
 from conflayers_cli.spec_decode.proposer import Context, Draft, propose_leaves
 from conflayers_cli.spec_decode.tree import TreeShape
 
@@ -106,6 +106,9 @@ class MixedProposer:
         for context, history, limit in zip(contexts, histories, limits, strict=True):
             state, num_accepted = history.last_outcome()
             history.last_draft = None
+            if context.prediction and history.predicted is None and self._ngram:
+                # Reading the prompt has decided a token already.
+                history.predicted = PredictedText(context.prediction, context.tokens[:-1])
             accepted.append(num_accepted)
             chains.append(DraftChain(context, history, min(limit, policy.max_tokens), state))
         longest = max(len(context.tokens) for context in contexts)
@@ -148,8 +151,12 @@ class MixedProposer:
         if matcher is None or not chain.open:
             return NO_MATCH
         tokens, ends = chain.context.tokens, chain.context.end_tokens
-        count = chain.limit - len(chain.tokens)
+        count, predicted = chain.limit - len(chain.tokens), chain.history.predicted
         match = matcher.lookup(tokens, chain.tokens, count)
+        if predicted is not None:
+            other = predicted.lookup(tokens, chain.tokens, count)
+            if other.tokens and other.length >= match.length:
+                match = other
         for i, token in enumerate(match.tokens):
             if token in ends:
                 return replace(match, tokens=match.tokens[: i + 1])

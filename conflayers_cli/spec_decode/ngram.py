@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conflayers_cli.spec_decode.draft_store import DraftStore
-from conflayers_cli.spec_decode.suffix_index import MAX_MATCH_LENGTH, SuffixIndex
+from conflayers_cli.spec_decode.suffix_index import MAX_MATCH_LENGTH, SIZES, SuffixIndex
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ class NgramMatcher:
                 stored = continuations
         if not length:
             return NO_MATCH
-        nexts += [tokens[0] for tokens in stored]
-        counts = [nexts.count(token) for token in nexts]
-        best, agreed = counts.index(max(counts)), counts[0] == len(counts)
+        best, agreed = _most_frequent([*nexts, *(tokens[0] for tokens in stored)])
         if best >= len(positions):
             return Match(length, tuple(stored[best - len(positions)]), agreed, stored=True)
         begin = positions[best] + 1
@@ -89,3 +87,36 @@ class NgramMatcher:
             while len(behind) < count:
                 behind.append(behind[len(behind) - period])
         return Match(length, tuple(behind[:count]), agreed)
+
+
+class PredictedText:
+    """A text that another one may go on as: an edited file is mostly what it was.
+
+    Args:
+        tokens: the predicted ones.
+        before: the tokens of the other text that they would follow.
+    """
+
+    def __init__(self, tokens: Sequence[int], before: Sequence[int]) -> None:
+        self._text = (*before[-SIZES[0] :], *tokens)
+        self._index = SuffixIndex()
+        self._index.extend(self._text[:-1])
+
+    def lookup(self, text: Sequence[int], drafted: Sequence[int], count: int) -> Match:
+        """The longest match of the end of text and draft, and up to ``count`` tokens behind it."""
+        if count < 1:
+            return NO_MATCH
+        length, positions = self._index.find(
+            [*text[-MAX_MATCH_LENGTH:], *drafted][-MAX_MATCH_LENGTH:]
+        )
+        if not length:
+            return NO_MATCH
+        best, agreed = _most_frequent([self._text[at + 1] for at in positions])
+        begin = positions[best] + 1
+        return Match(length, self._text[begin : begin + count], agreed)
+
+
+def _most_frequent(tokens: Sequence[int]) -> tuple[int, bool]:
+    """(index of the first of those that come most often, whether all are the same)."""
+    counts = [tokens.count(token) for token in tokens]
+    return counts.index(max(counts)), counts[0] == len(counts)

@@ -101,12 +101,14 @@ class Context:
         cache: keys and values.
         sampler: how tokens are chosen.
         end_tokens: ids that end the output; nothing is drafted behind one.
+        prediction: tokens that the text may go on with, in order; n-grams draft from them, too.
     """
 
     tokens: list[int]
     cache: KVCache
     sampler: Sampler
     end_tokens: frozenset[int] = frozenset()
+    prediction: tuple[int, ...] = ()
 
 
 class Proposer(Protocol):

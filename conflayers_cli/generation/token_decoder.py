@@ -235,7 +235,7 @@ _TOKEN_STAGES: _StageMakers = MappingProxyType(
 
 _TEXT_STAGES: _StageMakers = MappingProxyType(
     {
-        "Fuse": lambda _: PerToken(str, str),
+        "Fuse": lambda _: Without(""),  # they are one text already
         "Replace": lambda spec: (
             Replace(spec["pattern"]["String"], spec["content"])
             if spec["pattern"].get("String")

@@ -147,9 +147,7 @@ def _pair(merge: str) -> tuple[str, str]:
     return (merge[:at], merge[at + 1 :]) if at > 0 else (merge, "")
 
 
-def _named(
-    known: GGUFMetadata, tokens: list[str], types: list[int], source: str
-) -> dict[str, str]:
+def _named(known: GGUFMetadata, tokens: list[str], types: list[int], source: str) -> dict[str, str]:
     named = {}
     for name, key in NAMED_TOKENS.items():
         number = known.values.get(key)

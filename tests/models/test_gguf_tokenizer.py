@@ -25,7 +25,21 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 SPECIAL = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<|end|>", CONTROL)]
 ADDED = [("<tool>", USER), ("  ", USER), ("[PAD1]", UNUSED)]
 BYTES = [(f"<0x{number:02X}>", BYTE) for number in range(256)]
-PIECES = ["\u2581ab", "abc", "ab", "\u2581a", "12", "bc", "\u2581", "a", "b", "c", "1", "2", "\u00e9"]
+PIECES = [
+    "\u2581ab",
+    "abc",
+    "ab",
+    "\u2581a",
+    "12",
+    "bc",
+    "\u2581",
+    "a",
+    "b",
+    "c",
+    "1",
+    "2",
+    "\u00e9",
+]
 NAMES = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 SENTENCES = [*SPECIAL, *BYTES, *((piece, NORMAL) for piece in PIECES), *ADDED]
 
@@ -124,9 +138,20 @@ def letters(path: Path, added: Sequence[tuple[str, int]] = (), **keys: Any) -> A
 
 def test_added_tokens_are_found_as_a_whole(tmp_path: Path) -> None:
     names = ["<\uff5cUser\uff5c>", "<think>", "  ", "\u00e9!", "<|im_end|>"]
-    tokenizer = letters(tmp_path, list(zip(names, [CONTROL, USER, USER, USER, NORMAL], strict=True)))
+    tokenizer = letters(
+        tmp_path, list(zip(names, [CONTROL, USER, USER, USER, NORMAL], strict=True))
+    )
     text = "<\uff5cUser\uff5c>ab<think>\u00e9!  \u00e9<|im_end|>"
-    assert tokens_of(tokenizer, text) == [*names[:1], "ab", "<think>", "\u00e9!", "  ", "\u00c3", "\u00a9", names[4]]
+    assert tokens_of(tokenizer, text) == [
+        *names[:1],
+        "ab",
+        "<think>",
+        "\u00e9!",
+        "  ",
+        "\u00c3",
+        "\u00a9",
+        names[4],
+    ]
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<think>\u00e9!  \u00e9"
@@ -195,7 +220,9 @@ def test_prompt_and_text_put_together_are_the_decoding_of_all(tmp_path: Path, ki
 def test_tokens_that_fill_up_are_no_text(tmp_path: Path) -> None:
     tokenizer = letters(tmp_path, [("[PAD1]", UNUSED), ("<x>", CONTROL)])
     number = 258
-    assert tokenizer.decode([97 - 33, number, number + 1, 100_000]) == tokenizer.decode([64]) + "<x>"
+    assert (
+        tokenizer.decode([97 - 33, number, number + 1, 100_000]) == tokenizer.decode([64]) + "<x>"
+    )
     assert "[PAD1]" not in tokens_of(tokenizer, "[PAD1]")
     assert tokens_of(tokenizer, "<x>") == ["<x>"]
 

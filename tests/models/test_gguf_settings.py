@@ -200,7 +200,7 @@ def header(architecture: str, tensors: dict[str, Any] | None = None, **keys: Any
             {"vocab_size": 77, "attention_bias": True, "mlp_bias": False},
         ),
         (
-            hf.Qwen3MoeConfig(),
+            hf.Qwen3MoeConfig(head_dim=32),
             header("qwen3moe", expert_feed_forward_length=1536, attention__key_length=64),
             {"moe_intermediate_size": 1536, "head_dim": 64},
         ),
@@ -222,11 +222,21 @@ def test_what_changes_a_layers_computation(
 def test_scaling_of_layers_with_and_without_a_window() -> None:
     """It is for the layers that see everything."""
     config = hf.Gemma3TextConfig()
-    keys = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0, "rope__freq_base": 2e6}
-    apply_to_config(config, header("gemma3", **keys, rope__freq_base_swa=5e3), "m")
+    keys: dict[str, Any] = {
+        "rope__scaling__type": "linear",
+        "rope__scaling__factor": 8.0,
+        "rope__freq_base": 2e6,
+    }
+    known = header("gemma3", None, **keys, rope__freq_base_swa=5e3)
+    apply_to_config(config, known, "m")
     full, windowed = (config.rope_parameters[f"{name}_attention"] for name in ("full", "sliding"))
     assert full == {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6}
     assert windowed == {"rope_type": "default", "rope_theta": 5e3}
+
+
+def test_metadata_of_the_wrong_type() -> None:
+    with pytest.raises(InputError, match="the metadata of m is broken"):
+        apply_to_config(hf.LlamaConfig(), header("llama", attention__key_length="wide"), "m")
 
 
 def test_heads_that_turn_in_part_are_refused_where_they_can_not() -> None:

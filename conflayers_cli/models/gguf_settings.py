@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from conflayers_cli.errors import InputError
@@ -26,6 +27,7 @@ from conflayers_cli.models.gguf_vocabulary import (
     find_ends,
 )
 from conflayers_cli.models.source import ModelSource
+from conflayers_cli.utils.error_text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +107,16 @@ def apply_to_config(config: Any, known: GGUFMetadata, source: str) -> None:
     """Put what the file says into a configuration, and note what is not followed.
 
     Raises:
-        InputError: the rotary embedding is of a kind that can't be had from a GGUF file.
+        InputError: the rotary embedding is of a kind that can't be had from a GGUF file, or a value
+            is of a type that the configuration does not take.
     """
-    text = config.get_text_config()
+    try:
+        _apply_to_config(config.get_text_config(), known, source)
+    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+        raise InputError(f"the metadata of {source} is broken: {first_line(error)}") from error
+
+
+def _apply_to_config(text: Any, known: GGUFMetadata, source: str) -> None:
     embedding = known.tensors.get("token_embd.weight")
     if embedding is not None and len(embedding[1]) == 2:
         text.vocab_size = embedding[1][1]
@@ -127,6 +136,8 @@ def _apply_attention(text: Any, known: GGUFMetadata) -> set[str]:
         if value is not None and hasattr(text, name):
             setattr(text, name, value)
             followed.add(key)
+        elif name == "head_dim" and value == _head_size(text):
+            followed.add(key)
     for tensor, name in BIASES.items():
         if hasattr(text, name):
             setattr(text, name, tensor in known.tensors)
@@ -145,7 +156,7 @@ def _apply_attention(text: Any, known: GGUFMetadata) -> set[str]:
         if text.num_hidden_layers == _SCALED_BY_WIDTH.get(known.architecture):
             size = text.hidden_size / text.num_attention_heads
         scale = known.get(SCALE)
-        text.query_pre_attn_scalar = scale**-2 if scale else size
+        text.query_pre_attn_scalar = round(scale**-2 if scale else size)
         followed.add(SCALE)
     return followed
 

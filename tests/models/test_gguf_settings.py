@@ -15,7 +15,8 @@ import transformers as hf
 from tokenizers import pre_tokenizers
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.gguf_metadata import read_metadata
+from conflayers_cli.models.gguf_metadata import GGUFMetadata, read_metadata
+from conflayers_cli.models.gguf_settings import apply_to_config
 from conflayers_cli.models.gguf_splits import PRE_TOKENIZERS, pre_tokenizer
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
@@ -156,3 +157,129 @@ def test_headers_that_are_broken(tmp_path: Path) -> None:
             read_metadata(file)
         except ValueError:
             continue
+
+
+def header(architecture: str, tensors: dict[str, Any] | None = None, **keys: Any) -> GGUFMetadata:
+    values = {f"{architecture}.{key.replace('__', '.')}": value for key, value in keys.items()}
+    return GGUFMetadata(
+        {"general.architecture": architecture, **values}, {}, tensors or {}, Path("none")
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "known", "expected"),
+    [
+        (  # 27B: no key says how its queries are scaled
+            hf.Gemma2Config(num_hidden_layers=46, hidden_size=4608, num_attention_heads=32),
+            header("gemma2", attention__key_length=128, final_logit_softcapping=20.0),
+            {"head_dim": 128, "query_pre_attn_scalar": 144.0, "final_logit_softcapping": 20.0},
+        ),
+        (
+            hf.Gemma2Config(num_hidden_layers=2),
+            header("gemma2", attention__key_length=64),
+            {"query_pre_attn_scalar": 64},
+        ),
+        (
+            hf.Phi3Config(),
+            header("phi3", rope__dimension_count=72, attention__sliding_window=2047),
+            {"sliding_window": 2047, "rope_parameters": {"partial_rotary_factor": 0.75}},
+        ),
+        (  # its config's own default is a window
+            hf.MistralConfig(),
+            header("llama", context_length=8192, rope__freq_base=1e6),
+            {"sliding_window": None, "rope_parameters": {"rope_theta": 1e6}},
+        ),
+        (
+            hf.StableLmConfig(),
+            header("stablelm", rope__dimension_count=80, rope__freq_base=5e5),
+            {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0}},
+        ),
+        (
+            hf.LlamaConfig(),
+            header("llama", {"token_embd.weight": (0, (32, 77), 0), "blk.0.attn_q.bias": None}),
+            {"vocab_size": 77, "attention_bias": True, "mlp_bias": False},
+        ),
+        (
+            hf.Qwen3MoeConfig(head_dim=32),
+            header("qwen3moe", expert_feed_forward_length=1536, attention__key_length=64),
+            {"moe_intermediate_size": 1536, "head_dim": 64},
+        ),
+    ],
+    ids=["gemma2-27b", "gemma2", "phi3", "mistral", "stablelm", "llama", "qwen3moe"],
+)
+def test_what_changes_a_layers_computation(
+    config: Any, known: GGUFMetadata, expected: dict[str, Any]
+) -> None:
+    notes: list[str] = []
+    with collect_notices(notes):
+        apply_to_config(config, known, "m")
+    assert not notes
+    for name, value in expected.items():
+        found = getattr(config, name)
+        assert (found if not isinstance(value, dict) else {k: found[k] for k in value}) == value
+
+
+def test_scaling_of_layers_with_and_without_a_window() -> None:
+    """It is for the layers that see everything."""
+    config = hf.Gemma3TextConfig()
+    keys: dict[str, Any] = {
+        "rope__scaling__type": "linear",
+        "rope__scaling__factor": 8.0,
+        "rope__freq_base": 2e6,
+    }
+    known = header("gemma3", None, **keys, rope__freq_base_swa=5e3)
+    apply_to_config(config, known, "m")
+    full, windowed = (config.rope_parameters[f"{name}_attention"] for name in ("full", "sliding"))
+    assert full == {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6}
+    assert windowed == {"rope_type": "default", "rope_theta": 5e3}
+
+
+def test_metadata_of_the_wrong_type() -> None:
+    with pytest.raises(InputError, match="the metadata of m is broken"):
+        apply_to_config(hf.LlamaConfig(), header("llama", attention__key_length="wide"), "m")
+
+
+def test_heads_that_turn_in_part_are_refused_where_they_can_not() -> None:
+    known = header("llama", attention__key_length=128, rope__dimension_count=64)
+    with pytest.raises(InputError, match="turns 64 of the 128 numbers of a head"):
+        apply_to_config(hf.LlamaConfig(), known, "m")
+
+
+def test_sampling_and_named_ends(tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32("general.sampling.temp", 0.5)
+        writer.add_int32("general.sampling.top_k", 20)
+        writer.add_float32("general.sampling.penalty_repeat", 1.5)
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        writer.add_token_list([*letters[:254], "<|im_end|>", "ab", "<end>"])
+
+    notes: list[str] = []
+    with collect_notices(notes):
+        found = loaded(tmp_path, more)
+    assert found.settings.sampling["temperature"] == 0.5 and found.settings.sampling["top_k"] == 20
+    assert found.settings.repetition_penalty == 1
+    assert any("general.sampling.penalty_repeat in" in note for note in notes)
+    assert found.end_tokens == {254, 256}
+
+
+def test_files_that_are_no_whole_model(tmp_path: Path) -> None:
+    def refusal(more: Writes = lambda writer: None, change: Any = lambda data: data) -> str:
+        file = tmp_path / "model.gguf"
+        write_gguf(file, tiny_model(), {}, more=more)
+        file.write_bytes(change(file.read_bytes()))
+        with pytest.raises(InputError) as error:
+            load_model(str(file), LoadOptions(device="cpu", dtype="float32"))
+        return str(error.value)
+
+    assert "one of 3 parts" in refusal(lambda w: w.add_uint16("split.count", 3))
+    assert "general.type is 'adapter'" in refusal(lambda w: w.add_type("adapter"))
+    assert "it ends too early, before " in refusal(change=lambda data: data[:-4000])
+    assert "big-endian" in refusal(change=lambda data: data[:4] + data[7:3:-1] + data[8:])
+    odd = b"token_embd.weight" + (2).to_bytes(4, "little")
+    at = len(odd) + 16
+
+    def unknown(data: bytes) -> bytes:
+        begin = data.index(odd) + at
+        return data[:begin] + (99).to_bytes(4, "little") + data[begin + 4 :]
+
+    assert "token_embd.weight is of type 99, which is not known" in refusal(change=unknown)

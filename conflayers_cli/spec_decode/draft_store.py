@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from threading import Lock
 
@@ -13,8 +12,8 @@ from conflayers_cli.spec_decode.suffix_index import BORDER, MAX_MATCH_LENGTH, Su
 
 CAPACITY = 2**20
 """Tokens held by default, for 36 bytes each."""
-RECENT = 16
-"""Texts with which a new one is compared: what it begins with as they do is held already."""
+CONTEXT = MAX_MATCH_LENGTH
+"""Tokens compared where parts are looked for that are held already."""
 
 
 class DraftStore:
@@ -33,32 +32,46 @@ class DraftStore:
         self._vocabulary = vocabulary
         self._gained = 0
         self._index = SuffixIndex(capacity)
-        self._recent: deque[npt.NDArray[np.int32]] = deque(maxlen=RECENT)
         self._lock = Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self._index.nbytes + sum(each.nbytes for each in self._recent)
+        return self._index.nbytes
 
     def add(self, text: Sequence[int] | npt.NDArray[np.int32]) -> None:
-        """Add a text, but for what it begins with as one of the last texts does."""
+        """Add a text, but for long parts of it that are held already."""
         tokens = self._usable(np.asarray(text, np.int64)[-(self.capacity - 1) :])
         with self._lock:
-            known = max((_common(tokens, each) for each in self._recent), default=0)
-            if known == len(tokens):
-                return
-            self._recent.append(tokens)
-            # Matches at the first new token need what is before it.
-            gained = tokens[max(known - MAX_MATCH_LENGTH, 0) :]
-            self._index.extend(np.append(gained, np.int32(BORDER)))
-            self._gained += len(gained) + 1
+            for piece in self._new_pieces(tokens):
+                self._index.extend(np.append(piece, np.int32(BORDER)))
+                self._gained += len(piece) + 1
+
+    def _new_pieces(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        """The parts of a text that are not held, each with `CONTEXT` tokens around it, which are:
+        matches at its first token need what is before it."""
+        pieces, begin, at, held = [], 0, 0, 0  # of the piece from ``begin``, the first are held
+        while at + CONTEXT <= len(tokens):
+            end = at + CONTEXT
+            length, positions = self._index.find(tokens[at:end].tolist())
+            run = max(
+                (self._index.agree_behind(each, tokens[end:]) for each in positions), default=0
+            )
+            if length < CONTEXT or (at > begin and run < CONTEXT):
+                at = end
+                continue
+            if at > begin:
+                pieces.append(tokens[begin:end])
+            begin, held = end + run - CONTEXT, CONTEXT
+            at = begin if run else end
+        if begin + held < len(tokens):
+            pieces.append(tokens[begin:])
+        return pieces
 
     def clear(self) -> None:
         """Forget all texts."""
         with self._lock:
             self._index = SuffixIndex(self.capacity)
-            self._recent.clear()
             self._gained = 0
 
     def load(self, tokens: npt.NDArray[np.int32]) -> None:
@@ -91,10 +104,3 @@ class DraftStore:
         """All tokens held, in order, each text with `BORDER` behind it: int32 ``[T]``."""
         with self._lock:
             return self._index.tokens()
-
-
-def _common(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
-    """How many tokens two texts begin with alike."""
-    size = min(len(one), len(other))
-    differing = np.flatnonzero(one[:size] != other[:size])
-    return int(differing[0]) if len(differing) else size

@@ -10,7 +10,7 @@ same, and more occurrences of short contexts, for some ten times the memory in P
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -114,9 +114,9 @@ class SuffixIndex:
         count = min(size + 1, SIZES[0], self._capacity)
         recent = [tokens[(size - i) & mask] for i in range(count)]
         shift = self._shift
-        for number, hashed in hashes(recent):
-            latest, slot = self._latest[number], hashed >> shift
-            self._before[number][at] = latest[slot]
+        for number, hashed in enumerate(hashes(recent), 1):
+            latest, slot = self._latest[-number], hashed >> shift
+            self._before[-number][at] = latest[slot]
             latest[slot] = size + 1
         self.size = size + 1
 
@@ -161,33 +161,37 @@ class SuffixIndex:
 
         ``tail``: what is looked for the end of, at most `MAX_MATCH_LENGTH` tokens of it.
         """
-        shift, first = self._shift, self.first
-        recent = tail[: -SIZES[0] - 1 : -1]
-        for number, hashed in reversed(list(hashes(recent))):
-            at = self._latest[number][hashed >> shift] - 1
-            longest, best, seen = 0, list[int](), 0
-            for _ in range(MAX_STEPS):
-                if at < first or seen == MAX_POSITIONS:
-                    break
-                length = self._agree(tail, at)
-                if length >= SIZES[number]:
+        back = tail[: -MAX_MATCH_LENGTH - 1 : -1]
+        known = hashes(back[: SIZES[0]])
+        tokens, mask, first, shift = self._tokens, self._capacity - 1, self.first, self._shift
+        for number in range(len(SIZES) - len(known), len(SIZES)):
+            size, before = SIZES[number], self._before[number]
+            at = self._latest[number][known[len(SIZES) - 1 - number] >> shift] - 1
+            longest, best, seen, steps = 0, list[int](), 0, MAX_STEPS
+            while at >= first and seen < MAX_POSITIONS and steps:
+                bound, length = min(len(back), at + 1 - first), 0
+                while length < bound and tokens[(at - length) & mask] == back[length]:
+                    length += 1
+                if length >= size:
                     seen += 1
                     if length > longest:
                         longest, best = length, [at]
                     elif length == longest:
                         best.append(at)
-                at = self._before[number][at & (self._capacity - 1)] - 1
+                at = before[at & mask] - 1
+                steps -= 1
             if best:
                 return longest, best
         return 0, []
 
-    def _agree(self, tail: Sequence[int], at: int) -> int:
-        """How many tokens up to a position are those at the end of ``tail``."""
-        tokens, mask = self._tokens, self._capacity - 1
-        bound, length = min(len(tail), at + 1 - self.first, MAX_MATCH_LENGTH), 0
-        while length < bound and tokens[(at - length) & mask] == tail[-1 - length]:
-            length += 1
-        return length
+    def agree_behind(self, at: int, tokens: npt.NDArray[np.int32]) -> int:
+        """How many tokens behind a position are the first of ``tokens``, int32 ``[T]``."""
+        count = min(len(tokens), self.size - 1 - at)
+        positions = np.arange(at + 1, at + 1 + count) & (self._capacity - 1)
+        differing = np.flatnonzero(
+            np.frombuffer(self._tokens, np.int32)[positions] != tokens[:count]
+        )
+        return int(differing[0]) if len(differing) else count
 
     def behind(self, at: int, count: int) -> list[int]:
         """Up to ``count`` tokens behind a position, to the end of its text."""
@@ -196,16 +200,15 @@ class SuffixIndex:
         return found[: found.index(BORDER)] if BORDER in found else found
 
 
-def hashes(recent: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(index in `SIZES`, 32-bit hash) of the contexts that end with the first of ``recent`` tokens,
-    the latest first; the smallest context first."""
-    total = 0
-    number = len(SIZES) - 1
-    for i, token in enumerate(recent):
-        total += (token + 1) * POWERS[i]
-        if i + 1 == SIZES[number]:
-            yield number, ((total & MASK) * FACTOR) & MASK
-            number -= 1
+def hashes(recent: Sequence[int]) -> list[int]:
+    """32-bit hashes of the contexts that end with the first of ``recent`` tokens, the latest first;
+    by size, rising, as far as there are tokens."""
+    found, total = [], 0
+    for size, token in enumerate(recent, 1):
+        total += (token + 1) * POWERS[size - 1]
+        if size in SIZES:
+            found.append((total * FACTOR) & MASK)
+    return found
 
 
 def _zeros(count: int) -> array[int]:

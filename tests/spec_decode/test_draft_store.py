@@ -71,6 +71,23 @@ class TestWhatIsHeld:
         tail = prompt[-20:]
         assert store.find(tail, 2) == (20, [[400, 401], [300]])
 
+    def test_long_parts_are_held_once_wherever_they_are(self) -> None:
+        quoted = list(range(100, 300))
+        store = store_of([1, 2, *quoted, 3], [4, 5, 6, *quoted, 7, 8], quoted[20:150])
+        assert len(store.tokens()) < 203 + 1 + 2 * (3 + 2 * 32 + 32 + 1)
+        assert matched([5, 6], store) == Match(2, (100, 101, 102), stored=True)
+        assert store.find([298, 299], 2) == (2, [[7, 8], [3]])
+
+    @given(parts=st.lists(st.sampled_from([0, 40, 80, 7]), max_size=12), cut=st.integers(0, 90))
+    def test_every_context_of_an_added_text_is_held(self, parts: list[int], cut: int) -> None:
+        """With what followed, whatever was held before."""
+        text = [token for start in parts for token in range(start, start + 50 + start % 7)]
+        store = store_of(text[cut:], text[: cut // 2], text, capacity=4096)
+        for end in range(1, len(text)):
+            length, found = store.find(text[max(end - 8, 0) : end], 1)
+            assert length >= min(end, 8) or text[end - 1] == text[-1]
+            assert length < 8 or [text[end]] in found or len(found) >= 8
+
     def test_the_earliest_go(self) -> None:
         store = store_of(*([i, i + 1, i + 2] for i in range(0, 900, 3)))
         assert len(store.tokens()) == 1024

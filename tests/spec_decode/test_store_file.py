@@ -62,11 +62,19 @@ def test_a_run_that_gains_nothing_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_file_holds_no_more_than_the_store(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    for start in range(8):
-        saved(path, [start, *range(99)], capacity=256)
+    texts = [np.random.default_rng(seed).permutation(99).tolist() for seed in range(8)]
+    for text in texts:
+        saved(path, text, capacity=256)
     tokens = StoredTexts.read(path).tokens
     assert len(tokens) == 256
-    assert tokens.tolist()[-101:] == [7, *range(99), BORDER]
+    assert tokens.tolist()[-100:] == [*texts[-1], BORDER]
+
+
+def test_the_same_texts_again_make_the_file_no_longer(tmp_path: Path) -> None:
+    path, text = tmp_path / "store", np.random.default_rng(0).permutation(99).tolist()
+    for _ in range(3):
+        saved(path, text)
+    assert StoredTexts.read(path).tokens.tolist() == [*text, BORDER]
 
 
 def test_it_waits_for_another_process_but_not_for_ever(

@@ -72,13 +72,13 @@ def start() -> Iterator[Callable[..., Client]]:
     """Makes schedulers that run until the test is over."""
     made: list[Scheduler] = []
 
-    def make(slots: int = 2, max_waiting: int = 10, decoder: Any = None) -> Client:
+    def make(slots: int = 2, max_waiting: int = 10, decoder: Any = None, **more: Any) -> Client:
         generator = TextGenerator(
             decoder or tiny.decoder("llama"),
             batch_size=slots,
             new_batch=partial(Batch, chunk=8, reserve=256),
         )
-        made.append(Scheduler(generator, slots=slots, max_waiting=max_waiting))
+        made.append(Scheduler(generator, slots=slots, max_waiting=max_waiting, **more))
         made[-1].start()
         return Client(made[-1])
 
@@ -148,8 +148,8 @@ def test_owners_take_turns(start: Callable[..., Client]) -> None:
 
 
 def test_a_request_has_its_time(start: Callable[..., Client]) -> None:
-    client = start(slots=1)
-    client.submit("late", tokens=240, deadline=monotonic() + 0.05)
+    client = start(slots=1, on_step=lambda *_: sleep(0.01))
+    client.submit("late", tokens=240, deadline=monotonic() + 1)
     client.submit("waiting", tokens=240, deadline=monotonic() + 0.02)
 
     for name in ("late", "waiting"):

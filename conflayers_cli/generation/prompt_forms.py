@@ -118,8 +118,8 @@ def _before(value: Mapping[str, object], form: str, where: str) -> tuple[Message
                 "alone",
                 Reason.MEDIA,
             )
-    key = next((key for key in _SYSTEM if not _is_missing(value.get(key))), None)
-    system = "" if key is None else _joined(value[key], key, where)
+    own = next((key for key in _SYSTEM if not _is_missing(value.get(key))), None)
+    system = "" if own is None else _joined(value[own], own, where)
     before = [Message("system", system)] if system.strip() else []
     history = value.get(_HISTORY) if form == "instruction" else None
     if history is not None and not isinstance(history, list):

@@ -132,17 +132,16 @@ def parquet_rows(path: Path, column: str | None = None) -> Generator[Row]:
     wanted = KEYS if column is None else NAMES | {column}
 
     def load() -> Iterator[Mapping[str, object]]:
-        with open_file(path) as file:
-            parquet = _parquet(name)
-            opened = parquet.ParquetFile(file)
-            columns = opened.schema_arrow.names
-            _check_columns(name, columns)
-            read = [each for each in columns if each in wanted]
-            for batch in opened.iter_batches(batch_size=_BATCH, columns=read):
-                for row in batch.to_pylist():
-                    yield {**dict.fromkeys(columns), **row}
+        opened = _parquet(name).ParquetFile(file)
+        columns = opened.schema_arrow.names
+        _check_columns(name, columns)
+        read = [each for each in columns if each in wanted]
+        for batch in opened.iter_batches(batch_size=_BATCH, columns=read):
+            for row in batch.to_pylist():
+                yield {**dict.fromkeys(columns), **row}
 
-    return _package_rows(name, "pyarrow", load)
+    with open_file(path) as file:
+        yield from _package_rows(name, "pyarrow", load)
 
 
 def _parquet(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -21,6 +22,9 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+
+from conflayers_cli.errors import InputError
+from conflayers_cli.utils.error_text import first_line
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 """Of a generation config, what `SamplingParams` has fields for."""
@@ -55,7 +59,8 @@ class GenerationSettings:
     @property
     def repetition_penalty(self) -> float:
         """1: none."""
-        return float(getattr(self.config, "repetition_penalty", None) or 1.0)
+        given = getattr(self.config, "repetition_penalty", None)
+        return _number("repetition_penalty", given or 1.0)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -65,13 +70,18 @@ class GenerationSettings:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """The model's own sampling, as fields of `SamplingParams`: greedy if it does not sample."""
+        """The model's own sampling, as fields of `SamplingParams`: greedy if it does not sample.
+
+        InputError: a value is no number.
+        """
         if not getattr(self.config, "do_sample", None):
             return {"temperature": 0.0}
         given = {name: getattr(self.config, name, None) for name in SAMPLING_KEYS}
         found = {name: value for name, value in given.items() if value is not None}
         if not found.get("top_k"):
             found.pop("top_k", None)  # 0: all tokens
+        for name, value in found.items():
+            _number(name, value)
         return {"temperature": 1.0, **found}
 
     @property
@@ -126,3 +136,31 @@ class GenerationSettings:
             return SuppressTokensAtBeginLogitsProcessor(list(tokens), begin)
 
         return make
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"the generation config has {name} {value!r:.60}, which is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"the generation config has a {name} of too many digits") from None
+
+
+def check_settings(settings: GenerationSettings, vocabulary: int, source: str) -> None:
+    """Try a generation config's processors on scores of zero: a file may hold anything.
+
+    Raises:
+        InputError: it can't be followed.
+    """
+    try:
+        for stop in settings.stops:
+            if not isinstance(stop, str):
+                raise TypeError(f"stop_strings has {stop!r:.60}")
+        _number("repetition_penalty", settings.repetition_penalty)
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        for processor in settings.processors(2, 2):
+            processor(tokens, torch.zeros(1, vocabulary))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, InputError) as error:
+        cause = first_line(error)[:200]
+        raise InputError(f"the generation config of {source} is broken: {cause}") from error

@@ -59,11 +59,13 @@ class GGUFMetadata:
         return self.values.get(f"{self.architecture}.{name}", default)
 
     def floats(self, tensor: str) -> npt.NDArray[np.float32] | None:
-        """The numbers of a small float32 tensor; None: there is none."""
+        """The numbers of a small float32 tensor; None: there is none. ValueError: it is cut off."""
         found = self.tensors.get(tensor)
         if found is None or found[0] != _FLOAT32:
             return None
         _, shape, offset = found
+        if offset + 4 * prod(shape) > self.path.stat().st_size:
+            raise ValueError(f"{tensor} is cut off")
         return np.fromfile(self.path, np.float32, prod(shape), offset=offset)
 
 

@@ -8,6 +8,7 @@ A key of the architecture that neither of us reads is named in a note: it may ch
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -92,6 +93,10 @@ def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
     """The entries of ``rope_parameters``; none: there is no scaling."""
     kind = known.get("rope.scaling.type")
     factor = known.get("rope.scaling.factor", known.get("rope.scale_linear", 1.0))
+    trained = known.get("rope.scaling.original_context_length")
+    for value in (factor, 0 if trained is None else trained):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{source} is broken: its RoPE scaling has {value!r:.60}")
     if kind is None and known.get("rope.scale_linear"):
         kind = "linear"
     if kind == "longrope" or any(name in known.tensors for name in LONG_FACTORS):
@@ -104,10 +109,9 @@ def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
     if kind == "yarn":
-        trained = known.get("rope.scaling.original_context_length")
         more = {} if trained is None else {"original_max_position_embeddings": int(trained)}
         return {"rope_type": "yarn", "factor": float(factor), **more}
-    raise InputError(f"{source} has RoPE scaling of the kind {kind!r}: not supported")
+    raise InputError(f"{source} has RoPE scaling of the kind {kind!r:.60}: not supported")
 
 
 def unread_keys(known: GGUFMetadata) -> list[str]:
@@ -123,8 +127,12 @@ def unread_keys(known: GGUFMetadata) -> list[str]:
     return sorted(f"{name}.{key}" for key in own if key not in read | READ_HERE | WITHOUT_EFFECT)
 
 
-def apply_to_model(model: Any, known: GGUFMetadata) -> None:
-    """Further end tokens, and the factors of the rotary embedding's frequencies."""
+def apply_to_model(model: Any, known: GGUFMetadata, source: str) -> None:
+    """Further end tokens, and the factors of the rotary embedding's frequencies.
+
+    Raises:
+        InputError: the factors are cut off.
+    """
     ends = [known.values[key] for key in END_KEYS if isinstance(known.values.get(key), int)]
     if ends and model.generation_config is not None:
         own = model.generation_config.eos_token_id
@@ -132,7 +140,10 @@ def apply_to_model(model: Any, known: GGUFMetadata) -> None:
         if not before and isinstance(known.values.get("tokenizer.ggml.eos_token_id"), int):
             before = [known.values["tokenizer.ggml.eos_token_id"]]
         model.generation_config.eos_token_id = list(dict.fromkeys([*before, *ends]))
-    factors = known.floats(FACTORS)
+    try:
+        factors = known.floats(FACTORS)
+    except ValueError as error:
+        raise InputError(f"cannot read {source}: {error}") from error
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if factors is None or rotary is None or len(factors) != len(rotary.inv_freq):
         return

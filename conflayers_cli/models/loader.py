@@ -133,7 +133,7 @@ def _load_plain(
         few_bits.round(model, source, options.quantize)
         tokenizer = read_tokenizer(origin, trusted)
         if header is not None:
-            apply_to_model(model, header)
+            apply_to_model(model, header, source)
             apply_to_tokenizer(tokenizer, header, source)
     on_step(1.0)
     if quantized is not None and model.dtype != dtype:

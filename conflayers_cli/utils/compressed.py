@@ -8,15 +8,20 @@ import lzma
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.utils.error_text import first_line
 
-_Opener = Callable[[BinaryIO], BinaryIO]
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
-def _gzip(file: BinaryIO) -> BinaryIO:
+_Opener = Callable[[BinaryIO], _Readable]
+
+
+def _gzip(file: BinaryIO) -> _Readable:
     return gzip.GzipFile(fileobj=file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,8 +16,14 @@ import transformers as hf
 from tokenizers import pre_tokenizers
 
 from conflayers_cli.errors import InputError
-from conflayers_cli.models.gguf_metadata import read_metadata
-from conflayers_cli.models.gguf_settings import PRE_TOKENIZERS, _pre_tokenizer
+from conflayers_cli.models.gguf_metadata import GGUFMetadata, read_metadata
+from conflayers_cli.models.gguf_settings import (
+    FACTORS,
+    PRE_TOKENIZERS,
+    _pre_tokenizer,
+    apply_to_config,
+    apply_to_model,
+)
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
 from conflayers_cli.models.loader import load_model
@@ -156,3 +163,19 @@ def test_headers_that_are_broken(tmp_path: Path) -> None:
             read_metadata(file)
         except ValueError:
             continue
+
+
+def test_factors_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+    known = GGUFMetadata({}, {FACTORS: (0, (2**40,), 0)}, tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"cannot read m: rope_freqs.weight is cut off"):
+        apply_to_model(SimpleNamespace(generation_config=None), known, "m")
+
+
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["factor", "original_context_length"])
+def test_scaling_that_is_no_number_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    values = {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}
+    known = GGUFMetadata({**values, f"llama.rope.scaling.{key}": value}, {}, tmp_path)
+    with pytest.raises(InputError, match="m is broken: its RoPE scaling has"):
+        apply_to_config(hf.LlamaConfig(**SIZES), known, "m")

@@ -14,11 +14,26 @@ import transformers as hf
 from conflayers_cli.kernels.fused_forward import FAMILIES
 from conflayers_cli.models.generation_settings import REFUSED, SAMPLING_KEYS
 from conflayers_cli.models.gguf_settings import (
-    END_KEYS,
+    ATTRIBUTES,
+    BIASES,
     FACTORS,
     LONG_FACTORS,
-    PRE_TOKENIZERS,
-    READ_HERE,
+    ROPE_KEYS,
+    SCALE,
+    WINDOW,
+)
+from conflayers_cli.models.gguf_settings import SAMPLING_KEYS as GGUF_SAMPLING
+from conflayers_cli.models.gguf_settings import WITHOUT_EFFECT as GGUF_WITHOUT_EFFECT
+from conflayers_cli.models.gguf_splits import PRE_TOKENIZERS
+from conflayers_cli.models.gguf_tokenizer import READ_KEYS, TEMPLATE, WHOLE
+from conflayers_cli.models.gguf_vocabulary import (
+    BYTE_LEVEL,
+    END_KEYS,
+    ENDS,
+    NAMED_TOKENS,
+    PREFIX,
+    SENTENCEPIECE,
+    UNIGRAM,
 )
 
 TARGET = Path("docs/compatibility.md")
@@ -80,17 +95,55 @@ CONFIG = {
     "sliding_window, layer_types": "as in transformers: full and sliding attention, others refused",
     "tie_word_embeddings": "as in transformers",
 }
+_GGUF_TOKENIZER = {
+    "model": f"{', '.join((BYTE_LEVEL, *SENTENCEPIECE, UNIGRAM))}; others (`bert`) refused",
+    "pre": f"followed: {', '.join(sorted(PRE_TOKENIZERS))}; others, and none, noted",
+    "tokens": "followed; tokens spelt alike are written alike",
+    "token_type": "control and unknown tokens are found as a whole and are no part of the text, "
+    "user-defined ones are found as a whole, bytes are for what is in no piece, unused ones are "
+    "no text",
+    "scores": "the order of merges of `llama`, unless there are merges; likelihoods of `t5`",
+    "merges": "followed",
+    "add_bos_token": "followed; without it, as llama.cpp does. A chat begins as its template does",
+    "add_eos_token": "followed for plain texts",
+    "add_sep_token": "noted unless false",
+    "add_space_prefix": "followed by `llama` and `t5`: before a text and behind special tokens",
+    "remove_extra_whitespaces": "followed by `t5`",
+    "precompiled_charsmap": "followed by `t5`",
+}
 GGUF = {
+    **{
+        key: _GGUF_TOKENIZER.get(key.removeprefix(PREFIX), "without an effect where a text goes on")
+        for key in READ_KEYS
+    },
+    **dict.fromkeys(NAMED_TOKENS.values(), "followed; noted where there is no such token"),
     **dict.fromkeys(END_KEYS, "ends the text"),
-    "tokenizer.ggml.eos_token_id": "ends the text",
-    "tokenizer.ggml.pre": f"followed: {', '.join(sorted(PRE_TOKENIZERS))}; others noted",
-    "tokenizer.ggml.add_bos_token": "followed",
-    "tokenizer.chat_template": "used as a folder's",
+    NAMED_TOKENS["eos_token"]: "ends the text",
+    f"tokens {' '.join(sorted(ENDS))}": "end the text, as in llama.cpp, whatever their type; "
+    "`<|end|>` not beside `<|call|>`",
+    f"{PREFIX}*, others": "named in a note",
+    TEMPLATE: "used as a folder's",
+    f"{TEMPLATE}.NAME": "used as a folder's of that name",
+    WHOLE: "taken instead of tokens and merges",
+    **{key: f"`{name}`, by `--sampling model`" for key, name in GGUF_SAMPLING.items()},
+    "general.sampling.*, others": "named in a note",
+    "general.name": "special tokens of Phi-3 take the white space behind them",
+    "general.type": "refused unless `model`",
+    "split.count": "refused unless 1: join the parts",
     f"tensor {FACTORS}": "followed",
     f"tensors {', '.join(LONG_FACTORS)}": "refused",
-    **{f"ARCH.{key}": "followed, but for `longrope`: refused" for key in sorted(READ_HERE)},
+    **{f"tensor {tensor}": f"`{name}`, where there is one" for tensor, name in BIASES.items()},
+    "tensor output.weight": "the head; without it the embedding is",
+    "tensor token_embd.weight": "the size of the vocabulary, too",
+    **{f"ARCH.{key}": "followed, but for `longrope`: refused" for key in ROPE_KEYS},
+    "ARCH.rope.dimension_count": "followed, or refused",
+    **{f"ARCH.{key}": f"`{name}`, else noted" for key, name in ATTRIBUTES.items()},
+    f"ARCH.{SCALE}": "`query_pre_attn_scalar`, else noted",
+    f"ARCH.{WINDOW}": "`sliding_window`, else noted",
+    **{f"ARCH.{key}": "without an effect, or told by shapes" for key in GGUF_WITHOUT_EFFECT},
     "ARCH.*, read by transformers": "followed, as transformers does",
-    "ARCH.*, read by nobody": "named in a note",
+    "ARCH.*, read by nobody": "named in a note: scales of embeddings, logits and residuals, "
+    "shared keys and values, scales of experts",
 }
 
 

@@ -1,12 +1,14 @@
-"""Broken bytes for the two readers of users' files: prompt files and profiles.
+"""Broken bytes for what reads users' files: prompts, profiles, what models bring, what is cached.
 
     python -m tools.fuzz --output FILE
 
 Valid files of every accepted form are mutated: bits flipped, parts cut, doubled and spliced, lines
-repeated, nasty tokens put in, numbers driven to extremes. Whatever is read must be accepted and
-sound, or refused in one short line that names the file. Anything else is a finding, as is an input
-that takes more than two seconds of the processor; findings are kept as files. A seed gives the same
-inputs on every machine.
+repeated, nasty tokens put in, numbers driven to extremes, values of JSON replaced by others.
+Whatever is read must be accepted and sound (the same as by Python's own readers, where there are
+any), or refused in one short line that names the file. Anything else is a finding, as is an input
+that takes more than two seconds of the processor or 256 MiB of memory; findings are kept as files.
+A seed gives the same inputs on every machine. With --reader the results of the other readers in
+--output are kept, so that they can be run in parts; Parquet needs pyarrow.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -31,9 +34,15 @@ from conflayers_cli.generation.prompts import as_messages, read_prompts
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.utils.environment import describe_environment
 from conflayers_cli.utils.files import write_json
-from tools.fuzz_corpus import NO_TEXT, NUMBERS, TOKENS, profile_corpus, prompt_corpus
+from conflayers_cli.utils.memory import PeakMemory
+from tools import fuzz_models, fuzz_tables
+from tools.fuzz_corpus import profile_corpus, prompt_corpus
+from tools.fuzz_mutations import mutate
+from tools.fuzz_reader import Reader
 
 MAX_SECONDS = 2.0
+MAX_MEMORY = 256 << 20
+"""Bytes by which an input may raise the process's peak."""
 MAX_MESSAGE = 500
 """Characters of an error, without the path."""
 MUTATIONS = (1, 1, 1, 2, 3, 6)
@@ -42,32 +51,12 @@ MAX_INPUT = 60_000
 
 PROMPT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv")
 
-_NUMBER = re.compile(rb"[0-9]+")
-_WORD = re.compile(rb"[\w.]+")
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What reads a kind of file.
-
-    Attributes:
-        read: raises an `InputError`, or gives what is checked by ``sound``.
-        sound: what is wrong with something accepted; None: nothing.
-        suffixes: of the files.
-        corpus: files that are accepted.
-    """
-
-    name: str
-    read: Callable[[Path], object]
-    sound: Callable[[object, Path], str | None]
-    suffixes: tuple[str, ...]
-    corpus: tuple[bytes, ...]
-
 
 @dataclass
 class Report:
     """What became of the inputs of one reader."""
 
+    seed: int = 0
     inputs: int = 0
     accepted: int = 0
     slowest_seconds: float = 0.0
@@ -101,68 +90,15 @@ def sound_profile(found: object, path: Path) -> str | None:
     return None
 
 
-READERS = (
-    Reader("prompts", read_prompts, sound_prompts, PROMPT_SUFFIXES, prompt_corpus()),
-    Reader("profile", Profile.load, sound_profile, (".yaml",), profile_corpus()),
-)
-
-
-def mutate(data: bytes, draw: random.Random, corpus: Sequence[bytes]) -> bytes:
-    """The bytes with one thing wrong."""
-    start = draw.randrange(len(data) + 1)
-    end = min(len(data), start + draw.choice((1, 2, 8, 64, 512)))
-    lines = data.split(b"\n")
-    line = draw.randrange(len(lines))
-    match draw.choice(_KINDS):
-        case "flip" if data:
-            at = draw.randrange(len(data))
-            return data[:at] + bytes([data[at] ^ 1 << draw.randrange(7)]) + data[at + 1 :]
-        case "cut":
-            return data[:start] + data[end:]
-        case "truncate":
-            return data[:start]
-        case "double":
-            return data[:end] + data[start:end] * draw.choice((1, 2, 20)) + data[end:]
-        case "splice":
-            other = draw.choice(corpus)
-            return data[:start] + other[draw.randrange(len(other)) :]
-        case "token":
-            return data[:start] + draw.choice(draw.choice([TOKENS] * 9 + [NO_TEXT])) + data[start:]
-        case "number" if found := list(_NUMBER.finditer(data)):
-            found_at = draw.choice(found)
-            return data[: found_at.start()] + draw.choice(NUMBERS).encode() + data[found_at.end() :]
-        case "word" if found := list(_WORD.finditer(data)):
-            found_at = draw.choice(found)
-            others = draw.choice((TOKENS, _WORD.findall(draw.choice(corpus))))
-            return data[: found_at.start()] + draw.choice(others) + data[found_at.end() :]
-        case "repeat-line":
-            return b"\n".join([*lines[: line + 1], *lines[line:]])
-        case "drop-line":
-            return b"\n".join([*lines[:line], *lines[line + 1 :]])
-        case "swap-lines":
-            other_line = draw.randrange(len(lines))
-            lines[line], lines[other_line] = lines[other_line], lines[line]
-            return b"\n".join(lines)
-        case _:
-            return data[:start] + bytes(draw.randrange(128) for _ in range(4)) + data[end:]
-
-
-_KINDS = (
-    "flip",
-    "cut",
-    "truncate",
-    "double",
-    "splice",
-    "token",
-    "number",
-    "number",
-    "word",
-    "word",
-    "repeat-line",
-    "drop-line",
-    "swap-lines",
-    "bytes",
-)
+@cache
+def readers() -> tuple[Reader, ...]:
+    """All of them; that of Parquet where pyarrow is installed."""
+    return (
+        Reader("prompts", read_prompts, sound_prompts, PROMPT_SUFFIXES, prompt_corpus()),
+        Reader("profile", Profile.load, sound_profile, (".yaml",), profile_corpus()),
+        *fuzz_tables.readers(sound_prompts),
+        *fuzz_models.readers(),
+    )
 
 
 def inputs(reader: Reader, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -181,11 +117,12 @@ def judge(reader: Reader, path: Path) -> tuple[bool, str | None]:
         found = reader.read(path)
     except InputError as error:
         message = str(error)
-        if not message.startswith(str(path)):
+        named = message.startswith(str(path)) if reader.begins else str(path.parent) in message
+        if not named:
             return False, f"the error does not name the file: {message[:200]!r}"
         if len(message.splitlines()) != 1 or len(message) - len(str(path)) > MAX_MESSAGE:
             return False, f"the error is not one short line: {message[:200]!r}"
-        return False, None
+        return False, reader.refused(message, path) if reader.refused else None
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
         return False, f"{type(error).__name__}: {str(error)[:200]}"
     try:
@@ -209,7 +146,10 @@ def fuzz(
         keep: called with each finding: suffix, input, what is wrong.
         seconds: of the processor that an input may take.
     """
-    report = Report()
+    report = Report(seed)
+    memory = PeakMemory(torch.device("cpu"))
+    memory.begin()
+    before = memory.peak()
     for suffix, data in inputs(reader, count, seed):
         path = folder / f"input{suffix}"
         path.write_bytes(data)
@@ -218,6 +158,11 @@ def fuzz(
         took = time.process_time() - begin
         if wrong is None and took > seconds:
             wrong = f"it took {took:.1f} s"
+        peak = memory.peak()
+        if peak is not None and before is not None:
+            if wrong is None and report.inputs and peak - before > MAX_MEMORY:
+                wrong = f"it took {(peak - before) >> 20} MiB"
+            before = max(before, peak)
         report.inputs += 1
         report.accepted += accepted
         report.slowest_seconds = max(report.slowest_seconds, took)
@@ -244,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inputs", type=int, default=60_000, help="for each of the two")
+    names = [reader.name for reader in readers()]
+    parser.add_argument("--inputs", type=int, default=12_000, help="for each reader")
+    parser.add_argument("--reader", action="append", choices=names, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--findings", type=Path, default=Path("fuzz-findings"), help="folder for what is found"
@@ -255,10 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = 1000 if options.quick else options.inputs
     seen: Counter[str] = Counter()
     reports: dict[str, Report] = {}
+    known = _known(options.output)
     with TemporaryDirectory() as folder:
-        for reader in READERS:
-            keep = partial(_keep, options.findings, seen, reader.name)
-            reports[reader.name] = fuzz(reader, count, options.seed, Path(folder), keep)
+        for reader in readers():
+            if reader.name in (options.reader or names):
+                keep = partial(_keep, options.findings, seen, reader.name)
+                reports[reader.name] = fuzz(reader, count, options.seed, Path(folder), keep)
     print_table(
         ["reader", "inputs", "accepted", "slowest", "findings"],
         [
@@ -273,14 +222,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
     )
     if options.output:
+        mine = {name: asdict(report) for name, report in reports.items()}
+        kept = {
+            kind: count
+            for kind, count in known.get("findings", {}).items()
+            if kind.partition(":")[0] not in reports
+        }
         document = {
             "benchmark": "fuzz",
-            "settings": {"inputs": count, "seed": options.seed},
             "environment": describe_environment(torch.device("cpu")),
-            "readers": {name: asdict(report) for name, report in reports.items()},
-            "findings": dict(seen),
+            "readers": {**known.get("readers", {}), **mine},
+            "findings": {**kept, **seen},
         }
         write_json(options.output, document)
+
+
+def _known(path: Path | None) -> dict[str, Any]:
+    """What an output has already; nothing: there is none, or it is of another form."""
+    if path is None or not path.is_file():
+        return {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {} if "settings" in known else known
 
 
 if __name__ == "__main__":

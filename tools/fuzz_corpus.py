@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import yaml
 
 _USER = {"role": "user", "content": "Why is the sky blue?"}
 _CHAT = [{"role": "system", "content": "Be brief."}, _USER, {"role": "assistant", "content": "So."}]
 _TURN = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-PROMPT_LINES = (
+PROMPT_LINES: tuple[dict[str, Any], ...] = (
     {"prompt": "naïve café 🙂", "id": "a", "category": "qa"},
     {"prompt": "line\nbreak", "id": 7, "other": {"deep": [1, 2.5e3, None, True]}},
     {"messages": [*_CHAT, _USER], "id": "m"},
@@ -21,6 +22,16 @@ PROMPT_LINES = (
     {"conversations": _CHAT, "id": "c"},
     {"instruction": "Do", "input": "it", "output": "done", "id": "i"},
     {"question": "2 + 2?", "article": "", "id": "q"},
+)
+_BODY = {"model": "m", "messages": [_CHAT[0], _USER], "temperature": 0.5}
+MORE_LINES: tuple[dict[str, Any], ...] = (
+    {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": _BODY},
+    {"custom_id": "r2", "params": {"system": "Be brief.", "messages": [_USER]}},
+    {"instruction": "Do", "system": "Be brief.", "history": [["a", "b"], ["c", "d"]], "id": "h"},
+    {"question": "Why?", "context": "So.", "system_prompt": "", "id": "s"},
+    {"conversation": [_USER, {"role": "assistant", "content": None}], "id": "w"},
+    {"messages": '[{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}]'},
+    {"prompt": [_USER], "completion": _CHAT[2:], "label": True, "images": [], "id": "k"},
 )
 PROMPT_TABLE = 'id,prompt,n\na,"one, ""two""",1\n,"with a\nline end",2\nb,plain,\n'
 

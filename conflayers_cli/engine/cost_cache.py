@@ -127,7 +127,7 @@ def cost_table(
     subject = cost_subject(decoder, model_key)
     path = None if cache_folder is None else _path(cache_folder, subject)
     # All ranks measure together, and use the same figures.
-    known = broadcast_rank0({} if path is None else _read(path, subject))
+    known = broadcast_rank0({} if path is None else read_costs(path, subject))
     if int4 and decoder.stack.int4.reason is None:
         known = {batch: costs for batch, costs in known.items() if costs.has_int4}
     if recheck and 1 in known and not costs_hold(decoder, known[1]):
@@ -197,7 +197,7 @@ def _write(path: Path, subject: Mapping[str, Any], by_batch: Mapping[int, PassCo
     return None
 
 
-def _read(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
+def read_costs(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
     """The figures of a file by batch size; none where anything in it is not as expected."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def _read(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
 
 
 def _parse(entry: Mapping[str, Any]) -> PassCosts:
-    """Costs from JSON; raises one of the errors that `_read` catches where it holds none."""
+    """Costs from JSON; raises one of the errors that `read_costs` catches where it holds none."""
     verify = {int(width): seconds for width, seconds in entry["verify"].items()}
     others = {field.name: entry[field.name] for field in fields(PassCosts)[1:]}
     seconds = [verify[width] for width in sorted(verify)]

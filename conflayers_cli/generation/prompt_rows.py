@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_forms import ACCEPTED, FORMS
 from conflayers_cli.generation.prompt_tables import csv_rows, dataset_rows, parquet_rows
 from conflayers_cli.generation.prompt_types import Row
+from conflayers_cli.utils.compressed import COMPRESSED, decompressed
 from conflayers_cli.utils.json_stream import JsonReader, decode_json, quoted
 from conflayers_cli.utils.text_files import open_file, text_pieces
 from conflayers_cli.utils.text_stream import MAX_ROW, TextStream
@@ -25,6 +27,9 @@ _PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 _LINE_LOOKED_AT = 1 << 20
 """Characters of a first line that are looked at to tell JSON lines from one object."""
 _BEGINS_ROW = '{"'
+_BEGINS_OBJECT, _BEGINS_ARRAY = '{"', '[{"'
+_YAML_SUFFIXES = frozenset({".yaml", ".yml"})
+_ADDRESS = re.compile(r"(https?|s3|gs|ftp):/")
 _HINT = f"; every line is one of {ACCEPTED}"
 
 
@@ -40,11 +45,31 @@ def file_rows(path: Path, column: str | None = None) -> Generator[Row]:
     if path.as_posix().startswith(HUB) and not path.exists():
         yield from dataset_rows(path.as_posix(), path.as_posix().removeprefix(HUB))
     elif path.suffix.lower() in _PARQUET_SUFFIXES:
-        yield from parquet_rows(path)
+        yield from parquet_rows(path, column)
     else:
+        _check_name(path)
+        plain, suffix = path, path.suffix.lower()
+        if suffix in COMPRESSED:
+            plain = path.with_suffix("")
         with open_file(path) as file:
-            stream = TextStream(text_pieces(file.read, str(path)), str(path))
-            yield from text_rows(stream, path.suffix.lower(), column)
+            read = decompressed(file, str(path), suffix) if suffix in COMPRESSED else file.read
+            stream = TextStream(text_pieces(read, str(path)), str(path))
+            yield from text_rows(stream, plain.suffix.lower(), column)
+
+
+def _check_name(path: Path) -> None:
+    """Raise InputError for what can't be a prompt file by its name."""
+    if path.suffix.lower() in _YAML_SUFFIXES:
+        raise InputError(f"{path}: is YAML, which is not read as prompts: make it JSON or CSV")
+    if path.exists():
+        return
+    if _ADDRESS.match(path.as_posix()):
+        raise InputError(
+            f"{path}: is an address, and files are not fetched: download it first, or name a data "
+            f"set as {HUB}OWNER/NAME"
+        )
+    if str(path) == "-":
+        raise InputError("-: there is no such file; standard input is /dev/stdin")
 
 
 def text_rows(stream: TextStream, suffix: str, column: str | None = None) -> Generator[Row]:
@@ -68,9 +93,20 @@ def _line_rows(stream: TextStream, as_json: bool | None = None) -> Generator[Row
         if not line.strip():
             continue
         if as_json is None:
+            _check_first(line, f"{stream.name}:{number}")
             as_json = _is_json_object(line)
         value = decode_json(line, stream.name, number, _HINT) if as_json else {"prompt": line}
         yield _at_line(stream, number, value)
+
+
+def _check_first(line: str, where: str) -> None:
+    """Raise InputError where a text begins as JSON over several lines does, or as an array."""
+    begin = line.strip()
+    if begin in ("{", "[") or begin.startswith(_BEGINS_ARRAY):
+        raise InputError(
+            f"{where}: opens JSON, and not with an object a line: name the file .json, or put one "
+            "object a line"
+        )
 
 
 def _json_rows(stream: TextStream, column: str | None) -> Generator[Row]:
@@ -167,6 +203,8 @@ def _at_line(stream: TextStream, line: int, value: object) -> Row:
 
 
 def _is_json_object(line: str) -> bool:
+    if line.lstrip().startswith(_BEGINS_OBJECT):
+        return True  # or meant to be; reading it will say what is wrong
     if not line.lstrip().startswith("{"):
         return False
     try:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.generation.prompt_forms import KEYS, NAMES
 from conflayers_cli.generation.prompt_types import Row
-from conflayers_cli.utils.error_text import first_line
 from conflayers_cli.utils.json_stream import quoted
 from conflayers_cli.utils.text_files import open_file
 from conflayers_cli.utils.text_stream import MAX_ROW, TextStream
 
 DEFAULT_SPLIT = "train"
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files of a folder that ``save_to_disk`` has written."""
 
-_NAMES = frozenset({"id", "question_id", "category"})
 _HEADER_LOOKED_AT = 1 << 16
 _BATCH = 64
 """Rows of a Parquet file that are decoded at once."""
@@ -40,9 +42,7 @@ def csv_rows(stream: TextStream, delimiter: str | None) -> Generator[Row]:
     records = _records(stream, delimiter)
     _, header = next(records, (0, []))
     header = [name.strip() for name in header]
-    for name in header:
-        if name and header.count(name) > 1:
-            raise InputError(f"{stream.name}: has the column {quoted(name)} twice")
+    _check_columns(stream.name, header)
     for number, (line, fields) in enumerate(records, 1):
         where = f"{stream.name}:{line}"
         while len(fields) > len(header) and not fields[-1]:
@@ -53,10 +53,16 @@ def csv_rows(stream: TextStream, delimiter: str | None) -> Generator[Row]:
                 f"{_SAID.get(delimiter, quoted(delimiter))} or a line end in it needs quotes"
             )
         value = {
-            name: None if name in _NAMES and not field else field
+            name: None if name in NAMES and not field else field
             for name, field in zip(header, fields, strict=True)
         }
         yield Row(number, where, f"line {line}", value)
+
+
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    for column, count in Counter(columns).items():
+        if column and count > 1:
+            raise InputError(f"{name}: has the column {quoted(column)} twice")
 
 
 _SAID: Mapping[str, str] = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
@@ -104,9 +110,10 @@ def _records(stream: TextStream, delimiter: str) -> Iterator[tuple[int, list[str
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise InputError(
-                f"{stream.name}:{line}: is not valid CSV: {error} (is a quote not closed?)"
-            ) from None
+            problem = f"{error} (is a quote not closed?)"
+            if str(error).startswith("new-line character"):  # Python's own advice is about open()
+                problem = "a carriage return without quotes (lines end in \\n or \\r\\n)"
+            raise InputError(f"{stream.name}:{line}: is not valid CSV: {problem}") from None
         finally:
             csv.field_size_limit(before)
         if fields is None:
@@ -115,17 +122,26 @@ def _records(stream: TextStream, delimiter: str) -> Iterator[tuple[int, list[str
             yield line, fields
 
 
-def parquet_rows(path: Path) -> Generator[Row]:
-    """The rows of a Parquet file; InputError: pyarrow, which reads it, is missing or can't."""
+def parquet_rows(path: Path, column: str | None = None) -> Generator[Row]:
+    """The rows of a Parquet file.
+
+    Columns that no form has are not read, they may be pictures or dates out of range: they are
+    None. InputError: pyarrow, which reads it, is missing or can't.
+    """
     name = str(path)
+    wanted = KEYS if column is None else NAMES | {column}
 
     def load() -> Iterator[Mapping[str, object]]:
-        with open_file(path) as file:
-            parquet = _parquet(name)
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
-                yield from batch.to_pylist()
+        opened = _parquet(name).ParquetFile(file)
+        columns = opened.schema_arrow.names
+        _check_columns(name, columns)
+        read = [each for each in columns if each in wanted]
+        for batch in opened.iter_batches(batch_size=_BATCH, columns=read):
+            for row in batch.to_pylist():
+                yield {**dict.fromkeys(columns), **row}
 
-    return _package_rows(name, "pyarrow", load)
+    with open_file(path) as file:
+        yield from _package_rows(name, "pyarrow", load)
 
 
 def _parquet(name: str) -> Any:
@@ -144,13 +160,15 @@ def dataset_rows(name: str, data_set: str) -> Generator[Row]:
     Args:
         name: for errors.
         data_set: ``OWNER/NAME``, with ``/CONFIG`` if it has several and ``:SPLIT`` if it is not
-            `DEFAULT_SPLIT`.
+            `DEFAULT_SPLIT`; or a folder, as one that ``save_to_disk`` has written, for them.
 
     Raises:
         InputError: the package datasets, which reads it, is missing or can't.
     """
     source, _, split = data_set.partition(":")
-    parts = source.split("/", 2)
+    folder = Path(source).expanduser() if source else None
+    is_folder = folder is not None and folder.is_dir()
+    parts = [str(folder)] if is_folder else source.split("/", 2)
     if not all(parts):
         raise InputError(f"{name}: is no data set; hf:OWNER/NAME[/CONFIG][:SPLIT] is")
     repository, config = "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
@@ -163,6 +181,8 @@ def dataset_rows(name: str, data_set: str) -> Generator[Row]:
                 f"{name}: is read by Hugging Face's datasets, which is missing: "
                 "pip install datasets"
             ) from None
+        if folder is not None and any((folder / each).is_file() for each in _SAVED):
+            return _saved(datasets.load_from_disk(str(folder)), name, split)
         split_name = split or DEFAULT_SPLIT
         # a part of a split, train[:10], has to be there as a whole
         streaming = "[" not in split_name
@@ -172,6 +192,19 @@ def dataset_rows(name: str, data_set: str) -> Generator[Row]:
         return loaded
 
     return _package_rows(name, "datasets", load)
+
+
+def _saved(found: Any, name: str, split: str) -> Iterable[Mapping[str, object]]:
+    """The rows of what ``save_to_disk`` has written: a data set, or several by their splits."""
+    splits = list(found) if isinstance(found, dict) else []
+    if not splits and not split:
+        rows: Iterable[Mapping[str, object]] = found
+        return rows
+    wanted = split or DEFAULT_SPLIT
+    if wanted not in splits:
+        there = f"it has {', '.join(splits)}" if splits else "it has none, leave it out"
+        raise InputError(f"{name}: has no split {wanted}; {there}")
+    return found[wanted]
 
 
 def _package_rows(
@@ -184,5 +217,5 @@ def _package_rows(
     except InputError:
         raise
     except Exception as error:  # a broken file or network may raise anything
-        cause = first_line(error)[:_MAX_CAUSE]
+        cause = " ".join(str(error).split())[:_MAX_CAUSE].rstrip(".") or type(error).__name__
         raise InputError(f"{name}: can't be read by {package}: {cause}") from error

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.utils.error_text import first_line
 
 if TYPE_CHECKING:
     from conflayers_cli.sampling_params import SamplingParams
@@ -50,10 +51,19 @@ REFUSED = {
 """Settings that are not followed unless they have one of these values; a note says so."""
 
 
-def _unusable(name: str, value: Any, error: Exception) -> InputError:
+def _unusable(name: str, value: object, why: object) -> InputError:
     return InputError(
-        f"{name} {str(value)[:60]} in the model's generation config can't be followed: {error}"
+        f"{name} {value!r:.60} in the model's generation config can't be followed: {why}"
     )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _unusable(name, value, "it is no number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _unusable(name, "of too many digits", error) from None
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,8 @@ class GenerationSettings:
     @property
     def repetition_penalty(self) -> float:
         """1: none; InputError: it is no number."""
-        value = getattr(self.config, "repetition_penalty", None) or 1.0
-        try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise _unusable("repetition_penalty", value, error) from error
+        given = getattr(self.config, "repetition_penalty", None)
+        return _number("repetition_penalty", given or 1.0)
 
     def complete(self, sampling: SamplingParams, *, own: bool = False) -> SamplingParams:
         """``sampling`` with the model's repetition penalty, where it has none.
@@ -98,13 +105,18 @@ class GenerationSettings:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """The model's own sampling, as fields of `SamplingParams`: greedy if it does not sample."""
+        """The model's own sampling, as fields of `SamplingParams`: greedy if it does not sample.
+
+        InputError: a value is no number.
+        """
         if not getattr(self.config, "do_sample", None):
             return {"temperature": 0.0}
         given = {name: getattr(self.config, name, None) for name in SAMPLING_KEYS}
         found = {name: value for name, value in given.items() if value is not None}
         if not found.get("top_k"):
             found.pop("top_k", None)  # 0: all tokens
+        for name, value in found.items():
+            _number(name, value)
         return {"temperature": 1.0, **found}
 
     @property
@@ -180,3 +192,24 @@ class GenerationSettings:
             return SuppressTokensAtBeginLogitsProcessor(list(tokens), begin)
 
         return make
+
+
+def check_settings(settings: GenerationSettings, vocabulary: int, source: str) -> None:
+    """Try a generation config's processors on scores of zero: a file may hold anything.
+
+    Raises:
+        InputError: it can't be followed.
+    """
+    try:
+        for stop in settings.stops:
+            if not isinstance(stop, str):
+                raise TypeError(f"stop_strings has {stop!r:.60}")
+        _ = settings.repetition_penalty
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        for processor in settings.processors([0, 0], 2):
+            processor(tokens, torch.zeros(1, vocabulary))
+    except InputError as error:
+        raise InputError(f"{source}: {first_line(error)[:200]}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        cause = first_line(error)[:200]
+        raise InputError(f"{source}: the model's generation config is broken: {cause}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,25 @@ class GGUFMetadata:
         """The value of a key of the architecture's own, such as ``context_length``."""
         return self.values.get(f"{self.architecture}.{name}", default)
 
+    def number(self, *names: str) -> float | None:
+        """The value of the first of some keys that is there; ValueError: it is no such number."""
+        for name in names:
+            value = self.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int | float) or not 0 <= value < inf:
+                raise ValueError(f"{self.architecture}.{name} is {value!r:.60}, which can't be")
+            return value
+        return None
+
     def floats(self, tensor: str) -> npt.NDArray[np.float32] | None:
-        """The numbers of a small float32 tensor; None: there is none."""
+        """The numbers of a small float32 tensor; None: there is none. ValueError: it is cut off."""
         found = self.tensors.get(tensor)
         if found is None or found[0] != _FLOAT32:
             return None
         _, shape, offset = found
+        if offset + 4 * prod(shape) > self.path.stat().st_size:
+            raise ValueError(f"{tensor} is cut off")
         return np.fromfile(self.path, np.float32, prod(shape), offset=offset)
 
     def texts(self, key: str) -> list[str] | None:
@@ -159,6 +172,8 @@ def _parse(reader: _Reader, data: mmap.mmap, path: Path) -> GGUFMetadata:
     arrays: dict[str, tuple[int, int]] = {}
     for _ in range(entries):
         key, kind = reader.text(), reader.number("I")
+        if key in values:
+            raise ValueError(f"it has {key[:60]!r} twice")
         if kind == _ARRAY:
             items, values[key], begin = reader.array()
             arrays[key] = items, begin
@@ -174,7 +189,7 @@ def _parse(reader: _Reader, data: mmap.mmap, path: Path) -> GGUFMetadata:
     placed = {name: (kind, shape, begin + at) for name, (kind, shape, at) in found.items()}
     for name, (kind, shape, at) in placed.items():
         if at + _size(name, kind, shape) > len(data):
-            raise ValueError(f"it ends too early, before {name}: is it whole?")
+            raise ValueError(f"it ends too early, before {name[:60]!r}: is it whole?")
     return GGUFMetadata(values, arrays, placed, path)
 
 

@@ -108,11 +108,11 @@ def apply_to_config(config: Any, known: GGUFMetadata, source: str) -> None:
 
     Raises:
         InputError: the rotary embedding is of a kind that can't be had from a GGUF file, or a value
-            is of a type that the configuration does not take.
+            is of a type that the configuration does not take, or out of range.
     """
     try:
         _apply_to_config(config.get_text_config(), known, source)
-    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+    except (StrictDataclassError, TypeError, ArithmeticError, ValueError) as error:
         raise InputError(f"the metadata of {source} is broken: {first_line(error)}") from error
 
 
@@ -132,7 +132,7 @@ def _apply_attention(text: Any, known: GGUFMetadata) -> set[str]:
     """What changes a layer's computation; returns the keys that were followed."""
     followed = set()
     for key, name in ATTRIBUTES.items():
-        value = known.get(key)
+        value = known.number(key)
         if value is not None and hasattr(text, name):
             setattr(text, name, value)
             followed.add(key)
@@ -142,20 +142,20 @@ def _apply_attention(text: Any, known: GGUFMetadata) -> set[str]:
         if hasattr(text, name):
             setattr(text, name, tensor in known.tensors)
     kinds = getattr(text, "layer_types", None)
-    window = known.get(WINDOW) or None
+    window = known.number(WINDOW) or None
     if kinds is None and hasattr(text, "sliding_window"):
         text.sliding_window = window  # else a config's own default would hold
         followed.add(WINDOW)
     elif kinds is not None and "sliding_attention" in kinds and window:
         text.sliding_window = window
         followed.add(WINDOW)
-    elif window is None or window >= (known.get("context_length") or 0):
+    elif window is None or window >= (known.number("context_length") or 0):
         followed.add(WINDOW)
     if hasattr(text, "query_pre_attn_scalar"):
         size: float = text.head_dim
         if text.num_hidden_layers == _SCALED_BY_WIDTH.get(known.architecture):
             size = text.hidden_size / text.num_attention_heads
-        scale = known.get(SCALE)
+        scale = known.number(SCALE)
         text.query_pre_attn_scalar = round(scale**-2 if scale else size)
         followed.add(SCALE)
     return followed
@@ -167,9 +167,9 @@ def _apply_rope(text: Any, known: GGUFMetadata, source: str) -> None:
     if not isinstance(before, dict):  # no rotary embedding
         return
     own = _scaling(known, source)
-    if base := known.get("rope.freq_base"):
+    if base := known.number("rope.freq_base"):
         own["rope_theta"] = float(base)
-    turned, size = known.get("rope.dimension_count"), _head_size(text)
+    turned, size = known.number("rope.dimension_count"), _head_size(text)
     if "partial_rotary_factor" in before and known.architecture not in _OWN_CONFIGS:
         own["partial_rotary_factor"] = turned / size if turned and size else 1.0
     elif turned and size and turned != size and not hasattr(text, "rotary_dim"):
@@ -179,7 +179,7 @@ def _apply_rope(text: Any, known: GGUFMetadata, source: str) -> None:
         )
     if "full_attention" in before:
         windowed = dict(before.get("sliding_attention") or {})
-        if base := known.get("rope.freq_base_swa"):
+        if base := known.number("rope.freq_base_swa"):
             windowed["rope_theta"] = float(base)
         full = {**before["full_attention"], **own}
         text.rope_parameters = {**before, "sliding_attention": windowed, "full_attention": full}
@@ -198,7 +198,7 @@ def _head_size(text: Any) -> int | None:
 def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
     """The entries of ``rope_parameters``; none: there is no scaling."""
     kind = known.get("rope.scaling.type")
-    factor = known.get("rope.scaling.factor", known.get("rope.scale_linear", 1.0))
+    factor = known.number("rope.scaling.factor", "rope.scale_linear")
     if kind is None and known.get("rope.scale_linear"):
         kind = "linear"
     if kind == "longrope" or any(name in known.tensors for name in LONG_FACTORS):
@@ -211,14 +211,14 @@ def _scaling(known: GGUFMetadata, source: str) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
     if kind != "yarn":
-        raise InputError(f"{source} has RoPE scaling of the kind {kind!r}: not supported")
+        raise InputError(f"{source} has RoPE scaling of the kind {kind!r:.60}: not supported")
     found = {"rope_type": "yarn", "factor": float(factor)}
-    if (trained := known.get("rope.scaling.original_context_length")) is not None:
+    if (trained := known.number("rope.scaling.original_context_length")) is not None:
         found["original_max_position_embeddings"] = int(trained)
     for name in ("beta_fast", "beta_slow"):
-        if (beta := known.get(f"rope.scaling.yarn_{name}")) is not None:
+        if (beta := known.number(f"rope.scaling.yarn_{name}")) is not None:
             found[name] = float(beta)
-    more = known.get("rope.scaling.attn_factor", known.get("rope.scaling.yarn_attn_factor"))
+    more = known.number("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
     if more is not None and more != 1.0:
         # llama.cpp multiplies YaRN's own factor, transformers takes the product
         found["attention_factor"] = float(more) * (0.1 * log(factor) + 1)
@@ -253,8 +253,12 @@ def _plain(architecture: str) -> str:
     return architecture.replace("_", "").replace("-", "")
 
 
-def apply_to_model(model: Any, known: GGUFMetadata, tokenizer: Any) -> None:
-    """Further end tokens, sampling, and the factors of the rotary embedding's frequencies."""
+def apply_to_model(model: Any, known: GGUFMetadata, tokenizer: Any, source: str) -> None:
+    """Further end tokens, sampling, and the factors of the rotary embedding's frequencies.
+
+    Raises:
+        InputError: the factors are cut off.
+    """
     settings = model.generation_config
     if settings is not None:
         own = settings.eos_token_id
@@ -269,7 +273,10 @@ def apply_to_model(model: Any, known: GGUFMetadata, tokenizer: Any) -> None:
             if value is not None:
                 setattr(settings, name, value)
                 settings.do_sample = given["temperature"] != 0
-    factors = known.floats(FACTORS)
+    try:
+        factors = known.floats(FACTORS)
+    except ValueError as error:
+        raise InputError(f"cannot read {source}: {error}") from error
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if factors is None or rotary is None or len(factors) != len(rotary.inv_freq):
         return

@@ -116,7 +116,7 @@ def read_vocabulary(known: GGUFMetadata, source: str) -> Vocabulary:
     kind = str(known.values.get(f"{PREFIX}model", "none"))
     if kind not in (BYTE_LEVEL, UNIGRAM, *SENTENCEPIECE):
         raise InputError(
-            f"{source} has a vocabulary of the kind {kind!r}: supported are {BYTE_LEVEL}, "
+            f"{source} has a vocabulary of the kind {kind!r:.60}: supported are {BYTE_LEVEL}, "
             f"{', '.join(SENTENCEPIECE)} and {UNIGRAM}"
         )
     tokens = known.texts(f"{PREFIX}tokens")

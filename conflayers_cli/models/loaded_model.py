@@ -59,7 +59,12 @@ def wrap_model(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> Load
 
     ``tokenizer`` may be None where no text is read or written.
     """
+    from conflayers_cli.models.generation_settings import GenerationSettings, check_settings
+
     model = unwrap_peft(model)
+    ends = end_tokens(model, tokenizer, name)
+    settings = GenerationSettings(getattr(model, "generation_config", None), ends)
+    check_settings(settings, model.config.get_text_config().vocab_size, name)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -67,7 +72,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str, dtype_reason: str) -> Load
         device=input_device(model),
         dtype=model.dtype,
         dtype_reason=dtype_reason,
-        end_tokens=end_tokens(model, tokenizer, name),
+        end_tokens=ends,
         context_length=context_length(model.config.get_text_config()),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         spread=describe_spread(model),

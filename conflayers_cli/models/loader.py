@@ -135,7 +135,7 @@ def _load_plain(
             tokenizer = read_tokenizer(origin, trusted)
         else:
             tokenizer = build_tokenizer(header, source)
-            apply_to_model(model, header, tokenizer)
+            apply_to_model(model, header, tokenizer, source)
     on_step(1.0)
     if quantized is not None and model.dtype != dtype:
         reason = f"{str(model.dtype).removeprefix('torch.')}: what its quantised layers compute in"

@@ -16,6 +16,13 @@ MAX_BYTES = 100_000_000
 """Limit of what is read whole. Hostile JSON takes some 25 times as much memory."""
 _CHUNK = 1 << 16
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_NO_TEXT = (
+    (b"\x1f\x8b", "compressed by gzip: gunzip FILE, or name it .gz"),
+    (b"\xfd7zX", "compressed by xz: unxz FILE, or name it .xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: zstd -d FILE"),
+    (b"PK\x03\x04", "a ZIP archive or a workbook, not a text file: unpack it, or save it as CSV"),
+)
+"""First bytes of files that are no text, and what to do about them."""
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF16_LE, "UTF-16-LE"),
@@ -96,7 +103,7 @@ def text_pieces(read: Callable[[int], bytes], name: str) -> Iterator[str]:
         read: gives at most so many bytes; none at the end.
 
     Raises:
-        InputError: it is in another encoding, or has NUL bytes.
+        InputError: it is in another encoding, compressed, or has NUL bytes.
     """
     head = b""
     while len(head) < len(_UTF32[0]) and (chunk := read(_CHUNK)):
@@ -106,6 +113,8 @@ def text_pieces(read: Callable[[int], bytes], name: str) -> Iterator[str]:
             f"{name}: is UTF-32 text, which is not read; UTF-8 is: "
             "iconv -f utf-32 -t utf-8 FILE > NEW"
         )
+    if kind := next((kind for magic, kind in _NO_TEXT if head.startswith(magic)), None):
+        raise InputError(f"{name}: is {kind}")
     mark, encoding = next((m for m in _MARKS if head.startswith(m[0])), (b"", "UTF-8"))
     decoder = codecs.getincrementaldecoder(encoding)()
     chunk, line = head[len(mark) :], 1
@@ -116,7 +125,7 @@ def text_pieces(read: Callable[[int], bytes], name: str) -> Iterator[str]:
             piece = error.object[: error.start].decode(encoding)
             fault = f"is not {encoding} text"
             if encoding == "UTF-8":
-                fault += "; if it is Latin-1: iconv -f latin1 -t utf-8 FILE > NEW"
+                fault += "; if it is Windows-1252: iconv -f cp1252 -t utf-8 FILE > NEW"
         piece, nul, _ = piece.partition("\0")
         if nul:
             fault = "has a NUL byte; is this a text file in UTF-8?"

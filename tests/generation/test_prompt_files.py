@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import random
 import sys
@@ -26,6 +29,10 @@ from conflayers_cli.utils.text_files import text_pieces
 USER = Message("user", "Hi")
 ASKED = [{"role": "user", "content": "Hi"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "Hello"}]
+SYSTEM_ITEM = {"role": "system", "content": "S"}
+SYSTEM_FIRST = Prompt("1", messages=(Message("system", "S"), USER))
+SYSTEM_FIRST_R = Prompt("r", messages=(Message("system", "S"), USER))
+ASKED_ALONE = Prompt("1", messages=(USER,))
 
 
 def write(folder: Path, content: str | bytes, name: str) -> Path:
@@ -62,6 +69,23 @@ def refusal(path: Path, **options: Any) -> str:
         ({"question": "2 + 2?", "answer": "4"}, Prompt("1", text="2 + 2?")),
         ({"article": "News", "highlights": "n", "id": "ab"}, Prompt("ab", text="News")),
         ({"prompt": "Hi", "question": "other"}, Prompt("1", text="Hi")),
+        ({"custom_id": "r", "body": {"messages": ASKED}}, Prompt("r", messages=(USER,))),
+        ({"custom_id": "r", "body": {"prompt": "Hi"}}, Prompt("r", text="Hi")),
+        ({"custom_id": "r", "params": {"system": "S", "messages": ASKED}}, SYSTEM_FIRST_R),
+        ({"prompt": "Hi", "system_prompt": "S"}, SYSTEM_FIRST),
+        ({"conversations": ASKED, "system": "S", "tools": "[]"}, SYSTEM_FIRST),
+        ({"messages": [SYSTEM_ITEM, *ASKED], "system": "other"}, SYSTEM_FIRST),
+        (
+            {"instruction": "Hi", "history": [["a", "b"]]},
+            Prompt("1", messages=(Message("user", "a"), Message("assistant", "b"), USER)),
+        ),
+        ({"instruction": "Do", "context": "c"}, Prompt("1", text="Do\n\nc")),
+        ({"question": "Why?", "context": "c"}, Prompt("1", text="c\n\nWhy?")),
+        ({"question": "Why?", "context": {"title": ["c"]}}, Prompt("1", text="Why?")),
+        ({"conversation": ANSWERED}, Prompt("1", messages=(USER,))),
+        ({"messages": json.dumps(ANSWERED)}, Prompt("1", messages=(USER,))),
+        ({"messages": [*ASKED, {"role": "assistant", "content": None}]}, ASKED_ALONE),
+        ({"messages": [{"role": "developer", "content": "S"}, *ASKED]}, SYSTEM_FIRST),
         ({"prompt": None, "messages": None, "question": "Hi"}, Prompt("1", text="Hi")),
     ],
 )
@@ -100,6 +124,62 @@ def test_a_file_without_a_known_form_names_its_columns(tmp_path: Path) -> None:
         )
     path = write(tmp_path, row, "p.jsonl")
     assert texts(path, column="text") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"prompt": "a", "image": "b.png"},
+            "1: has image, and only text is read; give column NAME",
+        ),
+        ({"prompt": "a", "system": 3}, "1: system is a number, not a text"),
+        ({"instruction": "a", "history": [["b"]]}, "1: turn 1 of history is not a list of a"),
+        ({"instruction": "a", "history": "b"}, "1: history is a text, not a list of turns"),
+        ({"messages": "[1"}, "1: messages is a text, not a list of messages"),
+    ],
+)
+def test_what_is_beside_a_prompt_is_not_passed_over(
+    tmp_path: Path, row: dict[str, object], problem: str
+) -> None:
+    path = write(tmp_path, json.dumps(row), "p.jsonl")
+    assert refusal(path).startswith(problem)
+    if "prompt" in row:
+        assert texts(path, column="prompt") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("p.yaml", b"- prompt: a\n", " is YAML, which is not read"),
+        ("p.txt", b'[{"prompt": "a"}]', "1: opens JSON, and not with an object a line"),
+        ("p.txt", b'\n[\n"a"\n]', "2: opens JSON, and not with an object a line"),
+        ("p", b'{\n"prompt": "a"}', "1: opens JSON, and not with an object a line"),
+        ("p.txt", b'{"prompt": "a",}', "1: is not valid JSON"),
+        ("p.jsonl", gzip.compress(b"a"), " is compressed by gzip: gunzip FILE, or name it .gz"),
+        ("p.zst", b"\x28\xb5\x2f\xfd\x04", " is compressed by zstd: zstd -d FILE"),
+        ("p.xlsx", b"PK\x03\x04\x14", " is a ZIP archive or a workbook"),
+        ("p.jsonl.gz", b'{"prompt": "a"}', " can't be decompressed: "),
+        ("p.txt.gz", gzip.compress(b"a\n" * 999)[:-9], " can't be decompressed: "),
+    ],
+)
+def test_what_is_no_prompt_file(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    assert refusal(write(tmp_path, content, name)).startswith(problem)
+
+
+def test_addresses_and_the_dash_are_explained() -> None:
+    assert "is an address, and files are not" in refusal(Path("https://example.org/p.jsonl"))
+    assert refusal(Path("-")) == " there is no such file; standard input is /dev/stdin"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    known: dict[str, Any] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    compress = known[suffix]
+    assert texts(write(tmp_path, compress(b'["a", "b"]'), f"p.json.{suffix}")) == ["a", "b"]
+    assert texts(write(tmp_path, compress(b"prompt\na\n"), f"p.csv.{suffix}")) == ["a"]
+    many = write(tmp_path, compress(b"a\n" * 100_000), f"p.txt.{suffix}")
+    assert texts(many, limit=2) == ["a", "a"]
 
 
 def test_the_command_line_names_its_flag(tmp_path: Path) -> None:
@@ -327,7 +407,7 @@ def test_csv_and_tsv(
         ("n,prompt\n1,a\n2\n", "3: has 1 fields, and the header 2"),
         ('prompt\na\n"b\n\n', "3: is not valid CSV: unexpected end of data (is a quote not close"),
         ('prompt\n"a" b\n', "2: is not valid CSV: ',' expected after '\"'"),
-        ("prompt\na\rb\n", "2: is not valid CSV: new-line character seen in unquoted field"),
+        ("prompt\na\rb\n", "2: is not valid CSV: a carriage return without quotes"),
         ("id,prompt\nx,a\nx,b\n", '3: the id "x" is taken by'),
     ],
 )
@@ -355,6 +435,38 @@ def test_parquet(tmp_path: Path) -> None:
     assert "can't be read by pyarrow" in refusal(write(tmp_path, b"PAR1 or not", "q.parquet"))
 
 
+def test_parquet_reads_the_columns_that_it_needs(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    far = arrow.array([2**62, 0], arrow.timestamp("us"))  # which Python can't say
+    text = arrow.array(["a", None]).dictionary_encode()
+    parquet.write_table(arrow.table({"prompt": text, "when": far, "more": ["b", "c"]}), path)
+    assert texts(path) == ["a"]
+    assert texts(path, column="more") == ["b", "c"]
+    assert 'keys: "prompt", "when", "more"' in refusal(path, column="x")
+    twice = arrow.Table.from_arrays([text, text], names=["prompt", "prompt"])
+    parquet.write_table(twice, path)
+    assert refusal(path) == ' has the column "prompt" twice'
+    parquet.write_table(arrow.table({"prompt": ["a"]}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:12] = b"\x0e" * 8  # the header of a page: pyarrow's error has two lines
+    assert refusal(write(tmp_path, bytes(damaged), "q.parquet")).startswith(" can't be read by py")
+
+
+def test_a_folder_is_a_data_set(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    found = datasets.Dataset.from_list([{"conversations": ANSWERED, "id": "x"}])
+    found.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": found}).save_to_disk(tmp_path / "more")
+    for name in ("one", "more:test"):
+        assert read_prompts(Path(f"hf:{tmp_path}/{name}")) == [Prompt("x", messages=(USER,))]
+    assert "has no split train; it has test" in refusal(Path(f"hf:{tmp_path}/more"))
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain", '{"prompt": "a"}', "train.jsonl")
+    assert texts(Path(f"hf:{tmp_path}/plain")) == ["a"]
+
+
 class Rows:
     """Rows of another package, which may have a fault at the end."""
 
@@ -376,8 +488,10 @@ def test_parquet_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         def __init__(self, file: Any) -> None:
             if file.read() != b"PAR1":
                 raise ValueError("no magic bytes.\nmore")
+            self.schema_arrow = SimpleNamespace(names=["question", "picture"])
 
-        def iter_batches(self, batch_size: int) -> Iterator[Any]:
+        def iter_batches(self, batch_size: int, columns: list[str]) -> Iterator[Any]:
+            assert columns == ["question"]
             for begin in range(0, 1000, batch_size):
                 given.append(begin)
                 rows = [{"question": str(begin + n)} for n in range(batch_size)]
@@ -392,7 +506,7 @@ def test_parquet_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert texts(path, limit=70) == [str(n) for n in range(70)]
     assert len(given) == 2
     broken = write(tmp_path, b"text", "q.pq")
-    assert refusal(broken) == " can't be read by pyarrow: no magic bytes"
+    assert refusal(broken) == " can't be read by pyarrow: no magic bytes. more"
     assert refusal(tmp_path / "none.parquet") == " there is no such file"
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert refusal(path) == (" Parquet is read by pyarrow, which is missing: pip install pyarrow")
@@ -423,7 +537,9 @@ def test_data_sets_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
         ("squad", None, "validation", True),
         ("a/b", None, "train[:10]", False),
     ]
-    assert refusal(Path("hf:x:none")) == " can't be read by datasets: Bad split: none"
+    assert refusal(Path("hf:x:none")) == (
+        ' can\'t be read by datasets: Bad split: none. Available splits: ["train"]'
+    )
     assert refusal(Path("hf:x:test")) == " can't be read by datasets: the network is gone"
     assert refusal(Path("hf:x"), column="other").startswith(' row 1: has no column "other"')
     for bad in ("hf:", "hf:a//b", "hf::test"):
@@ -506,7 +622,7 @@ def test_encodings(
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a\ncafé\n".encode("latin-1"), "p.txt")
     assert refusal(path) == (
-        "2: is not UTF-8 text; if it is Latin-1: iconv -f latin1 -t utf-8 FILE > NEW"
+        "2: is not UTF-8 text; if it is Windows-1252: iconv -f cp1252 -t utf-8 FILE > NEW"
     )
     for encoding in ("utf-32", "utf-32-le", "utf-32-be"):
         mark = {"utf-32-le": b"\xff\xfe\0\0", "utf-32-be": b"\0\0\xfe\xff"}.get(encoding, b"")
@@ -601,11 +717,13 @@ def test_an_array_is_read_as_python_reads_it(
 
 
 def test_answers_at_the_end_are_left_out_or_kept_to_be_continued(tmp_path: Path) -> None:
-    rows = [{"messages": ANSWERED}, {"conversations": [{"from": "gpt", "value": "Hello"}]}]
+    rows: list[dict[str, object]] = [{"messages": ANSWERED, "system": "Be brief."}]
+    rows.append({"conversations": [{"from": "gpt", "value": "Hello"}]})
     path = write(tmp_path, json.dumps(rows), "chats.json")
     answer = Message("assistant", "Hello")
     kept = read_prompts(path, keep_answer=True)
-    assert [prompt.messages for prompt in kept] == [(USER, answer), (answer,)]
-    assert [prompt.messages for prompt in read_prompts(path)] == [(USER,)]
+    system = Message("system", "Be brief.")
+    assert [prompt.messages for prompt in kept] == [(system, USER, answer), (answer,)]
+    assert [prompt.messages for prompt in read_prompts(path)] == [(system, USER)]
     with pytest.raises(InputError, match="continue_final_message goes on with a last message"):
         read_prompts(write(tmp_path, json.dumps([{"messages": ASKED}]), "a.json"), keep_answer=True)

@@ -17,7 +17,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
-from conflayers_cli.models.generation_settings import GenerationSettings
+from conflayers_cli.models.generation_settings import GenerationSettings, check_settings
 from conflayers_cli.models.support import context_length
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.search.adaptive.proposer import AutoProposer
@@ -234,3 +234,33 @@ def test_the_context_is_what_scaling_makes_it(rope: dict[str, Any] | None, lengt
     more = {"rope_parameters": {"rope_theta": 10000.0, **rope}} if rope else {}
     config = hf.LlamaConfig(**{**tiny.LLAMA_LIKE, "max_position_embeddings": 64, **more})
     assert context_length(config) == length
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("no_repeat_ngram_size", "x"),
+        ("min_length", [1]),
+        ("bad_words_ids", [["x"]]),
+        ("sequence_bias", [[[10**6], 1.0]]),
+        ("exponential_decay_length_penalty", "x"),
+        ("stop_strings", [3]),
+        ("repetition_penalty", "x"),
+        ("repetition_penalty", 10**400),
+    ],
+)
+def test_what_can_not_be_followed_is_refused(name: str, value: object) -> None:
+    config = hf.GenerationConfig()
+    setattr(config, name, value)
+    known = GenerationSettings(config, frozenset({2}))
+    with pytest.raises(InputError, match=r"^tiny: .*the model's generation config"):
+        check_settings(known, tiny.VOCABULARY, "tiny")
+
+
+def test_sampling_that_is_no_number_is_refused() -> None:
+    config = hf.GenerationConfig(do_sample=True)
+    config.top_p = "x"
+    with pytest.raises(
+        InputError, match=r"top_p 'x' in the model's generation config .*: it is no number"
+    ):
+        _ = GenerationSettings(config, frozenset()).sampling

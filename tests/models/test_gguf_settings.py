@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -16,7 +18,7 @@ from tokenizers import pre_tokenizers
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.models.gguf_metadata import GGUFMetadata, read_metadata
-from conflayers_cli.models.gguf_settings import apply_to_config
+from conflayers_cli.models.gguf_settings import FACTORS, apply_to_config, apply_to_model
 from conflayers_cli.models.gguf_splits import PRE_TOKENIZERS, pre_tokenizer
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel
@@ -283,3 +285,43 @@ def test_files_that_are_no_whole_model(tmp_path: Path) -> None:
         return data[:begin] + (99).to_bytes(4, "little") + data[begin + 4 :]
 
     assert "token_embd.weight is of type 99, which is not known" in refusal(change=unknown)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Once as an array and once as a number, it would be read as a bit of both."""
+    once = b"".join(
+        [struct.pack("<Q", 1), b"k", struct.pack("<I", 9), struct.pack("<IQB", 0, 1, 7)]
+    )
+    again = struct.pack("<Q", 1) + b"k" + struct.pack("<If", 6, 0.5)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + once + again)
+    with pytest.raises(ValueError, match="it has 'k' twice"):
+        read_metadata(file)
+
+
+def test_factors_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+    known = GGUFMetadata({}, {}, {FACTORS: (0, (2**40,), 0)}, tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"cannot read m: rope_freqs.weight is cut off"):
+        apply_to_model(SimpleNamespace(generation_config=None), known, None, "m")
+
+
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), -2.0])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.freq_base"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_attn_factor"),
+        *("rope.dimension_count", "attention.sliding_window", "attention.key_length"),
+    ],
+)
+def test_what_should_be_a_number_and_is_none_is_refused(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    values: dict[str, Any] = {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}
+    values["llama.rope.scaling.factor"] = 4.0
+    known = GGUFMetadata({**values, f"llama.{key}": value}, {}, {}, tmp_path)
+    with pytest.raises(
+        InputError, match=f"metadata of m is broken: llama.{key} is .*, which can't be"
+    ):
+        apply_to_config(hf.LlamaConfig(**SIZES), known, "m")

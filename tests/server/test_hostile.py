@@ -57,7 +57,8 @@ def works(address: str) -> bool:
         ([HEAD + b"X: y\r\n" * 20_000 + b"\r\n"], {0, 400, 415, 431}),
         ([HEAD + JSON + b"Content-Length: -1\r\n\r\n{}"], {0, 400}),
         ([HEAD + JSON + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}"], {0, 400}),
-        ([HEAD + JSON + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}"], {0, 400, 408}),
+        ([HEAD + JSON + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}"],
+         {0, 400, 408}),
         ([HEAD + JSON + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"], {0, 400}),
         ([HEAD + JSON + b"Content-Length: 200000\r\n\r\n" + b" " * 200_000], {0, 413}),
         ([HEAD + JSON + b"Transfer-Encoding: chunked\r\n\r\n"]

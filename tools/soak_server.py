@@ -86,9 +86,9 @@ def expected_texts(model: str, dtype: str, prompts: Sequence[str]) -> list[Expec
 
 
 async def one(
-    client: httpx.AsyncClient, expected: Expected, length: int, cancel: float | None, seen: Seen
+    client: httpx.AsyncClient, expected: Expected, length: int, cancel: int | None, seen: Seen
 ) -> None:
-    """Send a chat and compare what comes; ``cancel``: seconds after which to go away."""
+    """Send a chat and compare what comes; ``cancel``: pieces of text after which to go away."""
     body = {
         "messages": [{"role": "user", "content": expected.prompt}],
         "max_tokens": length,
@@ -98,34 +98,38 @@ async def one(
     text, ended, before = "", False, time.perf_counter()
     begin, gaps = before, list[float]()
     try:
-        async with asyncio.timeout(cancel):
-            async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code in (429, 503):
-                    seen.refused += 1
-                    await asyncio.sleep(float(response.headers.get("retry-after", 1)))
-                    return
-                async for line in response.aiter_lines():
-                    if line == "data: [DONE]":
-                        ended = True
-                    elif line.startswith("data: "):
-                        event = json.loads(line[6:])
-                        if "error" in event:
-                            seen.lost.append(str(event["error"]["message"]))
-                            return
-                        piece = event["choices"][0]["delta"].get("content")
-                        now = time.perf_counter()
-                        if piece:
-                            (gaps if text else seen.first).append(now - (before if text else begin))
-                            before, text = now, text + piece
-    except TimeoutError:
-        seen.cancelled += 1
-        if not expected.texts[length].startswith(text):
-            seen.wrong.append(f"{expected.prompt[:40]!r}, cancelled: {text[:80]!r}")
-        return
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                if response.status_code not in (429, 503):
+                    seen.lost.append(f"status {response.status_code}")
+                seen.refused += 1
+                await asyncio.sleep(float(response.headers.get("retry-after", 1)))
+                return
+            async for line in response.aiter_lines():
+                if cancel is not None and len(gaps) >= cancel:
+                    break
+                if line == "data: [DONE]":
+                    ended = True
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        seen.lost.append(str(event["error"]["message"]))
+                        return
+                    piece = event["choices"][0]["delta"].get("content")
+                    now = time.perf_counter()
+                    if piece:
+                        (gaps if text else seen.first).append(now - (before if text else begin))
+                        before, text = now, text + piece
     except httpx.HTTPError as error:
         seen.lost.append(f"{type(error).__name__}: {error}")
         return
     seen.gaps += gaps
+    if cancel is not None and not ended:
+        seen.cancelled += 1
+        if not expected.texts[length].startswith(text):
+            seen.wrong.append(f"{expected.prompt[:40]!r}, cancelled: {text[:80]!r}")
+        return
     seen.texts += 1
     seen.tokens += length
     if not ended:
@@ -148,8 +152,9 @@ async def soak(
 
     async def stream() -> None:
         while time.perf_counter() < end:
-            cancel = drawn.uniform(0.01, 0.1 * seconds) if drawn.random() < CANCELLED else None
-            await one(client, drawn.choice(expected), drawn.choice(LENGTHS), cancel, seen)
+            length = drawn.choice(LENGTHS)
+            cancel = drawn.randrange(length) if drawn.random() < CANCELLED else None
+            await one(client, drawn.choice(expected), length, cancel, seen)
 
     async def watch() -> None:
         process = psutil.Process(pid)

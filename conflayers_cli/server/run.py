@@ -121,6 +121,7 @@ def make_server(service: Service) -> uvicorn.Server:
     config = uvicorn.Config(
         build_app(service),
         log_config=None,
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,

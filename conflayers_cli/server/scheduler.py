@@ -65,7 +65,8 @@ class Scheduler:
         generator: decodes up to ``slots`` texts at once.
         slots: texts decoded at once.
         max_waiting: texts that may wait beside them.
-        on_step: called after each step with its responses, in the engine's thread.
+        on_step: called after each step with its responses, before these are delivered, in the
+            engine's thread.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - the server outlives it; every client is told
             self._fail_all(error)
             return
+        self._on_step(responses)
         for response in responses:
             ticket = self._running.get(response.number)
             if ticket is None:
@@ -226,7 +228,6 @@ class Scheduler:
                 taken = monotonic() - ticket.begun
                 self._text_seconds += SMOOTHING * (taken - self._text_seconds)
                 self._finish(ticket, response)
-        self._on_step(responses)
 
     def _end_late(self) -> None:
         now = monotonic()

@@ -128,7 +128,7 @@ def _records(path: Path) -> list[dict[str, object]] | None:
     text = _text(path)
     if text is None:
         return None
-    first = text.lstrip(" \t\r\n").partition("\n")[0]
+    first = next((line for line in text.split("\n") if line.strip()), "")
     mark = "\t" if path.suffix == ".tsv" else next((m for m in ",;\t" if m in first), ",")
     lines = io.StringIO(text, newline="\n")
     try:

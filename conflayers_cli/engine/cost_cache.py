@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,6 +43,8 @@ UNREADABLE = (
 )
 """What reading a damaged or foreign JSON file raises; the last two: a number, or brackets, without
 end."""
+MAX_VALUE = 1e9
+"""Seconds of a pass, tokens or positions beyond which a file is damaged."""
 BATCH_STEP = 4
 """Factor from one batch size measured to the next; between them costs are interpolated."""
 
@@ -207,6 +208,8 @@ def read_costs(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
         if document != subject:
             return {}
         found = {int(batch): _parse(entry) for batch, entry in by_batch.items()}
+        if any(costs.at(0, subject["depth"]).verify_cost(1) <= 0 for costs in found.values()):
+            return {}
         # The growth of the others is that of a single sequence.
         return found if min(found) == 1 else {}
     except UNREADABLE:
@@ -219,8 +222,8 @@ def _parse(entry: Mapping[str, Any]) -> PassCosts:
     others = {field.name: entry[field.name] for field in fields(PassCosts)[1:]}
     seconds = [verify[width] for width in sorted(verify)]
     for value in (*seconds, *others.values()):
-        if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+        if type(value) not in (int, float) or not 0 <= value <= MAX_VALUE:
             raise ValueError("no duration")
-    if min(verify) != 1 or seconds[0] <= 0 or seconds != sorted(seconds):
+    if min(verify) != 1 or max(verify) > MAX_VALUE or seconds[0] <= 0 or seconds != sorted(seconds):
         raise ValueError("no costs of passes")
     return PassCosts(verify, **others)

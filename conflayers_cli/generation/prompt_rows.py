@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def _check_name(path: Path) -> None:
     """Raise InputError for what can't be a prompt file by its name."""
     if path.suffix.lower() in _YAML_SUFFIXES:
         raise InputError(f"{path}: is YAML, which is not read as prompts: make it JSON or CSV")
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - a name may be too long to ask Path
         return
     if _ADDRESS.match(path.as_posix()):
         raise InputError(

@@ -37,8 +37,10 @@ def csv_rows(stream: TextStream, delimiter: str | None) -> Generator[Row]:
         InputError: it is not CSV, or a record has more or fewer fields than the header.
     """
     if delimiter is None:
-        stream.peek()
-        delimiter = _delimiter(stream.peek_line(_HEADER_LOOKED_AT) or "")
+        # by lines: a tab in front is a column without a name, as pandas writes its index
+        while (line := stream.peek_line(_HEADER_LOOKED_AT)) and not line.strip():
+            stream.take_line()
+        delimiter = _delimiter(line or "")
     records = _records(stream, delimiter)
     _, header = next(records, (0, []))
     header = [name.strip() for name in header]

@@ -140,7 +140,8 @@ def attach_adapter(model: Any, adapter: Adapter, source: str, *, merge: bool) ->
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the adapter {source} does not fit its base {adapter.base}: {first_line(error)}"
+            f"the adapter {source} does not fit its base {adapter.base:.100}: "
+            f"{first_line(error)[:300]}"
         ) from error
     if tied is not None:  # PEFT unties what was adapted
         found.config.tie_word_embeddings = tied

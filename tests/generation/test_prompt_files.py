@@ -377,6 +377,7 @@ def test_blank_space_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("p.csv", "prompt;n\na, b;1\n", [("1", "a, b")]),
         ("p.csv", 'id,prompt\n,"a"\n,\n,b,\n', [("1", "a"), ("2", "b")]),
         ("p.csv", ",prompt\n0,a\n1,b\n", [("1", "a"), ("2", "b")]),
+        ("p.csv", "\n\tprompt\tn\n0\ta\t\n", [("1", "a")]),
         ("p.csv", "instruction,input\nDo,it\nGo,\n", [("1", "Do\n\nit"), ("2", "Go")]),
         ("p.tsv", "id\tprompt\nx\ta, b\n", [("x", "a, b")]),
         ("p.tsv", '\tprompt\n0\t"a\tb"\n', [("1", "a\tb")]),

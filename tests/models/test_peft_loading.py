@@ -483,6 +483,7 @@ def refusal(folder: Path, **options: Any) -> str:
         ({"r": -1}, "does not fit its base"),
         ({"r": 1 << 40}, "does not fit its base"),
         ({"target_modules": 5}, "does not fit its base"),
+        ({"target_modules": ["x" * 5000]}, "does not fit its base"),
         ({"lora_alpha": "much"}, "does not fit its base"),
     ],
 )

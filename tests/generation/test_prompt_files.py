@@ -156,11 +156,15 @@ def test_what_is_beside_a_prompt_is_not_passed_over(
         ("p.txt", b'\n[\n"a"\n]', "2: opens JSON, and not with an object a line"),
         ("p", b'{\n"prompt": "a"}', "1: opens JSON, and not with an object a line"),
         ("p.txt", b'{"prompt": "a",}', "1: is not valid JSON"),
-        ("p.jsonl", gzip.compress(b"a"), " is compressed by gzip: gunzip FILE, or name it .gz"),
+        (
+            "p.jsonl",
+            gzip.compress(b"a", mtime=0),
+            " is compressed by gzip: gunzip FILE, or name it .gz",
+        ),
         ("p.zst", b"\x28\xb5\x2f\xfd\x04", " is compressed by zstd: zstd -d FILE"),
         ("p.xlsx", b"PK\x03\x04\x14", " is a ZIP archive or a workbook"),
         ("p.jsonl.gz", b'{"prompt": "a"}', " can't be decompressed: "),
-        ("p.txt.gz", gzip.compress(b"a\n" * 999)[:-9], " can't be decompressed: "),
+        ("p.txt.gz", gzip.compress(b"a\n" * 999, mtime=0)[:-9], " can't be decompressed: "),
     ],
 )
 def test_what_is_no_prompt_file(tmp_path: Path, name: str, content: bytes, problem: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
 from conflayers_cli.cli import bench_options, options
-from conflayers_cli.cli.bench_publish import publish
+from conflayers_cli.cli.bench_publish import Exports, Gates, publish
 from conflayers_cli.cli.bench_server import SERVER_LOAD, ServerLoadFlags, bench_server
 from conflayers_cli.cli.common import load_profile, model_source
 from conflayers_cli.cli.data_options import DATA, DataFlags
@@ -55,21 +56,11 @@ def bench(
     loading.check()
     if stored is not None:
         _check_allowed(context, _FOR_STORED, "about measuring, which --from does not")
-        from conflayers_cli.bench.load import load_document
-
-        publish(load_document(stored), exports, gates, as_json=json)
-        return
+        return _publish_stored(stored, exports, gates, as_json=json)
     if loading.server is not None:
         _check_allowed(context, _FOR_SERVER, "not about a server's load")
-        bench_server(
-            loading,
-            file.read(),
-            sampling,
-            prompt_options.max_new_tokens,
-            as_json=json,
-            export_json=exports.export_json,
-        )
-        return
+        budget, to = prompt_options.max_new_tokens, exports.export_json
+        return bench_server(loading, file.read(), sampling, budget, as_json=json, export_json=to)
     measuring.check(profile, model, batch_size)
     found = load_profile(profile)
     sampling.note_unused()
@@ -108,6 +99,12 @@ _FOR_SERVER = frozenset(
     {"json", "export_json", "max_new_tokens", "temperature", "seed"}
     | {*SERVER_LOAD.options, *DATA.options}
 )
+
+
+def _publish_stored(stored: Path, exports: Exports, gates: Gates, *, as_json: bool) -> None:
+    from conflayers_cli.bench.load import load_document
+
+    publish(load_document(stored), exports, gates, as_json=as_json)
 
 
 def _check_allowed(context: typer.Context, allowed: frozenset[str], reason: str) -> None:

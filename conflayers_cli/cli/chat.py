@@ -118,10 +118,6 @@ def chat(
         interactive=interactive,
         show_drafts=show_drafts,
     )
-    if interactive:
-        logger.info(
-            f"{loaded.name} on {loaded.device_label}; /help lists what there is beside messages"
-        )
     try:
         _converse(session, line, stats=stats)
     finally:
@@ -130,6 +126,9 @@ def chat(
 
 def _converse(session: Session, line: Line, *, stats: bool) -> None:
     """Handle messages and commands until they end."""
+    if session.interactive:
+        where = f"{session.loaded.name} on {session.loaded.device_label}"
+        logger.info(f"{where}; /help lists what there is beside messages")
     while (text := read_message(line)) is not None:
         try:
             before = session.latest

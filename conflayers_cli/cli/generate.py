@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,7 @@ def generate(
     """
     continued = prompt_options.continue_final_message
     file.check(prompt, json, continued)
-    if show_drafts and (file.data or json or not stream):
-        raise InputError(
-            "--show-drafts colours a text as it comes: not with --data, --json, --no-stream"
-        )
+    _check_colours(show_drafts, file, json=json, stream=stream)
     adapting = adapting.resolved(profile, drafting, lossy.skip_only)
     adapting.check(drafting, file.size)
     lossy.check(profile, adapting.adapt, drafting)
@@ -104,12 +102,7 @@ def generate(
     drafting = replace(drafting, batch_size=file.size)
     if not (lossy.skip_only or adapting.adapt):
         drafting.check(profile)
-    # only one of torchrun's processes has the standard input
-    prompts = (
-        file.read(keep_answer=continued)
-        if file.data
-        else [run_on_rank0(lambda: _prompt(prompt or []))]
-    )
+    prompts = _read_prompts(prompt, file, continued)
     job = GenerateJob(
         source=source,
         load=load,
@@ -129,18 +122,13 @@ def generate(
         keep_special=text.keep_special_tokens,
         stats=stats,
     )
-    try:
+    with job.ended():
         if file.data:
             job.run_file(file, cluster)
         else:
             generate_one(
                 job.prepare(), stream=stream, as_json=json, stats=stats, show_drafts=show_drafts
             )
-    except KeyboardInterrupt:  # it must not cost what was found until then
-        with suppress_failures():
-            job.end()
-        raise
-    job.end()
 
 
 @dataclass(frozen=True)
@@ -278,11 +266,35 @@ class GenerateJob:
             settings += ["skip-only", self.lossy.target_speedup, repr(plan)]
         return settings
 
-    def end(self) -> None:
-        """Keep the store; report and save what ``--adapt`` has found."""
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Behind it, and behind Ctrl-C, keep the store, report and save what ``--adapt`` found."""
+        try:
+            yield
+        except KeyboardInterrupt:  # it must not cost what was found until then
+            with suppress_failures():
+                self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
         self.storing.end()
         if self.adaptation:
             self.adaptation.end(self.prompts, show=self.stats)
+
+
+def _check_colours(show_drafts: bool, file: FileOptions, *, json: bool, stream: bool) -> None:
+    if show_drafts and (file.data or json or not stream):
+        raise InputError(
+            "--show-drafts colours a text as it comes: not with --data, --json, --no-stream"
+        )
+
+
+def _read_prompts(words: Sequence[str] | None, file: FileOptions, continued: bool) -> list[Prompt]:
+    if file.data:
+        return file.read(keep_answer=continued)
+    # only one of torchrun's processes has the standard input
+    return [run_on_rank0(lambda: _prompt(words or []))]
 
 
 def _cluster(file: FileOptions, adapt: str | None, load: LoadOptions) -> Cluster | None:

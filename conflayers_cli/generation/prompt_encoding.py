@@ -141,13 +141,7 @@ def encode_prompts(
             ) from error
         except InputError as error:
             raise InputError(f"{which}: {error}", names=error.names) from error
-        remaining = sys.maxsize if context is None else context - len(tokens)
-        if remaining < 1:
-            raise InputError(
-                f"{which} is too long: {len(tokens):,} tokens, and {loaded.name} takes "
-                f"{context:,}, the answer included {_ADVICE}",
-                names=("truncate shortens",),
-            )
+        budget = min(wanted, _room(loaded, len(tokens), which))
         if left_out:
             logger.warning(
                 f"note: {left_out:,} tokens of {which} were left out, {len(tokens):,} are kept"
@@ -155,18 +149,31 @@ def encode_prompts(
         requests.append(
             GenerationRequest(
                 tokens,
-                min(wanted, remaining),
+                budget,
                 sampling,
                 stop=(*stop, *settings.stops),
                 id=prompt.id,
                 category=prompt.category,
                 truncated=left_out,
                 continues=rendered.messages is None or options.continue_final_message,
-                processors=settings.processors(tokens, min(wanted, remaining)),
+                processors=settings.processors(tokens, budget),
             )
         )
     _note_reduced_budgets(loaded, [request.max_new_tokens for request in requests], wanted)
     return requests
+
+
+def _room(loaded: LoadedModel, length: int, which: str) -> int:
+    """Tokens that the context leaves behind a prompt; InputError: none."""
+    context = loaded.context_length
+    remaining = sys.maxsize if context is None else context - length
+    if remaining < 1:
+        raise InputError(
+            f"{which} is too long: {length:,} tokens, and {loaded.name} takes "
+            f"{context:,}, the answer included {_ADVICE}",
+            names=("truncate shortens",),
+        )
+    return remaining
 
 
 def _name(prompt: Prompt, prompts: Sequence[Prompt]) -> str:

@@ -19,7 +19,6 @@ from conflayers_cli.server.errors import ApiError
 from conflayers_cli.server.scheduler import Event, Scheduler, Ticket
 from tests import tiny
 
-
 LONG = 200
 """Tokens of texts that are not to end by themselves while a test looks at them."""
 

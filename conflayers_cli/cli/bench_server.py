@@ -130,7 +130,8 @@ def _show(document: ServerBenchDocument) -> None:
     for name in ("load", "tokens/s", "first token", "between chunks", "a token", "accepted"):
         table.add_column(name, justify="left" if name == "load" else "right")
     for load in document.loads:
-        what = f"{load.clients} clients" if load.clients else f"{load.rate:g} requests/s"
+        several = "s" if load.clients != 1 else ""
+        what = f"{load.clients} client{several}" if load.clients else f"{load.rate:g} requests/s"
         failed = f", {load.failed} of {load.requests} failed" if load.failed else ""
         rate = load.acceptance_rate
         table.add_row(

@@ -38,9 +38,9 @@ def csv_rows(stream: TextStream, delimiter: str | None) -> Generator[Row]:
     """
     if delimiter is None:
         # by lines: a tab in front is a column without a name, as pandas writes its index
-        while (line := stream.peek_line(_HEADER_LOOKED_AT)) and not line.strip():
+        while (first := stream.peek_line(_HEADER_LOOKED_AT)) and not first.strip():
             stream.take_line()
-        delimiter = _delimiter(line or "")
+        delimiter = _delimiter(first or "")
     records = _records(stream, delimiter)
     _, header = next(records, (0, []))
     header = [name.strip() for name in header]

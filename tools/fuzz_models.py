@@ -239,7 +239,7 @@ def _read_costs(path: Path) -> dict[int, PassCosts]:
 def _sound_costs(found: object, path: Path) -> str | None:
     for costs in found.values() if isinstance(found, dict) else ():
         for width in (1, 3, 50):
-            if not 0 < costs.at(100, 5).verify_cost(width) < float("inf"):
+            if not min(1e-300, costs.floor) <= costs.at(100, 5).verify_cost(width) < float("inf"):
                 return "a pass that costs nothing, or no number"
     return None
 

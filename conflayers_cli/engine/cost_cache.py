@@ -208,8 +208,6 @@ def read_costs(path: Path, subject: Mapping[str, Any]) -> dict[int, PassCosts]:
         if document != subject:
             return {}
         found = {int(batch): _parse(entry) for batch, entry in by_batch.items()}
-        if any(costs.at(0, subject["depth"]).verify_cost(1) <= 0 for costs in found.values()):
-            return {}
         # The growth of the others is that of a single sequence.
         return found if min(found) == 1 else {}
     except UNREADABLE:

@@ -49,7 +49,7 @@ class PassCosts:
         positions = context - self.context
         more = max(self.attention_per_position * positions, -self.attention)
         wider = depth * self.attention_per_position_and_token * positions
-        verify, slowest = {}, 0.0
+        verify, slowest = {}, min(self.floor, *self.verify.values())
         for width in sorted(self.verify):
             # At a shorter context growth is subtracted, but not so much that wider gets cheaper.
             seconds = self.verify[width] + depth * more + (width - 1) * wider

@@ -155,7 +155,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        # a tag such as !!set can be on a list: PyYAML, below, refuses it
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             problem = None
             if key.tag == "tag:yaml.org,2002:merge":
                 problem = "merge keys (<<) are not allowed"

@@ -168,7 +168,6 @@ def _changed(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         _changed(context=-1),
         _changed(floor=1e300),
         _changed(verify={"1": 1.0, "9" * 400: 2.0}),
-        _changed(context=10**8, attention=1.0, attention_per_position=1.0),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_measured_anew(

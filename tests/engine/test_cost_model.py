@@ -295,3 +295,9 @@ def test_known_costs_hold_unless_drafts_cost_another_share(
     known = measure_costs(decoder, context=8, rounds=2)
     other = replace(known, verify={w: factor * s for w, s in known.verify.items()})
     assert costs_hold(decoder, other) is hold
+
+
+def test_a_pass_at_a_shorter_context_costs_no_less_than_one_without_layers() -> None:
+    costs = PassCosts({1: 1.0, 2: 1.5}, 0.1, 0.3, 0.3, 10**6, attention_per_position=1.0)
+    assert costs.at(10, 20).verify_cost(1) == 0.1
+    assert costs.at(10**6, 20) == costs

@@ -59,6 +59,7 @@ LAYERS: dict[str, str] = {
     "[2020-01-01]": "2020-01-01 should be a valid integer",
     "!!python/tuple [2]": "could not determine a constructor",
     "!!set {2}": "a set should be a list",
+    "!!set [[2, 3]]": "expected a mapping node, but found sequence",
     "!!omap [a: 1]": "a list should be a valid integer",
     "{2: 3}": "the key '2' should be a text",
     "2": "skip.attention: 2 should be a list",

@@ -458,6 +458,7 @@ def refusal(folder: Path, **options: Any) -> str:
         load_model(str(folder), LoadOptions(**{"device": "cpu", "dtype": "float32", **options}))
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) < 900 + len(str(folder))
     assert str(folder) in message
     return message
 

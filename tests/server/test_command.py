@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as hf
 
 from conflayers_cli.server import run as server
+from conflayers_cli.server.schema import CompletionRequest
 from tests.cli.conftest import Run, model, own_cache, run, save_model
 
 __all__ = ["model", "own_cache", "run"]  # fixtures
@@ -71,17 +73,17 @@ def test_a_port_that_is_taken(run: Run, model: Path) -> None:
     assert result.code == 1 and f":{port}" in result.err
 
 
-def test_a_model_whose_settings_a_server_does_not_follow(
-    run: Run, served: list[Any], tmp_path: Path
-) -> None:
-    import transformers as hf
-
+def test_a_models_settings_are_followed(run: Run, served: list[Any], tmp_path: Path) -> None:
     folder = save_model(tmp_path / "own")
-    config = hf.GenerationConfig(eos_token_id=256, suppress_tokens=[3])
+    config = hf.GenerationConfig(eos_token_id=256, suppress_tokens=[3], repetition_penalty=1.3)
     config.save_pretrained(folder)
     result = run("serve", "--model", folder, "--draft", "none", "--dtype", "float32")
 
-    assert result.code == 2 and "generation config" in result.err and not served
+    (service,) = served
+    (request,) = service.encoder.encode(CompletionRequest(prompt="abc"), "")
+    assert result.code == 0
+    assert request.sampling.repetition_penalty == 1.3
+    assert [type(each) for each in request.processors] == [hf.SuppressTokensLogitsProcessor]
 
 
 def test_without_the_extra(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

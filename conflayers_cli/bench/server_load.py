@@ -214,8 +214,9 @@ async def _open_loop(one: Ask, requests: int, rate: float, seed: int) -> None:
     drawn = random.Random(seed)
     async with asyncio.TaskGroup() as tasks:
         for index in range(requests):
+            if index:
+                await asyncio.sleep(drawn.expovariate(rate))
             tasks.create_task(one(index))
-            await asyncio.sleep(drawn.expovariate(rate))
 
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answered:

@@ -123,6 +123,8 @@ class Batch:
         """Decode a request no further; no-op where it has ended already."""
         self._waiting = deque(each for each in self._waiting if each[0] != number)
         if self._reading is not None and self._reading.number == number:
+            row = self._reading.row
+            self.cache.view(row, row + 1).clear(0, self.cache.capacity)  # NaN would stay
             self._reading = None
         self._drop_ended(number)
 
@@ -230,7 +232,7 @@ class Batch:
         try:
             step = sequence.read_prompt(view, reading.done)
         except LogitsError as error:
-            view.clear(0, sequence.prompt_length)
+            view.clear(0, view.capacity)
             error.number = reading.number
             raise
         row = len(self._running)  # sequences may have ended meanwhile

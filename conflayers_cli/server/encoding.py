@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
@@ -15,6 +18,11 @@ from conflayers_cli.models.tokenization import encode, encode_text
 from conflayers_cli.sampling_params import LogitAdjustments, SamplingParams
 from conflayers_cli.server.errors import ApiError
 from conflayers_cli.server.schema import ChatRequest, CompletionRequest, Message, text_of
+
+_NOT_THE_TEMPLATES = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) - {"tools", "documents"}
+"""What transformers would take for itself among a template's arguments."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Encoder:
         sampling, adjustments = self._sampling(request), _adjustments(request)
         prediction, settings = self._prediction(request), self.loaded.settings
         stops = (*request.stops, *settings.stops)
-        budgets = [self._budget(len(prompt), request.budget) for prompt in prompts]
+        budgets = [self._budget(len(prompt), request) for prompt in prompts]
         return [
             GenerationRequest(
                 prompt,
@@ -76,6 +84,11 @@ class Encoder:
 
     def _chat(self, request: ChatRequest) -> list[int]:
         template = dict(request.chat_template_kwargs or {})
+        # A template of a client's own would be a program of its own.
+        if own := sorted(template.keys() & _NOT_THE_TEMPLATES):
+            raise ApiError(
+                400, f"chat_template_kwargs: {own[0]} is not taken", param="chat_template_kwargs"
+            )
         if request.tools is not None and request.tool_choice != "none":
             if "tools" in template:
                 raise ApiError(400, "tools are given twice", param="chat_template_kwargs")
@@ -92,8 +105,8 @@ class Encoder:
             raise ApiError(400, f"prompt: token ids end at {known - 1}", param="prompt")
         return list(prompt)
 
-    def _budget(self, length: int, wanted: int | None) -> int:
-        left = self.context - length
+    def _budget(self, length: int, request: ChatRequest | CompletionRequest) -> int:
+        wanted, left = request.budget, self.context - length
         if left < 1:
             raise ApiError(
                 400,
@@ -103,7 +116,7 @@ class Encoder:
                 code="context_length_exceeded",
             )
         if wanted is None:
-            return min(left, self.max_new_tokens or left)
+            return min(left, self.max_new_tokens or left, request.usual_budget or left)
         if self.max_new_tokens is not None and wanted > self.max_new_tokens:
             raise ApiError(
                 400,

@@ -120,6 +120,7 @@ def make_server(service: Service) -> uvicorn.Server:
 
     config = uvicorn.Config(
         build_app(service),
+        http="h11",  # whose limits are set below
         log_config=None,
         log_level="error",
         access_log=False,
@@ -142,6 +143,7 @@ def listen(options: ServerOptions) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except OSError as error:
         raise ConfLayersError(
             f"can't listen at {options.host}:{options.port}: {error.strerror or error}",

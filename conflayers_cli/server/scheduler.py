@@ -201,6 +201,10 @@ class Scheduler:
         except InputError as error:
             self._finish(ticket, ApiError(400, str(error), code="invalid_value"))
             return
+        except Exception as error:
+            logger.error(f"a text was not begun: {type(error).__name__}", exc_info=error)
+            self._finish(ticket, _failure("the engine failed; see the server's log"))
+            return
         ticket.begun = monotonic()
         self._running[ticket.number] = ticket
 

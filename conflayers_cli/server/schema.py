@@ -3,7 +3,7 @@ else than is done, is refused by name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,7 +29,8 @@ class TextPart(Part):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+# The first fault of a list is enough: all of a large one would take seconds and gigabytes.
+Content = Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class FunctionCall(Part):
@@ -53,8 +54,15 @@ class Message(Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = (
+        None
+    )
     tool_call_id: str | None = None
+    # what clients give back of an answer's message
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -150,11 +158,11 @@ class Request(Part):
 class ChatRequest(Request):
     """A request to ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=256)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -166,6 +174,7 @@ class ChatRequest(Request):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    usual_budget: ClassVar[int | None] = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> ChatRequest:
@@ -195,19 +204,24 @@ class CompletionRequest(Request):
 
     prompt: (
         Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, fail_fast=True),
+        ]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
 
+    usual_budget: ClassVar[int | None] = 16
+
     @property
-    def budget(self) -> int:
-        """The most tokens wanted, OpenAI's 16 where nothing is said."""
-        return self.max_tokens or 16
+    def budget(self) -> int | None:
+        """The most tokens wanted; None: OpenAI's 16, if there is room for them."""
+        return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:

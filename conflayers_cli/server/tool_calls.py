@@ -45,6 +45,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
         try:
             call = json.loads(inside)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+            json.dumps(call, ensure_ascii=False).encode()  # no halves of surrogate pairs
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return []
         if not isinstance(name, str) or not isinstance(arguments, dict) or behind.strip():

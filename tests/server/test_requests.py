@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conflayers_cli.errors import InputError
-from tests.server.conftest import CONTEXT, Served, alone
+from tests.server.conftest import CONTEXT, GREEDY, Served, alone
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Why?"}]
@@ -215,3 +215,27 @@ def test_the_page_is_there_and_asks_nobody_else(served: Served) -> None:
     assert page.status_code == script.status_code == 200
     assert "http://" not in page.text + script.text and "https://" not in page.text + script.text
     assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenizer_kwargs", "padding", "tokenize"])
+def test_a_client_brings_no_template_of_its_own(served: Served, name: str) -> None:
+    response = served.chat("a", chat_template_kwargs={name: "{{ 9**9 }}"})
+    assert response.status_code == 400 and name in response.json()["error"]["message"]
+
+
+def test_the_first_fault_of_a_large_list_is_enough(served: Served) -> None:
+    response = served.client.post("/v1/completions", json={"prompt": [{}] * 300_000})
+    assert response.status_code == 400 and response.elapsed.total_seconds() < 20
+
+
+def test_an_answers_message_is_taken_back(served: Served) -> None:
+    first = {"role": "user", "content": "Why?"}
+    message = served.chat("Why?", **GREEDY).json()["choices"][0]["message"]
+    body = {"messages": [first, message, first], "max_tokens": 5, **GREEDY}
+    assert served.client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_completion_goes_as_far_as_there_is_room(serve: Callable[..., Served]) -> None:
+    served = serve(max_new_tokens=10)
+    response = served.client.post("/v1/completions", json={"prompt": "abc", **GREEDY})
+    assert response.json()["usage"]["completion_tokens"] == 10

@@ -51,7 +51,7 @@ def error_of(response: Any) -> dict[str, Any]:
         ({"messages": [{"role": "god", "content": "x"}]}, "messages.0.role"),
         ({"messages": IMAGE}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
-        ({"chat_template_kwargs": {"tokenize": True}}, None),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"prediction": {"type": "content"}}, "prediction.content"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,6 +16,9 @@ from conflayers_cli.cli.data_options import DATA, DataFlags
 from conflayers_cli.cli.option_groups import with_groups
 from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
+
+if TYPE_CHECKING:
+    from conflayers_cli.bench.job import BenchRequest
 
 
 @with_groups
@@ -67,7 +71,7 @@ def bench(
     drafting = replace(drafting, batch_size=batch_size)
     drafting.check(profile)
 
-    from conflayers_cli.bench.job import BenchJob, BenchRequest
+    from conflayers_cli.bench.job import BenchRequest
 
     request = BenchRequest(
         model=model_source(model, found),
@@ -86,10 +90,7 @@ def bench(
         against=[baseline.value for baseline in measuring.against or ()],
         target_speedup=measuring.target_speedup,
     )
-    job = BenchJob.open(request)
-    ran_with = job.context()
-    gates.check_comparable(ran_with, request.prompt_hashes)
-    publish(job.measure(ran_with), exports, gates, as_json=json)
+    _measure(request, exports, gates, as_json=json)
 
 
 _FOR_STORED = frozenset(
@@ -99,6 +100,15 @@ _FOR_SERVER = frozenset(
     {"json", "export_json", "max_new_tokens", "temperature", "seed"}
     | {*SERVER_LOAD.options, *DATA.options}
 )
+
+
+def _measure(request: BenchRequest, exports: Exports, gates: Gates, *, as_json: bool) -> None:
+    from conflayers_cli.bench.job import BenchJob
+
+    job = BenchJob.open(request)
+    ran_with = job.context()
+    gates.check_comparable(ran_with, request.prompt_hashes)
+    publish(job.measure(ran_with), exports, gates, as_json=as_json)
 
 
 def _publish_stored(stored: Path, exports: Exports, gates: Gates, *, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
-from time import monotonic
 
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse
@@ -22,7 +21,7 @@ class Answers:
         scheduler: decodes them.
         requests: one for each text.
         metrics: where times are noted.
-        seconds: that they get.
+        deadline: when they must have ended, by `time.monotonic`.
 
     Raises:
         ApiError: the server is ending.
@@ -33,13 +32,12 @@ class Answers:
         scheduler: Scheduler,
         requests: Sequence[GenerationRequest],
         metrics: Metrics,
-        seconds: float,
+        deadline: float,
     ) -> None:
         self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._left = len(requests)
-        deadline = monotonic() + seconds
         self._times = [TextTimes(metrics) for _ in requests]
         self._tickets = [
             Ticket(request, partial(self._deliver, index), deadline)

@@ -26,10 +26,9 @@ from conflayers_cli.server.options import DEFAULT_CONTEXT, ServerOptions
 from conflayers_cli.server.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.server.http_server import BoundedServer
     from conflayers_cli.spec_decode.proposer import Proposer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +67,7 @@ def build_service(
         generator,
         slots=options.batch_size,
         max_waiting=options.queue_size,
+        shared=keys.count > 1,
         on_step=metrics.count_step,
     )
     # The engine's thread decodes with the one tokenizer while another thread encodes with the copy.
@@ -114,9 +114,11 @@ def serve(service: Service, on_ready: Callable[[str], None]) -> None:
         make_server(service).run(sockets=[listening])
 
 
-def make_server(service: Service) -> uvicorn.Server:
+def make_server(service: Service) -> BoundedServer:
     """uvicorn's server of the application."""
     import uvicorn
+
+    from conflayers_cli.server.http_server import BoundedServer
 
     config = uvicorn.Config(
         build_app(service),
@@ -128,10 +130,9 @@ def make_server(service: Service) -> uvicorn.Server:
         proxy_headers=False,
         lifespan="on",
         ws="none",
-        timeout_graceful_shutdown=max(int(service.options.drain), 1),
         h11_max_incomplete_event_size=64 << 10,
     )
-    return uvicorn.Server(config)
+    return BoundedServer(config, service.options, service.scheduler.stop)
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -51,6 +51,8 @@ def test_options_reach_the_server(run: Run, model: Path, served: list[Any], tmp_
         (("--context", 100_000), "--context 100000"),
         (("--port", 70_000), "--port 70000"),
         (("--timeout", 0), "--timeout 0"),
+        (("--drain", "nan"), "--drain nan"),
+        (("--drain", -1), "--drain"),
         (("--api-key-file", "none.txt"), "none.txt"),
     ],
 )

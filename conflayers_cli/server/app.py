@@ -109,13 +109,13 @@ class _Endpoints:
             raise ApiError(
                 400, f"n: {options.max_texts} texts at most are decoded for a request", param="n"
             )
+        bodies = Bodies(asked, service.model, service.names, service.end_tokens)
         with service.scheduler.admitted(count, owner):
             loop = asyncio.get_running_loop()
             requests = await loop.run_in_executor(
                 self._encoding, service.encoder.encode, asked, owner
             )
             answers = Answers(service.scheduler, requests, service.metrics, deadline)
-        bodies = Bodies(asked, service.model, service.names, service.end_tokens)
         if asked.stream:
             return _EventStream(answers, bodies)
         return await _whole(request, answers, bodies)
@@ -218,7 +218,7 @@ async def _events(answers: Answers, bodies: Bodies) -> AsyncIterator[str]:
     except ApiError as error:  # the status is sent already
         yield _event(error.body)
         return
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - logged, and told to the client
         log_failure(logger, "a stream failed", error)
         yield _event(server_failed().body)
         return
@@ -255,7 +255,7 @@ def build_app(service: Service) -> Starlette:
                 response = Response(status_code=CLIENT_GONE)
             except HTTPException:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged, and told to the client
                 log_failure(logger, path, error)
                 response = _error_response(server_failed())
             service.metrics.requests.labels(path, response.status_code).inc()

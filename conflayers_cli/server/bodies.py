@@ -65,14 +65,15 @@ class Bodies:
         }
         count = (request.n or 1) * request.num_prompts
         tools = isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none"
-        kind = ChatLogprobs if self._chat else CompletionLogprobs
         self.choices = [
-            Choice(
-                reader=ToolCallReader() if tools else None,
-                logprobs=None if request.num_logprobs is None else kind(names),
-            )
+            Choice(reader=ToolCallReader() if tools else None, logprobs=self._new_logprobs(names))
             for _ in range(count)
         ]
+
+    def _new_logprobs(self, names: TokenNames) -> ChatLogprobs | CompletionLogprobs | None:
+        if self._request.num_logprobs is None:
+            return None
+        return ChatLogprobs(names) if self._chat else CompletionLogprobs(names)
 
     @property
     def id(self) -> str:

@@ -152,7 +152,7 @@ class CompletionLogprobs:
             name = self._names.name(each.token)
             new["tokens"].append(self._text(each.token))
             new["token_logprobs"].append(max(each.logprob, LOWEST))
-            likeliest = {}
+            likeliest: dict[str, float] = {}
             for token, logprob in each.top:  # of two that are written alike, the likelier
                 likeliest.setdefault(self._text(token), max(logprob, LOWEST))
             new["top_logprobs"].append(likeliest)

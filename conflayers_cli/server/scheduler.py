@@ -227,7 +227,7 @@ class Scheduler:
         except InputError as error:
             self._finish(ticket, ApiError(400, str(error), code="invalid_value"))
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged, and told to the client
             log_failure(logger, "a text was not begun", error)
             self._finish(ticket, _failure("the engine failed; see the server's log"))
             return
@@ -294,7 +294,7 @@ class Scheduler:
     def _cancel(self, number: int) -> None:
         try:
             self._generator.cancel(number)
-        except Exception as error:  # the text has ended for its client all the same
+        except Exception as error:  # noqa: BLE001 - the text has ended for its client all the same
             log_failure(logger, "a text was not ended cleanly", error)
 
     def _fail_all(self, error: Exception) -> None:

@@ -261,7 +261,7 @@ def test_bodies_that_arrive_at_once_are_bounded(served: Served) -> None:
 
     async def run() -> list[Any]:
         some = [Arriving() for _ in range(MAX_BODIES + 4)]
-        reads = [asyncio.create_task(reader.read(each, ChatRequest)) for each in some]  # type: ignore[arg-type]
+        reads = [asyncio.create_task(reader.read(each, ChatRequest)) for each in some]
         await asyncio.sleep(0.05)
         for each in some:
             each.goes_on.set()
@@ -297,8 +297,10 @@ def test_what_fails_is_told_and_no_prompt_is_logged(
 ) -> None:
     served = serve()
 
+    told = "quoting: Why?"
+
     def fail(*_: object) -> None:
-        raise RuntimeError("quoting: Why?")
+        raise RuntimeError(told)
 
     monkeypatch.setattr(Bodies, "add", fail)
     with caplog.at_level("INFO"):

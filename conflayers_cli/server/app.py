@@ -24,7 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from conflayers_cli.server.answers import Answers
+from conflayers_cli.server.answers import Answers, Mailbox
 from conflayers_cli.server.bodies import Bodies
 from conflayers_cli.server.encoding import Encoder
 from conflayers_cli.server.errors import ApiError, log_failure, server_failed
@@ -59,7 +59,7 @@ class Service:
     Attributes:
         model, created: the model's name to clients, and since when it is served.
         aliases: other names that are taken for it.
-        encoder, scheduler, metrics, options: see their classes.
+        encoder, scheduler, mailbox, metrics, options: see their classes.
         keys: who may ask.
     """
 
@@ -68,6 +68,7 @@ class Service:
     created: int
     encoder: Encoder
     scheduler: Scheduler
+    mailbox: Mailbox
     metrics: Metrics
     options: ServerOptions
     keys: KeyRing
@@ -115,7 +116,9 @@ class _Endpoints:
             requests = await loop.run_in_executor(
                 self._encoding, service.encoder.encode, asked, owner
             )
-            answers = Answers(service.scheduler, requests, service.metrics, deadline)
+            answers = Answers(
+                service.scheduler, service.mailbox, requests, service.metrics, deadline
+            )
         if asked.stream:
             return _EventStream(answers, bodies)
         return await _whole(request, answers, bodies)

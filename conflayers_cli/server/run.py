@@ -17,6 +17,7 @@ from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.prefix_store import PrefixStore
 from conflayers_cli.profile.build_proposer import as_batch_proposer
+from conflayers_cli.server.answers import Mailbox
 from conflayers_cli.server.app import Service, build_app
 from conflayers_cli.server.encoding import Encoder
 from conflayers_cli.server.guards import KeyRing, read_keys
@@ -63,12 +64,14 @@ def build_service(
         batch_size=options.batch_size,
         new_batch=partial(Batch, chunk=options.prefill_chunk, reserve=context, prefixes=prefixes),
     )
+    mailbox = Mailbox()
     scheduler = Scheduler(
         generator,
         slots=options.batch_size,
         max_waiting=options.queue_size,
         shared=keys.count > 1,
         on_step=metrics.count_step,
+        flush=mailbox.flush,
     )
     # The engine's thread decodes with the one tokenizer while another thread encodes with the copy.
     own = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
@@ -79,6 +82,7 @@ def build_service(
         created=int(time()),
         encoder=Encoder(own, context, options.max_new_tokens),
         scheduler=scheduler,
+        mailbox=mailbox,
         metrics=metrics,
         options=options,
         keys=keys,

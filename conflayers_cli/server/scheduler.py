@@ -70,6 +70,7 @@ class Scheduler:
         shared: whether there are several owners, who share the places fairly.
         on_step: called after each step with its responses, before these are delivered, in the
             engine's thread.
+        flush: called there when a round's events have been delivered.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Scheduler:
         max_waiting: int,
         shared: bool = False,
         on_step: Callable[[Sequence[GenerationResponse]], None] = lambda responses: None,
+        flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._generator = generator
-        self._slots, self._on_step, self._shared = slots, on_step, shared
+        self._slots, self._on_step, self._flush = slots, on_step, flush
+        self._shared = shared
         self.capacity = slots + max_waiting
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by owner
@@ -193,6 +196,7 @@ class Scheduler:
         finally:  # whatever happens, nobody waits for ever
             self._stopping = True
             self._end_all()
+            self._flush()
 
     def _serve(self) -> None:
         while True:
@@ -209,6 +213,7 @@ class Scheduler:
                 self._begin(ticket)
             if self._running:
                 self._step()
+            self._flush()
 
     def _next_tickets(self) -> list[Ticket]:
         """As many waiting texts as there is room for, of the owners in turns."""

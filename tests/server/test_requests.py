@@ -231,11 +231,8 @@ def test_the_first_fault_of_a_large_list_is_enough(served: Served) -> None:
     assert response.status_code == 400 and response.elapsed.total_seconds() < 20
 
 
-@pytest.mark.parametrize(
-    "field", [{"modalities": ["x"] * 500_000}, {"metadata": {f"{i}": i for i in range(200_000)}}]
-)
-def test_of_what_changes_nothing_there_is_not_much(served: Served, field: dict[str, Any]) -> None:
-    body = {"messages": MESSAGES, **field}
+def test_of_what_changes_nothing_there_is_not_much(served: Served) -> None:
+    body = {"messages": MESSAGES, "modalities": ["x"] * 500_000}
     began = monotonic()
     assert served.client.post(CHAT, json=body).status_code == 400
     assert monotonic() - began < 2

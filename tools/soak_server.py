@@ -86,9 +86,10 @@ def expected_texts(model: str, dtype: str, prompts: Sequence[str]) -> list[Expec
 
 
 async def one(
-    client: httpx.AsyncClient, expected: Expected, length: int, cancel: int | None, seen: Seen
+    client: httpx.AsyncClient, expected: Expected, length: int, cancel: float | None, seen: Seen
 ) -> None:
-    """Send a chat and compare what comes; ``cancel``: pieces of text after which to go away."""
+    """Send a chat and compare what comes; ``cancel``: the share of the text after which to go away;
+    0: at once, perhaps while it waits in the queue."""
     body = {
         "messages": [{"role": "user", "content": expected.prompt}],
         "max_tokens": length,
@@ -107,7 +108,7 @@ async def one(
                 await asyncio.sleep(float(response.headers.get("retry-after", 1)))
                 return
             async for line in response.aiter_lines():
-                if cancel is not None and len(gaps) >= cancel:
+                if cancel is not None and len(text) >= cancel * len(expected.texts[length]):
                     break
                 if line == "data: [DONE]":
                     ended = True
@@ -153,7 +154,7 @@ async def soak(
     async def stream() -> None:
         while time.perf_counter() < end:
             length = drawn.choice(LENGTHS)
-            cancel = drawn.randrange(length) if drawn.random() < CANCELLED else None
+            cancel = max(drawn.uniform(-0.2, 1), 0) if drawn.random() < CANCELLED else None
             await one(client, drawn.choice(expected), length, cancel, seen)
 
     async def watch() -> None:

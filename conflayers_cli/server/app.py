@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,11 +24,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from conflayers_cli.server.answers import Answers
+from conflayers_cli.server.answers import Answers, Mailbox
 from conflayers_cli.server.bodies import Bodies
 from conflayers_cli.server.encoding import Encoder
-from conflayers_cli.server.errors import ApiError
-from conflayers_cli.server.guards import ClientDisconnect, KeyRing, read_request
+from conflayers_cli.server.errors import ApiError, log_failure, server_failed
+from conflayers_cli.server.guards import BodyReader, ClientDisconnect, KeyRing
 from conflayers_cli.server.logprobs import TokenNames
 from conflayers_cli.server.metrics import CONTENT_TYPE_LATEST, Metrics
 from conflayers_cli.server.openapi import document
@@ -58,7 +59,7 @@ class Service:
     Attributes:
         model, created: the model's name to clients, and since when it is served.
         aliases: other names that are taken for it.
-        encoder, scheduler, metrics, options: see their classes.
+        encoder, scheduler, mailbox, metrics, options: see their classes.
         keys: who may ask.
     """
 
@@ -67,6 +68,7 @@ class Service:
     created: int
     encoder: Encoder
     scheduler: Scheduler
+    mailbox: Mailbox
     metrics: Metrics
     options: ServerOptions
     keys: KeyRing
@@ -87,6 +89,7 @@ class _Endpoints:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+        self._bodies = BodyReader(service.options.max_body, service.options.read_timeout)
 
     async def chat(self, request: Request) -> Response:
         return await self._complete(request, ChatRequest)
@@ -99,22 +102,23 @@ class _Endpoints:
     ) -> Response:
         service, options = self._service, self._service.options
         owner = service.keys.owner(request)
-        asked: ChatRequest | CompletionRequest = await read_request(
-            request, kind, max_bytes=options.max_body, seconds=options.read_timeout
-        )
+        deadline = request.state.deadline = monotonic() + options.timeout
+        asked: ChatRequest | CompletionRequest = await self._bodies.read(request, kind)
         service.check_model(asked.model)
         count = (asked.n or 1) * asked.num_prompts
         if count > options.max_texts:
             raise ApiError(
                 400, f"n: {options.max_texts} texts at most are decoded for a request", param="n"
             )
-        with service.scheduler.admitted(count):
+        bodies = Bodies(asked, service.model, service.names, service.end_tokens)
+        with service.scheduler.admitted(count, owner):
             loop = asyncio.get_running_loop()
             requests = await loop.run_in_executor(
                 self._encoding, service.encoder.encode, asked, owner
             )
-            answers = Answers(service.scheduler, requests, service.metrics, options.timeout)
-        bodies = Bodies(asked, service.model, service.names, service.end_tokens)
+            answers = Answers(
+                service.scheduler, service.mailbox, requests, service.metrics, deadline
+            )
         if asked.stream:
             return _EventStream(answers, bodies)
         return await _whole(request, answers, bodies)
@@ -217,6 +221,10 @@ async def _events(answers: Answers, bodies: Bodies) -> AsyncIterator[str]:
     except ApiError as error:  # the status is sent already
         yield _event(error.body)
         return
+    except Exception as error:  # noqa: BLE001 - logged, and told to the client
+        log_failure(logger, "a stream failed", error)
+        yield _event(server_failed().body)
+        return
     if (last := bodies.usage_chunk()) is not None:
         yield _event(last)
     yield "data: [DONE]\n\n"
@@ -248,6 +256,11 @@ def build_app(service: Service) -> Starlette:
                 response = _error_response(error)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
+            except HTTPException:
+                raise
+            except Exception as error:  # noqa: BLE001 - logged, and told to the client
+                log_failure(logger, path, error)
+                response = _error_response(server_failed())
             service.metrics.requests.labels(path, response.status_code).inc()
             response.headers.update(HEADERS)
             return response
@@ -304,5 +317,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error(f"{request.url.path}: {type(error).__name__}", exc_info=error)
-    return _error_response(ApiError(500, "the server failed; see its log", kind="server_error"))
+    log_failure(logger, "a request failed", error)
+    return _error_response(server_failed())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
 
 from conflayers_cli.generation.response import GenerationResponse, GenerationResult
 from conflayers_cli.generation.sequence import MODEL, TokenLogprobs
-from conflayers_cli.server.logprobs import TokenNames, chat_logprobs, completion_logprobs
+from conflayers_cli.server.logprobs import ChatLogprobs, CompletionLogprobs, TokenNames
 from conflayers_cli.server.schema import ChatRequest, CompletionRequest
 from conflayers_cli.server.tool_calls import ToolCallReader
 from conflayers_cli.server.usage import drafting, usage
@@ -22,19 +21,18 @@ class Choice:
     """One text as far as it has come.
 
     Attributes:
-        length: characters of it.
         text: what is no call of a tool, as far as it is certain.
         reader: parts it from the calls; None: no tools were given.
         calls: of tools, once it has ended.
-        logprobs, drafts: of its tokens, and which texts who drafted.
+        logprobs: of its tokens; None: they are not asked for.
+        drafts: which texts who drafted.
         result: once it has ended.
     """
 
-    length: int = 0
     text: str = ""
     reader: ToolCallReader | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
     drafts: list[dict[str, str]] = field(default_factory=list)
     result: GenerationResult | None = None
 
@@ -56,7 +54,7 @@ class Bodies:
         names: TokenNames,
         end_tokens: frozenset[int],
     ) -> None:
-        self._request, self._names, self._end_tokens = request, names, end_tokens
+        self._request, self._end_tokens = request, end_tokens
         self._chat = isinstance(request, ChatRequest)
         self._kind = "chat.completion" if self._chat else "text_completion"
         self._head = {
@@ -67,7 +65,15 @@ class Bodies:
         }
         count = (request.n or 1) * request.num_prompts
         tools = isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none"
-        self.choices = [Choice(reader=ToolCallReader() if tools else None) for _ in range(count)]
+        self.choices = [
+            Choice(reader=ToolCallReader() if tools else None, logprobs=self._new_logprobs(names))
+            for _ in range(count)
+        ]
+
+    def _new_logprobs(self, names: TokenNames) -> ChatLogprobs | CompletionLogprobs | None:
+        if self._request.num_logprobs is None:
+            return None
+        return ChatLogprobs(names) if self._chat else CompletionLogprobs(names)
 
     @property
     def id(self) -> str:
@@ -81,9 +87,7 @@ class Bodies:
         text = self._without_calls(choice, response)
         choice.text += text
         part: dict[str, Any] = {"index": index, **self._text(text)}
-        part["logprobs"] = self._logprobs(logprobs, choice.length)
-        choice.length += len(response.text)
-        choice.logprobs += logprobs
+        part["logprobs"] = None if choice.logprobs is None else choice.logprobs.add(logprobs)
         choice.drafts += drafts
         choice.result = response.result
         part["finish_reason"] = None
@@ -115,13 +119,6 @@ class Bodies:
         names = (*by, *(MODEL,) * (len(response.pieces) - len(by)))
         pairs = zip(response.pieces, names, strict=False)
         return [{"text": piece, "by": name} for piece, name in pairs]
-
-    def _logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
-        if self._request.num_logprobs is None:
-            return None
-        if self._chat:
-            return chat_logprobs(self._names, tokens)
-        return completion_logprobs(self._names, tokens, offset)
 
     @staticmethod
     def says_something(part: dict[str, Any]) -> bool:
@@ -177,7 +174,7 @@ class Bodies:
         made: dict[str, Any] = {
             "index": index,
             **({"message": message} if self._chat else {"text": text}),
-            "logprobs": self._logprobs(choice.logprobs, 0),
+            "logprobs": None if choice.logprobs is None else choice.logprobs.whole(),
             "finish_reason": self._finish(choice),
         }
         return {**made, "drafts": choice.drafts} if self._request.show_drafts else made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from typing import Any
 
 from pydantic import ValidationError
@@ -49,6 +51,18 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def log_failure(logger: logging.Logger, what: str, error: BaseException) -> None:
+    """Log an error by its kind and place. What it says may quote a prompt: for debugging alone."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error(f"{what}: {type(error).__name__}\n{frames}")
+    logger.debug(what, exc_info=error)
+
+
+def server_failed() -> ApiError:
+    """What a client is told of what it has no part in."""
+    return ApiError(500, "the server failed; see its log", kind="server_error")
 
 
 def invalid_request(error: ValidationError) -> ApiError:

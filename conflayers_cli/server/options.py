@@ -27,8 +27,9 @@ class ServerOptions:
         max_texts: texts of one request, its prompts times ``n``.
         max_body: bytes of a request.
         timeout: seconds from a request's arrival to its end.
-        read_timeout: seconds in which a request must have arrived.
-        drain: seconds that running requests get after SIGTERM.
+        read_timeout: seconds in which a request must have arrived, and in which a client must
+            take what it is sent.
+        drain: seconds that running requests get after SIGTERM; infinite: as long as they take.
         prefill_chunk: prompt tokens read at most between two steps of the others.
         prefix_cache: MiB of keys and values kept of earlier texts; 0: none.
 
@@ -62,6 +63,8 @@ class ServerOptions:
         for name in ("timeout", "read_timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)}: over 0", names=(name,))
+        if not self.drain >= 0:
+            raise InputError(f"drain {self.drain}: at least 0", names=("drain",))
 
     @property
     def is_local(self) -> bool:

@@ -17,6 +17,7 @@ from conflayers_cli.generation.batch import Batch
 from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.prefix_store import PrefixStore
 from conflayers_cli.profile.build_proposer import as_batch_proposer
+from conflayers_cli.server.answers import Mailbox
 from conflayers_cli.server.app import Service, build_app
 from conflayers_cli.server.encoding import Encoder
 from conflayers_cli.server.guards import KeyRing, read_keys
@@ -26,10 +27,9 @@ from conflayers_cli.server.options import DEFAULT_CONTEXT, ServerOptions
 from conflayers_cli.server.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.server.http_server import BoundedServer
     from conflayers_cli.spec_decode.proposer import Proposer
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,14 @@ def build_service(
         batch_size=options.batch_size,
         new_batch=partial(Batch, chunk=options.prefill_chunk, reserve=context, prefixes=prefixes),
     )
+    mailbox = Mailbox()
     scheduler = Scheduler(
         generator,
         slots=options.batch_size,
         max_waiting=options.queue_size,
+        shared=keys.count > 1,
         on_step=metrics.count_step,
+        flush=mailbox.flush,
     )
     # The engine's thread decodes with the one tokenizer while another thread encodes with the copy.
     own = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
@@ -79,6 +82,7 @@ def build_service(
         created=int(time()),
         encoder=Encoder(own, context, options.max_new_tokens),
         scheduler=scheduler,
+        mailbox=mailbox,
         metrics=metrics,
         options=options,
         keys=keys,
@@ -114,9 +118,11 @@ def serve(service: Service, on_ready: Callable[[str], None]) -> None:
         make_server(service).run(sockets=[listening])
 
 
-def make_server(service: Service) -> uvicorn.Server:
+def make_server(service: Service) -> BoundedServer:
     """uvicorn's server of the application."""
     import uvicorn
+
+    from conflayers_cli.server.http_server import BoundedServer
 
     config = uvicorn.Config(
         build_app(service),
@@ -128,10 +134,9 @@ def make_server(service: Service) -> uvicorn.Server:
         proxy_headers=False,
         lifespan="on",
         ws="none",
-        timeout_graceful_shutdown=max(int(service.options.drain), 1),
         h11_max_incomplete_event_size=64 << 10,
     )
-    return uvicorn.Server(config)
+    return BoundedServer(config, service.options, service.scheduler.stop)
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -3,7 +3,9 @@
 Only that thread uses the generator. Others submit and cancel; what comes of a text is delivered by
 a callback, in the engine's thread. Between two steps the thread ends what was cancelled or is too
 old, and begins what waits where there is room: of the owners in turns, so that nobody's many
-requests keep out another's.
+requests keep out another's. Where there are several owners, each may hold as many places of the
+queue as are left free behind it (dynamic thresholds, Choudhury and Hahne 1998): one alone gets half
+of all, and who comes new always finds room.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from conflayers_cli.engine.argmax import LogitsError
 from conflayers_cli.errors import ConfLayersError, InputError
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.response import GenerationResponse
-from conflayers_cli.server.errors import ApiError
+from conflayers_cli.server.errors import ApiError, log_failure
 
 if TYPE_CHECKING:
     from conflayers_cli.generation.generator import TextGenerator
@@ -65,8 +67,10 @@ class Scheduler:
         generator: decodes up to ``slots`` texts at once.
         slots: texts decoded at once.
         max_waiting: texts that may wait beside them.
+        shared: whether there are several owners, who share the places fairly.
         on_step: called after each step with its responses, before these are delivered, in the
             engine's thread.
+        flush: called there when a round's events have been delivered.
     """
 
     def __init__(
@@ -75,15 +79,19 @@ class Scheduler:
         *,
         slots: int,
         max_waiting: int,
+        shared: bool = False,
         on_step: Callable[[Sequence[GenerationResponse]], None] = lambda responses: None,
+        flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._generator = generator
-        self._slots, self._max_waiting, self._on_step = slots, max_waiting, on_step
+        self._slots, self._on_step, self._flush = slots, on_step, flush
+        self._shared = shared
+        self.capacity = slots + max_waiting
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by owner
         self._running: dict[int, Ticket] = {}
         self._cancelled: list[Ticket] = []
-        self._admitted = 0  # texts that are about to be submitted
+        self._held: Counter[str] = Counter()  # texts that wait, run or are admitted, by owner
         self._stopping = False
         self._text_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -114,31 +122,51 @@ class Scheduler:
         return len(self._running)
 
     @contextmanager
-    def admitted(self, count: int) -> Iterator[None]:
-        """Within: there is room for ``count`` texts, which are being prepared.
+    def admitted(self, count: int, owner: str = "") -> Iterator[None]:
+        """Within: there is room for ``count`` texts of an owner, which are being prepared.
 
         Raises:
-            ApiError: the queue is full, or the server is ending.
+            ApiError: the queue or the owner's share of it is full, it can't ever take so many, or
+                the server is ending.
         """
         with self._changed:
             if not self.alive:
                 raise _ending()
-            waiting = self.num_waiting + self._admitted
-            room = self._max_waiting + self._slots - self.num_running
-            if waiting + count > room:
-                raise ApiError(
-                    429,
-                    f"the queue is full: {waiting} texts wait",
-                    kind="server_overloaded",
-                    code="queue_full",
-                    retry_after=self._retry_after(waiting),
-                )
-            self._admitted += count
+            self._check_room(count, owner)
+            self._held[owner] += count
         try:
             yield
         finally:
-            with self._changed:
-                self._admitted -= count
+            self._give_back(owner, count)
+
+    def _check_room(self, count: int, owner: str) -> None:
+        if count > self.capacity:
+            raise ApiError(
+                400, f"n: this server takes {self.capacity} texts at once, waiting ones included",
+                param="n",
+            )  # fmt: skip
+        own, held = self._held[owner], self._held.total()
+        left = self.capacity - held - count
+        too_many = self._shared and own > 0 and own + count > left
+        if left >= 0 and not too_many:
+            return
+        waiting = held - self.num_running
+        told = f"the queue is full: {waiting} texts wait"
+        if left >= 0:
+            told = f"this key's share of the queue is full: {own} of its texts wait or are decoded"
+        raise ApiError(
+            429,
+            told,
+            kind="server_overloaded",
+            code="queue_full",
+            retry_after=self._retry_after(waiting),
+        )
+
+    def _give_back(self, owner: str, count: int) -> None:
+        with self._changed:
+            self._held[owner] -= count
+            if not self._held[owner]:
+                del self._held[owner]
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queue texts that were `admitted`. Raises ApiError where the server is ending."""
@@ -147,6 +175,7 @@ class Scheduler:
                 raise _ending()
             for ticket in tickets:
                 self._waiting.setdefault(ticket.request.owner, deque()).append(ticket)
+                self._held[ticket.request.owner] += 1
             self._changed.notify()
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
@@ -167,6 +196,7 @@ class Scheduler:
         finally:  # whatever happens, nobody waits for ever
             self._stopping = True
             self._end_all()
+            self._flush()
 
     def _serve(self) -> None:
         while True:
@@ -183,6 +213,7 @@ class Scheduler:
                 self._begin(ticket)
             if self._running:
                 self._step()
+            self._flush()
 
     def _next_tickets(self) -> list[Ticket]:
         """As many waiting texts as there is room for, of the owners in turns."""
@@ -201,8 +232,8 @@ class Scheduler:
         except InputError as error:
             self._finish(ticket, ApiError(400, str(error), code="invalid_value"))
             return
-        except Exception as error:
-            logger.error(f"a text was not begun: {type(error).__name__}", exc_info=error)
+        except Exception as error:  # noqa: BLE001 - logged, and told to the client
+            log_failure(logger, "a text was not begun", error)
             self._finish(ticket, _failure("the engine failed; see the server's log"))
             return
         ticket.begun = monotonic()
@@ -211,6 +242,7 @@ class Scheduler:
     def _step(self) -> None:
         try:
             responses = self._generator.step()
+            self._on_step(responses)
         except LogitsError as error:
             if error.number is None:
                 self._fail_all(error)
@@ -220,7 +252,6 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - the server outlives it; every client is told
             self._fail_all(error)
             return
-        self._on_step(responses)
         for response in responses:
             ticket = self._running.get(response.number)
             if ticket is None:
@@ -268,14 +299,15 @@ class Scheduler:
     def _cancel(self, number: int) -> None:
         try:
             self._generator.cancel(number)
-        except Exception as error:  # the text has ended for its client all the same
-            logger.error(f"a text was not ended cleanly: {error}", exc_info=error)
+        except Exception as error:  # noqa: BLE001 - the text has ended for its client all the same
+            log_failure(logger, "a text was not ended cleanly", error)
 
     def _fail_all(self, error: Exception) -> None:
         """What went wrong is no single text's fault that is known: all running ones end."""
-        known = isinstance(error, ConfLayersError)
-        logger.error(f"a step failed: {type(error).__name__}: {error}", exc_info=error)
-        told = str(error) if known else "the engine failed; see the server's log"
+        told = "the engine failed; see the server's log"
+        if isinstance(error, ConfLayersError):
+            told = str(error)
+        log_failure(logger, "a step failed", error)
         for ticket in list(self._running.values()):
             self._drop(ticket, _failure(told))
 
@@ -287,6 +319,7 @@ class Scheduler:
 
     def _finish(self, ticket: Ticket, event: Event | None) -> None:
         ticket.over = True
+        self._give_back(ticket.request.owner, 1)
         if event is not None:
             ticket.deliver(event)
 

@@ -168,8 +168,8 @@ class ChatRequest(Request):
     chat_template_kwargs: dict[str, Any] | None = None
     prediction: Prediction | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None

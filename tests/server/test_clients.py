@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from time import sleep
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -146,6 +146,66 @@ def test_slow_writers_are_not_waited_for() -> None:
     with listening(read_timeout=0.2) as (address, _), connect(address) as connection:
         connection.sendall(post(chat())[:-5])
         assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def wait_for(done: Callable[[], bool]) -> bool:
+    end = monotonic() + 20
+    while not done() and monotonic() < end:
+        sleep(0.02)
+    return done()
+
+
+ENDLESS = {"max_tokens": 480, "logit_bias": {"256": -100}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_do_not_read_are_cut_off(stream: bool) -> None:
+    more = {**ENDLESS, "stream": stream, "logprobs": True, "top_logprobs": 20}
+    with listening(read_timeout=0.5) as (address, server):
+        (waiting,) = server.servers[0].sockets
+        waiting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)  # of connections, too
+        with connect(address) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+            connection.sendall(post(chat(**more)))
+            assert wait_for(lambda: bool(server.server_state.connections))
+            assert wait_for(lambda: not server.server_state.connections)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
+def test_clients_that_do_not_ask_are_cut_off(begun: bytes) -> None:
+    with listening(read_timeout=0.2) as (address, _), connect(address) as connection:
+        connection.sendall(begun)
+        with suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+
+
+def test_a_connection_in_use_is_not_cut_off() -> None:
+    with listening(read_timeout=0.2) as (address, _), connect(address) as connection:
+        for _ in range(25):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(1 << 16)
+            assert received.startswith(b"HTTP/1.1 200 ")
+            sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_outlasts_the_drain_is_told_so(stream: bool) -> None:
+    with listening(drain=0) as (address, server), connect(address) as connection:
+        connection.sendall(post(chat(**ENDLESS, n=8, stream=stream)))
+        if stream:
+            received = connection.recv(100)
+        else:
+            received = b""
+            sleep(0.1)
+        server.handle_exit(signal.SIGTERM, None)
+        received += read_all(connection)
+
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 " if stream else b"HTTP/1.1 503 ")
+    told = [line.removeprefix(b"data: ") for line in body.splitlines() if b'"error"' in line]
+    assert json.loads(told[-1])["error"]["code"] == "shutting_down"
 
 
 def test_sigterm_lets_running_requests_end() -> None:

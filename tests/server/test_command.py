@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def test_options_reach_the_server(run: Run, model: Path, served: list[Any], tmp_
     result = run(
         "serve", "--model", model, "--draft", "none", "--dtype", "float32", "--batch-size", 3,
         "--context", 300, "--api-key-file", keys, "--served-name", "mine", "--timeout", 5,
+        "--drain", "inf",
     )  # fmt: skip
 
     (service,) = served
@@ -43,6 +45,7 @@ def test_options_reach_the_server(run: Run, model: Path, served: list[Any], tmp_
     assert "mine" in result.err and "http://here:1/v1" in result.err
     assert (service.model, service.encoder.context) == ("mine", 300)
     assert (service.options.batch_size, service.options.timeout) == (3, 5)
+    assert service.options.drain == math.inf and server.make_server(service)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,8 @@ def test_options_reach_the_server(run: Run, model: Path, served: list[Any], tmp_
         (("--context", 100_000), "--context 100000"),
         (("--port", 70_000), "--port 70000"),
         (("--timeout", 0), "--timeout 0"),
+        (("--drain", "nan"), "--drain"),
+        (("--drain", -1), "--drain"),
         (("--api-key-file", "none.txt"), "none.txt"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
 from conflayers_cli.errors import InputError
+from conflayers_cli.server.bodies import Bodies
 from tests.server.conftest import CONTEXT, GREEDY, Served, alone
 
 CHAT = "/v1/chat/completions"
@@ -226,6 +229,83 @@ def test_a_client_brings_no_template_of_its_own(served: Served, name: str) -> No
 def test_the_first_fault_of_a_large_list_is_enough(served: Served) -> None:
     response = served.client.post("/v1/completions", json={"prompt": [{}] * 300_000})
     assert response.status_code == 400 and response.elapsed.total_seconds() < 20
+
+
+def test_of_what_changes_nothing_there_is_not_much(served: Served) -> None:
+    body = {"messages": MESSAGES, "modalities": ["x"] * 500_000}
+    began = monotonic()
+    assert served.client.post(CHAT, json=body).status_code == 400
+    assert monotonic() - began < 2
+
+
+def test_bodies_that_arrive_at_once_are_bounded(served: Served) -> None:
+    from conflayers_cli.server.errors import ApiError
+    from conflayers_cli.server.guards import MAX_BODIES, BodyReader
+    from conflayers_cli.server.schema import ChatRequest
+
+    reader = BodyReader(100, 30)
+
+    class Arriving:
+        """A request of 90 bytes and more that are to come."""
+
+        def __init__(self) -> None:
+            self.headers = {"content-type": "application/json"}
+            self.goes_on = asyncio.Event()
+
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield b" " * 90
+            await self.goes_on.wait()
+
+    async def run() -> list[Any]:
+        some = [Arriving() for _ in range(MAX_BODIES + 4)]
+        reads = [asyncio.create_task(reader.read(each, ChatRequest)) for each in some]
+        await asyncio.sleep(0.05)
+        for each in some:
+            each.goes_on.set()
+        return await asyncio.gather(*reads, return_exceptions=True)
+
+    codes = [error.status for error in asyncio.run(run()) if isinstance(error, ApiError)]
+    assert (codes.count(503), codes.count(400)) == (3, MAX_BODIES + 1)
+    assert {error.status for error in asyncio.run(run())} == {400, 503}
+
+
+def test_a_large_body_is_refused_by_its_head(serve: Callable[..., Served]) -> None:
+    served = serve(max_body=1000)
+    headers = {"Content-Type": "application/json", "Content-Length": "2000"}
+    response = served.client.post(CHAT, content=b"{}", headers=headers)
+    assert response.status_code == 413
+
+
+def test_a_request_may_not_ask_for_more_texts_than_there_are_places(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve(batch_size=1, queue_size=2)
+    refused = served.chat("Why?", n=4)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
+    assert served.chat("Why?", n=3, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_is_told_and_no_prompt_is_logged(
+    serve: Callable[..., Served],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
+) -> None:
+    served = serve()
+
+    told = "quoting: Why?"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(Bodies, "add", fail)
+    with caplog.at_level("INFO"):
+        response = served.chat("Why?", stream=stream)
+
+    assert response.status_code == (200 if stream else 500)
+    assert '"server_error"' in response.text and "[DONE]" not in response.text
+    assert "RuntimeError" in caplog.text and "quoting" not in caplog.text
 
 
 def test_an_answers_message_is_taken_back(served: Served) -> None:

@@ -51,7 +51,7 @@ class Client:
     def submit_request(self, request: GenerationRequest, **more: Any) -> Ticket:
         ticket = Ticket(request, partial(self._deliver, request.id), **more)
         self.events[request.id] = []
-        with self.scheduler.admitted(1):
+        with self.scheduler.admitted(1, request.owner):
             self.scheduler.submit([ticket])
         return ticket
 
@@ -161,6 +161,39 @@ def test_owners_take_turns(start: Callable[..., Client]) -> None:
     client.wait(lambda: len(client.order) == 5)
 
     assert client.order.index("b0") <= 1
+
+
+def test_one_owner_leaves_room_for_others(start: Callable[..., Client]) -> None:
+    client = start(slots=1, max_waiting=7, shared=True)
+
+    def taken(owner: str) -> int:
+        """How many texts of an owner are taken."""
+        for count in range(9):
+            try:
+                client.submit(f"{owner}{count}", tokens=240, owner=owner)
+            except ApiError as error:
+                assert (error.status, error.code) == (429, "queue_full")
+                return count
+        return 9
+
+    assert [taken(owner) for owner in "abcd"] == [4, 2, 1, 1]
+    with pytest.raises(ApiError, match="the queue is full"), client.scheduler.admitted(1, "e"):
+        pass
+
+
+def test_an_owner_alone_has_the_whole_queue(start: Callable[..., Client]) -> None:
+    client = start(slots=1, max_waiting=3)
+    with client.scheduler.admitted(4), pytest.raises(ApiError), client.scheduler.admitted(1):
+        pass
+    with client.scheduler.admitted(4):
+        pass
+
+
+def test_what_can_never_be_taken_is_refused(start: Callable[..., Client]) -> None:
+    client = start(slots=1, max_waiting=3)
+    with pytest.raises(ApiError) as caught, client.scheduler.admitted(5):
+        pass
+    assert (caught.value.status, caught.value.param) == (400, "n")
 
 
 def test_a_request_has_its_time(start: Callable[..., Client]) -> None:

@@ -14,6 +14,7 @@ from conflayers_cli.server.bodies import Bodies
 from conflayers_cli.server.logprobs import TokenNames
 from conflayers_cli.server.schema import ChatRequest
 from conflayers_cli.server.tool_calls import ToolCallReader
+from tests.cli.conftest import byte_tokenizer
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 
@@ -71,7 +72,7 @@ def bodies(**more: Any) -> Bodies:
             **more,
         }
     )
-    made = Bodies(request, "tiny", TokenNames(None), frozenset())
+    made = Bodies(request, "tiny", TokenNames(byte_tokenizer(None)), frozenset())
     result = GenerationResult(f"So: {CALL}", (1, 2), "stop", 3, GenerationStats())
     made.add(0, GenerationResponse(0, "So: <tool", None))
     made.add(0, GenerationResponse(0, CALL.removeprefix("<tool"), None, result))

@@ -112,6 +112,11 @@ class SearchProblem:
         )
         return Objective(self.decoder, self.costs, texts, self.memo, self.states_bytes)
 
+    @cached_property
+    def expected_objective(self) -> Objective:
+        """The same in expectation (see `Objective.expecting`), for refinement."""
+        return self.objective.expecting()
+
     @property
     def out_of_time(self) -> bool:
         """Whether a search should end with what it has."""

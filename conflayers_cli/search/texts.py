@@ -67,3 +67,15 @@ def num_texts(
             break
         count -= 1
     return max(count, min(MIN_TEXTS, len(prompts)))
+
+
+def states_stride(decoder: Decoder, positions: int, limit: int) -> int:
+    """Before every so many sub-layers hidden states can be kept within ``limit`` bytes; 0: none.
+
+    All take ``2 · layers · positions · hidden size`` numbers of the model's dtype.
+    """
+    hidden = int(decoder.config.hidden_size)
+    every = 2 * decoder.depth * positions * hidden * decoder.dtype.itemsize
+    if every <= limit:
+        return 1
+    return min(-(-every // limit), 2 * decoder.depth) if 4 * limit >= every // decoder.depth else 0

@@ -8,7 +8,8 @@ import pytest
 from conflayers_cli.kernels.native_library import unavailable_reason
 from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.search.forced_text import ForcedText
-from conflayers_cli.search.objective import Objective, states_stride
+from conflayers_cli.search.objective import Objective
+from conflayers_cli.search.texts import states_stride
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted

@@ -1,10 +1,11 @@
 """A text the model wrote, fed to drafts token by token in one pass (teacher forcing).
 
-Of a long answer blocks are judged that are spread over it: what begins an answer is harder to draft
-than what it goes on with. At every position the draft sees the full model's keys and values of the tokens before and its own.
-Plans that are judged after one another differ in little, and what comes before the first sub-layer
-that differs is the same. So with native kernels the hidden states of one plan, the *anchor*, are
-kept for every sub-layer, and a pass begins where its plan parts from it.
+Of a long answer blocks are judged that are spread over it: what begins an answer is harder to
+draft than what it goes on with. At every position the draft sees the full model's keys and values
+of the tokens before and its own. Plans that are judged after one another differ in little, and what
+comes before the first sub-layer that differs is the same. So with native kernels the hidden states
+of one plan, the *anchor*, are kept for every sub-layer, and a pass begins where its plan parts from
+it.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class ForcedText:
     Args:
         decoder: the model.
         continuation: of at least 3 tokens.
-        share: where in each part of a long answer its block lies, from 0 (at the part's begin) to 1.
         stride: the anchor's states are kept before every so many sub-layers; 0: nowhere. Without
             native kernels they never are.
+        share: where in each part of a long answer its block lies, from 0 (first) to 1 (last).
     """
 
     def __init__(

@@ -54,8 +54,9 @@ def test_is_the_mean_over_all_outcomes(stop: float) -> None:
     wanted = np.zeros((len(settings), 5))
     for i, (chances, probability) in enumerate(zip(texts, sure, strict=True)):
         for outcome in itertools.product((True, False), repeat=len(chances)):
-            chance = np.prod([p if kept else 1 - p for p, kept in zip(chances, outcome, strict=True)])
-            trace = Trace(np.array(outcome), probability, np.zeros(len(chances)))
+            kept = np.array(outcome)
+            chance = np.where(kept, chances, 1 - np.array(chances)).prod()
+            trace = Trace(kept, probability, np.zeros(len(chances)))
             for s, setting in enumerate(settings):
                 played = replay([trace], setting, 2.0, COSTS)
                 counts = (played.steps, played.drafted, played.accepted, played.tokens)

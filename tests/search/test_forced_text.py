@@ -17,7 +17,6 @@ from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted
 
-
 LONG = 200
 """Tokens of an answer of which only a part is judged."""
 
@@ -42,7 +41,7 @@ def test_a_long_answer_is_judged_in_blocks_spread_over_it() -> None:
     for share in (0.0, 0.4, 1.0):
         first, second = judged_blocks(LONG - 1, share)
         assert len(first) + len(second) == MAX_POSITIONS
-        assert 0 <= first.start and first.stop <= (LONG - 1) // 2 <= second.start
+        assert first.start >= 0 and first.stop <= (LONG - 1) // 2 <= second.start
         assert second.stop <= LONG - 1
     assert judged_blocks(LONG - 1, 1.0)[1].stop >= LONG - 2
 

@@ -1,11 +1,12 @@
 """What calibrating takes and what it is worth: seconds, passes, memory, plan, prediction.
 
 Every model is loaded once and calibrated with each strategy, seed, budget and number of judged
-prompts as `conflayers calibrate` would. With ``--data`` each plan then decodes prompts of that
-file, the categories in turns, by turns with vanilla: that is the measured speed-up of the row, in
-place of that of the few prompts which calibrate holds out. With ``--depths``, random Llamas of a
-width whose odd layers are nearly the identity are searched instead, to see how seconds and passes
-grow.
+prompts as `conflayers calibrate` would. With ``--data`` it is calibrated on prompts of that file,
+and each plan then decodes others of it, the categories in turns, by turns with vanilla: that is the
+measured speed-up of the row, in place of that of the few prompts which calibrate holds out.
+``overall`` is that of all of them together, which is what is predicted, ``measured`` the median
+over them. With ``--depths``, random Llamas of a width whose odd layers are nearly the identity are
+searched instead, to see how seconds and passes grow.
 
     python -m benchmarks.calibration --models smollm2 smollm2-deep --seeds 0 1 2 --output found.json
     python -m benchmarks.calibration --strategies local swift --data spec_bench.jsonl
@@ -35,7 +36,7 @@ from conflayers_cli.engine.cost_cache import get_costs
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
-from conflayers_cli.generation.prompts import builtin_prompts
+from conflayers_cli.generation.prompts import Prompt, builtin_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.search.calibrate import Candidate, search_and_refine
 from conflayers_cli.search.job import CalibrationJob
@@ -79,7 +80,9 @@ def plan_row(candidate: Candidate, planted: set[int]) -> dict[str, Any]:
 def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each strategy, seed, budget and number of judged prompts."""
     prompts = builtin_prompts()
-    prompt_options = PromptOptions(max_new_tokens=128)
+    if options.data is not None:
+        prompts = data_prompts(options)[options.prompts :][: len(prompts)]
+    prompt_options = PromptOptions(max_new_tokens=options.max_new_tokens)
     job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, SearchOptions())
     planted = set(getattr(job.decoder.config, "conflayers_planted", ()))
     unseen = unseen_problem(job, options)
@@ -122,8 +125,9 @@ def calibrate_once(
     peak = (memory.peak() or 0) >> 20
     if unseen is not None:
         candidate = found.candidate
+        # With a memo of its own: the same plan is measured again for every row.
         (check,) = check_by_decoding(
-            unseen,
+            replace(unseen, shared_memo=None),
             [(candidate.plan, candidate.setting)],
             unseen.prompts,
             adaptive_draft_length=candidate.refined,
@@ -132,6 +136,7 @@ def calibrate_once(
         "seconds": seconds,
         "peak_mib": peak,
         "measured": check.speedup if check else None,
+        "overall": check.overall if check else None,
         "prompts": check.prompts if check else 0,
         "acceptance": check.acceptance_rate if check else None,
         **plan_row(found.candidate, planted),
@@ -142,20 +147,27 @@ def unseen_problem(job: CalibrationJob, options: argparse.Namespace) -> SearchPr
     """The prompts of ``--data`` with the model's costs; None: there is no such file."""
     if options.data is None:
         return None
-    prompts = common.interleave(common.prompts_by_category(options))[: options.prompts]
-    encoded = encode_prompts(job.loaded, prompts, PromptOptions(max_new_tokens=128))
+    prompts = data_prompts(options)[: options.prompts]
+    encoded = encode_prompts(
+        job.loaded, prompts, PromptOptions(max_new_tokens=options.max_new_tokens)
+    )
     return SearchProblem(
         job.decoder,
         tuple(tuple(request.prompt) for request in encoded),
         get_costs(job.loaded, job.decoder, int4=True).table.by_batch[1],
-        128,
+        options.max_new_tokens,
         job.loaded.end_tokens,
     )
 
 
+def data_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The prompts of ``--data``, the categories in turns."""
+    return common.interleave(common.prompts_by_category(options))
+
+
 def errors_of_prediction(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """How far each row's prediction is from what was measured, as a share of that."""
-    pairs = ((row.get("expected"), row.get("measured")) for row in rows)
+    pairs = ((row.get("expected"), row.get("overall")) for row in rows)
     return [abs(expected / measured - 1) for expected, measured in pairs if expected and measured]
 
 
@@ -217,8 +229,14 @@ def main() -> None:
     parser.add_argument("--judged", nargs="+", type=int, help="prompts; else as many as it takes")
     parser.add_argument("--data", type=Path, help="prompts with categories, to measure plans on")
     parser.add_argument("--categories", nargs="+", help="of those prompts; else the large ones")
-    parser.add_argument("--per-category", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=24, help="of the file, at the most")
+    parser.add_argument("--per-category", type=int, default=10)
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=20,
+        help="of the file that are measured; of the next plans come",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
         "--depths", nargs="+", type=int, help="of random models, in place of others"
     )

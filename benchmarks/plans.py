@@ -106,13 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--categories", nargs="+", help="of those prompts; else the large ones")
     parser.add_argument("--per-category", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=12, help="of the file, at the most")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5, help="of every prompt with every plan")
     common.add_output(parser)
     options = common.parse_quick(parser, arguments, {"prompts": 1, "runs": 1})
     plans = read_plans(options.profiles)
     job = CalibrationJob.open(
         *(options.model, LoadOptions(), builtin_prompts()[:1]),
-        *(PromptOptions(max_new_tokens=128), SearchOptions()),
+        *(PromptOptions(max_new_tokens=options.max_new_tokens), SearchOptions()),
     )
     problem = unseen_problem(job, options)
     if problem is None:

@@ -166,7 +166,8 @@ def summary_lines(profile: Profile, found: Calibration, target: Path | None) -> 
         lines.append(
             f"measured without n-grams: {found.check.speedup:.2f}× vanilla, acceptance "
             f"{_share(found.check.acceptance_rate)}, {_number(found.check.tokens_per_step)} tokens "
-            f"per step; expected {_times(expected.speedup if expected else None)}"
+            f"per step; all of it together {_times(found.check.overall)}, "
+            f"expected {_times(expected.speedup if expected else None)}"
         )
     if target:
         lines.append(f"wrote {target}")

@@ -92,8 +92,9 @@ def compare_plans(
         if min(least.values()) <= 0:
             continue  # ended with its first token
         base = least[next(iter(plans))]
-        rows.append({"seconds": times, "speed": {name: base / one for name, one in least.items()}})
-        line = ", ".join(f"{name} {ratio:.3f}" for name, ratio in rows[-1]["speed"].items())
+        speed = {name: base / one for name, one in least.items()}
+        rows.append({"seconds": times, "speed": speed})
+        line = ", ".join(f"{name} {ratio:.3f}" for name, ratio in speed.items())
         print(f"prompt {number}: {line}", flush=True)
     return rows
 

@@ -23,7 +23,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def plan_row(candidate: Candidate, planted: set[int]) -> dict[str, Any]:
     }
 
 
-def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def calibrate_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each strategy, seed, budget and number of judged prompts."""
     prompts = builtin_prompts()
     if options.data is not None:
@@ -86,7 +86,6 @@ def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, An
     job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, SearchOptions())
     planted = set(getattr(job.decoder.config, "conflayers_planted", ()))
     unseen = unseen_problem(job, options)
-    rows = []
     for strategy, seed, budget, judged in itertools.product(
         options.strategies, options.seeds, options.budgets or [None], options.judged or [None]
     ):
@@ -100,11 +99,9 @@ def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, An
             judged_prompts=judged,
         )
         own = replace(job, options=wanted, strategies=make_strategies(wanted))
-        rows.append({"model": name, "strategy": strategy, "seed": seed})
-        rows[-1] |= {"budget": budget, "judged_prompts": judged}
-        rows[-1] |= calibrate_once(own, planted, unseen)
-        show(rows[-1])
-    return rows
+        row: dict[str, Any] = {"model": name, "strategy": strategy, "seed": seed}
+        row |= {"budget": budget, "judged_prompts": judged}
+        yield row | calibrate_once(own, planted, unseen)
 
 
 def calibrate_once(
@@ -201,15 +198,13 @@ def search_depth(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     problem = SearchProblem(decoder, prompts, measure_costs(decoder), 128, frozenset())
     found = search_and_refine(Local(), problem, refine=500, on_stage=ignore, on_better=ignore)
-    row = {
+    return {
         "depth": depth,
         "hidden": hidden,
         "seconds": time.perf_counter() - begin,
         "peak_mib": (memory.peak() or 0) >> 20,
         **plan_row(found, planted),
     }
-    show(row)
-    return row
 
 
 def show(row: dict[str, Any]) -> None:
@@ -247,16 +242,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.depths, options.hidden, options.vocabulary = [6], 64, 256
+    found: Iterable[dict[str, Any]]
     if options.depths:
-        rows = [search_depth(depth, options) for depth in options.depths]
+        found = (search_depth(depth, options) for depth in options.depths)
     else:
-        rows = [row for name in options.models for row in calibrate_model(name, options)]
+        found = itertools.chain.from_iterable(
+            calibrate_model(name, options) for name in options.models
+        )
+    environment, rows = describe_environment(torch.device("cpu")), []
+    for row in found:
+        show(row)
+        rows.append(row)
+        if options.output:
+            write_json(options.output, {"environment": environment, "rows": rows})
     if errors := errors_of_prediction(rows):
         print(f"predictions are off by {statistics.median(errors):.1%} in the median")
-    if options.output:
-        write_json(
-            options.output, {"environment": describe_environment(torch.device("cpu")), "rows": rows}
-        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What calibrating takes and what it is worth: seconds, passes, memory, plan, prediction.
 
 Every model is loaded once and calibrated with each strategy, seed, budget and number of judged
-prompts as `conflayers calibrate` would. With ``--data`` each plan then decodes prompts of that
-file, the categories in turns, by turns with vanilla: that is the measured speed-up of the row, in
-place of that of the few prompts which calibrate holds out. With ``--depths``, random Llamas of a
-width whose odd layers are nearly the identity are searched instead, to see how seconds and passes
-grow.
+prompts as `conflayers calibrate` would. With ``--data`` it is calibrated on prompts of that file,
+and each plan then decodes others of it, the categories in turns, by turns with vanilla: that is the
+measured speed-up of the row, in place of that of the few prompts which calibrate holds out.
+``overall`` is that of all of them together, which is what is predicted, ``measured`` the median
+over them. With ``--depths``, random Llamas of a width whose odd layers are nearly the identity are
+searched instead, to see how seconds and passes grow.
 
     python -m benchmarks.calibration --models smollm2 smollm2-deep --seeds 0 1 2 --output found.json
     python -m benchmarks.calibration --strategies local swift --data spec_bench.jsonl
@@ -22,7 +23,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from conflayers_cli.engine.cost_cache import get_costs
 from conflayers_cli.engine.cost_measurement import measure_costs
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.generation.prompt_encoding import PromptOptions, encode_prompts
-from conflayers_cli.generation.prompts import builtin_prompts
+from conflayers_cli.generation.prompts import Prompt, builtin_prompts
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.search.calibrate import Candidate, search_and_refine
 from conflayers_cli.search.job import CalibrationJob
@@ -76,14 +77,15 @@ def plan_row(candidate: Candidate, planted: set[int]) -> dict[str, Any]:
     }
 
 
-def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def calibrate_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each strategy, seed, budget and number of judged prompts."""
     prompts = builtin_prompts()
-    prompt_options = PromptOptions(max_new_tokens=128)
+    if options.data is not None:
+        prompts = data_prompts(options)[options.prompts :][: len(prompts)]
+    prompt_options = PromptOptions(max_new_tokens=options.max_new_tokens)
     job = CalibrationJob.open(name, LoadOptions(), prompts, prompt_options, SearchOptions())
     planted = set(getattr(job.decoder.config, "conflayers_planted", ()))
     unseen = unseen_problem(job, options)
-    rows = []
     for strategy, seed, budget, judged in itertools.product(
         options.strategies, options.seeds, options.budgets or [None], options.judged or [None]
     ):
@@ -97,11 +99,9 @@ def calibrate_model(name: str, options: argparse.Namespace) -> list[dict[str, An
             judged_prompts=judged,
         )
         own = replace(job, options=wanted, strategies=make_strategies(wanted))
-        rows.append({"model": name, "strategy": strategy, "seed": seed})
-        rows[-1] |= {"budget": budget, "judged_prompts": judged}
-        rows[-1] |= calibrate_once(own, planted, unseen)
-        show(rows[-1])
-    return rows
+        row: dict[str, Any] = {"model": name, "strategy": strategy, "seed": seed}
+        row |= {"budget": budget, "judged_prompts": judged}
+        yield row | calibrate_once(own, planted, unseen)
 
 
 def calibrate_once(
@@ -122,8 +122,9 @@ def calibrate_once(
     peak = (memory.peak() or 0) >> 20
     if unseen is not None:
         candidate = found.candidate
+        # With a memo of its own: the same plan is measured again for every row.
         (check,) = check_by_decoding(
-            unseen,
+            replace(unseen, shared_memo=None),
             [(candidate.plan, candidate.setting)],
             unseen.prompts,
             adaptive_draft_length=candidate.refined,
@@ -132,6 +133,7 @@ def calibrate_once(
         "seconds": seconds,
         "peak_mib": peak,
         "measured": check.speedup if check else None,
+        "overall": check.overall if check else None,
         "prompts": check.prompts if check else 0,
         "acceptance": check.acceptance_rate if check else None,
         **plan_row(found.candidate, planted),
@@ -142,20 +144,27 @@ def unseen_problem(job: CalibrationJob, options: argparse.Namespace) -> SearchPr
     """The prompts of ``--data`` with the model's costs; None: there is no such file."""
     if options.data is None:
         return None
-    prompts = common.interleave(common.prompts_by_category(options))[: options.prompts]
-    encoded = encode_prompts(job.loaded, prompts, PromptOptions(max_new_tokens=128))
+    prompts = data_prompts(options)[: options.prompts]
+    encoded = encode_prompts(
+        job.loaded, prompts, PromptOptions(max_new_tokens=options.max_new_tokens)
+    )
     return SearchProblem(
         job.decoder,
         tuple(tuple(request.prompt) for request in encoded),
         get_costs(job.loaded, job.decoder, int4=True).table.by_batch[1],
-        128,
+        options.max_new_tokens,
         job.loaded.end_tokens,
     )
 
 
+def data_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The prompts of ``--data``, the categories in turns."""
+    return common.interleave(common.prompts_by_category(options))
+
+
 def errors_of_prediction(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """How far each row's prediction is from what was measured, as a share of that."""
-    pairs = ((row.get("expected"), row.get("measured")) for row in rows)
+    pairs = ((row.get("expected"), row.get("overall")) for row in rows)
     return [abs(expected / measured - 1) for expected, measured in pairs if expected and measured]
 
 
@@ -189,15 +198,13 @@ def search_depth(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     problem = SearchProblem(decoder, prompts, measure_costs(decoder), 128, frozenset())
     found = search_and_refine(Local(), problem, refine=500, on_stage=ignore, on_better=ignore)
-    row = {
+    return {
         "depth": depth,
         "hidden": hidden,
         "seconds": time.perf_counter() - begin,
         "peak_mib": (memory.peak() or 0) >> 20,
         **plan_row(found, planted),
     }
-    show(row)
-    return row
 
 
 def show(row: dict[str, Any]) -> None:
@@ -217,8 +224,14 @@ def main() -> None:
     parser.add_argument("--judged", nargs="+", type=int, help="prompts; else as many as it takes")
     parser.add_argument("--data", type=Path, help="prompts with categories, to measure plans on")
     parser.add_argument("--categories", nargs="+", help="of those prompts; else the large ones")
-    parser.add_argument("--per-category", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=24, help="of the file, at the most")
+    parser.add_argument("--per-category", type=int, default=10)
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=20,
+        help="of the file that are measured; of the next plans come",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
         "--depths", nargs="+", type=int, help="of random models, in place of others"
     )
@@ -229,16 +242,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.depths, options.hidden, options.vocabulary = [6], 64, 256
+    found: Iterable[dict[str, Any]]
     if options.depths:
-        rows = [search_depth(depth, options) for depth in options.depths]
+        found = (search_depth(depth, options) for depth in options.depths)
     else:
-        rows = [row for name in options.models for row in calibrate_model(name, options)]
+        found = itertools.chain.from_iterable(
+            calibrate_model(name, options) for name in options.models
+        )
+    environment, rows = describe_environment(torch.device("cpu")), []
+    for row in found:
+        show(row)
+        rows.append(row)
+        if options.output:
+            write_json(options.output, {"environment": environment, "rows": rows})
     if errors := errors_of_prediction(rows):
         print(f"predictions are off by {statistics.median(errors):.1%} in the median")
-    if options.output:
-        write_json(
-            options.output, {"environment": describe_environment(torch.device("cpu")), "rows": rows}
-        )
 
 
 if __name__ == "__main__":

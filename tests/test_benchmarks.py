@@ -15,6 +15,7 @@ from benchmarks import (
     defaults,
     gpu,
     never_slower,
+    plans,
     speculative,
     step_costs,
 )
@@ -190,6 +191,25 @@ def test_defaults(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     chosen, other = json.loads(output.read_text())["models"][str(model)]
     assert chosen["least_ms"] > 0 and other["dtype"] == "float32"
     assert "native" not in other["kernels"]
+
+
+def test_plans(
+    model: Path, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONFLAYERS_CACHE", str(tmp_path / "cache"))
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "result.json"
+    data.write_text(json.dumps({"prompt": "abc", "category": "one"}))
+    files = [tmp_path / "before.yaml", tmp_path / "found.yaml"]
+    for file in files:
+        save_profile(file, model)
+    arguments = ["--quick", "--model", str(model), "--data", str(data), "--output", str(output)]
+    assert plans.main([*map(str, files), *arguments, "--max-new-tokens", "12"]) == 0
+    document = json.loads(output.read_text())
+    (row,) = document["rows"]
+    assert row["speed"]["before"] == 1.0 and row["speed"]["found"] > 0
+    assert document["speed"]["found"]["median"] == row["speed"]["found"]
+    with pytest.raises(SystemExit, match="two profiles"):
+        plans.main([str(files[0]), *arguments])
 
 
 def test_quick_is_small_where_nothing_else_is_said() -> None:

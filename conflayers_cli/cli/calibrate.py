@@ -81,9 +81,10 @@ def calibrate(
         needs_text = search.strategy != UNIFIED or file.data is not None
         prompts = file.read() if needs_text else []
         search = replace(search, judged_prompts=file.max_prompts)
-        job = CalibrationJob.open(model, load, prompts, prompt_options, search)
-        journal.begin(job.header())
-        with Display(job.decoder.depth) as display:
+        with Display("loading the model") as display:
+            job = CalibrationJob.open(model, load, prompts, prompt_options, search)
+            journal.begin(job.header())
+            display.begin(job.decoder.depth)
             found = job.run(
                 journal,
                 on_stage=display.stage,

@@ -35,32 +35,36 @@ SILENCE = 20.0
 
 class Display:
     """What is being done, the best plan so far and the time left: a bar and a table on a terminal;
-    elsewhere a line per stage and per improvement, and one at least every `SILENCE` seconds.
+    elsewhere a line per stage and per improvement, and one at least every `SILENCE` seconds. Until
+    :meth:`begin` a terminal shows nothing: loading a model has a bar of its own.
 
-    ``clock``: in seconds.
+    Args:
+        first: what is done before the first stage.
+        clock: in seconds.
     """
 
-    def __init__(self, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._depth = depth
+    def __init__(self, first: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._depth = 0
         self._clock = clock
         self._rows: list[tuple[str, ...]] = []
-        self._stage = self._best = self._looks = ""
+        self._stage, self._best, self._looks = first, "", ""
         self._begun = self._spoke = clock()
         self._done = 0.0
         self._over = threading.Event()
-        console = stderr_console()
-        self._live = (
-            Live(console=console, transient=False, get_renderable=self._render)
-            if console.is_terminal
-            else None
-        )
+        self._console = stderr_console()
+        self._live: Live | None = None
 
     def __enter__(self) -> Display:
-        if self._live:
-            self._live.__enter__()
-        else:
+        if not self._console.is_terminal:
             threading.Thread(target=self._break_silence, daemon=True).start()
         return self
+
+    def begin(self, depth: int) -> None:
+        """The model, of so many layers, is there."""
+        self._depth = depth
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, transient=False, get_renderable=self._render)
+            self._live.__enter__()
 
     def __exit__(self, *of_error: Any) -> None:
         self._over.set()
@@ -94,7 +98,7 @@ class Display:
 
     def _break_silence(self) -> None:
         while not self._over.wait(SILENCE / 20):
-            if self._stage and self._clock() - self._spoke >= SILENCE * 0.9:
+            if self._clock() - self._spoke >= SILENCE * 0.9:
                 self._say(f"{self.status()}{f'; {self._best}' if self._best else ''}")
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
@@ -166,7 +170,8 @@ def summary_lines(profile: Profile, found: Calibration, target: Path | None) -> 
         lines.append(
             f"measured without n-grams: {found.check.speedup:.2f}× vanilla, acceptance "
             f"{_share(found.check.acceptance_rate)}, {_number(found.check.tokens_per_step)} tokens "
-            f"per step; expected {_times(expected.speedup if expected else None)}"
+            f"per step; all of it together {_times(found.check.overall)}, "
+            f"expected {_times(expected.speedup if expected else None)}"
         )
     if target:
         lines.append(f"wrote {target}")

@@ -198,13 +198,14 @@ def search_and_refine(
             else:
                 expected = problem.objective.score(plan)
         if refine and expected is not None:
-            expected = problem.objective.conservative_score(expected.plan)
+            objective = problem.expected_objective
+            expected = objective.conservative_score(expected.plan)
             plan, setting = expected.plan, expected.setting
             if not interrupted:
                 if tree := how.get("tree"):
-                    expected = problem.objective.with_tree(expected, tree) or expected
+                    expected = objective.with_tree(expected, tree) or expected
                     setting = expected.setting
-                expected = problem.objective.as_decoded(expected)
+                expected = objective.as_decoded(expected)
                 left = max(refine - judged, 1)
                 ranges, more = _refine_ranges(problem, plan, ranges, left)
                 judged += more
@@ -264,7 +265,7 @@ def _refine(
     trials, with each kind of weights; then from the best plan with the other weights, where these
     make it faster.
     """
-    weights, objective = how.get("weights", (None,)), problem.objective
+    weights, objective = how.get("weights", (None,)), problem.expected_objective
     plans = dict.fromkeys([result.plan, *(trial.plan for trial in _by_speedup(result.trials))])
     few = (*list(plans)[:MAX_STARTS], SkipPlan())
     starts = dict.fromkeys(replace(plan, weights=kind) for kind in weights for plan in few)
@@ -293,7 +294,7 @@ def _refine_ranges(
     refined: list[RangePlan] = []
     before, judged = plan, 0
     for each in ranges:
-        objective = problem.objective.at_context(each.from_context)
+        objective = problem.expected_objective.at_context(each.from_context)
         starts = filter(None, (replace(each.plan, weights=plan.weights), before))
         best = max(map(objective.score, starts), key=lambda score: score.speedup, default=None)
         if best is None:

@@ -1,9 +1,11 @@
 """A text the model wrote, fed to drafts token by token in one pass (teacher forcing).
 
-At every position the draft sees the full model's keys and values of the tokens before and its own.
-Plans that are judged after one another differ in little, and what comes before the first sub-layer
-that differs is the same. So with native kernels the hidden states of one plan, the *anchor*, are
-kept for every sub-layer, and a pass begins where its plan parts from it.
+Of a long answer blocks are judged that are spread over it: what begins an answer is harder to
+draft than what it goes on with. At every position the draft sees the full model's keys and values
+of the tokens before and its own. Plans that are judged after one another differ in little, and what
+comes before the first sub-layer that differs is the same. So with native kernels the hidden states
+of one plan, the *anchor*, are kept for every sub-layer, and a pass begins where its plan parts from
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from conflayers_cli.search.corpus import Continuation
 from conflayers_cli.skip_plan import SkipPlan
 
 MAX_POSITIONS = 64
-"""Of each text that plans are judged at, the first ones of its output."""
+"""Of each text that plans are judged at."""
+BLOCKS = 2
+"""Parts of a longer answer with as many positions in each, one behind the other."""
+MARGIN_TOP = 8
+"""Most likely tokens of a draft among which the text's next one is looked for."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,13 @@ class Trace:
     Attributes:
         agrees: whether the draft's choice is the text's next token, bool ``[n]``.
         probability: the draft's probability of its own choice, float64 ``[n]``.
+        margin: how far its logit of the text's next token is above all others', float64 ``[n]``,
+            where that is not among the `MARGIN_TOP` highest, an upper bound; -inf: not finite.
     """
 
     agrees: npt.NDArray[np.bool_]
     probability: npt.NDArray[np.float64]
+    margin: npt.NDArray[np.float64]
 
     @cached_property
     def runs(self) -> list[int]:
@@ -78,19 +87,23 @@ class ForcedText:
         continuation: of at least 3 tokens.
         stride: the anchor's states are kept before every so many sub-layers; 0: nowhere. Without
             native kernels they never are.
+        share: where in each part of a long answer its block lies, from 0 (first) to 1 (last).
     """
 
-    def __init__(self, decoder: Decoder, continuation: Continuation, stride: int = 1) -> None:
-        output = continuation.output[: MAX_POSITIONS + 1]
-        start, device = len(continuation.prompt), decoder.device
+    def __init__(
+        self, decoder: Decoder, continuation: Continuation, stride: int = 1, share: float = 0.0
+    ) -> None:
+        output, start = continuation.output, len(continuation.prompt)
+        self._blocks = judged_blocks(len(output) - 1, share)
+        at = torch.tensor([i for block in self._blocks for i in block], device=decoder.device)
+        tokens = torch.tensor(output, device=decoder.device)
         self._decoder = decoder
-        self._context = (*continuation.prompt, *output[:-1])
+        self._context = (*continuation.prompt, *output[: self._blocks[-1].stop])
         self._cache: KVCache | None = None
-        self._input_ids = torch.tensor([output[:-1]], device=device)
-        self._following = torch.tensor(output[1:], device=device)
-        self._positions = torch.arange(start, len(self._context), device=device)[None]
+        self._input_ids, self._following = tokens[at][None], tokens[at + 1]
+        self._positions = (start + at)[None]
         # Every drafted token has a slot behind the text: it sees the full model's keys and its own.
-        self._slots = self._positions + len(output) - 1
+        self._slots = torch.arange(len(at), device=decoder.device)[None] + len(self._context)
         self._stride = stride if isinstance(decoder.passes.fused, NativeForward) else 0
         self._states: list[torch.Tensor | None] = []
         self.anchor: SkipPlan | None = None
@@ -107,37 +120,48 @@ class ForcedText:
 
     def trace(self, plan: SkipPlan, *, anchor: bool = False) -> Trace:
         """The text under a plan; ``anchor``: whether plans judged from now on are like it."""
-        choice = self._choose(plan, anchor=anchor)
+        top = min(MARGIN_TOP, self._decoder.vocabulary)
+        choice = self._choose(plan, top, anchor=anchor)
         if choice is None:
-            return self._trace(*_best(self._logits(plan)))
-        return self._trace(choice.tokens[0], choice.probs[0])
+            return self._trace(*_top(self._logits(plan)))
+        return self._trace(choice.top_tokens[0], choice.top_logits[0], choice.log_sum[0])
 
     @torch.inference_mode()
     def chained_trace(self, plan: SkipPlan, length: int) -> Trace:
         """The text in drafts of ``length`` tokens, each of which sees its draft's own keys and
         values of those before it, and the full model's of what precedes the draft."""
-        cache, chosen = self._filled_cache(), []
-        for begin in range(0, self.size, length):
-            part = slice(begin, begin + length)
-            positions = self._positions[:, part]
-            slots = slice(int(positions[0, 0]), int(positions[0, -1]) + 1)
-            memory = [
-                states[:, :, slots]
-                for layer in cache.layers
-                for states in (layer.keys, layer.values)
-            ]
-            kept = [states.clone() for states in memory]
-            logits = self._decoder.forward(self._input_ids[:, part], positions, cache, plan)
-            chosen.append(_best(logits[0].float()))
-            for states, before in zip(memory, kept, strict=True):
-                states.copy_(before)
+        cache, chosen, done = self._filled_cache(), [], 0
+        for block in self._blocks:
+            for begin in range(0, len(block), length):
+                part = slice(done + begin, done + min(begin + length, len(block)))
+                chosen.append(_top(self._drafted(cache, plan, part)))
+            done += len(block)
         return self._trace(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
 
-    def _trace(self, chosen: torch.Tensor, probability: torch.Tensor) -> Trace:
+    def _drafted(self, cache: KVCache, plan: SkipPlan, part: slice) -> torch.Tensor:
+        """A draft's logits ``[T, V]`` along consecutive positions; the cache is left as it was."""
+        positions = self._positions[:, part]
+        slots = slice(int(positions[0, 0]), int(positions[0, -1]) + 1)
+        memory = [
+            states[:, :, slots] for layer in cache.layers for states in (layer.keys, layer.values)
+        ]
+        kept = [states.clone() for states in memory]
+        logits = self._decoder.forward(self._input_ids[:, part], positions, cache, plan)
+        for states, before in zip(memory, kept, strict=True):
+            states.copy_(before)
+        return logits[0].float()
+
+    def _trace(self, tokens: torch.Tensor, logits: torch.Tensor, log_sum: torch.Tensor) -> Trace:
+        """Of the most likely tokens ``[n, K]`` and the logarithms of the sums ``[n]``."""
+        probability = torch.exp(logits[:, 0] - log_sum)
         finite = probability.isfinite()  # logits with NaN choose nothing
-        agrees = finite & (chosen == self._following)
-        probability = probability.where(finite, 0.0)
-        return Trace(agrees.cpu().numpy(), probability.double().cpu().numpy())
+        is_next = tokens == self._following[:, None]
+        at = torch.where(is_next.any(-1), is_next.int().argmax(-1), tokens.shape[-1] - 1)
+        own = logits.gather(-1, at[:, None])[:, 0]
+        agrees = finite & is_next[:, 0]
+        margin = torch.where(is_next[:, 0], logits[:, 0] - logits[:, 1], own - logits[:, 0])
+        values = (probability.where(finite, 0.0), margin.where(finite, -torch.inf))
+        return Trace(agrees.cpu().numpy(), *(each.double().cpu().numpy() for each in values))
 
     def side_trace(self, plan: SkipPlan, count: int) -> SideTrace:
         """The draft's ``count`` next-best candidates along the text."""
@@ -221,10 +245,25 @@ class ForcedText:
         return 0, None
 
 
-def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits ``[T, V]`` the most likely tokens and their probabilities, ``[T]``."""
-    top, chosen = logits.max(dim=-1)
-    return chosen, torch.exp(top - torch.logsumexp(logits, dim=-1))
+def judged_blocks(count: int, share: float = 0.0) -> list[range]:
+    """The positions of an answer that plans are judged at: all ``count``, or of more than
+    `MAX_POSITIONS` a block in each of `BLOCKS` parts of it (``share``: see `ForcedText`)."""
+    if count <= MAX_POSITIONS:
+        return [range(count)]
+    size = MAX_POSITIONS // BLOCKS
+    begins = (i * count // BLOCKS for i in range(BLOCKS))
+    shift = round(share * (count // BLOCKS - size))
+    return [range(begin + shift, begin + shift + size) for begin in begins]
+
+
+def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits ``[T, V]`` the most likely tokens and their logits, ``[T, K]``, the highest first,
+    and the logarithm of the sum of all exponentials, ``[T]``."""
+    found = logits.topk(min(MARGIN_TOP, logits.shape[-1]), dim=-1)
+    first = logits.argmax(dim=-1, keepdim=True)  # of equal logits the first token's
+    swapped = found.indices.where(found.indices != first, found.indices[:, :1])
+    tokens = torch.cat([first, swapped[:, 1:]], dim=-1)
+    return tokens, found.values, torch.logsumexp(logits, dim=-1)
 
 
 def _runs(plan: SkipPlan, depth: int) -> list[bool]:

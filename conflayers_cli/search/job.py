@@ -24,14 +24,13 @@ from conflayers_cli.profile.check import current_environment, fingerprint_model
 from conflayers_cli.profile.schema import ModelFingerprint
 from conflayers_cli.search.auto import auto
 from conflayers_cli.search.calibrate import Calibration, OnStage, calibrate, split_prompts
-from conflayers_cli.search.forced_text import MAX_POSITIONS
 from conflayers_cli.search.journal import Journal
 from conflayers_cli.search.local_search import OnBetter, OnLook, ignore_look
 from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.options import AUTO, DraftWeights, SearchOptions
 from conflayers_cli.search.problem import OnTrial, SearchProblem, Strategy
 from conflayers_cli.search.strategies.registry import make_strategies, strategy_key
-from conflayers_cli.search.texts import NUM_TEXTS, balanced, num_texts
+from conflayers_cli.search.texts import NUM_TEXTS, balanced, num_texts, num_tokens
 from conflayers_cli.skip_plan import Weights
 from conflayers_cli.spec_decode.tree import PAPER_SHAPE
 
@@ -189,16 +188,18 @@ class CalibrationJob:
         )
         ordered = balanced(used, self._categories)
         wanted = options.judged_prompts or NUM_TEXTS
-        count = num_texts(self.decoder, ordered, wanted, memory, budget)
+        tokens = num_tokens(self.max_new_tokens, budget)
+        count = num_texts(self.decoder, ordered, wanted, memory, budget, tokens=tokens)
         problem = SearchProblem(
             decoder=self.decoder,
             prompts=used,
-            costs=self._costs(on_stage, memo, used),
+            costs=self._costs(on_stage, memo, used, tokens),
             max_new_tokens=self.max_new_tokens,
             end_tokens=self.loaded.end_tokens,
             on_trial=on_trial,
             seed=options.seed,
             judged=tuple(ordered[:count]),
+            judged_tokens=tokens,
             states_bytes=memory // 4,
             shared_memo=memo,
         )
@@ -225,10 +226,10 @@ class CalibrationJob:
         return {tuple(request.prompt): prompt.category for request, prompt in pairs}
 
     def _costs(
-        self, on_stage: OnStage, memo: Memo, prompts: Sequence[tuple[int, ...]]
+        self, on_stage: OnStage, memo: Memo, prompts: Sequence[tuple[int, ...]], tokens: int
     ) -> PassCosts:
-        """What passes cost on this device behind a prompt of the usual length; not measured where
-        there are no prompts."""
+        """What passes cost on this device in the middle of an answer of so many tokens to a prompt
+        of the usual length; not measured where there are no prompts."""
         if not self.prompts:
             return PassCosts({1: 1.0}, floor=0.0, attention=0.0, mlp=0.0, context=0)
         on_stage("measuring what passes cost")
@@ -241,5 +242,5 @@ class CalibrationJob:
 
         found = memo.cached("costs", measure)
         costs = PassCosts(**{**found, "verify": dict(map(tuple, found["verify"]))})
-        usual = round(statistics.median(map(len, prompts))) + MAX_POSITIONS // 2
+        usual = round(statistics.median(map(len, prompts))) + tokens // 2
         return costs.at(max(usual, costs.context), self.decoder.depth)

@@ -27,7 +27,7 @@ from conflayers_cli.utils.distributed import run_on_rank0
 from conflayers_cli.utils.file_lock import try_lock
 from conflayers_cli.utils.files import check_target, write_error
 
-FORMAT = 3  # raised whenever lines change, or what keys mean
+FORMAT = 4  # raised whenever lines change, or what keys mean
 VERSION_KEY = "conflayers_journal"
 PENDING_FILE_KEY = "writes"
 _DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "uint8": "u1", "bool": "?"}

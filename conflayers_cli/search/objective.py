@@ -6,9 +6,10 @@ probability does the draft give it? As in decoding, the draft sees the full mode
 of the tokens before (but also where it would see its own, since the last verification: the best
 plan's score is corrected for that in the end, see `Objective.as_decoded`). Decoding is then
 simulated for each draft length and stop probability with the measured costs; the best setting is
-the plan's score. With a tree, the draft's next-best tokens are traced too: where the chain's token
-is rejected and the model's choice is among the leaves beside it, the step keeps it and decides one
-token more.
+the plan's score. Strategies count the positions that agree; refinement, which looks at many plans
+that differ in little, counts how likely each was to (see `expected_replay`). With a tree, the
+draft's next-best tokens are traced too: where the chain's token is rejected and the model's choice
+is among the leaves beside it, the step keeps it and decides one token more.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search.corpus import Continuation
+from conflayers_cli.search.expected_replay import (
+    ExpectedText,
+    agreement_chances,
+    expected_replays,
+)
 from conflayers_cli.search.forced_text import MAX_POSITIONS, ForcedText, SideTrace, Trace
 from conflayers_cli.search.memo import Memo, plan_label
+from conflayers_cli.search.texts import states_stride
 from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.tree import TreeShape, leaf_counts
 
@@ -32,6 +40,8 @@ DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25)
 STOP_PROBABILITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 STATES_BYTES = 512 << 20
 """Memory that the hidden states of the anchor may take, of all texts (see `ForcedText`)."""
+GOLDEN = 0.618
+"""Multiples of it, without their whole part, lie evenly between 0 and 1 however many they are."""
 EFFECT_TEXTS = 2  # texts that sub-layers' effects are measured on
 SPEEDUP_TOLERANCE = 0.015
 """Predicted speeds this close are taken as equal when the draft setting is chosen."""
@@ -63,12 +73,12 @@ SETTINGS = tuple(DraftParams(n, stop) for stop in STOP_PROBABILITIES for n in DR
 
 @dataclass(frozen=True)
 class Replay:
-    """Counts and time of a simulated decoding."""
+    """Counts and time of a simulated decoding; in expectation, counts are no whole numbers."""
 
-    steps: int
-    drafted: int
-    accepted: int
-    tokens: int
+    steps: float
+    drafted: float
+    accepted: float
+    tokens: float
     seconds: float
 
 
@@ -117,7 +127,10 @@ class Objective:
         long = [each for each in continuations if len(each.output) >= 3]
         positions = sum(min(len(each.output) - 1, MAX_POSITIONS) for each in long)
         stride = states_stride(decoder, positions, states_bytes)
-        self._texts = [ForcedText(decoder, each, stride) for each in long]
+        self._texts = [
+            ForcedText(decoder, each, stride, i * GOLDEN % 1) for i, each in enumerate(long)
+        ]
+        self._expecting = False
         self._anchor: SkipPlan | None = None
         self._traces: dict[tuple[SkipPlan, int], Trace] = {}
         self._sides: dict[tuple[SkipPlan, int], list[SideTrace]] = {}
@@ -137,6 +150,12 @@ class Objective:
         other = copy.copy(self)
         other.costs = self.costs.at(context, self.decoder.depth)
         other._scored = {}
+        return other
+
+    def expecting(self) -> Objective:
+        """The same objective with how likely positions agree in place of whether they did."""
+        other = copy.copy(self)
+        other._expecting, other._scored = True, {}
         return other
 
     def anchor(self, plan: SkipPlan) -> None:
@@ -230,16 +249,12 @@ class Objective:
             lambda: [dict(vars(t.chained_trace(plan, setting.max_tokens))) for t in self._texts],
         )
         chained = [Trace(**trace) for trace in found]
-        cost = self.costs.draft_cost(plan, self.decoder.depth)
-        first = replay(self.traces(plan), setting, cost, self.costs)
-        own = max(
-            (replay(chained, each, cost, self.costs) for each in SETTINGS),
-            key=lambda played: played.tokens / played.seconds,
-        )
+        first = self._replays(plan, self.traces(plan))[SETTINGS.index(setting)]
+        own = max(self._replays(plan, chained), key=_speed)
         return replace(
             score,
-            agreement=float(np.concatenate([trace.agrees for trace in chained]).mean()),
-            speedup=score.speedup * first.seconds / first.tokens * own.tokens / own.seconds,
+            agreement=float(np.concatenate(self._agreement(chained)).mean()),
+            speedup=score.speedup * _speed(own) / _speed(first),
             replay=own,
         )
 
@@ -252,16 +267,18 @@ class Objective:
         """
         if not score.plan or score.setting.max_tokens == 0:
             return None
-        setting = replace(score.setting, tree=shape)
+        traces, setting = self.traces(score.plan), replace(score.setting, tree=shape)
+        draft_cost = self.costs.draft_cost(score.plan, self.decoder.depth)
+        chain = replay(traces, score.setting, draft_cost, self.costs)
         played = replay(
-            self.traces(score.plan),
+            traces,
             setting,
-            self.costs.draft_cost(score.plan, self.decoder.depth),
+            draft_cost,
             self.costs,
             self.side_traces(score.plan, shape.max_leaves),
             only_draft=self.decoder.invariance.bitwise,
         )
-        speedup = played.tokens * self.costs.verify_cost(1) / played.seconds
+        speedup = score.speedup * _speed(played) / _speed(chain)
         if speedup <= score.speedup * (1 + SPEEDUP_TOLERANCE):
             return None
         return replace(score, setting=setting, speedup=speedup, replay=played)
@@ -275,26 +292,37 @@ class Objective:
         if not plan or not count:
             return [Score(plan, 1.0, VANILLA, 1.0, Replay(1, 0, 0, 1, vanilla_cost))]
         traces = self.traces(plan, count)
-        agreement = float(np.concatenate([t.agrees for t in traces]).mean())
+        agreement = float(np.concatenate(self._agreement(traces)).mean())
+        return [
+            Score(plan, agreement, setting, _speed(played) * vanilla_cost, played)
+            for setting, played in zip(SETTINGS, self._replays(plan, traces), strict=True)
+        ]
+
+    def _agreement(self, traces: Sequence[Trace]) -> list[npt.NDArray[np.float64]]:
+        """Whether, or how likely, the draft agrees at each position of the first texts."""
+        if not self._expecting:
+            return [trace.agrees.astype(np.float64) for trace in traces]
+        margins = [trace.margin for trace in self.traces(SkipPlan(), len(traces))]
+        return agreement_chances(margins, [trace.margin for trace in traces])
+
+    def _replays(self, plan: SkipPlan, traces: Sequence[Trace]) -> list[Replay]:
+        """Decoding of the first texts, traced under a plan, with each of `SETTINGS`."""
         draft_cost = self.costs.draft_cost(plan, self.decoder.depth)
-        scores = []
-        for setting in SETTINGS:
-            played = replay(traces, setting, draft_cost, self.costs)
-            speedup = played.tokens * vanilla_cost / played.seconds
-            scores.append(Score(plan, agreement, setting, speedup, played))
-        return scores
+        if not self._expecting:
+            return [replay(traces, setting, draft_cost, self.costs) for setting in SETTINGS]
+        texts = ExpectedText(self._agreement(traces), max(DRAFT_LENGTHS))
+        lengths = np.zeros((len(SETTINGS), len(traces), texts.size), np.int64)
+        for of_setting, setting in zip(lengths, SETTINGS, strict=True):
+            for of_text, trace in zip(of_setting, traces, strict=True):
+                drafted = trace.draft_lengths(setting.stop_probability)
+                of_text[: len(drafted)] = np.minimum(drafted, setting.max_tokens)
+        found = expected_replays(texts, lengths, draft_cost, self.costs)
+        counts = (found.steps, found.drafted, found.accepted, found.tokens, found.seconds)
+        return [Replay(*map(float, each)) for each in zip(*counts, strict=True)]
 
 
-def states_stride(decoder: Decoder, positions: int, limit: int) -> int:
-    """Before every so many sub-layers hidden states can be kept within ``limit`` bytes; 0: none.
-
-    All take ``2 · layers · positions · hidden size`` numbers of the model's dtype.
-    """
-    hidden = int(decoder.config.hidden_size)
-    every = 2 * decoder.depth * positions * hidden * decoder.dtype.itemsize
-    if every <= limit:
-        return 1
-    return min(-(-every // limit), 2 * decoder.depth) if 4 * limit >= every // decoder.depth else 0
+def _speed(played: Replay) -> float:
+    return played.tokens / played.seconds
 
 
 def replay(

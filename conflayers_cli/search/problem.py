@@ -12,10 +12,9 @@ import torch
 from conflayers_cli.engine.cost_model import PassCosts
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.search.corpus import Continuations
-from conflayers_cli.search.forced_text import MAX_POSITIONS
 from conflayers_cli.search.memo import Memo
 from conflayers_cli.search.objective import STATES_BYTES, DraftParams, Objective
-from conflayers_cli.search.texts import NUM_TEXTS
+from conflayers_cli.search.texts import ANSWER_TOKENS, NUM_TEXTS
 from conflayers_cli.skip_plan import SkipPlan
 
 
@@ -72,6 +71,7 @@ class SearchProblem:
         seed: of everything a search draws at random.
         deadline: `Memo.usage` seconds at which a search ends with what it has; None: never.
         judged: the prompts whose continuations plans are judged by; empty: the first ones.
+        judged_tokens: of each of them at the most; positions spread over them are judged.
         states_bytes: memory that hidden states may take while plans are judged.
         memo: everything measured goes through it.
 
@@ -88,6 +88,7 @@ class SearchProblem:
     seed: int = 0
     deadline: float | None = None
     judged: tuple[tuple[int, ...], ...] = ()
+    judged_tokens: int = ANSWER_TOKENS
     states_bytes: int = STATES_BYTES
     shared_memo: InitVar[Memo | None] = None
     memo: Memo = field(init=False)
@@ -108,9 +109,14 @@ class SearchProblem:
         texts = self.continuations.get(
             len(self.judged) or NUM_TEXTS,
             (*self.judged, *(prompt for prompt in self.prompts if prompt not in self.judged)),
-            MAX_POSITIONS + 1,
+            self.judged_tokens,
         )
         return Objective(self.decoder, self.costs, texts, self.memo, self.states_bytes)
+
+    @cached_property
+    def expected_objective(self) -> Objective:
+        """The same in expectation (see `Objective.expecting`), for refinement."""
+        return self.objective.expecting()
 
     @property
     def out_of_time(self) -> bool:

@@ -22,6 +22,10 @@ from conflayers_cli.search.forced_text import MAX_POSITIONS
 NUM_TEXTS = 6
 """Texts that plans are judged by where nothing else is asked for."""
 MIN_TEXTS = 2
+ANSWER_TOKENS = 512
+"""Of each answer that are decoded at the most, for positions spread over it to be judged."""
+ENOUGH_SECONDS = 60.0
+"""Of a budget: with less time answers end with the positions judged."""
 SECONDS_PER_TEXT = 8.0
 """Of a budget: with less time plans are judged by fewer texts."""
 
@@ -41,12 +45,20 @@ def balanced(
     return found
 
 
+def num_tokens(max_new_tokens: int, budget: float | None = None) -> int:
+    """Tokens of each answer that plans are judged by; ``budget``: seconds for the calibration."""
+    hurried = budget is not None and budget < ENOUGH_SECONDS
+    return min(max_new_tokens, MAX_POSITIONS + 1 if hurried else ANSWER_TOKENS)
+
+
 def num_texts(
     decoder: Decoder,
     prompts: Sequence[TokenIds],
     wanted: int,
     memory: int,
     budget: float | None = None,
+    *,
+    tokens: int = MAX_POSITIONS,
 ) -> int:
     """How many of the prompts, from the first on, plans are judged by.
 
@@ -56,14 +68,27 @@ def num_texts(
         wanted: at most.
         memory: bytes allowed in all; `MIN_TEXTS` may take more.
         budget: seconds for the calibration.
+        tokens: of every answer.
     """
     count = min(wanted, len(prompts))
     if budget is not None:
         count = min(count, int(budget / SECONDS_PER_TEXT))
     slot = decoder.kv_bytes_per_slot
     while count > MIN_TEXTS and slot:
-        longest = max(map(len, prompts[:count]))
-        if count * round_up_kv_len(longest + 2 * MAX_POSITIONS) * slot <= memory // 2:
+        slots = max(map(len, prompts[:count])) + tokens + MAX_POSITIONS
+        if count * round_up_kv_len(slots) * slot <= memory // 2:
             break
         count -= 1
     return max(count, min(MIN_TEXTS, len(prompts)))
+
+
+def states_stride(decoder: Decoder, positions: int, limit: int) -> int:
+    """Before every so many sub-layers hidden states can be kept within ``limit`` bytes; 0: none.
+
+    All take ``2 · layers · positions · hidden size`` numbers of the model's dtype.
+    """
+    hidden = int(decoder.config.hidden_size)
+    every = 2 * decoder.depth * positions * hidden * decoder.dtype.itemsize
+    if every <= limit:
+        return 1
+    return min(-(-every // limit), 2 * decoder.depth) if 4 * limit >= every // decoder.depth else 0

@@ -19,9 +19,11 @@ class Clock:
 
 def test_time_left_follows_from_the_share_done() -> None:
     clock = Clock()
-    display = Display(12, clock)
+    display = Display("loading", clock)
+    clock.now = 4.0
+    assert display.status() == "loading: 4 s"
     display.stage("refining")
-    clock.now = 10.0
+    clock.now = 14.0
     assert display.status() == "refining: 10 s"
     display.looked(7, 0.25)
     assert display.status() == "refining, 7 sets judged: 10 s, about 30 s left"
@@ -35,10 +37,14 @@ def test_silence_is_broken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(calibrate_display, "SILENCE", 0.2)
-    with caplog.at_level(logging.INFO, "conflayers_cli"), Display(12) as display:
-        display.stage("refining")
-        limit = time.monotonic() + 10
-        while "refining: 0 s" not in caplog.text and time.monotonic() < limit:
-            time.sleep(0.01)
+    with caplog.at_level(logging.INFO, "conflayers_cli"), Display("loading") as display:
+        for name in ("loading", "refining"):
+            limit = time.monotonic() + 10
+            while f"{name}: 0 s" not in caplog.text and time.monotonic() < limit:
+                time.sleep(0.01)
+            if name == "loading":
+                display.begin(12)
+                display.stage("refining")
+    assert "loading: 0 s" in caplog.text and "loading …" not in caplog.text
     assert "refining …" in caplog.text
     assert "refining: 0 s" in caplog.text

@@ -118,7 +118,8 @@ def test_the_check_decodes_every_arm() -> None:
     one, none, bad = check_by_decoding(small_task(), candidates, ())
     assert one is not None and none is None and bad is not None
     assert one.prompts == 2 and not one.held_out
-    assert one.speedup > 0
+    assert one.speedup > 0 and one.overall is not None
+    assert one.overall == pytest.approx(one.speedup, rel=1.0)  # of the same two prompts
     assert one.acceptance_rate is not None and 0 < one.acceptance_rate < 1
     assert one.tokens_per_step is not None and 1 < one.tokens_per_step <= 4
     assert bad.acceptance_rate is not None and bad.acceptance_rate < one.acceptance_rate

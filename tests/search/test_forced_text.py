@@ -1,22 +1,30 @@
 """Passes that begin with kept hidden states give what whole passes give, bit by bit."""
 
+import functools
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from conflayers_cli.kernels.native_library import unavailable_reason
 from conflayers_cli.search.corpus import Continuation
-from conflayers_cli.search.forced_text import ForcedText
-from conflayers_cli.search.objective import Objective, states_stride
+from conflayers_cli.search.forced_text import MAX_POSITIONS, ForcedText, judged_blocks
+from conflayers_cli.search.objective import Objective
+from conflayers_cli.search.texts import states_stride
 from conflayers_cli.skip_plan import SkipPlan
 from tests import tiny
 from tests.search import planted
 
+LONG = 200
+"""Tokens of an answer of which only a part is judged."""
 
-def continuation() -> Continuation:
+
+@functools.cache
+def continuation(tokens: int = 30) -> Continuation:
     prompt = tiny.prompt(9, 3)
-    return Continuation(tuple(prompt), tuple(tiny.generated(planted.decoder(), prompt, 30)))
+    return Continuation(tuple(prompt), tuple(tiny.generated(planted.decoder(), prompt, tokens)))
 
 
 def plans(count: int) -> list[SkipPlan]:
@@ -28,9 +36,49 @@ def plans(count: int) -> list[SkipPlan]:
     return made
 
 
-@pytest.mark.parametrize("stride", [1, 3, 7])
-def test_kept_states_change_no_bit(stride: int) -> None:
-    text, fresh = (ForcedText(planted.decoder(), continuation(), n) for n in (stride, 0))
+def test_a_long_answer_is_judged_in_blocks_spread_over_it() -> None:
+    assert judged_blocks(MAX_POSITIONS) == [range(MAX_POSITIONS)]
+    for share in (0.0, 0.4, 1.0):
+        first, second = judged_blocks(LONG - 1, share)
+        assert len(first) + len(second) == MAX_POSITIONS
+        assert first.start >= 0 and first.stop <= (LONG - 1) // 2 <= second.start
+        assert second.stop <= LONG - 1
+    assert judged_blocks(LONG - 1, 1.0)[1].stop >= LONG - 2
+
+
+def test_a_block_is_judged_as_what_it_is_in_its_text() -> None:
+    """Fed token by token to a draft on the whole model's keys, the model chooses the same."""
+    decoder, text = planted.decoder(), ForcedText(planted.decoder(), continuation(LONG), 1, 0.7)
+    plan, given = SkipPlan.of([2, 5], [4, 9]), continuation(LONG)
+    prompt, output = given.prompt, given.output
+    judged = {i for block in judged_blocks(LONG - 1, 0.7) for i in block}
+    cache, agrees, margins = decoder.new_cache(len(prompt) + LONG), [], []
+    decoder.prefill(torch.tensor([prompt]), cache)
+    for i, (token, following) in enumerate(pairwise(output)):
+        tokens, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + i]])
+        logits = decoder.forward(tokens, at, cache, plan)[0, 0].float()
+        if i in judged:
+            others = logits.clone()
+            others[following] = -torch.inf
+            agrees.append(int(logits.argmax()) == following)
+            margins.append(float(logits[following] - others.max()))
+        decoder.forward(tokens, at, cache)
+    found = text.trace(plan)
+    assert found.agrees.tolist() == agrees
+    assert 0 < sum(agrees) < len(agrees)
+    near = [(own, each) for own, each in zip(found.margin, margins, strict=True) if each >= 0]
+    assert all(own == pytest.approx(each, abs=1e-3) for own, each in near)
+    assert all(own >= each - 1e-3 for own, each in zip(found.margin, margins, strict=True))
+    assert ((found.margin >= 0) == found.agrees).all()
+    alone = text.chained_trace(plan, 1)
+    assert np.array_equal(alone.agrees, found.agrees)
+    assert np.allclose(alone.margin, found.margin, atol=1e-3)
+
+
+@pytest.mark.parametrize(("stride", "tokens"), [(1, LONG), (3, 30), (7, 30)])
+def test_kept_states_change_no_bit(stride: int, tokens: int) -> None:
+    given = continuation(tokens)
+    text, fresh = (ForcedText(planted.decoder(), given, n) for n in (stride, 0))
     for number, plan in enumerate(plans(12)):
         found, whole = text.trace(plan, anchor=number % 3 == 0), fresh.trace(plan)
         assert np.array_equal(found.agrees, whole.agrees), plan

@@ -21,7 +21,7 @@ COSTS = PassCosts({1: 10.0, 2: 11.0, 4: 15.0}, floor=1.0, attention=0.5, mlp=0.5
 def trace(agrees: str, probability: list[float] | None = None) -> Trace:
     """A trace from a text of 1s (agrees) and 0s."""
     marks = np.array([mark == "1" for mark in agrees])
-    return Trace(marks, np.array(probability or [1.0] * len(marks)))
+    return Trace(marks, np.array(probability or [1.0] * len(marks)), np.zeros(len(marks)))
 
 
 def test_replay_counts_by_hand() -> None:
@@ -48,7 +48,8 @@ def test_replay_covers_the_text_exactly(
     positions: list[tuple[bool, float]], length: int, stop: float
 ) -> None:
     agrees, probability = (np.array(part) for part in zip(*positions, strict=True))
-    played = replay([Trace(agrees, probability)], DraftParams(length, stop), 1.0, COSTS)
+    text = Trace(agrees, probability, np.zeros(len(agrees)))
+    played = replay([text], DraftParams(length, stop), 1.0, COSTS)
     assert played.accepted <= played.drafted <= played.steps * length
     assert played.tokens == played.accepted + played.steps
     # the last step may decide one token more than the text holds

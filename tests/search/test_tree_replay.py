@@ -40,7 +40,8 @@ def replay_tree(
 
 
 def trace(agrees: str) -> Trace:
-    return Trace(np.array([mark == "1" for mark in agrees]), np.full(len(agrees), 0.6))
+    marks = np.array([mark == "1" for mark in agrees])
+    return Trace(marks, np.full(len(agrees), 0.6), np.zeros(len(agrees)))
 
 
 def test_a_refused_token_whose_alternative_stands_gains_one() -> None:

@@ -1,9 +1,11 @@
 """What calibrate says while it works, where there is no terminal."""
 
+import io
 import logging
 import time
 
 import pytest
+from rich.console import Console
 
 from conflayers_cli.cli import calibrate_display
 from conflayers_cli.cli.calibrate_display import Display
@@ -48,3 +50,15 @@ def test_silence_is_broken(
     assert "loading: 0 s" in caplog.text and "loading …" not in caplog.text
     assert "refining …" in caplog.text
     assert "refining: 0 s" in caplog.text
+
+
+def test_a_terminal_shows_nothing_until_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr(calibrate_display, "stderr_console", lambda: console)
+    with Display("loading") as display:
+        assert shown.getvalue() == ""  # the model's own bar may be shown
+        display.begin(12)
+        display.stage("refining")
+        display.looked(7, 0.5)
+    assert "refining, 7 sets judged" in shown.getvalue()

@@ -138,7 +138,7 @@ def test_who_drafted_each_token_is_shown_if_asked(served: Served) -> None:
     assert "".join(each["text"] for each in drafts) == choice["message"]["content"]
     accepted = whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
     assert sum(each["by"] != "model" for each in drafts) == accepted > 0
-    assert {each["by"] for each in drafts} <= {"model", "skip", "ngram"}
+    assert {each["by"] for each in drafts} <= {"model", "skip", "ngram", "store"}
     pieces = [
         each for event in stream for part in event["choices"] for each in part.get("drafts", ())
     ]

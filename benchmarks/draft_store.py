@@ -38,14 +38,20 @@ class Arms:
                 None,
                 False,
                 DraftOptions(),
-                self.stores.get(name),
             )
             for name in ARMS[1:]
         }
 
     def run(self, name: str, prompt: BenchPrompt) -> Run:
         proposer = self._proposers.get(name)
-        system = EngineSystem(name, self._decoder, proposer, SamplingParams(), self._ends)
+        system = EngineSystem(
+            name,
+            self._decoder,
+            proposer,
+            SamplingParams(),
+            self._ends,
+            store=self.stores.get(name),
+        )
         return system.run([prompt])[0]
 
 

@@ -228,7 +228,7 @@ class Joined:
         known, end = [*text.prompt, text.output[0]], len(text.prompt) + len(text.output)
         model = Recorded(text)
         self.proposer._decoder = model  # type: ignore[assignment]
-        (history,) = self.proposer._histories.get([known])
+        (history,) = self.proposer._histories.get([(known, None)])
         matcher = self.index()
         matcher.update(known)
         history.matcher = matcher  # type: ignore[assignment]

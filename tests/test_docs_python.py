@@ -37,10 +37,10 @@ def test_the_page(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         exec(compile(snippet, f"{PAGE.name}, snippet {number}", "exec"), known)
         printed.append(capsys.readouterr().out)
         assert printed[-1] or "print(" not in snippet
-    assert len(printed) == 9
+    assert len(printed) == 10
     assert known["answer"].stats.accepted > 0
-    assert known["pieces"].answer.text in printed[3]
-    assert known["tokenizer"].decode(known["output"][0]) in printed[4]
+    assert known["pieces"].answer.text in printed[4]
+    assert known["tokenizer"].decode(known["output"][0]) in printed[5]
     assert not any(isinstance(each, MergedLinearPart) for each in known["own"].modules())
     said = re.search(r"print\(error\)  # (.*)", SNIPPETS[-1])
     assert said

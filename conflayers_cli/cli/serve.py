@@ -34,7 +34,8 @@ SERVER = OptionGroup(
     api_keys=_server_option(
         "--api-key-file",
         metavar="FILE",
-        help="Keys, one a line: only who sends one is answered. Keys share no prefix cache.",
+        help="Keys, one a line: only who sends one is answered. Keys share no prefix cache and "
+        "no drafts.",
         show_default=False,
     ),
     cors_origins=_server_option(
@@ -78,6 +79,13 @@ SERVER = OptionGroup(
         min=0,
         metavar="MIB",
         help="Memory for what was read of earlier texts; 0: every prompt is read whole.",
+    ),
+    draft_texts=_limit_option(
+        "--draft-texts",
+        min=0,
+        metavar="TOKENS",
+        help="Tokens kept of each API key's earlier texts, from which n-grams draft, too "
+        "(36 bytes each; of the last 64 keys); 0: none. Rounded down to a power of two.",
     ),
 )
 ServerFlags = Annotated[ServerOptions, SERVER]
@@ -123,6 +131,8 @@ def serve(
 
     from conflayers_cli.server import run
 
+    if not drafting.by_ngrams:
+        server = replace(server, draft_texts=0)
     service = run.build_service(loaded, decoder, proposer, server)
     run.serve(
         service,

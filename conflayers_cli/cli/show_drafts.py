@@ -16,10 +16,10 @@ ShowDrafts = Annotated[
     typer.Option(
         "--show-drafts",
         help="Colour the text on a terminal: green drafted by the model itself, yellow by n-grams, "
-        "plain what the whole model decided without a draft.",
+        "cyan by earlier texts, plain what the whole model decided without a draft.",
     ),
 ]
-STYLES = {"ngram": "yellow"}
+STYLES = {"ngram": "yellow", "store": "cyan"}
 DRAFTED = "green"
 
 

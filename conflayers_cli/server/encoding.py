@@ -18,6 +18,7 @@ from conflayers_cli.models.tokenization import encode, encode_text
 from conflayers_cli.sampling_params import LogitAdjustments, SamplingParams
 from conflayers_cli.server.errors import ApiError
 from conflayers_cli.server.schema import ChatRequest, CompletionRequest, Message, text_of
+from conflayers_cli.spec_decode.draft_store import OwnedStores
 
 _NOT_THE_TEMPLATES = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -34,11 +35,13 @@ class Encoder:
         loaded: the model.
         context: positions of each text, prompt and answer together.
         max_new_tokens: the most tokens of an answer; None: what the context leaves.
+        stores: of each owner's earlier texts; None: nothing is drafted from them.
     """
 
     loaded: LoadedModel
     context: int
     max_new_tokens: int | None
+    stores: OwnedStores | None = None
 
     def encode(
         self, request: ChatRequest | CompletionRequest, owner: str
@@ -64,6 +67,7 @@ class Encoder:
         prediction, settings = self._prediction(request), self.loaded.settings
         stops = (*request.stops, *settings.stops)
         budgets = [self._budget(len(prompt), request) for prompt in prompts]
+        store = self.stores.get(owner) if self.stores else None
         return [
             GenerationRequest(
                 prompt,
@@ -76,6 +80,7 @@ class Encoder:
                 prediction=prediction,
                 logprobs=request.num_logprobs,
                 owner=owner,
+                store=store,
                 processors=settings.processors(prompt, budget),
             )
             for prompt, budget in zip(prompts, budgets, strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conflayers_cli.errors import InputError
 
+MIN_DRAFT_TEXTS = 1024
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -32,6 +33,7 @@ class ServerOptions:
         drain: seconds that running requests get after SIGTERM; infinite: as long as they take.
         prefill_chunk: prompt tokens read at most between two steps of the others.
         prefix_cache: MiB of keys and values kept of earlier texts; 0: none.
+        draft_texts: tokens kept of each API key's earlier texts, to draft from; 0: none.
 
     Raises:
         InputError: a value is outside its range.
@@ -53,6 +55,7 @@ class ServerOptions:
     drain: float = 60.0
     prefill_chunk: int = 256
     prefix_cache: int = 512
+    draft_texts: int = 1 << 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
@@ -63,6 +66,11 @@ class ServerOptions:
         for name in ("timeout", "read_timeout"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)}: over 0", names=(name,))
+        if 0 < self.draft_texts < MIN_DRAFT_TEXTS or self.draft_texts < 0:
+            raise InputError(
+                f"draft_texts {self.draft_texts}: 0, or at least {MIN_DRAFT_TEXTS:,}",
+                names=("draft_texts",),
+            )
         if not self.drain >= 0:
             raise InputError(f"drain {self.drain}: at least 0", names=("drain",))
 

@@ -25,6 +25,7 @@ from conflayers_cli.server.logprobs import TokenNames
 from conflayers_cli.server.metrics import Metrics
 from conflayers_cli.server.options import DEFAULT_CONTEXT, ServerOptions
 from conflayers_cli.server.scheduler import Scheduler
+from conflayers_cli.spec_decode.draft_store import OwnedStores
 
 if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
@@ -56,6 +57,9 @@ def build_service(
     prefixes = PrefixStore(decoder, options.prefix_cache << 20) if options.prefix_cache else None
     if prefixes is not None:
         metrics.prefix_bytes.set_function(lambda: prefixes.bytes)
+    stores = None
+    if options.draft_texts:
+        stores = OwnedStores(decoder.vocabulary, 1 << options.draft_texts.bit_length() - 1)
     generator = TextGenerator(
         decoder,
         loaded.tokenizer,
@@ -80,7 +84,7 @@ def build_service(
         model=name,
         aliases=frozenset({loaded.name}),
         created=int(time()),
-        encoder=Encoder(own, context, options.max_new_tokens),
+        encoder=Encoder(own, context, options.max_new_tokens, stores),
         scheduler=scheduler,
         mailbox=mailbox,
         metrics=metrics,

@@ -22,6 +22,7 @@ from conflayers_cli import (
     Stream,
     generate,
     load,
+    open_store,
     stream,
 )
 from conflayers_cli.api.options import parse_options
@@ -128,6 +129,31 @@ def test_a_batch_gives_the_same(model: Model) -> None:
     together = generate(model, prompts, max_new_tokens=16, batch_size=3, draft="ngram")
     alone = [generate(model, each, max_new_tokens=16).text for each in prompts]
     assert [answer.text for answer in together] == alone
+
+
+def test_earlier_texts_are_kept(model: Model, profile: Path, tmp_path: Path) -> None:
+    file, corpus = tmp_path / "texts.safetensors", tmp_path / "corpus.txt"
+    corpus.write_text("a text of bytes")
+    plain = generate(model, "Why?", max_new_tokens=12)
+    first = generate(model, "Why?", max_new_tokens=12, draft_store=str(file))
+    with open_store(model, file, corpus) as store:
+        held = len(store.store.tokens())
+        second = generate(model, ["Why?", "How?"], max_new_tokens=12, draft_store=store)
+        assert len(store.store.tokens()) > held > 12
+        from_corpus = generate(model, "Why?", max_new_tokens=12, draft_corpus=[corpus])
+    assert plain.text == first.text == second[0].text == from_corpus.text
+    with open_store(model, file) as again:
+        assert len(again.store.tokens()) > held
+
+
+@pytest.mark.parametrize(
+    "options", [{"draft": "none"}, {"draft": "skip"}, {"adaptive_draft_length": False}]
+)
+def test_a_store_is_refused_where_no_ngrams_draft(
+    model: Model, profile: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="draft_store is about n-grams"):
+        generate(model, "Why?", profile, draft_store="texts", **options)
 
 
 def test_a_chat_is_one_prompt(model: Model) -> None:

@@ -31,6 +31,7 @@ from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.proposer import Proposer
 from tests import tiny
 
@@ -168,13 +169,13 @@ def start_of(generation: Generation) -> tuple[tuple[int, ...], int, int]:
 
 
 def sample(
-    setting: SamplingParams, proposer: Proposer | None
+    setting: SamplingParams, proposer: Proposer | None, store: DraftStore | None = None
 ) -> tuple[Counter[tuple[int, ...]], float | None]:
     """(counts of the starts, share of drafts kept)."""
     counts: Counter[tuple[int, ...]] = Counter()
     drafted = accepted = 0
     for seed in range(RUNS):
-        request = GenerationRequest(PROMPT, 4, replace(setting, seed=seed))
+        request = GenerationRequest(PROMPT, 4, replace(setting, seed=seed), store=store)
         generation = Generation(remembering(), request, proposer=proposer)
         tokens, more_drafted, more_accepted = start_of(generation)
         counts[tokens] += 1

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.generation.loop import Generation
 from conflayers_cli.generation.request import GenerationRequest
+from conflayers_cli.spec_decode.draft_store import DraftStore
+from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import SkipProposer
 from tests.engine.law import LENGTH, PLAN, PROMPT, SETTINGS, law, remembering, sample, start_of
+from tests.spec_decode.test_mixed import costs
 from tests.tiny import chi_square
 
 each_setting = pytest.mark.parametrize("name", SETTINGS)
@@ -33,6 +37,18 @@ def test_drafts_change_nothing_of_it() -> None:
     setting = SETTINGS["temperature 0.7"]
     counts, share = sample(setting, SkipProposer(remembering(), PLAN, 2, 0.0))
     assert share is not None and 0.3 < share < 0.95
+    assert counts == sample(setting, None)[0]
+
+
+def test_earlier_texts_change_nothing_of_it() -> None:
+    """Drafts of every kind together, with a store that knows some texts to come."""
+    setting = SETTINGS["temperature 0.7"]
+    store = DraftStore(8, 1024)
+    for seed in range(40):
+        store.add(np.random.default_rng(seed).integers(0, 8, 12).tolist())
+        store.add([*PROMPT, seed % 8, seed // 8 % 8, 3])
+    counts, share = sample(setting, MixedProposer(remembering(), PLAN, costs(), prior=0.9), store)
+    assert share is not None and 0.05 < share < 0.95
     assert counts == sample(setting, None)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ def test_who_drafted_each_token_is_shown_if_asked(served: Served) -> None:
     assert "".join(each["text"] for each in drafts) == choice["message"]["content"]
     accepted = whole["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
     assert sum(each["by"] != "model" for each in drafts) == accepted > 0
-    assert {each["by"] for each in drafts} <= {"model", "skip", "ngram"}
+    assert {each["by"] for each in drafts} <= {"model", "skip", "ngram", "store"}
     pieces = [
         each for event in stream for part in event["choices"] for each in part.get("drafts", ())
     ]
@@ -235,6 +236,28 @@ def test_a_prompts_beginning_is_read_once(serve: Callable[..., Served]) -> None:
     without.chat(text, **GREEDY)
     again = without.chat(text, **GREEDY).json()
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_answers_that_come_again_are_drafted_by_key(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("first-key\nother-key\n")
+    text = alone("Why?", 100).text
+
+    def steps(served: Served, key: str) -> int:
+        served.client.headers["Authorization"] = f"Bearer {key}"
+        answer = served.chat("Why?", max_tokens=100, **GREEDY).json()
+        assert answer["choices"][0]["message"]["content"] == text
+        found: int = answer["conflayers"]["steps"]
+        return found
+
+    served = serve(api_keys=keys)
+    first = steps(served, "first-key")
+    assert steps(served, "other-key") > first * 0.7
+    assert steps(served, "first-key") < first / 2
+    without = serve(api_keys=keys, draft_texts=0)
+    assert steps(without, "first-key") < 2 * steps(without, "first-key")
 
 
 def test_a_predicted_text_is_drafted_from(serve: Callable[..., Served]) -> None:

@@ -55,10 +55,10 @@ def test_a_chat_by_the_keyboard_alone(page: Any) -> None:
 
     answer = page.locator("article.assistant").first
     assert answer.evaluate("each => each.textContent") == alone(prompt, 100).text
-    assert answer.locator("span.skip, span.ngram").count() > 0
+    assert answer.locator("span.skip, span.ngram, span.store").count() > 0
     assert answer.locator("span.model").count() > 0
     assert "tokens/s" in page.locator("#figures").inner_text()
-    drafted = answer.locator("span.skip, span.ngram").first
+    drafted = answer.locator("span.skip, span.ngram, span.store").first
     assert drafted.evaluate("each => getComputedStyle(each).backgroundColor") != "rgba(0, 0, 0, 0)"
 
 

@@ -14,7 +14,7 @@ from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.draft_store import DraftStore
+from conflayers_cli.spec_decode.draft_store import DraftStore, OwnedStores
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.ngram import Match, NgramMatcher
 from conflayers_cli.spec_decode.suffix_index import BORDER
@@ -166,7 +166,7 @@ def test_what_is_in_a_store_changes_no_text(
             store.add(prompt + vanilla(tuple(prompt), temperature))
     generator = TextGenerator(
         decoder,
-        proposer=MixedProposer(decoder, plan, costs(), prior=0.9, store=store),
+        proposer=MixedProposer(decoder, plan, costs(), prior=0.9),
         batch_size=2 if together else 1,
         store=store,
     )
@@ -178,7 +178,7 @@ def test_what_is_in_a_store_changes_no_text(
 
 def test_a_text_that_comes_again_is_drafted_from_the_store() -> None:
     decoder, store = tiny.decoder("llama"), DraftStore(tiny.VOCABULARY, 256)
-    proposer = MixedProposer(decoder, None, costs(), store=store)
+    proposer = MixedProposer(decoder, None, costs())
     generator = TextGenerator(decoder, proposer=proposer, store=store)
     request = GenerationRequest(tiny.prompt(8, 3), COUNT)
     first, again = generator.generate([request, request])
@@ -196,6 +196,25 @@ def test_a_cancelled_text_is_kept_as_far_as_it_came() -> None:
     generator.step()
     generator.cancel(number)
     assert len(store.tokens()) == 8 + 2 + 1
+
+
+def test_nobody_drafts_from_anothers_texts() -> None:
+    decoder = tiny.decoder("llama")
+    stores = OwnedStores(tiny.VOCABULARY, 1024, max_owners=2)
+    generator = TextGenerator(decoder, proposer=MixedProposer(decoder, None, costs()))
+
+    def steps(owner: str) -> int:
+        request = GenerationRequest(tiny.prompt(8, 3), COUNT, store=stores.get(owner))
+        (result,) = generator.generate([request])
+        assert list(result.token_ids) == vanilla(tuple(tiny.prompt(8, 3)), 0.0)
+        return result.stats.steps
+
+    first = steps("a")
+    assert steps("b") == first
+    assert steps("a") < first / 2
+    steps("c")  # the store used longest ago, of "b", goes
+    assert steps("a") < first / 2
+    assert steps("b") == first
 
 
 @pytest.mark.parametrize("capacity", [100, 128])

@@ -38,14 +38,20 @@ class Arms:
                 None,
                 False,
                 DraftOptions(),
-                self.stores.get(name),
             )
             for name in ARMS[1:]
         }
 
     def run(self, name: str, prompt: BenchPrompt) -> Run:
         proposer = self._proposers.get(name)
-        system = EngineSystem(name, self._decoder, proposer, SamplingParams(), self._ends)
+        system = EngineSystem(
+            name,
+            self._decoder,
+            proposer,
+            SamplingParams(),
+            self._ends,
+            store=self.stores.get(name),
+        )
         return system.run([prompt])[0]
 
 
@@ -62,7 +68,6 @@ def measure(subject: common.Subject, prompts: Sequence[BenchPrompt]) -> list[dic
                     arms.stores[name].add(texts[other.id])
         order = [*ARMS[number % len(ARMS) :], *ARMS[: number % len(ARMS)]]
         found = {name: arms.run(name, prompt) for name in order}
-        arms.stores["cold"].add(texts[prompt.id])
         same = all(run.tokens == found["plain"].tokens for run in found.values())
         if len(found["plain"].tokens) <= common.MIN_TOKENS:
             continue

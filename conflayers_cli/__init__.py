@@ -26,12 +26,14 @@ __all__ = [
     "GenerationResult",
     "InputError",
     "Model",
+    "OpenStore",
     "Options",
     "Profile",
     "Stream",
     "conflayers_generate",
     "generate",
     "load",
+    "open_store",
     "release",
     "stream",
 ]
@@ -40,23 +42,25 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from conflayers_cli.api.attached_model import release
-    from conflayers_cli.api.generate import Model, Stream, generate, load, stream
+    from conflayers_cli.api.generate import Model, Stream, generate, load, open_store, stream
     from conflayers_cli.api.hf_generate import conflayers_generate
     from conflayers_cli.api.hf_request import GenerateError
     from conflayers_cli.api.options import Options
     from conflayers_cli.errors import ConfLayersError, ConfLayersWarning, InputError
     from conflayers_cli.generation.response import Answer, GenerationResult
     from conflayers_cli.profile.schema import Profile
+    from conflayers_cli.spec_decode.open_store import OpenStore
 else:
     _MODULES = {
         "generation.response": ("Answer", "GenerationResult"),
-        "api.generate": ("Model", "Stream", "generate", "load", "stream"),
+        "api.generate": ("Model", "Stream", "generate", "load", "open_store", "stream"),
         "api.options": ("Options",),
         "api.attached_model": ("release",),
         "api.hf_generate": ("conflayers_generate",),
         "errors": ("ConfLayersError", "ConfLayersWarning", "InputError"),
         "api.hf_request": ("GenerateError",),
         "profile.schema": ("Profile",),
+        "spec_decode.open_store": ("OpenStore",),
     }
 
     def __getattr__(name: str) -> object:

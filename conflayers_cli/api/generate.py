@@ -14,8 +14,10 @@ It prints nothing: notes are `ConfLayersWarning` s, failures `InputError` or ano
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Unpack, overload
 
 from conflayers_cli.api.attached_model import attach
@@ -25,6 +27,7 @@ from conflayers_cli.api.options import (
     OnePrompt,
     Options,
     ParsedOptions,
+    as_paths,
     as_prompts,
     is_single_prompt,
     parse_options,
@@ -46,6 +49,7 @@ from conflayers_cli.generation.response import GenerationResponse, GenerationRes
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.models.loaded_model import LoadedModel, wrap_model
 from conflayers_cli.profile.build_proposer import as_batch_proposer
+from conflayers_cli.spec_decode.open_store import OpenStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +143,9 @@ def generate(
     """
     prompts = as_prompts(prompt)
     with notes_as_warnings():
-        engine, generator, requests = _prepare(model, prompts, profile, parse_options(options))
-        with engine.active(), name_failed_prompt(requests):
-            results = generator.generate(requests)
+        run = _prepare(model, prompts, profile, parse_options(options))
+        with run.engine.active(), run.saved, name_failed_prompt(run.requests):
+            results = run.generator.generate(run.requests)
     return results[0] if is_single_prompt(prompt) else results
 
 
@@ -176,31 +180,77 @@ def stream(
     if not is_single_prompt(prompt):
         raise InputError("stream: takes one prompt, generate takes a list")
     with notes_as_warnings():
-        settings = parse_options(options)
-        engine, generator, requests = _prepare(model, as_prompts(prompt), profile, settings)
+        run = _prepare(model, as_prompts(prompt), profile, parse_options(options))
 
     def responses() -> Generator[GenerationResponse, None, None]:
-        with engine.active():
-            yield from generator.stream(requests)
+        with run.engine.active(), run.saved:
+            yield from run.generator.stream(run.requests)
 
     return Stream(responses())
 
 
+def open_store(
+    model: Model, file: str | Path | None = None, corpus: str | Path | Sequence[str | Path] = ()
+) -> OpenStore:
+    """Earlier texts to draft from, for the option ``draft_store`` of any number of calls.
+
+    Each call adds its prompts and answers. What is in a store changes speed alone.
+
+    Args:
+        model: whose drafts they are for.
+        file: keeps the texts between programs: what is in it is read, and `OpenStore.save`, or the
+            end of a ``with`` block, adds what was gained. None: they are held in memory alone.
+        corpus: text files to be added at once.
+
+    Raises:
+        InputError: a file can't be read, is no store, or is one for another tokenizer.
+    """
+    path = None if file is None else Path(file)
+    vocabulary = model.engine().decoder.vocabulary
+    return OpenStore(model.loaded.tokenizer, vocabulary, path, as_paths(corpus))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call decodes with; ``saved`` keeps its texts at the end."""
+
+    engine: Engine
+    generator: TextGenerator
+    requests: list[GenerationRequest]
+    saved: AbstractContextManager[object]
+
+
+def _open_call_store(model: Model, options: ParsedOptions, several: bool) -> OpenStore | None:
+    """The store of one call; None: nothing would ever be in it."""
+    if isinstance(options.store, OpenStore):
+        options.store.add_files(options.corpus)
+        return options.store
+    if options.store is None and not options.corpus and not several:
+        return None
+    return open_store(model, options.store, options.corpus)
+
+
 def _prepare(
     model: Model, prompts: Sequence[Prompt], profile: ProfileLike | None, options: ParsedOptions
-) -> tuple[Engine, TextGenerator, list[GenerationRequest]]:
-    """The engine, the generator on it, and the encoded prompts."""
+) -> _Call:
+    """What the call decodes with, its prompts encoded."""
     options.sampling.note_unused()
     loaded, engine = model.loaded, model.engine()
     requests = encode_prompts(loaded, prompts, options.prompts, options.sampling, options.stops)
     batch_size = options.drafting.batch_size
     with engine.active():
-        proposer = get_proposer(engine, profile, options.drafting, options.force)
+        proposer = get_proposer(
+            engine, profile, options.drafting, options.force, options.named_store
+        )
+    several = len(requests) > 1 and options.drafting.by_ngrams
+    opened = _open_call_store(model, options, several)
     generator = TextGenerator(
         engine.decoder,
         loaded.tokenizer,
         end_tokens=loaded.end_tokens,
         proposer=as_batch_proposer(proposer) if batch_size > 1 else proposer,
         batch_size=batch_size,
+        store=opened.store if opened else None,
     )
-    return engine, generator, requests
+    saved = nullcontext() if opened is None or opened is options.store else opened
+    return _Call(engine, generator, requests, saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 from conflayers_cli.api.proposers import DraftMethodName, resolve_lookahead
@@ -11,6 +12,7 @@ from conflayers_cli.errors import InputError
 from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.generation.prompts import Message, Prompt
 from conflayers_cli.sampling_params import SamplingParams
+from conflayers_cli.spec_decode.open_store import OpenStore
 from conflayers_cli.spec_decode.options import DraftMethod, DraftOptions
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -43,6 +45,9 @@ class Options(TypedDict, total=False):
         draft: who drafts; None: as the profile says, without one what pays.
         lookahead: the old name of ``adaptive_draft_length``, for one more version.
         force: take a profile of another model of the same depth.
+        draft_store: earlier texts, from which n-grams draft, too: from `open_store`, or a file,
+            which is read at the beginning of the call and gets its texts at the end.
+        draft_corpus: text files from which n-grams draft, too.
     """
 
     max_new_tokens: int
@@ -64,6 +69,8 @@ class Options(TypedDict, total=False):
     tree: bool | None
     force: bool
     batch_size: int
+    draft_store: str | Path | OpenStore | None
+    draft_corpus: str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,15 @@ class ParsedOptions:
     drafting: DraftOptions
     stops: tuple[str, ...]
     force: bool
+    store: Path | OpenStore | None = None
+    corpus: tuple[Path, ...] = ()
+
+    @property
+    def named_store(self) -> str | None:
+        """The option that names earlier texts; None: there are none."""
+        if self.store is not None:
+            return "draft_store"
+        return "draft_corpus" if self.corpus else None
 
 
 def parse_options(options: Options) -> ParsedOptions:
@@ -96,7 +112,21 @@ def parse_options(options: Options) -> ParsedOptions:
         raise InputError(f"batch_size {drafting.batch_size}: at least 1 is needed")
     stop = options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return ParsedOptions(sampling, prompts, drafting, stops, options.get("force", False))
+    store, corpus = options.get("draft_store"), options.get("draft_corpus", ())
+    return ParsedOptions(
+        sampling,
+        prompts,
+        drafting,
+        stops,
+        options.get("force", False),
+        Path(store) if isinstance(store, str) else store,
+        as_paths(corpus),
+    )
+
+
+def as_paths(files: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """One file or several, as paths."""
+    return tuple(map(Path, [files] if isinstance(files, str | Path) else files))
 
 
 def _fields(kind: type, options: Options) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from conflayers_cli.api.attached_model import AttachedEngine
 from conflayers_cli.engine.decoder import Decoder
 from conflayers_cli.errors import ConfLayersWarning, InputError
 from conflayers_cli.models.loaded_model import LoadedModel
+from conflayers_cli.profile.build_proposer import check_store
 from conflayers_cli.profile.schema import Profile
 from conflayers_cli.search.open_proposer import open_proposer
 from conflayers_cli.spec_decode.options import DraftOptions
@@ -61,14 +62,20 @@ def resolve_lookahead(adaptive_draft_length: bool | None, lookahead: bool | None
 
 
 def get_proposer(
-    engine: Engine, profile: ProfileLike | None, options: DraftOptions, force: bool
+    engine: Engine,
+    profile: ProfileLike | None,
+    options: DraftOptions,
+    force: bool,
+    stored: str | None = None,
 ) -> Proposer | None:
     """The proposer of a profile or its file, the same one at the next call; None: nobody drafts.
 
-    The engine must be active; ``force`` takes a profile of another model of the same depth.
+    The engine must be active; ``force`` takes a profile of another model of the same depth;
+    ``stored``: the argument that names earlier texts to draft from.
 
     Raises:
-        InputError: no such profile, contradictory options, or a profile of another model.
+        InputError: no such profile, contradictory options, a profile of another model, or no
+            n-grams draft from the texts that are ``stored``.
     """
     known = engine.proposers
     if profile is None or isinstance(profile, Profile):
@@ -77,9 +84,11 @@ def get_proposer(
     else:
         path = Path(profile)
         options.check(path)
-        if (file := (_file_version(path), options)) in known:
+        if (file := (_file_version(path), options)) in known and stored is None:
             return known[file]
         chosen = Profile.load(path)
+    if stored is not None:
+        check_store(stored, chosen, options)
     key = (chosen and chosen.model_dump_json(), options)
     if key not in known:
         known[key] = open_proposer(engine.loaded, engine.decoder, chosen, path, force, options)

@@ -13,6 +13,7 @@ from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.generation.stats import GenerationStats
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
 
 
@@ -90,6 +91,7 @@ class EngineSystem:
         sampling, end_tokens: how tokens are chosen, and ids that end an output.
         batch_size: prompts decoded at once.
         skip_plan: left out for good behind the prompts, which is lossy; None: nothing.
+        store: of earlier texts to draft from, which gets those decoded; None: there is none.
     """
 
     name: str
@@ -99,6 +101,7 @@ class EngineSystem:
     end_tokens: frozenset[int]
     batch_size: int = 1
     skip_plan: SkipPlan | None = None
+    store: DraftStore | None = None
 
     def run(self, prompts: Sequence[BenchPrompt]) -> list[Run]:
         """Decode prompts once.
@@ -113,6 +116,7 @@ class EngineSystem:
             proposer=self.proposer,
             batch_size=self.batch_size,
             skip_plan=self.skip_plan,
+            store=self.store,
         )
         results = generator.generate(
             GenerationRequest(

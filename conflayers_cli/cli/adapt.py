@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.search.adaptive.proposer import AutoProposer
     from conflayers_cli.search.online import AdaptiveProposer
-    from conflayers_cli.spec_decode.draft_store import DraftStore
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +45,14 @@ class Adaptation:
         loaded: LoadedModel,
         decoder: Decoder,
         profile: Profile | None,
-        store: DraftStore | None = None,
     ) -> AutoProposer | AdaptiveProposer:
         """The proposer that searches while it drafts, from the profile's plan where there is one.
-
-        ``store``: of earlier texts; only `AUTO` drafts with it.
 
         Raises:
             InputError: SWIFT without scikit-learn, a model too shallow, or a profile of another
                 model.
         """
-        proposer = self._proposer(loaded, decoder, profile, store)
+        proposer = self._proposer(loaded, decoder, profile)
         self._opened = loaded, decoder, proposer
         return proposer
 
@@ -65,7 +61,6 @@ class Adaptation:
         loaded: LoadedModel,
         decoder: Decoder,
         profile: Profile | None,
-        store: DraftStore | None,
     ) -> AutoProposer | AdaptiveProposer:
         if self.method == AUTO:
             from conflayers_cli.search.open_proposer import open_auto_proposer
@@ -78,7 +73,6 @@ class Adaptation:
                 self._force,
                 budget=self._options.budget,
                 remember=self._options.remember is not False,
-                store=store,
             )
         from conflayers_cli.search.objective import DraftParams
         from conflayers_cli.search.online import METHODS, AdaptiveProposer

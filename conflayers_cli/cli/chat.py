@@ -84,7 +84,7 @@ def chat(
     source = model_source(model, found)
     sampling.note_unused()
     drafting.check(profile)
-    storing.check(drafting)
+    storing.check(drafting, found)
     interactive = is_terminal(sys.stdin)
     line = from_terminal() if interactive else from_stdin()
     loaded, decoder = open_model(source, load)
@@ -92,7 +92,7 @@ def chat(
         raise InputError(f"{loaded.name} has no chat template: generate continues plain text")
     stored = StoreSession(storing, several=drafting.by_ngrams)
     store = stored.begin(loaded, decoder)
-    proposer = open_proposer(loaded, decoder, found, profile, force, drafting, store=store)
+    proposer = open_proposer(loaded, decoder, found, profile, force, drafting)
 
     from conflayers_cli.generation.generator import TextGenerator
     from conflayers_cli.generation.prefix_cache import PrefixCache

@@ -95,8 +95,12 @@ def generate(
     stop = text.read_stops()
     prompt_options = replace(prompt_options, template=text.read_template())
     cluster = _cluster(file, adapting.adapt, load)
-    storing.check(drafting, adapting.adapt in (None, AUTO) and not lossy.skip_only and not cluster)
     found = load_profile(profile)
+    storing.check(
+        drafting,
+        None if adapting.adapt else found,
+        adapting.adapt in (None, AUTO) and not lossy.skip_only and not cluster,
+    )
     source = model_source(model, found)
     sampling.note_unused()
     drafting = replace(drafting, batch_size=file.size)
@@ -185,12 +189,12 @@ class GenerateJob:
                 check_fit(loaded, decoder, self.profile, self.profile_path, self.force)
         else:
             proposer = build_proposer(
-                loaded, decoder, self.profile, self.profile_path, self.force, self.drafting, store
+                loaded, decoder, self.profile, self.profile_path, self.force, self.drafting
             )
         if self.lossy.skip_only:
             skipped = self._skip_plan(decoder)
         if self.adaptation:
-            proposer = self.adaptation.begin(loaded, decoder, self.profile, store)
+            proposer = self.adaptation.begin(loaded, decoder, self.profile)
         memory = None
         if self.stats:
             from conflayers_cli.utils.memory import PeakMemory

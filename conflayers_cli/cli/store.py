@@ -51,21 +51,16 @@ def build(
     \b
       conflayers store build code.safetensors --model smollm2 src/*.py
     """
-    from conflayers_cli.cli.store_options import read_tokens
     from conflayers_cli.engine.open_model import open_model
     from conflayers_cli.models.load_options import LoadOptions
-    from conflayers_cli.models.tokenization import tokenizer_fingerprint
-    from conflayers_cli.spec_decode.store_file import StoreFile
+    from conflayers_cli.spec_decode.open_store import OpenStore
 
     if model is None:
         raise InputError("whose tokens? give --model MODEL")
     loaded, decoder = open_model(model, LoadOptions())
-    fingerprint = tokenizer_fingerprint(loaded.tokenizer)
-    file = StoreFile(store, fingerprint, decoder.vocabulary)
-    for path in texts:
-        file.store.add(read_tokens(path, loaded.tokenizer))
-    file.save()
-    logger.info(f"{store}: holds {len(file.store.tokens()):,} tokens")
+    with OpenStore(loaded.tokenizer, decoder.vocabulary, store, texts) as opened:
+        held = len(opened.store.tokens())
+    logger.info(f"{store}: holds {held:,} tokens")
 
 
 @app.command()

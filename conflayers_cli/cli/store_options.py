@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,8 +17,9 @@ from conflayers_cli.spec_decode.options import DraftOptions
 if TYPE_CHECKING:
     from conflayers_cli.engine.decoder import Decoder
     from conflayers_cli.models.loaded_model import LoadedModel
+    from conflayers_cli.profile.schema import Profile
     from conflayers_cli.spec_decode.draft_store import DraftStore
-    from conflayers_cli.spec_decode.store_file import StoreFile
+    from conflayers_cli.spec_decode.open_store import OpenStore
 
 _drafting_option = partial(typer.Option, rich_help_panel="Drafting")
 
@@ -35,17 +36,19 @@ class StoreOptions:
     draft_store: Path | None = None
     draft_corpus: list[Path] = field(default_factory=list)
 
-    def check(self, drafting: DraftOptions, possible: bool = True) -> None:
-        """Raise InputError where nothing would draft by them."""
-        given = "--draft-store" if self.draft_store else "--draft-corpus"
+    def check(self, drafting: DraftOptions, profile: Profile | None, possible: bool = True) -> None:
+        """Raise InputError where nothing would draft by them, with the profile that is used."""
+        from conflayers_cli.profile.build_proposer import check_store
+
+        name = "draft_store" if self.draft_store else "draft_corpus"
         if not self.draft_store and not self.draft_corpus:
             return
         if not possible:
             raise InputError(
-                f"{given} does not go with --ray, --skip-only, or --adapt conflayers or swift"
+                f"{name} does not go with --ray, --skip-only, or --adapt conflayers or swift",
+                names=(name,),
             )
-        if not drafting.by_ngrams:
-            raise InputError(f"{given} is about n-grams: not with --draft {drafting.method}")
+        check_store(name, profile, drafting)
 
 
 STORE = OptionGroup(
@@ -77,7 +80,7 @@ class StoreSession:
 
     def __init__(self, options: StoreOptions, *, several: bool) -> None:
         self._options, self._several = options, several
-        self._file: StoreFile | None = None
+        self._opened: OpenStore | None = None
 
     def begin(self, loaded: LoadedModel, decoder: Decoder) -> DraftStore | None:
         """The store, filled; None: nothing would ever be in it.
@@ -85,32 +88,17 @@ class StoreSession:
         Raises:
             InputError: the file or a text can't be read, or the store is for another tokenizer.
         """
-        from conflayers_cli.spec_decode.draft_store import DraftStore
-        from conflayers_cli.spec_decode.store_file import StoreFile
+        from conflayers_cli.spec_decode.open_store import OpenStore
 
         options = self._options
         if not (options.draft_store or options.draft_corpus or self._several):
             return None
-        store = DraftStore(decoder.vocabulary)
-        if options.draft_store is not None:
-            from conflayers_cli.models.tokenization import tokenizer_fingerprint
-
-            fingerprint = tokenizer_fingerprint(loaded.tokenizer)
-            self._file = StoreFile(options.draft_store, fingerprint, decoder.vocabulary)
-            store = self._file.store
-        for path in options.draft_corpus:
-            store.add(read_tokens(path, loaded.tokenizer))
-        return store
+        self._opened = OpenStore(
+            loaded.tokenizer, decoder.vocabulary, options.draft_store, options.draft_corpus
+        )
+        return self._opened.store
 
     def end(self) -> None:
         """Keep what the run has added; errors as of `StoreFile.save`."""
-        if self._file is not None:
-            self._file.save()
-
-
-def read_tokens(path: Path, tokenizer: Any) -> list[int]:
-    """The token ids of a text file; InputError: it can't be read."""
-    from conflayers_cli.models.tokenization import plain_tokens
-    from conflayers_cli.utils.text_files import read_text
-
-    return plain_tokens(tokenizer, read_text(path))
+        if self._opened is not None:
+            self._opened.save()

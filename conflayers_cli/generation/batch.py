@@ -292,7 +292,14 @@ class Batch:
             return [NO_DRAFT] * len(limits)
         cache = self._view()
         contexts = [
-            Context(each.tokens, cache, each.sampler, self._end_tokens, each.request.prediction)
+            Context(
+                each.tokens,
+                cache,
+                each.sampler,
+                self._end_tokens,
+                each.request.prediction,
+                each.request.store,
+            )
             for _, each in self._running
         ]
         drafts = self._proposer.propose_batch(contexts, limits)

@@ -48,7 +48,7 @@ class TextGenerator:
         skip_plan: what is left out behind the prompts for good, which is lossy; None: nothing.
         begin: begins to decode a request if ``batch_size`` is 1; None: a `Generation`.
         keep_special: whether special tokens are part of texts, but for one that ends the output.
-        store: gets each text when it ends, for the proposer's drafts of later ones.
+        store: of the requests that have none of their own.
         new_batch: makes the batch, for a server with rules of its own; None: `Batch`, and one
             request after the other if ``batch_size`` is 1.
 
@@ -122,6 +122,8 @@ class TextGenerator:
             InputError: the model can't decode it; the others go on.
             ValueError: it has stop strings, and there is no tokenizer.
         """
+        if request.store is None and self._store is not None:
+            request = replace(request, store=self._store)
         active, watched = _Active(request, None), request
         if self.tokenizer is not None:
             active.text = text = Detokenizer(
@@ -189,8 +191,8 @@ class TextGenerator:
         active = self._active.pop(number)
         request, text = active.request, active.text
         sequence = self._queue.pop(number)
-        if sequence is not None and self._store is not None:
-            self._store.add(sequence.tokens)
+        if sequence is not None and request.store is not None:
+            request.store.add(sequence.tokens)
         result = GenerationResult(
             text="" if text is None else text.text,
             token_ids=tuple(sequence.output) if sequence else (),

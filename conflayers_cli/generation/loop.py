@@ -126,8 +126,14 @@ class Generation(Sequence):
         first, self._next_draft = self._next_draft, None
         if self.proposer is None or remaining < 1:
             return NO_DRAFT
-        prediction = self.request.prediction
-        context = Context(self.tokens, self.cache, self.sampler, self.end_tokens, prediction)
+        context = Context(
+            self.tokens,
+            self.cache,
+            self.sampler,
+            self.end_tokens,
+            self.request.prediction,
+            self.request.store,
+        )
         if first is None:
             return self.proposer.propose(context, remaining)
         token, source = first

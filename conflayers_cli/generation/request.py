@@ -9,6 +9,7 @@ from typing import Any
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import NO_ADJUSTMENTS, LogitAdjustments, SamplingParams
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.utils.distributed import broadcast_rank0
 
 SEED_BITS = 31
@@ -46,6 +47,7 @@ class GenerationRequest:
         logprobs: log-probabilities of the tokens, and of so many of the likeliest beside them;
             None: none.
         owner: requests of the same owner may share what was read of their prompts.
+        store: of earlier texts, from which n-grams draft; the text is added when it ends.
 
     Raises:
         InputError: no prompt, no budget, or an empty stop string.
@@ -67,6 +69,7 @@ class GenerationRequest:
     prediction: tuple[int, ...] = ()
     logprobs: int | None = None
     owner: str = ""
+    store: DraftStore | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))

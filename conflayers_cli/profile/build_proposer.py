@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import DraftSettings, Profile
     from conflayers_cli.skip_plan import SkipPlan
-    from conflayers_cli.spec_decode.draft_store import DraftStore
     from conflayers_cli.spec_decode.proposer import BatchProposer, Proposer
     from conflayers_cli.spec_decode.tree import TreeShape
 
@@ -37,7 +36,6 @@ def build_proposer(
     path: Path | None,
     force: bool,
     options: DraftOptions,
-    store: DraftStore | None = None,
 ) -> Proposer | None:
     """The proposer for a profile and a caller's options; None: decoding is vanilla.
 
@@ -46,7 +44,6 @@ def build_proposer(
         profile, path: the profile and the file it was read from.
         force: go on with a profile of another model of the same depth.
         options: the draft method and length; they go before what the profile says.
-        store: of earlier texts; it drafts wherever n-grams do.
 
     Raises:
         InputError: the profile was made for another model, or this one can't run under its plan.
@@ -57,7 +54,7 @@ def build_proposer(
         check_fit(loaded, decoder, profile, path, force)
     if options.method is DraftMethod.NGRAM:
         costs = costs_for(loaded, decoder, options.batch_size)
-        return MixedProposer(decoder, None, costs, max_tokens=MAX_DRAFT_TOKENS, store=store)
+        return MixedProposer(decoder, None, costs, max_tokens=MAX_DRAFT_TOKENS)
     if profile is None:
         return None
     sections = profile.plans()
@@ -72,7 +69,7 @@ def build_proposer(
     if skipping:  # n-grams draft by nothing that a profile says
         _note_other_device(loaded, profile, path, [draft for _, draft in skipping], options)
     _prepare_weights(decoder, [plan for plan, _ in skipping if plan.weights], path)
-    builder = _Builder(loaded, decoder, profile, options, store)
+    builder = _Builder(loaded, decoder, profile, options)
     proposers = [
         (begin, builder.proposer(mode, plan, draft))
         for (begin, plan, draft), mode in zip(sections, modes, strict=True)
@@ -82,6 +79,33 @@ def build_proposer(
     from conflayers_cli.spec_decode.by_context import ContextLengthProposer
 
     return ContextLengthProposer(tuple(proposers))
+
+
+def check_store(name: str, profile: Profile | None, options: DraftOptions) -> None:
+    """Raise InputError where no n-grams draft, so that nothing would be looked up in a store.
+
+    ``name``: the argument that names the store or a text for it. Without a profile and options
+    drafts are by n-grams, too.
+    """
+    fixed, method = options.adaptive_draft_length is False, options.method
+    if profile is None and options.by_ngrams and not fixed:
+        return
+    modes = [
+        (_mode(plan, draft, options), draft)
+        for _, plan, draft in (profile.plans() if profile else ())
+    ]
+    if any(
+        mode is DraftMethod.NGRAM or (mode.uses_ngrams and _is_adaptive(draft, options))
+        for mode, draft in modes
+    ):
+        return
+    what = f"draft {method}" if method else "adaptive_draft_length=False"
+    if method or fixed:
+        raise InputError(f"{name} is about n-grams: not with {what}", names=(name, what))
+    raise InputError(
+        f"{name} is about n-grams, which don't draft by this profile: give draft mixed, too",
+        names=(name, "draft mixed"),
+    )
 
 
 def _mode(plan: SkipPlan, draft: DraftSettings, options: DraftOptions) -> DraftMethod:
@@ -143,7 +167,6 @@ class _Builder:
     decoder: Decoder
     profile: Profile
     options: DraftOptions
-    store: DraftStore | None
 
     @cached_property
     def costs(self) -> CostTable:
@@ -166,7 +189,6 @@ class _Builder:
                 prior=measured.acceptance_rate if measured else None,
                 max_tokens=MAX_DRAFT_TOKENS,
                 tree=tree,
-                store=self.store,
             )
         from conflayers_cli.spec_decode.proposer import SkipProposer
 

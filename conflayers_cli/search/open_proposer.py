@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from conflayers_cli.models.loaded_model import LoadedModel
     from conflayers_cli.profile.schema import Profile
     from conflayers_cli.search.adaptive.proposer import AutoProposer
-    from conflayers_cli.spec_decode.draft_store import DraftStore
     from conflayers_cli.spec_decode.options import DraftOptions
     from conflayers_cli.spec_decode.proposer import Proposer
 
@@ -30,7 +29,6 @@ def open_proposer(
     options: DraftOptions,
     *,
     remember: bool = True,
-    store: DraftStore | None = None,
 ) -> Proposer | None:
     """The proposer for a profile and a caller's options; None: decoding is vanilla.
 
@@ -39,8 +37,8 @@ def open_proposer(
     `build_proposer`.
     """
     if profile is not None or options.method is not None:
-        return build_proposer(loaded, decoder, profile, path, force, options, store)
-    return open_auto_proposer(loaded, decoder, remember=remember, store=store)
+        return build_proposer(loaded, decoder, profile, path, force, options)
+    return open_auto_proposer(loaded, decoder, remember=remember)
 
 
 def open_auto_proposer(
@@ -52,7 +50,6 @@ def open_auto_proposer(
     *,
     budget: float = BUDGET,
     remember: bool = True,
-    store: DraftStore | None = None,
 ) -> AutoProposer:
     """A proposer that learns while it drafts; a profile's plan is where it begins.
 
@@ -71,5 +68,5 @@ def open_auto_proposer(
         rate = profile.measured.acceptance_rate if profile.measured else None
         learnt = Learnt(profile.plan, OPTIMISTIC if rate is None else rate, settled=True)
     return AutoProposer(
-        decoder, budget=budget, learnt=learnt, keep=memory.write if memory else None, store=store
+        decoder, budget=budget, learnt=learnt, keep=memory.write if memory else None
     )

@@ -12,6 +12,10 @@ from conflayers_cli.spec_decode.suffix_index import BORDER, MAX_MATCH_LENGTH, Su
 
 CAPACITY = 2**20
 """Tokens held by default, for 36 bytes each."""
+OWNER_CAPACITY = 2**16
+"""Tokens held for each of several owners, for 36 bytes each."""
+MAX_OWNERS = 64
+"""Owners whose texts are held: 151 MB at most, with the capacity above."""
 CONTEXT = MAX_MATCH_LENGTH
 """Tokens compared where parts are looked for that are held already."""
 
@@ -104,3 +108,39 @@ class DraftStore:
         """All tokens held, in order, each text with `BORDER` behind it: int32 ``[T]``."""
         with self._lock:
             return self._index.tokens()
+
+
+class OwnedStores:
+    """A store for each owner, in memory, so that nobody drafts from another's texts.
+
+    How fast a text comes tells what it was drafted from; so owners must not share a store. Several
+    threads may use it.
+
+    Args:
+        vocabulary, capacity: as of `DraftStore`, of each owner's.
+        max_owners: whose stores are held, those used last.
+    """
+
+    def __init__(
+        self, vocabulary: int, capacity: int = OWNER_CAPACITY, max_owners: int = MAX_OWNERS
+    ) -> None:
+        self._vocabulary, self._capacity, self._max_owners = vocabulary, capacity, max_owners
+        self._stores: dict[str, DraftStore] = {}
+        self._lock = Lock()
+
+    def get(self, owner: str) -> DraftStore:
+        """The owner's store, for the ``store`` of a `GenerationRequest`; empty at first."""
+        with self._lock:
+            store = self._stores.pop(owner, None)
+            if store is None:
+                store = DraftStore(self._vocabulary, self._capacity)
+            self._stores[owner] = store  # the last one used last
+            while len(self._stores) > self._max_owners:
+                del self._stores[next(iter(self._stores))]
+            return store
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        with self._lock:
+            return sum(store.nbytes for store in self._stores.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from conflayers_cli.spec_decode.acceptance import (
@@ -98,29 +98,32 @@ class SequenceHistory:
 class SequenceHistories:
     """Histories of the current sequences and some earlier ones, by the identity of token lists.
 
-    ``ngram``: whether n-grams draft, those of ``store`` among them.
+    ``ngram``: whether n-grams draft.
     """
 
-    def __init__(self, ngram: bool, store: DraftStore | None = None) -> None:
-        self._ngram, self._store = ngram, store
+    def __init__(self, ngram: bool) -> None:
+        self._ngram = ngram
         self.by_id: dict[int, SequenceHistory] = {}
 
-    def get(self, lists: Sequence[list[int]]) -> list[SequenceHistory]:
+    def get(
+        self, sequences: Iterable[tuple[list[int], DraftStore | None]]
+    ) -> list[SequenceHistory]:
         """Those of these lists, brought up to date; the least recently used ones are dropped.
 
-        A history holds its list, so no other list can have the same id while it is known.
+        A history holds its list, so no other list can have the same id while it is known. Beside
+        each list is the store that its n-grams are looked for in, too.
         """
-        histories = [self._get(tokens) for tokens in lists]
+        histories = [self._get(tokens, store) for tokens, store in sequences]
         for key in list(self.by_id)[: -max(MIN_REMEMBERED, 2 * len(histories))]:
             del self.by_id[key]
         return histories
 
-    def _get(self, tokens: list[int]) -> SequenceHistory:
+    def _get(self, tokens: list[int], store: DraftStore | None) -> SequenceHistory:
         history = self.by_id.pop(id(tokens), None)
         if history is None:
             for other in self.by_id.values():  # their last drafts are decided by now
                 other.learn()
-            matcher = NgramMatcher(self._store) if self._ngram else None
+            matcher = NgramMatcher(store) if self._ngram else None
             history = SequenceHistory(tokens, matcher)
         self.by_id[id(tokens)] = history  # the most recently used is the last
         history.learn()

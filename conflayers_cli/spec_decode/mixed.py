@@ -24,7 +24,6 @@ from conflayers_cli.skip_plan import SkipPlan
 from conflayers_cli.spec_decode.acceptance import NO_UPDATE, agreeing, disagreeing
 from conflayers_cli.spec_decode.draft_chain import DraftChain
 from conflayers_cli.spec_decode.draft_length import DraftLengthPolicy
-from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.history import SequenceHistories
 from conflayers_cli.spec_decode.ngram import NO_MATCH, Match, PredictedText
 from conflayers_cli.spec_decode.proposer import Context, Draft, propose_leaves
@@ -52,8 +51,7 @@ class MixedProposer:
         tree: how many leaves are wanted beside each token of a single sequence; None: chains.
         rows_apart: whether costs leave out what sampling a token takes, which is then added.
         alike: a proposer that takes turns with this one at the same texts: their n-grams are
-            shared, and its store.
-        store: of earlier texts, whose n-grams draft, too.
+            shared.
 
     Attributes:
         policy: decides how far, and estimates acceptance.
@@ -72,7 +70,6 @@ class MixedProposer:
         tree: TreeShape | None = None,
         rows_apart: bool = True,
         alike: MixedProposer | None = None,
-        store: DraftStore | None = None,
     ) -> None:
         self._decoder = decoder
         self._plan = plan or SkipPlan()
@@ -82,9 +79,7 @@ class MixedProposer:
         self.policy: DraftLengthPolicy = DraftLengthPolicy(
             costs, self._plan or None, max_tokens, prior, alike.policy if alike else None
         )
-        self._histories: SequenceHistories = (
-            alike._histories if alike else SequenceHistories(ngram, store)
-        )
+        self._histories: SequenceHistories = alike._histories if alike else SequenceHistories(ngram)
         self.passes: list[tuple[int, float]] = []
         self._rows_apart = rows_apart
         self._row_seconds: deque[float] = deque(maxlen=ROWS_TIMED)
@@ -101,7 +96,7 @@ class MixedProposer:
 
     def propose_batch(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[Draft]:
         policy = self.policy
-        histories = self._histories.get([context.tokens for context in contexts])
+        histories = self._histories.get((each.tokens, each.store) for each in contexts)
         chains, accepted = [], []
         for context, history, limit in zip(contexts, histories, limits, strict=True):
             state, num_accepted = history.last_outcome()

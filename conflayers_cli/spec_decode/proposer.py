@@ -14,6 +14,7 @@ from conflayers_cli.engine.sampler import Sampler
 from conflayers_cli.engine.token_choice import TokenChoice, TokenRequest, choose_tokens
 from conflayers_cli.kernels.kv_cache import KVCache
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.tree import TreeShape, VerifyCost, leaf_counts
 
 
@@ -102,6 +103,7 @@ class Context:
         sampler: how tokens are chosen.
         end_tokens: ids that end the output; nothing is drafted behind one.
         prediction: tokens that the text may go on with, in order; n-grams draft from them, too.
+        store: of earlier texts that n-grams draft from, too; None: there are none.
     """
 
     tokens: list[int]
@@ -109,6 +111,7 @@ class Context:
     sampler: Sampler
     end_tokens: frozenset[int] = frozenset()
     prediction: tuple[int, ...] = ()
+    store: DraftStore | None = None
 
 
 class Proposer(Protocol):

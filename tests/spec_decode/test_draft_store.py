@@ -14,7 +14,7 @@ from conflayers_cli.generation.generator import TextGenerator
 from conflayers_cli.generation.request import GenerationRequest
 from conflayers_cli.sampling_params import SamplingParams
 from conflayers_cli.skip_plan import SkipPlan
-from conflayers_cli.spec_decode.draft_store import DraftStore
+from conflayers_cli.spec_decode.draft_store import DraftStore, OwnedStores
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.ngram import Match, NgramMatcher
 from conflayers_cli.spec_decode.suffix_index import BORDER
@@ -166,7 +166,7 @@ def test_what_is_in_a_store_changes_no_text(
             store.add(prompt + vanilla(tuple(prompt), temperature))
     generator = TextGenerator(
         decoder,
-        proposer=MixedProposer(decoder, plan, costs(), prior=0.9, store=store),
+        proposer=MixedProposer(decoder, plan, costs(), prior=0.9),
         batch_size=2 if together else 1,
         store=store,
     )
@@ -178,7 +178,7 @@ def test_what_is_in_a_store_changes_no_text(
 
 def test_a_text_that_comes_again_is_drafted_from_the_store() -> None:
     decoder, store = tiny.decoder("llama"), DraftStore(tiny.VOCABULARY, 256)
-    proposer = MixedProposer(decoder, None, costs(), store=store)
+    proposer = MixedProposer(decoder, None, costs())
     generator = TextGenerator(decoder, proposer=proposer, store=store)
     request = GenerationRequest(tiny.prompt(8, 3), COUNT)
     first, again = generator.generate([request, request])
@@ -186,6 +186,35 @@ def test_a_text_that_comes_again_is_drafted_from_the_store() -> None:
     assert "store" not in first.stats.by_drafter
     assert again.stats.by_drafter["store"].accepted > COUNT // 2
     assert again.stats.steps < first.stats.steps / 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_owners_draft_from_their_own_texts_alone(size: int) -> None:
+    decoder, stores = tiny.decoder("llama"), OwnedStores(tiny.VOCABULARY, 256)
+    proposer = MixedProposer(decoder, None, costs())
+    generator = TextGenerator(decoder, proposer=proposer, batch_size=size)
+
+    def drafters(*owners: str) -> list[bool]:
+        """Whether a store drafted the same text, asked for by each owner at once."""
+        results = generator.generate(
+            GenerationRequest(tiny.prompt(8, 3), COUNT, store=stores.get(owner)) for owner in owners
+        )
+        assert len({result.token_ids for result in results}) == 1
+        return ["store" in result.stats.by_drafter for result in results]
+
+    assert drafters("a") == [False]
+    assert drafters("b", "a") == [False, True]
+    assert drafters("c", "b") == [False, True]
+
+
+def test_the_owners_used_last_are_held() -> None:
+    stores = OwnedStores(1000, 256, max_owners=2)
+    first, second = stores.get("a"), stores.get("b")
+    assert stores.get("a") is first
+    stores.get("c")
+    assert stores.get("a") is first
+    assert stores.get("b") is not second
+    assert stores.nbytes == 2 * first.nbytes
 
 
 def test_a_cancelled_text_is_kept_as_far_as_it_came() -> None:

@@ -23,7 +23,6 @@ from conflayers_cli.search.adaptive.arm import Arm, pass_share, weight_sizes
 from conflayers_cli.search.adaptive.pass_times import PassTimes
 from conflayers_cli.search.adaptive.race import OPTIMISTIC, PlanRace, order_parts
 from conflayers_cli.skip_plan import SkipPlan, Weights
-from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.spec_decode.mixed import MixedProposer
 from conflayers_cli.spec_decode.proposer import Context, Draft
 from conflayers_cli.utils.distributed import broadcast_rank0
@@ -91,7 +90,6 @@ class AutoProposer:
         budget: share of the time that passes for the search may take.
         learnt: from an earlier run, to begin where it ended.
         keep: called with what was learnt whenever a search has come to its end.
-        store: of earlier texts, whose n-grams draft, too.
 
     Attributes:
         arm: drafts now.
@@ -107,13 +105,11 @@ class AutoProposer:
         budget: float,
         learnt: Learnt | None = None,
         keep: Callable[[Learnt], None] | None = None,
-        store: DraftStore | None = None,
     ) -> None:
         self._decoder = decoder
         self._budget = budget
         self._learnt = learnt
         self._keep = keep
-        self._store = store
         self._searching = decoder.depth > 2
         self._sizes = weight_sizes(decoder)
         self._verify = PassTimes(learnt.verify if learnt else None)
@@ -311,7 +307,6 @@ class AutoProposer:
             max_tokens=MAX_DRAFT_TOKENS,
             rows_apart=False,  # passes are timed with it
             alike=self._arms[0].proposer if self._arms else None,
-            store=self._store,
         )
         self._arms.append(arm)
         return arm

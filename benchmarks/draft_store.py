@@ -68,7 +68,6 @@ def measure(subject: common.Subject, prompts: Sequence[BenchPrompt]) -> list[dic
                     arms.stores[name].add(texts[other.id])
         order = [*ARMS[number % len(ARMS) :], *ARMS[: number % len(ARMS)]]
         found = {name: arms.run(name, prompt) for name in order}
-        arms.stores["cold"].add(texts[prompt.id])
         same = all(run.tokens == found["plain"].tokens for run in found.values())
         if len(found["plain"].tokens) <= common.MIN_TOKENS:
             continue

@@ -91,7 +91,7 @@ class EngineSystem:
         sampling, end_tokens: how tokens are chosen, and ids that end an output.
         batch_size: prompts decoded at once.
         skip_plan: left out for good behind the prompts, which is lossy; None: nothing.
-        store: of earlier texts, from which n-grams draft, too; gets the texts.
+        store: of earlier texts to draft from, which gets those decoded; None: there is none.
     """
 
     name: str

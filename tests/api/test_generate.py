@@ -26,8 +26,11 @@ from conflayers_cli import (
     stream,
 )
 from conflayers_cli.api.options import parse_options
+from conflayers_cli.profile import build_proposer
 from conflayers_cli.skip_plan import SkipPlan
+from conflayers_cli.spec_decode.store_file import StoredTexts
 from tests.cli.conftest import save_model, save_profile
+from tests.spec_decode.test_mixed import costs
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 
@@ -129,21 +132,6 @@ def test_a_batch_gives_the_same(model: Model) -> None:
     together = generate(model, prompts, max_new_tokens=16, batch_size=3, draft="ngram")
     alone = [generate(model, each, max_new_tokens=16).text for each in prompts]
     assert [answer.text for answer in together] == alone
-
-
-def test_earlier_texts_are_kept(model: Model, profile: Path, tmp_path: Path) -> None:
-    file, corpus = tmp_path / "texts.safetensors", tmp_path / "corpus.txt"
-    corpus.write_text("a text of bytes")
-    plain = generate(model, "Why?", max_new_tokens=12)
-    first = generate(model, "Why?", max_new_tokens=12, draft_store=str(file))
-    with open_store(model, file, corpus) as store:
-        held = len(store.store.tokens())
-        second = generate(model, ["Why?", "How?"], max_new_tokens=12, draft_store=store)
-        assert len(store.store.tokens()) > held > 12
-        from_corpus = generate(model, "Why?", max_new_tokens=12, draft_corpus=[corpus])
-    assert plain.text == first.text == second[0].text == from_corpus.text
-    with open_store(model, file) as again:
-        assert len(again.store.tokens()) > held
 
 
 @pytest.mark.parametrize(
@@ -379,3 +367,44 @@ def test_lookahead_is_the_old_name_of_the_adaptive_draft_length() -> None:
         assert parse_options({"lookahead": False}).drafting.adaptive_draft_length is False
     with pytest.raises(InputError, match="give one of them"):
         parse_options({"lookahead": False, "adaptive_draft_length": True})
+
+
+class TestStores:
+    PROMPT = "one two three"
+
+    @pytest.fixture(autouse=True)
+    def drafts_pay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_proposer, "costs_for", lambda *_, **__: costs())
+
+    def test_texts_of_earlier_calls_draft(self, model: Model, tmp_path: Path) -> None:
+        file = tmp_path / "store.safetensors"
+        plain = generate(model, self.PROMPT, draft="ngram", max_new_tokens=24)
+        with open_store(model, file) as store:
+            for expected in (False, True):
+                found = generate(
+                    model, self.PROMPT, draft="ngram", max_new_tokens=24, draft_store=store
+                )
+                assert found.token_ids == plain.token_ids
+                assert ("store" in found.stats.by_drafter) == expected
+        later = generate(model, self.PROMPT, draft="ngram", max_new_tokens=24, draft_store=file)
+        assert later.token_ids == plain.token_ids
+        assert "store" in later.stats.by_drafter
+
+    def test_a_stream_is_kept_in_its_file(self, model: Model, tmp_path: Path) -> None:
+        file = tmp_path / "store"
+        list(stream(model, self.PROMPT, draft="ngram", max_new_tokens=8, draft_store=str(file)))
+        assert len(StoredTexts.read(file).tokens) > 8
+
+    def test_texts_of_one_call_draft_later_ones(self, model: Model) -> None:
+        one, two = generate(model, [self.PROMPT] * 2, draft="ngram", max_new_tokens=24)
+        assert one.token_ids == two.token_ids
+        assert "store" in two.stats.by_drafter
+
+    def test_mistakes(self, model: Model, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="draft_store is about n-grams: not with draft none"):
+            generate(model, "a", draft="none", draft_store=tmp_path / "s")
+        with pytest.raises(InputError, match="there is no such file"):
+            generate(model, "a", draft="ngram", draft_corpus=tmp_path / "missing")
+        (tmp_path / "bad").write_text("no store")
+        with pytest.raises(InputError, match="is no draft store"):
+            open_store(model, tmp_path / "bad")

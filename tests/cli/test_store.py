@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from conflayers_cli.profile import build_proposer
-from tests.cli.conftest import Run, write_prompts
+from conflayers_cli.profile.schema import Profile
+from tests.cli.conftest import Run, save_profile, write_prompts
 from tests.spec_decode.test_mixed import costs
 
 PROMPT = "one two three four five six"
@@ -88,6 +89,23 @@ def test_mistakes(run: Run, model: Path, arguments: tuple[str, ...], message: st
     assert (found.code, found.out) == (2, "")
     assert message in found.err
     assert len(found.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("by", ["skip", "none"])
+def test_a_profile_by_which_no_n_grams_draft(
+    run: Run, model: Path, tmp_path: Path, by: str
+) -> None:
+    profile = save_profile(tmp_path / "p.yaml", model)
+    found = Profile.load(profile)
+    settings = found.draft.model_copy(update={"by": by})
+    found.model_copy(update={"draft": settings}).save(profile)
+    command = ("generate", PROMPT, "-m", model, "-p", profile, "-n", "2")
+    refused = run(*command, "--draft-store", tmp_path / "s")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--draft-store is about n-grams, which don't draft by this profile" in refused.err
+    assert "give --draft mixed" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert run(*command, "--draft-store", tmp_path / "s", "--draft", "mixed").code == 0
 
 
 def test_a_damaged_store_is_one_line(run: Run, model: Path, tmp_path: Path) -> None:

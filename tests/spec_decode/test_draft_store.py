@@ -188,6 +188,35 @@ def test_a_text_that_comes_again_is_drafted_from_the_store() -> None:
     assert again.stats.steps < first.stats.steps / 2
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_owners_draft_from_their_own_texts_alone(size: int) -> None:
+    decoder, stores = tiny.decoder("llama"), OwnedStores(tiny.VOCABULARY, 256)
+    proposer = MixedProposer(decoder, None, costs())
+    generator = TextGenerator(decoder, proposer=proposer, batch_size=size)
+
+    def drafters(*owners: str) -> list[bool]:
+        """Whether a store drafted the same text, asked for by each owner at once."""
+        results = generator.generate(
+            GenerationRequest(tiny.prompt(8, 3), COUNT, store=stores.get(owner)) for owner in owners
+        )
+        assert len({result.token_ids for result in results}) == 1
+        return ["store" in result.stats.by_drafter for result in results]
+
+    assert drafters("a") == [False]
+    assert drafters("b", "a") == [False, True]
+    assert drafters("c", "b") == [False, True]
+
+
+def test_the_owners_used_last_are_held() -> None:
+    stores = OwnedStores(1000, 256, max_owners=2)
+    first, second = stores.get("a"), stores.get("b")
+    assert stores.get("a") is first
+    stores.get("c")
+    assert stores.get("a") is first
+    assert stores.get("b") is not second
+    assert stores.nbytes == 2 * first.nbytes
+
+
 def test_a_cancelled_text_is_kept_as_far_as_it_came() -> None:
     decoder, store = tiny.decoder("llama"), DraftStore(tiny.VOCABULARY, 256)
     generator = TextGenerator(decoder, store=store)
@@ -196,25 +225,6 @@ def test_a_cancelled_text_is_kept_as_far_as_it_came() -> None:
     generator.step()
     generator.cancel(number)
     assert len(store.tokens()) == 8 + 2 + 1
-
-
-def test_nobody_drafts_from_anothers_texts() -> None:
-    decoder = tiny.decoder("llama")
-    stores = OwnedStores(tiny.VOCABULARY, 1024, max_owners=2)
-    generator = TextGenerator(decoder, proposer=MixedProposer(decoder, None, costs()))
-
-    def steps(owner: str) -> int:
-        request = GenerationRequest(tiny.prompt(8, 3), COUNT, store=stores.get(owner))
-        (result,) = generator.generate([request])
-        assert list(result.token_ids) == vanilla(tuple(tiny.prompt(8, 3)), 0.0)
-        return result.stats.steps
-
-    first = steps("a")
-    assert steps("b") == first
-    assert steps("a") < first / 2
-    steps("c")  # the store used longest ago, of "b", goes
-    assert steps("a") < first / 2
-    assert steps("b") == first
 
 
 @pytest.mark.parametrize("capacity", [100, 128])

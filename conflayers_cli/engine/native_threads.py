@@ -20,29 +20,37 @@ _SECONDS, _PASSES = 0.1, 20
 _MARGIN = 1.25
 """Half as many threads must be quicker by this, twice: other work on the machine makes one thread
 look better for a while, and to go on with too few costs more than a few too many do."""
+_UNDISTURBED = 0.9
+"""Share of the time in which all threads must have had a processor: with less, others are at work,
+and which number is best without them can't be told."""
 
 
 def choose_threads(attached: Attachment, native: NativeForward) -> int | None:
     """Half as many threads as can run, or a quarter, … as long as that is quicker; None: all.
 
-    Compared are passes over one token of the model, by the least of several.
+    Compared are passes over one token of the model, by the least of several. On a machine that is
+    busy with other work it is all.
     """
     usable = best = usable_threads()
 
     def halving_pays() -> bool:
-        all_, half = (_pass_seconds(attached, native, count) for count in (best, best // 2))
-        return half * _MARGIN < all_
+        (all_, share), (half, _) = (
+            _pass_seconds(attached, native, count) for count in (best, best // 2)
+        )
+        return share >= _UNDISTURBED and half * _MARGIN < all_
 
     while best > 1 and halving_pays() and halving_pays():
         best //= 2
     return None if best == usable else best
 
 
-def _pass_seconds(attached: Attachment, native: NativeForward, threads: int) -> float:
+def _pass_seconds(attached: Attachment, native: NativeForward, threads: int) -> tuple[float, float]:
+    """(least seconds of a pass, share of the time in which every thread had a processor)."""
     cache = attached.new_cache(1)
     token = torch.zeros((1, 1), dtype=torch.int64)
     before, native.threads = native.threads, threads
     least, begin, passes = float("inf"), time.perf_counter(), 0
+    used = time.process_time()
     try:
         with attached.stack.lock:
             while passes < 3 or (passes < _PASSES and time.perf_counter() < begin + _SECONDS):
@@ -53,4 +61,5 @@ def _pass_seconds(attached: Attachment, native: NativeForward, threads: int) -> 
                     least = min(least, time.perf_counter() - start)
     finally:
         native.threads = before
-    return least
+    seconds = time.perf_counter() - begin
+    return least, (time.process_time() - used) / seconds / threads

@@ -15,26 +15,30 @@ pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MI
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
+    ("seconds", "busy", "chosen"),
     [
-        ({8: 1.0, 4: 1.9}, None),
-        ({8: 1.0, 4: 0.9}, None),  # no more than noise
-        ({8: 1.0, 4: 0.7, 2: 1.1}, 4),
-        ({8: 1.0, 4: 0.7, 2: 0.5, 1: 0.3}, 1),
+        ({8: 1.0, 4: 1.9}, 0.0, None),
+        ({8: 1.0, 4: 0.9}, 0.0, None),  # no more than noise
+        ({8: 1.0, 4: 0.7, 2: 1.1}, 0.05, 4),
+        ({8: 1.0, 4: 0.7, 2: 0.5, 1: 0.3}, 0.0, 1),
+        ({8: 1.0, 4: 0.7, 2: 0.5, 1: 0.3}, 0.2, None),  # others have a part of the processors
     ],
 )
 def test_fewer_threads_run_where_they_are_quicker(
-    seconds: dict[int, float], chosen: int | None, monkeypatch: pytest.MonkeyPatch
+    seconds: dict[int, float], busy: float, chosen: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native_threads, "usable_threads", lambda: 8)
-    now = [0.0]
+    now, used = [0.0], [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.process_time", lambda: used[0])
 
     class Timed:
         threads: int | None = None
 
         def run(self, *_: object) -> None:
-            now[0] += seconds[self.threads or 8]
+            threads = self.threads or 8
+            now[0] += seconds[threads]
+            used[0] += seconds[threads] * threads * (1 - busy)
 
     timed = Timed()
     attached = attach(tiny.build(tiny.CONFIGS["llama"]()), 64)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conflayers_cli.errors import InputError
 from conflayers_cli.sampling_params import NO_ADJUSTMENTS, LogitAdjustments, SamplingParams
-from conflayers_cli.spec_decode.draft_store import DraftStore
 from conflayers_cli.utils.distributed import broadcast_rank0
+
+if TYPE_CHECKING:
+    from conflayers_cli.spec_decode.draft_store import DraftStore
 
 SEED_BITS = 31
 """Of seeds that are drawn: short enough to be typed."""

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from conflayers_cli.api.options import LoadKeywords, Options
 from conflayers_cli.cli.option_groups import OptionGroup, with_groups
+from conflayers_cli.cli.store_options import StoreOptions
 from conflayers_cli.generation.prompt_encoding import PromptOptions
 from conflayers_cli.models.load_options import LoadOptions
 from conflayers_cli.sampling_params import SamplingParams
@@ -80,6 +81,6 @@ def test_one_name_for_two_options_is_refused() -> None:
 
 def test_keywords_of_the_python_api_are_fields_of_the_same_dataclasses() -> None:
     assert LoadKeywords.__optional_keys__ == {field.name for field in fields(LoadOptions)}
-    kinds = (SamplingParams, PromptOptions, DraftOptions)
+    kinds = (SamplingParams, PromptOptions, DraftOptions, StoreOptions)
     names = {field.name for kind in kinds for field in fields(kind)}
     assert Options.__optional_keys__ - {"draft", "stop", "force", "lookahead"} < names

@@ -32,6 +32,7 @@ from conflayers_cli.utils.files import write_json
 from conflayers_cli.version import __version__
 
 OURS, PLAIN, LLAMA = "conflayers", "conflayers, no drafts", "llama.cpp"
+AGAIN = "conflayers, texts come again"
 START_SECONDS = 120.0
 
 
@@ -41,11 +42,16 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     served += ["--batch-size", str(options.slots), "--context", str(options.context)]
     served += ["--prefix-cache", "0", "--served-name", "smollm2"]
     drafting = ["--profile", str(options.profile)]
+    new = [*drafting, "--draft-texts", "0"]  # each turn has the texts of the one before
     llama = [str(options.llama_server), "-m", str(options.gguf), "--alias", "smollm2"]
     llama += ["-t", str(options.threads), "-tb", str(options.threads)]
     llama += ["-np", str(options.slots), "-c", str(options.slots * options.context)]
     llama += ["--cont-batching", "--no-cache-prompt", "--cache-ram", "0", "--no-ui"]
-    found = {OURS: [*served, *drafting], PLAIN: [*served, "-m", "smollm2", "--draft", "none"]}
+    found = {
+        OURS: [*served, *new],
+        AGAIN: [*served, *drafting],
+        PLAIN: [*served, "-m", "smollm2", "--draft", "none"],
+    }
     return {name: found.get(name, llama) for name in options.servers}
 
 
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--llama-server", type=Path, default=Path("llama-server"))
     parser.add_argument("--gguf", type=Path, help="smollm2 in bfloat16, for llama.cpp")
     parser.add_argument("--profile", type=Path, default=common.PROFILES / "smollm2.yaml")
-    parser.add_argument("--servers", nargs="+", default=[OURS, PLAIN, LLAMA])
+    parser.add_argument("--servers", nargs="+", default=[OURS, PLAIN, LLAMA, AGAIN])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--requests", nargs="+", type=int, default=[10, 20, 32])
     parser.add_argument("--rounds", type=int, default=2)
